@@ -1,0 +1,5 @@
+"""`python -m indexcache`."""
+
+from indexcache.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""The command line: one module per verb, each with a frozen dataclass of settings and `run(settings)`."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+from indexcache.cli.flags import build_parser, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a gate failed, 2 wrong usage or bad input (one sentence on stderr), 130 interrupted."""
+    from indexcache.cli import evaluate, export, inspect, overlap, search
+
+    verbs = {v.Settings.verb: v for v in (inspect, overlap, search, evaluate, export)}
+    try:
+        verb, settings = parse(build_parser(verbs), verbs, sys.argv[1:] if argv is None else list(argv))
+        return verbs[verb].run(settings)
+    except ValueError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("indexcache: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except MemoryError:
+        return _fail("There is not enough memory for this; use fewer or shorter sequences.")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"The disk is full ({error.filename or 'while writing'}); free space and run the same command again.")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            return _fail(f"{error.filename or 'A file'}: {error.strerror}.")
+        raise
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _fail("There is not enough memory for this; use fewer or shorter sequences, or another --device.")
+        raise
+
+
+def _fail(message: str) -> int:
+    print("indexcache: " + " ".join(message.split()), file=sys.stderr)
+    return 2

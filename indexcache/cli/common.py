@@ -1,0 +1,40 @@
+"""The settings that the verbs which run a model have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from indexcache.cli.flags import flag, required
+from indexcache.data import SPLITS
+
+if TYPE_CHECKING:
+    from indexcache.data import Batch
+    from indexcache.models.loading import Loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    model: str = required("checkpoint folder, or tiny", positional=True)
+    data: str | None = flag(None, "text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)")
+    length: int | None = flag(None, "tokens of a sequence (default: 8 k, at least 1024, at most the model's context)")
+    batch: int = flag(1, "sequences that go through the model at once")
+    seed: int = flag(0, "which sequences are taken, and the bootstrap's resamples")
+    dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
+    device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
+    trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
+    json: bool = flag(False, "print one JSON object as the last line")
+
+
+def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Batch]]:
+    """The model and the batches of one split of its text."""
+    from indexcache.inputs import Text, load_model, make_inputs, text_for
+
+    source, part = text_for(s.model, s.data, split)
+    loaded = load_model(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
+    text = Text(source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed)
+    return loaded, make_inputs(loaded, text)
+
+
+def split_flag(default: str, use: str):
+    return flag(default, f"which documents of --data to {use}; the halves never share one", choices=SPLITS)

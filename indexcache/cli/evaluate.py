@@ -1,0 +1,48 @@
+"""Prove a pattern safe on held-out text: loss difference to the full model with its interval, KL, agreement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from indexcache.cli.common import ModelSettings, load, split_flag
+from indexcache.cli.flags import emit, flag, required
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelSettings):
+    verb: ClassVar[str] = "evaluate"
+    pattern: tuple[str, ...] = required("pattern, uniform:1/4, a file, RUN or RUN:1/4; +R8 puts R in the rest; NAME=.. names it",
+                                        metavar="SPEC")  # fmt: skip
+    out: str | None = flag(None, "folder for evidence.json", metavar="DIR")
+    split: str = split_flag("heldout", "evaluate on")
+    sequences: int = flag(24, "sequences of held-out text, spread over the domains")
+    most: float | None = flag(None, "gate: exit 1 when a pattern's loss difference has an upper end above this (nats)")
+
+
+def run(s: Settings) -> int:
+    from indexcache.evals import evaluate_pattern
+    from indexcache.inputs import check_unseen
+    from indexcache.models.family import indexers
+    from indexcache.records import write_json
+    from indexcache.report.table import domains, evidence
+    from indexcache.search.select import choose
+
+    loaded, batches = load(s, s.split, s.sequences)
+    chosen = [choose(spec, len(indexers(loaded.model))) for spec in s.pattern]
+    for c in chosen:
+        check_unseen(batches, c.seen)
+    if len({c.name for c in chosen}) < len(chosen):
+        raise ValueError("Two patterns have the same name; give each its own with NAME=...")
+    result = evaluate_pattern(loaded.model, {c.name: c.pattern for c in chosen}, batches, seed=s.seed)
+    print(evidence(result["rows"]))
+    print()
+    print(domains(result["rows"]))
+    if s.out is not None:
+        Path(s.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(s.out) / "evidence.json", result)
+    emit(s.json, result)
+    if s.most is None:
+        return 0
+    return int(any(r["domain"] == "all" and (r["ci_high"] is None or r["ci_high"] > s.most) for r in result["rows"]))

@@ -1,0 +1,41 @@
+"""Write the files an engine accepts: a pruned checkpoint for transformers, override strings for vLLM and SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from indexcache.cli.flags import emit, flag, required
+
+ENGINES = ("transformers", "vllm", "sglang")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    verb: ClassVar[str] = "export"
+    model: str = required("checkpoint folder, or tiny", positional=True)
+    pattern: str = required("pattern, uniform:1/4, a file, RUN or RUN:1/4", metavar="SPEC")
+    out: str = required("folder to write; must not hold anything yet", metavar="DIR")
+    engine: tuple[str, ...] = flag(ENGINES, "engines to write for", choices=ENGINES, metavar="ENGINE")
+    stages: int = flag(1, "pipeline stages of the engine: the first layer of each must be full")
+    prune: bool = flag(True, "leave out the indexer tensors of the shared layers")
+    json: bool = flag(False, "print one JSON object as the last line")
+
+
+def run(s: Settings) -> int:
+    import sys
+
+    from indexcache.export import export_pattern
+    from indexcache.models.loading import describe
+    from indexcache.search.select import choose
+
+    facts = describe(s.model)
+    chosen = choose(s.pattern, facts["num_hidden_layers"])
+    result = export_pattern(facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune)
+    for warning in result["warnings"]:
+        print(f"indexcache: note: {warning}", file=sys.stderr)
+    for engine, files in result["files"].items():
+        for file in files:
+            print(f"{engine:14s}{file}")
+    emit(s.json, result)
+    return 0

@@ -1,0 +1,30 @@
+"""Paired statistics: the same tokens under two patterns, resampled by document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 4000
+
+
+def bootstrap_interval(
+    sums: Sequence[float], counts: Sequence[int], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(sums) / sum(counts), resampling the documents.
+
+    Args:
+        sums: per document, the sum of a paired per-token difference.
+        counts: per document, its tokens.
+
+    Returns:
+        (low, high); (nan, nan) for fewer than two documents, which say nothing about a spread.
+    """
+    s, n = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if len(s) < 2:
+        return float("nan"), float("nan")
+    picks = np.random.default_rng(seed).integers(0, len(s), (resamples, len(s)))
+    means = s[picks].sum(1) / n[picks].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,157 @@
+"""transformers (and TensorRT-LLM, which also reads config.json): a complete checkpoint folder for one pattern.
+
+Shared layers need no indexer, so its tensors are left out. Weights are moved as bytes, file by file: no dtype is
+interpreted, no value can change, and memory stays at one block whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers, read_index, text_section
+from indexcache.export.overrides import SHARING_KEYS
+from indexcache.pattern import Pattern
+
+BLOCK = 1 << 24
+
+# Weights in other formats would be stale beside the pruned ones, and code is never carried along.
+LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".py", ".pyc")
+
+
+class Shard(NamedTuple):
+    """One weight file of the source, and the names in it that are left out of the export."""
+
+    name: str
+    header: Header
+    dropped: frozenset[str]
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(t.end - t.begin for name, t in self.header.tensors.items() if name not in self.dropped)
+
+
+def plan_shards(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shard]:
+    """What becomes of each weight file. Layers outside the pattern (multi-token prediction) keep their indexer."""
+
+    def dropped(name: str) -> bool:
+        found = indexer_part(name)
+        return prune and found is not None and found[0] < len(pattern) and pattern[found[0]] == "S"
+
+    return [Shard(name, header, frozenset(filter(dropped, header.tensors))) for name, header in read_headers(checkpoint).items()]
+
+
+def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
+    """New bytes that the export takes on the disk of `parent`; files that can be hard-linked there take none."""
+    total = sum(path.stat().st_size for path in _other_files(checkpoint))
+    for shard in shards:
+        source = (checkpoint / shard.name).stat()
+        if shard.dropped or source.st_dev != parent.stat().st_dev:
+            total += shard.kept_bytes + shard.header.data_start
+    return total
+
+
+def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
+    """The config to save: the pattern's keys in the decoder's section and no other sharing key anywhere.
+
+    `layer_types` goes, because 5.17 and 5.23 of transformers name the same type differently and both derive it;
+    `auto_map` goes, because the code that it points to is not carried along.
+    """
+    config = json.loads(json.dumps(config))
+    section = text_section(config)
+    for part in (config, section):
+        for key in (*SHARING_KEYS, "layer_types", "auto_map"):
+            part.pop(key, None)
+    section.update(pattern.to_config())
+    return config
+
+
+def write(checkpoint: Path, config: dict[str, Any], pattern: Pattern, shards: list[Shard], folder: Path) -> int:
+    """Write the checkpoint into the new folder `folder`; return how many weight files became hard links.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+        ValueError: a weight file changed while it was read.
+    """
+    folder.mkdir()
+    for path in _other_files(checkpoint):
+        shutil.copyfile(path, folder / path.name)
+    _write_json(folder / "config.json", merged_config(config, pattern))
+    links = 0
+    for shard in shards:
+        if not shard.dropped:
+            links += _link_or_copy(checkpoint / shard.name, folder / shard.name)
+        elif len(shard.dropped) < len(shard.header.tensors):
+            write_shard(checkpoint / shard.name, folder / shard.name, shard)
+    if (index := read_index(checkpoint)) is not None:
+        _write_json(folder / INDEX_NAME, _pruned_index(index, shards))
+    return links
+
+
+def write_shard(source: Path, target: Path, shard: Shard) -> None:
+    """Copy one safetensors file without the dropped tensors; metadata and every kept byte stay as they are."""
+    kept = [(name, t) for name, t in shard.header.tensors.items() if name not in shard.dropped]
+    # Wide elements first, as the format's own writer does: a file may begin anywhere, but a tensor that is mapped into
+    # memory must begin at a multiple of its element size.
+    kept.sort(key=lambda item: -item[1].bits)
+    entries: dict[str, Any] = {"__metadata__": shard.header.metadata} if shard.header.metadata else {}
+    offset = 0
+    for name, t in kept:
+        size = t.end - t.begin
+        entries[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": (offset, offset + size)}
+        offset += size
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with open(source, "rb") as f, open(target, "wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for _, t in kept:
+            f.seek(shard.header.data_start + t.begin)
+            _copy_bytes(f, out, t.end - t.begin, source)
+
+
+def _copy_bytes(f: BinaryIO, out: BinaryIO, count: int, source: Path) -> None:
+    while count:
+        block = f.read(min(count, BLOCK))
+        if not block:
+            raise ValueError(f"{source}: the file became shorter while it was read; export again when it is complete.")
+        out.write(block)
+        count -= len(block)
+
+
+def _link_or_copy(source: Path, target: Path) -> int:
+    try:
+        # Resolved, because hub caches hold symbolic links, and a hard link to one of those would point nowhere.
+        os.link(source.resolve(), target)
+        return 1
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
+        return 0
+
+
+def _pruned_index(index: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+    stored = {name: shard.name for shard in shards for name in shard.header.tensors if name not in shard.dropped}
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    metadata["total_size"] = sum(shard.kept_bytes for shard in shards)
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] -= sum(prod(s.header.tensors[name].shape) for s in shards for name in s.dropped)
+    return {**index, "metadata": metadata, "weight_map": dict(sorted(stored.items()))}
+
+
+def _other_files(checkpoint: Path) -> list[Path]:
+    """Tokenizer, generation config, licence and the like: plain files of the folder itself that are no weights or code."""
+    made_here = ("config.json", INDEX_NAME)
+    return [
+        path
+        for path in sorted(checkpoint.iterdir())
+        if path.is_file() and path.name not in made_here and not path.name.startswith(".")
+        and not path.name.removesuffix(".index.json").endswith(LEFT_OUT)
+    ]  # fmt: skip
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""transformers models: families, the seam that switches patterns, loading, losses, prefix reuse."""

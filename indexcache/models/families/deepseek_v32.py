@@ -1,0 +1,15 @@
+"""DeepSeek-V3.2: half-split RoPE in the indexer (unlike its attention); stock transformers has no sharing."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
+
+from indexcache.models.family import Family, project_with
+
+
+def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return project_with(apply_rotary_pos_emb, indexer, x, q_resid, rope)
+
+
+FAMILY = Family(model_type="deepseek_v32", native_sharing=False, project=project)

@@ -1,0 +1,168 @@
+"""The seam: run a loaded transformers model under a sharing pattern, and undo it.
+
+Every decoder layer asks its indexer for ids; the seam replaces `forward` on the indexer objects while the context is
+open. Weights, module tree and state dict stay as they are, stock code computes everything else, and leaving the
+context (also through an exception) restores what was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from indexcache.models.family import Family, family_of, indexers
+from indexcache.ops import index_scores
+from indexcache.pattern import Pattern
+
+_active: WeakKeyDictionary[nn.Module, list[Seam]] = WeakKeyDictionary()
+
+
+class Seam:
+    """A model under a pattern. `selections` maps each F and R layer to the ids of the last forward pass (int32
+    [B, S, k]; in rows with fewer than k keys the surplus ids lie in the future) when capturing was asked for."""
+
+    def __init__(self, model: nn.Module, family: Family, pattern: Pattern, capture: bool):
+        self.pattern, self.family, self.capture = pattern, family, capture
+        self.ids: Tensor | None = None  # the selection in force: overwritten at each F and R
+        self.pool: Tensor | None = None  # the candidates the nearest F published
+        self.captured: dict[int, Tensor] = {}
+        self._undo: list[tuple[nn.Module, Any]] = []
+        self._hook: Any = None
+        outer = _active.get(model)
+        self.stock: dict[int, Any] = {} if not outer else outer[-1].stock
+        if not outer:
+            self.stock = {i: m.forward for i, m in enumerate(indexers(model)) if m is not None}
+
+    @property
+    def selections(self) -> dict[int, Tensor]:
+        """Ids per layer, S layers included (they read their source's)."""
+        return {i: self.captured[j] for i in range(len(self.pattern)) if (j := self._selector(i)) in self.captured}
+
+    def _selector(self, layer: int) -> int:
+        return self.pattern.source(layer) if self.pattern[layer] == "S" else layer
+
+    def install(self, model: nn.Module) -> None:
+        publishers = self.pattern.publishers()
+        self._hook = model.model.register_forward_pre_hook(self._check_cache, with_kwargs=True)  # type: ignore[union-attr, operator]
+        for i, indexer in enumerate(indexers(model)):
+            if indexer is None:
+                continue  # natively shared: stock passes the previous layer's ids on, as S does
+            self._undo.append((indexer, indexer.__dict__.get("forward")))
+            if self.pattern[i] == "S":
+                forward = self._shared()
+            elif self.pattern[i] == "R":
+                forward = self._reindex(i, indexer)
+            else:
+                forward = self._full(i, indexer, i in publishers)
+            indexer.__dict__["forward"] = forward
+
+    def remove(self) -> None:
+        for indexer, before in self._undo:
+            if before is None:
+                del indexer.__dict__["forward"]
+            else:
+                indexer.__dict__["forward"] = before
+        self._undo.clear()
+        if self._hook is not None:
+            self._hook.remove()
+        self.ids = self.pool = None
+
+    def _check_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward pass writes anything: every layer that runs its indexer has all past keys in the cache."""
+        cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        for layer, entry in enumerate(getattr(cache, "layers", ())[: len(self.pattern)]):
+            lacking = int(entry.get_seq_length()) - _indexed(entry)
+            if self.pattern[layer] != "S" and lacking:
+                raise ValueError(
+                    f"Layer {layer} runs its indexer now, but it was shared while this cache was filled: the indexer keys of "
+                    f"{lacking} cached tokens are missing; start a new cache after switching the pattern."
+                )
+
+    def _publish(self, layer: int, ids: Tensor) -> Tensor:
+        self.ids = ids
+        if self.capture:
+            self.captured[layer] = ids
+        return ids
+
+    def _full(self, layer: int, indexer: nn.Module, publishes: bool):
+        stock = self.stock[layer]
+
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
+            if not publishes:
+                return self._publish(layer, stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values))
+            topk = indexer.index_topk
+            try:  # the same pass gives the pool: top-(c k) in falling order begins with the top-k
+                indexer.index_topk = topk * self.pattern.pool_factor
+                self.pool = stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values)
+            finally:
+                indexer.index_topk = topk
+            return self._publish(layer, self.pool[..., :topk].contiguous())
+
+        return forward
+
+    def _shared(self):
+        def forward(x: Tensor, *_, **__) -> Tensor:
+            assert self.ids is not None and self.ids.shape[:2] == x.shape[:2]
+            return self.ids.to(x.device)
+
+        return forward
+
+    def _reindex(self, layer: int, indexer: nn.Module):
+        @torch.no_grad()
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
+            assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]
+            pool = self.pool.to(x.device)
+            q, k, w = self.family.project(indexer, x, q_resid, rope)
+            if past_key_values is not None:
+                k = past_key_values.update_indexer(k, layer)
+            scores = index_scores(q, k, w, pool)
+            allowed = mask.expand(*pool.shape[:2], -1).gather(-1, pool.long())
+            scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+            best = scores.topk(min(indexer.index_topk, pool.shape[-1]), dim=-1).indices
+            return self._publish(layer, pool.gather(-1, best))
+
+        return forward
+
+
+@contextmanager
+def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = False) -> Iterator[Seam]:
+    """Run `model` under `pattern` inside the context; restore it in `finally`. Contexts nest.
+
+    Args:
+        model: a loaded transformers model of a known family (`indexcache.models.family.families`).
+        pattern: F, R or S for each decoder layer.
+        capture: keep the selections of each forward pass in the yielded object's `selections`.
+
+    Raises:
+        ValueError: unknown family, wrong length, F or R on a layer without indexer weights. Inside the context: a
+            forward pass with a cache that was filled while a layer, now F or R, was shared.
+    """
+    family = family_of(model)
+    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
+    pattern.check(layers=len(indexers(model)), without_indexer=missing)
+    seam = Seam(model, family, pattern, capture)
+    stack = _active.setdefault(model, [])
+    stack.append(seam)
+    try:
+        seam.install(model)
+        yield seam
+    finally:
+        seam.remove()
+        stack.remove(seam)
+        if not stack:
+            _active.pop(model, None)
+
+
+def _indexed(entry: Any) -> int:
+    """How many tokens have indexer keys in one layer of a transformers cache (dynamic or static)."""
+    if not getattr(entry, "is_indexer_initialized", False):
+        return 0
+    if hasattr(entry, "indexer_cumulative_length"):
+        return int(entry.indexer_cumulative_length)
+    return int(entry.indexer_keys.shape[1])

@@ -1,0 +1,309 @@
+"""A sharing pattern: the role of every decoder layer, as one immutable value (paper, section 3; method: F, S and R).
+
+    F  full      runs its indexer over all past tokens, keeps the top k; publishes a pool (top c*k) when R layers follow
+    R  re-index  scores only the pool of the nearest F with its own indexer, keeps the top k of that
+    S  shared    runs no indexer; reuses the selection of the nearest F or R before it
+
+Layer index i is 0-based and means `model.layers.i`; multi-token-prediction layers are outside the pattern.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROLES = "FRS"
+DEFAULT_POOL_FACTOR = 8
+DEFAULT_SKIP_OFFSET = 2  # what engines assume when a config gives a frequency and no offset
+MAX_LAYERS = 4096
+TYPES = {"F": "full", "S": "shared"}
+
+
+@dataclass(frozen=True, init=False)
+class Pattern:
+    """Roles of all layers, e.g. `Pattern("FSSFSS")` or `Pattern("FRRFRR@8")` (R with a pool of 8 k ids).
+
+    Args:
+        roles: one character per layer, F, R or S, layer 0 first; or a sequence of "full"/"shared". A string that has
+            R may end in `@c`, the pool factor.
+        pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. Only for patterns with R
+            (default 8); None otherwise.
+
+    Raises:
+        ValueError: anything but F, R and S (lower case included), an empty pattern, a first layer that is not F,
+            or a pool factor that is not a positive integer.
+    """
+
+    roles: str
+    pool_factor: int | None
+
+    def __init__(self, roles: str | Sequence[str], pool_factor: int | None = None):
+        if not isinstance(roles, str):
+            roles = _roles_of_types(roles)
+        roles, pool_factor = _split_pool(roles, pool_factor)
+        if not roles:
+            raise ValueError("The pattern is empty: give one of F, R or S for every layer, e.g. FSSFSS.")
+        if len(roles) > MAX_LAYERS:
+            raise ValueError(f"The pattern has {len(roles)} layers; at most {MAX_LAYERS} are supported.")
+        for i, role in enumerate(roles):
+            if role not in ROLES:
+                hint = f" Write '{role.upper()}'." if role.upper() in ROLES else ""
+                raise ValueError(f"Layer {i} of the pattern has the role {role!r}; only F, R and S are known.{hint}")
+        if roles[0] != "F":
+            raise ValueError(f"Layer 0 of the pattern is {roles[0]}, but it must be F: no layer before it has a selection.")
+        if "R" in roles:
+            pool_factor = DEFAULT_POOL_FACTOR if pool_factor is None else pool_factor
+        elif pool_factor is not None:
+            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
+        object.__setattr__(self, "roles", roles)
+        object.__setattr__(self, "pool_factor", pool_factor)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls, layers: int) -> Pattern:
+        """Every layer full."""
+        return cls("F" * _layer_count(layers))
+
+    @classmethod
+    def uniform(cls, layers: int, freq: int, offset: int = 1, *, rest: str = "S", pool_factor: int | None = None) -> Pattern:
+        """One full layer in `freq`: layer i is full where max(i - offset + 1, 0) % freq == 0, else `rest` (S or R).
+
+        With offset 1 that is i % freq (FSSSFSSS); the engines' own default is 2 (FFSSSFSS).
+
+        Raises:
+            ValueError: freq < 1, offset outside 1..layers, or rest not S or R.
+        """
+        layers, freq, offset = _layer_count(layers), _integer("freq", freq, 1), _integer("offset", offset, 1)
+        if rest not in ("S", "R"):
+            raise ValueError(f"The layers between the full ones can be S or R, not {rest!r}.")
+        roles = "".join("F" if max(i - offset + 1, 0) % freq == 0 else rest for i in range(layers))
+        return cls(roles, pool_factor if "R" in roles else None)
+
+    @classmethod
+    def from_config(cls, config: Any) -> Pattern:
+        """The pattern of a model config (a dict or a transformers config), with the precedence of transformers:
+        `indexer_types`, then `index_topk_pattern`, then `index_topk_freq` with `index_skip_topk_offset` (default 2).
+        A config with none of them is all full. `text_config` is read where the top level has no layers.
+
+        Raises:
+            ValueError: no `num_hidden_layers`, or a key that is not what transformers accepts.
+        """
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A model config is a mapping of names to values, not {type(values).__name__}.")
+        if "num_hidden_layers" not in values and isinstance(values.get("text_config"), Mapping):
+            values = values["text_config"]
+        if "num_hidden_layers" not in values:
+            raise ValueError("The config has no num_hidden_layers, so the length of its pattern is not known.")
+        layers = _layer_count(values["num_hidden_layers"], "num_hidden_layers")
+        for key in ("indexer_types", "index_topk_pattern"):
+            if values.get(key) is not None:
+                found = values[key]
+                if not isinstance(found, (str, list, tuple)) or (key == "indexer_types" and isinstance(found, str)):
+                    raise ValueError(f"{key} of the config is {type(found).__name__}; expected one role per layer.")
+                return cls(found).check(layers=layers)
+        freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
+        freq = 1 if freq is None else _integer("index_topk_freq", freq)
+        offset = DEFAULT_SKIP_OFFSET if offset is None else _integer("index_skip_topk_offset", offset)
+        freq = max(freq, 1)
+        return cls("".join("S" if max(i - offset + 1, 0) % freq else "F" for i in range(layers)))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Pattern:
+        """A pattern from a file: the string itself, JSON `{"pattern": ..}`, a JSON list of types, or a config.json.
+
+        Raises:
+            ValueError: the file cannot be read or holds no pattern.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"{path}: the pattern file cannot be read ({error}).") from None
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        try:
+            if isinstance(value, Mapping):
+                return cls(value["pattern"]) if isinstance(value.get("pattern"), str) else cls.from_config(value)
+            if isinstance(value, (str, list)):
+                return cls(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: expected a pattern string, a list of full/shared, or a config, found {type(value).__name__}.")
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return self.roles if self.pool_factor is None else f"{self.roles}@{self.pool_factor}"
+
+    def __repr__(self) -> str:
+        return f"Pattern({str(self)!r})"
+
+    def to_types(self) -> list[str]:
+        """transformers' `indexer_types`: "full" or "shared" per layer. Raises ValueError for patterns with R."""
+        self.check(reindex=False)
+        return [TYPES[r] for r in self.roles]
+
+    def to_config(self) -> dict[str, Any]:
+        """The config keys on which all engines agree: `use_index_cache`, `index_topk_pattern`, `indexer_types`, and
+        for a uniform pattern `index_topk_freq` with an explicit `index_skip_topk_offset`."""
+        keys: dict[str, Any] = {"use_index_cache": True, "index_topk_pattern": self.roles, "indexer_types": self.to_types()}
+        if (rule := self.frequency()) is not None:
+            keys |= {"index_topk_freq": rule[0], "index_skip_topk_offset": rule[1]}
+        return keys
+
+    def to_file(self, path: str | Path) -> None:
+        """Write `{"pattern", "indexer_types" (F and S only), "full", "layers"}` as JSON."""
+        value: dict[str, Any] = {"pattern": str(self), "layers": len(self), "full": len(self.full_layers)}
+        if "R" not in self.roles:
+            value["indexer_types"] = self.to_types()
+        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    def __getitem__(self, layer: int) -> str:
+        return self.roles[layer]
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, r in enumerate(self.roles) if r == "F")
+
+    @property
+    def keep(self) -> float:
+        """Fraction of the layers that stay full."""
+        return len(self.full_layers) / len(self)
+
+    def source(self, layer: int) -> int:
+        """The layer whose result `layer` reads: itself for F, the nearest F before it for R (its pool), the nearest
+        F or R before it for S (its selection)."""
+        layer = range(len(self))[layer]
+        if self.roles[layer] == "F":
+            return layer
+        wanted = "F" if self.roles[layer] == "R" else "FR"
+        return next(i for i in range(layer - 1, -1, -1) if self.roles[i] in wanted)
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """The layers cut before every F: each group is one full layer and those that live on it."""
+        starts = [*self.full_layers, len(self)]
+        return [tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+
+    def publishers(self) -> frozenset[int]:
+        """The full layers whose pool an R layer reads."""
+        return frozenset(self.source(i) for i, r in enumerate(self.roles) if r == "R")
+
+    def signature(self) -> tuple[tuple[str, int | None], ...]:
+        """Per layer, all that decides what it computes: its role, and the pool factor where it publishes a pool."""
+        pools = self.publishers()
+        return tuple((r, self.pool_factor if i in pools else None) for i, r in enumerate(self.roles))
+
+    def frequency(self) -> tuple[int, int] | None:
+        """(freq, offset) when the rule max(i - offset + 1, 0) % freq gives this pattern of F and S, else None.
+        Of several rules the one with offset 1, then 2, is taken: on those the most engines agree."""
+        if "R" in self.roles:
+            return None
+        full = self.full_layers
+        gaps = sorted({b - a for a, b in zip(full, full[1:], strict=False)} - {1})
+        for freq in [*gaps, len(self) - full[-1]]:
+            for offset in range(1, len(self) + 1):
+                if Pattern.uniform(len(self), max(freq, 1), offset) == self:
+                    return max(freq, 1), offset
+        return None
+
+    def replace(self, layer: int, role: str) -> Pattern:
+        """The same pattern with one layer in another role."""
+        roles = self.roles[:layer] + role + self.roles[layer + 1 :]
+        return Pattern(roles, self.pool_factor if "R" in roles else None)
+
+    def with_rest(self, role: str, pool_factor: int | None = None) -> Pattern:
+        """The same full layers, every other layer in `role` (S or R)."""
+        roles = "".join("F" if r == "F" else role for r in self.roles)
+        return Pattern(roles, pool_factor if "R" in roles else None)
+
+    def check(
+        self,
+        *,
+        layers: int | None = None,
+        stages: Iterable[int] | None = None,
+        reindex: bool = True,
+        without_indexer: Iterable[int] = (),
+    ) -> Pattern:
+        """Return self, or say in one sentence why it cannot be used.
+
+        Args:
+            layers: the number of decoder layers it must have.
+            stages: first layer of every pipeline stage; each must be F, since ids do not cross stages.
+            reindex: False where only F and S are known (every engine).
+            without_indexer: layers that have no indexer weights and so can be neither F nor R.
+        """
+        if layers is not None and len(self) != layers:
+            raise ValueError(f"The pattern has {len(self)} layers, but the model has {layers}.")
+        for start in stages or ():
+            if not 0 <= start < len(self):
+                raise ValueError(f"A pipeline stage begins at layer {start}, but the layers are 0 to {len(self) - 1}.")
+            if self.roles[start] != "F":
+                raise ValueError(f"A pipeline stage begins at layer {start}, which is {self.roles[start]}: it must be F, "
+                                 "because selections do not cross pipeline stages.")  # fmt: skip
+        if not reindex and "R" in self.roles:
+            raise ValueError(f"Layer {self.roles.index('R')} is R (re-index), but the engine knows only F and S.")
+        for layer in without_indexer:
+            if self.roles[layer] != "S":
+                raise ValueError(f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it: "
+                                 "it was trained shared and can only be S.")  # fmt: skip
+        return self
+
+
+def stage_starts(layers: int, stages: int) -> tuple[int, ...]:
+    """First layer of each of `stages` pipeline stages of nearly equal length (the first ones take the remainder).
+
+    Raises:
+        ValueError: stages is not in 1..layers.
+    """
+    if not 1 <= stages <= layers:
+        raise ValueError(f"{layers} layers cannot be cut into {stages} pipeline stages.")
+    size, extra = divmod(layers, stages)
+    return tuple(p * size + min(p, extra) for p in range(stages))
+
+
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, not {value!r:.60}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}.")
+    return value
+
+
+def _layer_count(value: Any, name: str = "layers") -> int:
+    count = _integer(name, value, 1)
+    if count > MAX_LAYERS:
+        raise ValueError(f"{name} is {count}; at most {MAX_LAYERS} are supported.")
+    return count
+
+
+def _roles_of_types(types: Any) -> str:
+    if not isinstance(types, Sequence):
+        raise ValueError(f"A pattern is a string of F, R and S or a list of full/shared, not {type(types).__name__}.")
+    names = {"full": "F", "shared": "S", "F": "F", "S": "S", "R": "R"}
+    for i, item in enumerate(types):
+        if not isinstance(item, str) or item not in names:
+            raise ValueError(f"Layer {i} of the list is {item!r:.60}; only full and shared are known.")
+    return "".join(names[t] for t in types)
+
+
+def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
+    roles, mark, factor = roles.partition("@")
+    if mark:
+        if pool_factor is not None:
+            raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
+        if not (factor.isascii() and factor.isdigit() and len(factor) < 7):
+            raise ValueError(f"Behind the @ of a pattern stands its pool factor, a whole number, not {factor!r:.60}.")
+        pool_factor = int(factor)
+    return roles, None if pool_factor is None else _integer("The pool factor", pool_factor, 1)

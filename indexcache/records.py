@@ -1,0 +1,108 @@
+"""Run folders: settings that must not change, an append-only journal, atomic results. Resume = the same command again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part of it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, allow_nan=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, naming the file, where it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
+
+
+class Run:
+    """One run's folder, open for writing: `settings.json`, `journal.jsonl`, and whatever results are saved.
+
+    Use it as `with open_run(out, settings) as run:`. The journal holds one JSON object a line; a line that a kill cut
+    off is dropped when the folder is opened again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.journal = self._recover()
+        self._file = open(folder / "journal.jsonl", "a", encoding="utf-8")
+
+    def _recover(self) -> list[dict[str, Any]]:
+        path = self.folder / "journal.jsonl"
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            with open(path, "r+b") as f:
+                f.truncate(len(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            raise ValueError(f"{path}: a line is not JSON, so the journal was changed by hand; start in a new folder.") from None
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one line and force it to the disk before returning."""
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.journal.append(entry)
+
+    def save(self, name: str, value: Any) -> Path:
+        """Write `value` as JSON into the folder, atomically."""
+        write_json(self.folder / name, value)
+        return self.folder / name
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
+    """Open a run's folder, new or interrupted.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings (each difference is named), or to one that is
+            running now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(settings))
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another process is writing this run; wait for it or choose another --out.") from None
+        path = folder / "settings.json"
+        if path.exists():
+            before = read_json(path)
+            changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+            if changed:
+                what = "; ".join(f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed)
+                raise ValueError(f"{folder}: this run was begun with other settings ({what}); choose another --out.")
+        else:
+            if (folder / "journal.jsonl").exists():
+                raise ValueError(f"{folder}: there is a journal but no settings.json; choose another --out.")
+            write_json(path, settings)
+        run = Run(folder)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,141 @@
+"""The search as a run: journalled, resumable, with progress; the algorithm itself is in `greedy`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+from indexcache.data import Batch, check_context, digest_of
+from indexcache.models.family import family_of, indexers
+from indexcache.pattern import Pattern, stage_starts
+from indexcache.records import open_run
+from indexcache.search.greedy import evaluations, greedy_stages
+from indexcache.search.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What a search does. `keep`: fraction of layers that stay full at the end (the count is rounded, at least one per
+    stage); `stages`: pipeline stages of the engine; `uniform`: also evaluate uniform patterns, S and R, to compare."""
+
+    keep: float = 0.25
+    stages: int = 1
+    uniform: bool = True
+    pool_factor: int = 8
+
+
+def full_count(layers: int, keep: float) -> int:
+    """Full layers of a pattern that keeps the fraction `keep` of `layers`: rounded half up, at least 1.
+
+    Raises:
+        ValueError: keep is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}.")
+    return max(int(layers * keep + 0.5), 1)
+
+
+def search_pattern(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    out: str | Path,
+    settings: SearchSettings = SearchSettings(),
+    *,
+    identity: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Greedy search (paper, Algorithm 1) for every budget down to `settings.keep`, resumable in `out`.
+
+    Args:
+        model: a loaded transformers model of a known family whose layers all have an indexer.
+        batches: calibration batches (`indexcache.data.make_batches`).
+        out: run folder; an interrupted run with the same settings continues, to the same result.
+        settings: see `SearchSettings`.
+        identity: further facts a resumed run must share (e.g. the checkpoint's fingerprint).
+
+    Returns:
+        The content of `out/result.json`: {"frontier": [{"full", "pattern", "loss", "flipped"}, ..] from all full
+        down, "uniform": [{"full", "pattern", "loss"}, ..], "calibration": {..}}.
+
+    Raises:
+        ValueError: a model trained with sharing, sequences that are too short, a folder of another run, a loss that
+            is not finite.
+    """
+    layers = len(indexers(model))
+    family_of(model)
+    refuse_trained_sharing(model)
+    beyond = min(check_context(b.ids.shape[1], model.config.index_topk) for b in batches)  # type: ignore[union-attr, arg-type]
+    starts = stage_starts(layers, settings.stages)
+    full = full_count(layers, settings.keep)
+    if full < settings.stages:
+        raise ValueError(f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of {layers} "
+                         f"layers leaves {full}.")  # fmt: skip
+    comparisons = _uniform(layers, full, settings) if settings.uniform else []
+    with open_run(Path(out), {**asdict(settings), **_environment(model, batches), **(identity or {})}) as run:
+        known = {e["pattern"]: e["loss"] for e in run.journal}
+        total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
+        bar = tqdm(total=total, initial=len(known), unit="eval", file=sys.stderr, mininterval=_interval(), smoothing=0.1)
+
+        def record(pattern: Pattern, loss: float) -> None:
+            run.append({"pattern": str(pattern), "loss": loss})
+            bar.update()
+
+        objective = Objective(model, batches, known, record)
+        frontier = []
+        for step in greedy_stages(objective, layers, full, starts):
+            frontier.append({"full": step.full, "pattern": str(step.pattern), "loss": step.loss, "flipped": step.flipped})
+            bar.set_postfix_str(f"{step.full} full, best loss {step.loss:.4f}")
+            if step.full > full and len(objective.known) < total:
+                objective.rebase(step.pattern)
+        uniform = [{"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)} for p in comparisons]
+        bar.close()
+        tokens = sum(b.ids.numel() for b in batches)
+        calibration = {"sequences": sum(len(b.units) for b in batches), "tokens": tokens, "queries_beyond_k": beyond,
+                       "domains": sorted({b.domain for b in batches}), "digests": sorted({d for b in batches for d in b.digests})}  # fmt: skip
+        result = {"frontier": frontier, "uniform": uniform, "calibration": calibration}
+        run.save("result.json", result)
+        Pattern(frontier[-1]["pattern"]).to_file(run.folder / "pattern.json")
+    return result
+
+
+def refuse_trained_sharing(model: nn.Module) -> None:
+    """Raises ValueError on a model that was trained with sharing."""
+    shared = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
+    if shared:
+        raise ValueError(
+            f"This model was trained with sharing: layers {', '.join(map(str, shared[:8]))}{', ..' if len(shared) > 8 else ''} have no "
+            "indexer of their own and can never be full. A search is pointless: its layers already learnt the pattern it ships with."
+        )
+
+
+def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
+    """Uniform 1/2, 1/4, .. down to the budget, with S and with R, where the stages allow them."""
+    patterns = []
+    freq = 2
+    while full_count(layers, 1 / freq) >= full and freq < layers:
+        for rest in "SR":
+            p = Pattern.uniform(layers, freq, rest=rest, pool_factor=settings.pool_factor if rest == "R" else None)
+            if all(p[s] == "F" for s in stage_starts(layers, settings.stages)):
+                patterns.append(p)
+        freq *= 2
+    return patterns
+
+
+def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+    """What decides the last bit of a loss."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
+    return {"data": digest_of(batches), "dtype": str(weight.dtype), "device": device,
+            "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
+
+
+def _interval() -> float:
+    """Seconds between progress lines: often on a terminal, rarely in a log."""
+    return 0.5 if sys.stderr.isatty() else 15.0

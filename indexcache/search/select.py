@@ -1,0 +1,90 @@
+"""Naming patterns: literal ones, uniform ones, files, and points of a search's frontier."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from indexcache.pattern import Pattern
+from indexcache.records import read_json
+from indexcache.search.run import full_count
+
+SYNTAX = """one of
+  FSSF..            a pattern, one character per layer (R layers: FRRF..@8, pool factor behind the @)
+  uniform:1/4       one full layer in four, the first of each four (or uniform:4)
+  FILE              a file with a pattern, or a config.json
+  RUN               the last pattern of a search's folder; RUN:1/4 or RUN:3 the point that keeps 1/4 or 3 full layers
+each may be followed by +R8: the same full layers, R (pool 8 k) in the others; NAME=.. in front gives it a name."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A named pattern, and the digests of the calibration documents it was searched on (empty: not searched)."""
+
+    name: str
+    pattern: Pattern
+    seen: frozenset[str] = frozenset()
+
+
+def choose(spec: str, layers: int) -> Chosen:
+    """The pattern that a specification names; see SYNTAX.
+
+    Raises:
+        ValueError: it names none, or one of another length.
+    """
+    name, named, rest = spec.partition("=")
+    body = rest if named else spec
+    match = re.fullmatch(r"(.*)\+R(\d*)", body)
+    base, seen = _base(match[1] if match else body, layers)
+    if match:
+        base = base.with_rest("R", int(match[2]) if match[2] else None)
+    return Chosen(name if named else spec, base.check(layers=layers), seen)
+
+
+def _base(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
+    if spec == "full":
+        return Pattern.full(layers), frozenset()
+    head, colon, tail = spec.rpartition(":")
+    if colon and head == "uniform":
+        freq = 1 / _fraction(tail, spec) if "/" in tail else _fraction(tail, spec)
+        if freq.denominator != 1:
+            raise ValueError(f"{spec}: a uniform pattern has one full layer in a whole number of layers.")
+        return Pattern.uniform(layers, int(freq)), frozenset()
+    if Path(spec).is_dir():
+        return _point(Path(spec), None, layers)
+    if colon and Path(head).is_dir():
+        value = _fraction(tail, spec)
+        return _point(Path(head), int(value) if value.denominator == 1 else full_count(layers, float(value)), layers)
+    if Path(spec).is_file():
+        return Pattern.from_file(spec), frozenset()
+    if "/" in spec or "." in spec or colon:
+        raise ValueError(f"{spec}: is no pattern, and there is no such file or run folder.")
+    return Pattern(spec), frozenset()
+
+
+def _fraction(text: str, spec: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{spec}: {text!r} is neither a number of layers nor a fraction such as 1/4.") from None
+    if value <= 0:
+        raise ValueError(f"{spec}: {text} must be above 0.")
+    return value
+
+
+def _point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder}: has no result.json; the search there is not finished (run it again to go on).")
+    result = read_json(folder / "result.json")
+    try:
+        frontier = {int(point["full"]): Pattern(point["pattern"]) for point in result["frontier"]}
+        seen = frozenset(result["calibration"]["digests"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: result.json is not the result of a search.") from None
+    full = min(frontier) if full is None else full
+    if full not in frontier:
+        raise ValueError(f"{folder}: the search has no pattern with {full} full layers, only {min(frontier)} to {max(frontier)}; "
+                         "search further with a smaller --keep.")  # fmt: skip
+    return frontier[full].check(layers=layers), seen
