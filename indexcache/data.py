@@ -87,7 +87,7 @@ def _read(path: Path, encode: Encode, domain: str):
     """Yield (ids, where, domain) of every document in one file."""
     try:
         if path.suffix == ".npy":
-            yield np.load(path, allow_pickle=False), str(path), domain
+            yield _load_array(path), str(path), domain
         elif path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as f:
                 for number, line in enumerate(f, 1):
@@ -101,6 +101,16 @@ def _read(path: Path, encode: Encode, domain: str):
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
 
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged header numpy raises what its parser happens to meet
+        raise ValueError(f"{path}: is not a .npy file of numbers ({' '.join(str(error).split())}).") from None
+
+
 def _row(line: str, where: str, encode: Encode, domain: str):
     try:
         row = json.loads(line)
@@ -108,6 +118,10 @@ def _row(line: str, where: str, encode: Encode, domain: str):
         raise ValueError(f"{where}: is not JSON; every line of a .jsonl file is one JSON object.") from None
     if not isinstance(row, dict) or not (isinstance(row.get("text"), str) or isinstance(row.get("ids"), list)):
         raise ValueError(f"{where}: has neither a text field (a string) nor an ids field (a list of token ids).")
+    try:
+        json.dumps([row.get("text"), row.get("domain")], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: has half of a surrogate pair, which is not text.") from None
     label = row.get("domain", domain)
     if not isinstance(label, str) or not label:
         raise ValueError(f"{where}: the domain is {label!r}, but it must be a name.")
@@ -115,11 +129,16 @@ def _row(line: str, where: str, encode: Encode, domain: str):
 
 
 def _ids(ids, vocabulary: int, where: str) -> np.ndarray:
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # ragged
+        array = np.empty((0, 0))
+    if isinstance(ids, list) and any(isinstance(i, bool) for i in ids):
+        array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"{where}: token ids must be one list of whole numbers.")
     array = array.astype(np.int64)
-    if array.size and not (0 <= int(array.min()) and int(array.max()) < vocabulary):
+    if array.size and not (int(array.min()) >= 0 and int(array.max()) < vocabulary):
         bad = int(array.max() if array.max() >= vocabulary else array.min())
         raise ValueError(f"{where}: token id {bad} is outside the model's vocabulary of {vocabulary}.")
     return array
@@ -157,9 +176,7 @@ def check_context(length: int, topk: int) -> float:
     return beyond
 
 
-def make_batches(
-    documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0
-) -> list[Batch]:
+def make_batches(documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0) -> list[Batch]:
     """Cut documents into `sequences` sequences of `length` tokens, spread evenly over the domains, in batches of one
     domain each. A long document gives its first window before any gives its second; documents shorter than `length`
     are joined with others of their domain until the sequence is full.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
 DEFAULT_SKIP_OFFSET = 2  # what engines assume when a config gives a frequency and no offset
 MAX_LAYERS = 4096
+MAX_POOL_FACTOR = 999_999  # what can be read back from behind the @
 TYPES = {"F": "full", "S": "shared"}
 
 
@@ -78,6 +80,8 @@ class Pattern:
             ValueError: freq < 1, offset outside 1..layers, or rest not S or R.
         """
         layers, freq, offset = _layer_count(layers), _integer("freq", freq, 1), _integer("offset", offset, 1)
+        if offset > layers:
+            raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
         if rest not in ("S", "R"):
             raise ValueError(f"The layers between the full ones can be S or R, not {rest!r}.")
         roles = "".join("F" if max(i - offset + 1, 0) % freq == 0 else rest for i in range(layers))
@@ -105,7 +109,9 @@ class Pattern:
                 found = values[key]
                 if not isinstance(found, (str, list, tuple)) or (key == "indexer_types" and isinstance(found, str)):
                     raise ValueError(f"{key} of the config is {type(found).__name__}; expected one role per layer.")
-                return cls(found).check(layers=layers)
+                if not isinstance(found, str) and any(t not in TYPES.values() for t in found):
+                    raise ValueError(f"{key} of the config may hold only full and shared: engines take anything else for full.")
+                return cls(found).check(layers=layers, reindex=False)
         freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
         freq = 1 if freq is None else _integer("index_topk_freq", freq)
         offset = DEFAULT_SKIP_OFFSET if offset is None else _integer("index_skip_topk_offset", offset)
@@ -194,7 +200,7 @@ class Pattern:
     def groups(self) -> list[tuple[int, ...]]:
         """The layers cut before every F: each group is one full layer and those that live on it."""
         starts = [*self.full_layers, len(self)]
-        return [tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+        return [tuple(range(a, b)) for a, b in pairwise(starts)]
 
     def publishers(self) -> frozenset[int]:
         """The full layers whose pool an R layer reads."""
@@ -211,7 +217,9 @@ class Pattern:
         if "R" in self.roles:
             return None
         full = self.full_layers
-        gaps = sorted({b - a for a, b in zip(full, full[1:], strict=False)} - {1})
+        gaps = sorted({b - a for a, b in pairwise(full)} - {1})
+        if len(gaps) > 1:
+            return None
         for freq in [*gaps, len(self) - full[-1]]:
             for offset in range(1, len(self) + 1):
                 if Pattern.uniform(len(self), max(freq, 1), offset) == self:
@@ -219,12 +227,17 @@ class Pattern:
         return None
 
     def replace(self, layer: int, role: str) -> Pattern:
-        """The same pattern with one layer in another role."""
+        """The same pattern with one layer in another role. Raises ValueError for an unknown role, IndexError for no layer."""
+        layer = range(len(self))[layer]
+        if len(role) != 1:
+            raise ValueError(f"A layer has one role, F, R or S, not {role!r:.60}.")
         roles = self.roles[:layer] + role + self.roles[layer + 1 :]
         return Pattern(roles, self.pool_factor if "R" in roles else None)
 
     def with_rest(self, role: str, pool_factor: int | None = None) -> Pattern:
         """The same full layers, every other layer in `role` (S or R)."""
+        if role not in ("S", "R"):
+            raise ValueError(f"The layers between the full ones can be S or R, not {role!r:.60}.")
         roles = "".join("F" if r == "F" else role for r in self.roles)
         return Pattern(roles, pool_factor if "R" in roles else None)
 
@@ -306,4 +319,6 @@ def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
         if not (factor.isascii() and factor.isdigit() and len(factor) < 7):
             raise ValueError(f"Behind the @ of a pattern stands its pool factor, a whole number, not {factor!r:.60}.")
         pool_factor = int(factor)
-    return roles, None if pool_factor is None else _integer("The pool factor", pool_factor, 1)
+    if pool_factor is not None and _integer("The pool factor", pool_factor, 1) > MAX_POOL_FACTOR:
+        raise ValueError(f"The pool factor is {pool_factor}; at most {MAX_POOL_FACTOR} is supported.")
+    return roles, pool_factor

@@ -50,9 +50,12 @@ class Run:
             with open(path, "r+b") as f:
                 f.truncate(len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise ValueError(f"{path}: a line is not JSON, so the journal was changed by hand; start in a new folder.") from None
+            entries = [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, RecursionError):
+            entries = [None]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder.")
+        return entries
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and force it to the disk before returning."""
@@ -88,6 +91,8 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
         path = folder / "settings.json"
         if path.exists():
             before = read_json(path)
+            if not isinstance(before, dict):
+                raise ValueError(f"{path}: is not a JSON object, so it was changed by hand; choose another --out.")
             changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
             if changed:
                 what = "; ".join(f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed)

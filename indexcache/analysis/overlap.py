@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from indexcache.data import Batch, check_context
 from indexcache.models.family import indexers
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern
+from indexcache.progress import progress
 
 CHUNK_BYTES = 1 << 26
 
@@ -39,14 +38,16 @@ def measure_overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any
         check_context(batch.ids.shape[1], topk)
     total = np.zeros((len(have), len(have)))
     queries, chance = 0, 0.0
-    for batch in tqdm(batches, unit="batch", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15):
-        with use_pattern(model, pattern, capture=True) as seam:
-            hidden_states(model, batch.ids)
-            selections = [seam.selections[i][:, topk:].cpu() for i in range(len(have))]
-        length = batch.ids.shape[1]
-        total += _shared(selections, length)
-        queries += len(batch.units) * (length - topk)
-        chance += len(batch.units) * float((topk / torch.arange(topk + 1, length + 1).double()).sum())
+    with progress(len(batches), "batch") as bar:
+        for batch in batches:
+            with use_pattern(model, pattern, capture=True) as seam:
+                hidden_states(model, batch.ids)
+                selections = [seam.selections[i][:, topk:].cpu() for i in range(len(have))]
+            length = batch.ids.shape[1]
+            total += _shared(selections, length)
+            queries += len(batch.units) * (length - topk)
+            chance += len(batch.units) * float((topk / torch.arange(topk + 1, length + 1).double()).sum())
+            bar.update()
     overlap = total / queries / topk
     return {"overlap": overlap.tolist(), "chance": chance / queries, "queries": queries, "layers": len(have), "topk": topk}
 

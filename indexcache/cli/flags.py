@@ -83,7 +83,7 @@ def _plain(kind: Any) -> Any:
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
     meta = field.metadata
-    default = "" if field.default in (dataclasses.MISSING, None, (), False) else f" (default: {_show(field.default)})"
+    default = "" if field.default in (dataclasses.MISSING, None, ()) or field.default is False else f" (default: {_show(field.default)})"
     text = (meta["help"] + default).replace("%", "%%")
     if meta.get("positional"):
         parser.add_argument(field.name, nargs="?", default=None, metavar=field.name.upper(), help=text)
@@ -137,7 +137,10 @@ def _read_toml(path: Path, fields: Mapping[str, tuple[dataclasses.Field, Any]], 
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             result[name] = float(value)
         elif fields[name][0].metadata.get("fraction") and isinstance(value, str):
-            result[name] = fraction(value)
+            try:
+                result[name] = fraction(value)
+            except ValueError:
+                raise ValueError(f"{path}: {key} is {value!r}, which is neither a number nor a fraction such as 1/4.") from None
         elif isinstance(value, kind if isinstance(kind, type) else ()) and not (kind is int and isinstance(value, bool)):
             result[name] = value
         else:

@@ -18,7 +18,6 @@ class Settings:
 def run(s: Settings) -> int:
     from indexcache.models.loading import describe
     from indexcache.pattern import Pattern
-    from indexcache.report.table import table
     from indexcache.search.greedy import evaluations
     from indexcache.search.run import full_count
 
@@ -41,6 +40,7 @@ def run(s: Settings) -> int:
         budgets = {f"1/{n}": evaluations(layers, full_count(layers, 1 / n)) for n in (2, 4, 8)}
         shown["search"] = ", ".join(f"{v} evaluations to keep {b}" for b, v in budgets.items())
         facts["search_evaluations"] = budgets
-    print(table(["", ""], list(shown.items())))
+    width = max(map(len, shown))
+    print("\n".join(f"{k.ljust(width)}  {v}" for k, v in shown.items()))
     emit(s.json, facts)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from indexcache.data import Batch, check_context
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern
+from indexcache.progress import progress
 
 BUCKETS = 4  # position buckets, equal parts of the sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
@@ -49,25 +48,27 @@ def evaluate_pattern(
     Raises:
         ValueError: sequences too short for k, a pattern the model cannot take, a loss that is not finite.
     """
-    named = dict(patterns) if isinstance(patterns, Mapping) else {str(p): p for p in patterns}
-    named = {name: p if isinstance(p, Pattern) else Pattern(p) for name, p in named.items()}
+    given = patterns if isinstance(patterns, Mapping) else {str(p): p for p in patterns}
+    named = {name: p if isinstance(p, Pattern) else Pattern(p) for name, p in given.items()}
     if not named:
         raise ValueError("There is no pattern to evaluate.")
+    for pattern in named.values():
+        with use_pattern(model, pattern):
+            pass  # refuses what this model cannot take before any work is done
     for batch in batches:
         check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
     # sums[name][domain, unit, bucket] -> loss, delta, KL, agreement, tokens
     sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named}
-    bar = tqdm(total=len(batches) * (len(named) + 1), unit="pass", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15)
-    for batch in batches:
-        full = hidden_states(model, batch.ids)
-        bar.update()
-        for name, pattern in named.items():
-            with use_pattern(model, pattern):
-                hidden = hidden_states(model, batch.ids)
-            for key, value in _compare(model, full, hidden, batch):
-                sums[name][key] += value
+    with progress(len(batches) * (len(named) + 1), "pass") as bar:
+        for batch in batches:
+            full = hidden_states(model, batch.ids)
             bar.update()
-    bar.close()
+            for name, pattern in named.items():
+                with use_pattern(model, pattern):
+                    hidden = hidden_states(model, batch.ids)
+                for key, value in _compare(model, full, hidden, batch):
+                    sums[name][key] += value
+                bar.update()
     rows, positions = [], []
     domains = sorted({b.domain for b in batches})
     for name, pattern in named.items():

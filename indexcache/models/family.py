@@ -64,11 +64,10 @@ def family_of(model: Any) -> Family:
     """
     config = getattr(model, "config", model)
     model_type = getattr(config, "model_type", None)
-    try:
-        return families()[model_type]
-    except KeyError:
+    if model_type not in families():
         known = ", ".join(sorted(families()))
-        raise ValueError(f"The model type {model_type!r} is not a DSA family that is known here ({known}).") from None
+        raise ValueError(f"The model type {model_type!r} is not a DSA family that is known here ({known}).")
+    return families()[model_type]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -76,6 +75,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.model.layers  # type: ignore[union-attr, return-value]
 
 
-def indexers(model: nn.Module) -> list[nn.Module | None]:
-    """The indexer of each decoder layer; None where the checkpoint shares natively."""
+def indexers(model: nn.Module) -> list[Any]:
+    """The indexer module of each decoder layer; None where the checkpoint shares natively."""
     return [layer.self_attn.indexer for layer in decoder_layers(model)]  # type: ignore[union-attr, misc]

@@ -110,12 +110,13 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
         raise ValueError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
     logging.disable_progress_bar()
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa",
             trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
     except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: transformers cannot load this checkpoint ({str(error).splitlines()[0]:.200}).") from None
+    loaded, report = found
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{path}: {len(missing)} weights are missing, among them {missing[0]}; transformers would fill them "

@@ -89,7 +89,7 @@ class Seam:
             self.captured[layer] = ids
         return ids
 
-    def _full(self, layer: int, indexer: nn.Module, publishes: bool):
+    def _full(self, layer: int, indexer: Any, publishes: bool):
         stock = self.stock[layer]
 
         def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
@@ -112,7 +112,7 @@ class Seam:
 
         return forward
 
-    def _reindex(self, layer: int, indexer: nn.Module):
+    def _reindex(self, layer: int, indexer: Any):
         @torch.no_grad()
         def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
             assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]

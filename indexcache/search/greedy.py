@@ -37,7 +37,13 @@ def greedy(loss: Loss, layers: int, full: int) -> Iterator[Step]:
 
 def greedy_stages(loss: Loss, layers: int, full: int, starts: Sequence[int]) -> Iterator[Step]:
     """The same with the layers cut into pipeline stages: the first layer of each stage stays F, and each round flips
-    one layer per stage, stage after stage. One stage is Algorithm 1 itself; P stages take P times fewer evaluations."""
+    one layer per stage, stage after stage. One stage is Algorithm 1 itself; P stages take P times fewer evaluations.
+
+    Raises:
+        ValueError: fewer full layers than stages, whose first layers always stay full.
+    """
+    if full < len(starts):
+        raise ValueError(f"{full} full layers are too few: the first layer of each of the {len(starts)} stages stays full.")
     c = Pattern.full(layers)
     yield Step(c, loss(c), None)
     ends = [*starts[1:], layers]

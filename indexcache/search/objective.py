@@ -31,16 +31,20 @@ class Objective:
         record: Callable[[Pattern, float], None] = lambda pattern, loss: None,
     ):
         self.model, self.batches, self.known, self.record = model, batches, dict(known or {}), record
+        self.base: Pattern | None = None
         self.prefix = PrefixCache(model, [b.ids for b in batches])
 
     def rebase(self, pattern: Pattern) -> None:
-        """Tell that the next patterns differ little from this one (their common layers are computed once)."""
-        self.prefix.rebase(pattern)
+        """Tell that the next patterns differ little from this one: their common layers are computed once, when the first
+        of them is not known yet."""
+        self.base = pattern
 
     def __call__(self, pattern: Pattern) -> float:
         """Raises ValueError when the loss is not finite."""
         key = str(pattern)
         if key not in self.known:
+            if self.base is not None:
+                self.prefix.rebase(self.base)
             total, count = 0.0, 0
             for i, batch in enumerate(self.batches):
                 losses = token_losses(self.model, self.prefix.hidden(i, pattern), batch.ids)

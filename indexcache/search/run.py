@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from tqdm import tqdm
 
 from indexcache.data import Batch, check_context, digest_of
 from indexcache.models.family import family_of, indexers
 from indexcache.pattern import Pattern, stage_starts
+from indexcache.progress import progress
 from indexcache.records import open_run
 from indexcache.search.greedy import evaluations, greedy_stages
 from indexcache.search.objective import Objective
@@ -75,30 +74,33 @@ def search_pattern(
     starts = stage_starts(layers, settings.stages)
     full = full_count(layers, settings.keep)
     if full < settings.stages:
-        raise ValueError(f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of {layers} "
-                         f"layers leaves {full}.")  # fmt: skip
+        raise ValueError(f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of "
+                         f"{layers} layers leaves {full}.")  # fmt: skip
     comparisons = _uniform(layers, full, settings) if settings.uniform else []
     with open_run(Path(out), {**asdict(settings), **_environment(model, batches), **(identity or {})}) as run:
         known = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
-        bar = tqdm(total=total, initial=len(known), unit="eval", file=sys.stderr, mininterval=_interval(), smoothing=0.1)
+        with progress(total, "eval", len(known)) as bar:
 
-        def record(pattern: Pattern, loss: float) -> None:
-            run.append({"pattern": str(pattern), "loss": loss})
-            bar.update()
+            def record(pattern: Pattern, loss: float) -> None:
+                run.append({"pattern": str(pattern), "loss": loss})
+                bar.update()
 
-        objective = Objective(model, batches, known, record)
-        frontier = []
-        for step in greedy_stages(objective, layers, full, starts):
-            frontier.append({"full": step.full, "pattern": str(step.pattern), "loss": step.loss, "flipped": step.flipped})
-            bar.set_postfix_str(f"{step.full} full, best loss {step.loss:.4f}")
-            if step.full > full and len(objective.known) < total:
+            objective = Objective(model, batches, known, record)
+            frontier: list[dict[str, Any]] = []
+            for step in greedy_stages(objective, layers, full, starts):
+                frontier.append({"full": step.full, "pattern": str(step.pattern), "loss": step.loss, "flipped": step.flipped})
+                bar.set_postfix_str(f"{step.full} full, best loss {step.loss:.4f}")
                 objective.rebase(step.pattern)
-        uniform = [{"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)} for p in comparisons]
-        bar.close()
+            uniform = [{"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)} for p in comparisons]
         tokens = sum(b.ids.numel() for b in batches)
-        calibration = {"sequences": sum(len(b.units) for b in batches), "tokens": tokens, "queries_beyond_k": beyond,
-                       "domains": sorted({b.domain for b in batches}), "digests": sorted({d for b in batches for d in b.digests})}  # fmt: skip
+        calibration = {
+            "sequences": sum(len(b.units) for b in batches),
+            "tokens": tokens,
+            "queries_beyond_k": beyond,
+            "domains": sorted({b.domain for b in batches}),
+            "digests": sorted({d for b in batches for d in b.digests}),
+        }
         result = {"frontier": frontier, "uniform": uniform, "calibration": calibration}
         run.save("result.json", result)
         Pattern(frontier[-1]["pattern"]).to_file(run.folder / "pattern.json")
@@ -134,8 +136,3 @@ def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     return {"data": digest_of(batches), "dtype": str(weight.dtype), "device": device,
             "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
-
-
-def _interval() -> float:
-    """Seconds between progress lines: often on a terminal, rarely in a log."""
-    return 0.5 if sys.stderr.isatty() else 15.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ from indexcache.search.run import full_count
 
 SYNTAX = """one of
   FSSF..            a pattern, one character per layer (R layers: FRRF..@8, pool factor behind the @)
+  full              every layer full
   uniform:1/4       one full layer in four, the first of each four (or uniform:4)
   FILE              a file with a pattern, or a config.json
   RUN               the last pattern of a search's folder; RUN:1/4 or RUN:3 the point that keeps 1/4 or 3 full layers
@@ -44,6 +46,8 @@ def choose(spec: str, layers: int) -> Chosen:
 
 
 def _base(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
+    if not spec.strip():
+        raise ValueError("The pattern is empty: name one, e.g. FSSF, uniform:1/4, a file or the folder of a search.")
     if spec == "full":
         return Pattern.full(layers), frozenset()
     head, colon, tail = spec.rpartition(":")
@@ -52,12 +56,12 @@ def _base(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
         if freq.denominator != 1:
             raise ValueError(f"{spec}: a uniform pattern has one full layer in a whole number of layers.")
         return Pattern.uniform(layers, int(freq)), frozenset()
-    if Path(spec).is_dir():
+    if os.path.isdir(spec):
         return _point(Path(spec), None, layers)
-    if colon and Path(head).is_dir():
+    if colon and os.path.isdir(head):
         value = _fraction(tail, spec)
-        return _point(Path(head), int(value) if value.denominator == 1 else full_count(layers, float(value)), layers)
-    if Path(spec).is_file():
+        return _point(Path(head), full_count(layers, float(value)) if "/" in tail or value.denominator != 1 else int(value), layers)
+    if os.path.isfile(spec):
         return Pattern.from_file(spec), frozenset()
     if "/" in spec or "." in spec or colon:
         raise ValueError(f"{spec}: is no pattern, and there is no such file or run folder.")
@@ -81,7 +85,8 @@ def _point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozen
     try:
         frontier = {int(point["full"]): Pattern(point["pattern"]) for point in result["frontier"]}
         seen = frozenset(result["calibration"]["digests"])
-    except (KeyError, TypeError):
+        min(frontier)
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{folder}: result.json is not the result of a search.") from None
     full = min(frontier) if full is None else full
     if full not in frontier:

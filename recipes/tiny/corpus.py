@@ -89,7 +89,7 @@ def fetch(out: Path) -> Path:
 class Text(HTMLParser):
     """The visible text of a page; blocks become paragraphs, `pre` keeps its spaces."""
 
-    BLOCKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "table", "br", "ul", "ol"}
+    BLOCKS = frozenset({"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "table", "br", "ul", "ol"})
 
     def __init__(self) -> None:
         super().__init__()

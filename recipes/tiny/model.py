@@ -227,9 +227,7 @@ class Tiny(nn.Module):
         self.c = c
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.model.layers = nn.ModuleList(
-            [Layer(c, i >= c["first_k_dense_replace"]) for i in range(c["num_hidden_layers"])]
-        )
+        self.model.layers = nn.ModuleList([Layer(c, i >= c["first_k_dense_replace"]) for i in range(c["num_hidden_layers"])])
         self.model.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         for name, p in self.named_parameters():
             if p.dim() > 1:

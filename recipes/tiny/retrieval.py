@@ -6,6 +6,8 @@ by writing into a window of real text, so that what lies between the parts is or
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -56,7 +58,7 @@ class Retrieval:
         notes, asks = [], []
         for _ in range(int(rng.integers(3, 9))):
             chain = [self.words(rng, 2) for _ in range(3)]
-            for a, b in zip(chain, chain[1:], strict=False):
+            for a, b in pairwise(chain):
                 notes.append(np.concatenate([self.note, a, self.equals, b, self.newline]))
             asks.append(np.concatenate([self.ask, chain[0], self.equals, chain[1], self.equals, chain[2], self.newline]))
         border = int(len(x) * rng.uniform(0.5, 0.7))
