@@ -31,8 +31,15 @@ def main() -> None:
     step("inspect", "tiny")
     step("search", "tiny", "--out", search, "--keep", "1/8", "--no-uniform")
     step("overlap", "tiny", "--out", str(out / "overlap"), "--pattern", f"{search}:1/4")
-    patterns = ["full=full", "uniform 1/2=uniform:1/2", "uniform 1/4=uniform:1/4", f"searched 1/2={search}:1/2", f"searched 1/4={search}:1/4",
-                f"searched 1/4, R={search}:1/4+R8", f"searched 1/8, R={search}:1/8+R8"]  # fmt: skip
+    patterns = [
+        "full=full",
+        "uniform 1/2=uniform:1/2",
+        "uniform 1/4=uniform:1/4",
+        f"searched 1/2={search}:1/2",
+        f"searched 1/4={search}:1/4",
+        f"searched 1/4, rest R={search}:1/4+R8",
+        f"searched 1/8, rest R={search}:1/8+R8",
+    ]
     step("evaluate", "tiny", "--out", str(out / "evidence"), "--pattern", *patterns)
     shutil.rmtree(out / "export", ignore_errors=True)
     step("export", "tiny", "--pattern", f"{search}:1/4", "--out", str(out / "export"))

@@ -55,7 +55,7 @@ def parse(parser: Parser, verbs: Mapping[str, ModuleType], argv: list[str]) -> t
     values = vars(parser.parse_args(argv))
     verb, config = values.pop("verb"), values.pop("config")
     settings = verbs[verb].Settings
-    fields = dict((f.name, (f, kind)) for f, kind in _fields(settings))
+    fields = {f.name: (f, kind) for f, kind in _fields(settings)}
     merged = _read_toml(config, fields, verb) if config else {}
     merged |= {k: v for k, v in values.items() if v is not None}
     for name, (field, _) in fields.items():
