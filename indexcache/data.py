@@ -12,14 +12,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".npy", *TEXT_SUFFIXES)
 SPLITS = ("calibration", "heldout", "all")
+ALL = "all"  # the name of all domains together in results
 LEAST_BEYOND = 0.75  # share of queries that must see more than k tokens
 
 Encode = Callable[[str], Sequence[int]]
@@ -74,6 +77,8 @@ def load_documents(source: str | Path, encode: Encode, vocabulary: int, domain: 
     documents: dict[str, Document] = {}
     for path, name in pairs:
         for ids, where, label in _read(path, encode, name):
+            if label == ALL:
+                raise ValueError(f"{where}: the domain cannot be called {ALL!r}; results use that name for all domains together.")
             array = _ids(ids, vocabulary, where)
             digest = hashlib.sha256(array.tobytes()).hexdigest()
             if len(array):
@@ -89,7 +94,7 @@ def _read(path: Path, encode: Encode, domain: str):
         if path.suffix == ".npy":
             yield _load_array(path), str(path), domain
         elif path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8-sig") as f:
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         yield _row(line, f"{path}:{number}", encode, domain)
@@ -125,7 +130,7 @@ def _row(line: str, where: str, encode: Encode, domain: str):
     label = row.get("domain", domain)
     if not isinstance(label, str) or not label:
         raise ValueError(f"{where}: the domain is {label!r}, but it must be a name.")
-    return (row["ids"] if "ids" in row else encode(row["text"])), where, label
+    return (row["ids"] if isinstance(row.get("ids"), list) else encode(row["text"])), where, label
 
 
 def _ids(ids, vocabulary: int, where: str) -> np.ndarray:
@@ -187,11 +192,15 @@ def make_batches(documents: Sequence[Document], *, length: int, sequences: int, 
     for name, value in (("length", length), ("sequences", sequences), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}.")
     domains = sorted({d.domain for d in documents})
     if not domains:
         raise ValueError("There is no document to make sequences from.")
     if sequences < len(domains):
         raise ValueError(f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); ask for more.")
+    import torch  # here, so that --help need not wait for it
+
     batches = []
     for i, domain in enumerate(domains):
         wanted = sequences // len(domains) + (i < sequences % len(domains))
@@ -229,5 +238,5 @@ def digest_of(batches: Sequence[Batch]) -> str:
     """One digest of everything that is in the batches, order included."""
     h = hashlib.sha256()
     for b in batches:
-        h.update(f"{b.domain}|{tuple(b.ids.shape)}|{b.units}".encode() + b.ids.numpy().tobytes())
+        h.update(f"{b.domain}|{tuple(b.ids.shape)}|{b.digests}".encode() + b.ids.numpy().tobytes())
     return h.hexdigest()

@@ -19,7 +19,7 @@ class Text:
     source: Path | None = None
     split: str = "all"
     length: int | None = None
-    sequences: int = 12
+    sequences: int = 9
     batch: int = 1
     seed: int = 0
 

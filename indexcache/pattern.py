@@ -84,6 +84,8 @@ class Pattern:
             raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
         if rest not in ("S", "R"):
             raise ValueError(f"The layers between the full ones can be S or R, not {rest!r}.")
+        if rest == "S" and pool_factor is not None:
+            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
         roles = "".join("F" if max(i - offset + 1, 0) % freq == 0 else rest for i in range(layers))
         return cls(roles, pool_factor if "R" in roles else None)
 
@@ -238,6 +240,8 @@ class Pattern:
         """The same full layers, every other layer in `role` (S or R)."""
         if role not in ("S", "R"):
             raise ValueError(f"The layers between the full ones can be S or R, not {role!r:.60}.")
+        if role == "S" and pool_factor is not None:
+            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
         roles = "".join("F" if r == "F" else role for r in self.roles)
         return Pattern(roles, pool_factor if "R" in roles else None)
 
@@ -272,6 +276,17 @@ class Pattern:
                 raise ValueError(f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it: "
                                  "it was trained shared and can only be S.")  # fmt: skip
         return self
+
+
+def full_count(layers: int, keep: float) -> int:
+    """Full layers of a pattern that keeps the fraction `keep` of `layers`: rounded half up, at least 1.
+
+    Raises:
+        ValueError: keep is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}.")
+    return max(int(layers * keep + 0.5), 1)
 
 
 def stage_starts(layers: int, stages: int) -> tuple[int, ...]:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from indexcache.evals.statistics import bootstrap_interval
-from indexcache.pattern import Pattern, stage_starts
+from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.search.greedy import evaluations, greedy, greedy_stages
-from indexcache.search.run import full_count
 
 # -- the bootstrap ----------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.data import Batch, check_context
-from indexcache.models.family import indexers
+from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
-from indexcache.pattern import Pattern
 from indexcache.progress import progress
 
 CHUNK_BYTES = 1 << 26
@@ -32,24 +31,23 @@ def measure_overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any
         ValueError: sequences too short for k.
     """
     topk = int(model.config.index_topk)  # type: ignore[union-attr, arg-type]
-    have = [m is not None for m in indexers(model)]
-    pattern = Pattern("".join("F" if h else "S" for h in have))
+    pattern = native_pattern(model)
     for batch in batches:
         check_context(batch.ids.shape[1], topk)
-    total = np.zeros((len(have), len(have)))
+    total = np.zeros((len(pattern), len(pattern)))
     queries, chance = 0, 0.0
     with progress(len(batches), "batch") as bar:
         for batch in batches:
             with use_pattern(model, pattern, capture=True) as seam:
                 hidden_states(model, batch.ids)
-                selections = [seam.selections[i][:, topk:].cpu() for i in range(len(have))]
+                selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
             length = batch.ids.shape[1]
             total += _shared(selections, length)
             queries += len(batch.units) * (length - topk)
             chance += len(batch.units) * float((topk / torch.arange(topk + 1, length + 1).double()).sum())
             bar.update()
     overlap = total / queries / topk
-    return {"overlap": overlap.tolist(), "chance": chance / queries, "queries": queries, "layers": len(have), "topk": topk}
+    return {"overlap": overlap.tolist(), "chance": chance / queries, "queries": queries, "layers": len(pattern), "topk": topk}
 
 
 def _shared(selections: list[Tensor], length: int) -> np.ndarray:

@@ -8,13 +8,15 @@ from typing import ClassVar
 
 from indexcache.cli.common import ModelSettings, load, split_flag
 from indexcache.cli.flags import emit, flag, required
+from indexcache.search.select import SYNTAX
+
+EPILOG = f"SPEC is {SYNTAX}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
     verb: ClassVar[str] = "evaluate"
-    pattern: tuple[str, ...] = required("pattern, uniform:1/4, a file, RUN or RUN:1/4; +R8 puts R in the rest; NAME=.. names it",
-                                        metavar="SPEC")  # fmt: skip
+    pattern: tuple[str, ...] = required("one or more patterns; the forms of SPEC are below", metavar="SPEC")
     out: str | None = flag(None, "folder for evidence.json", metavar="DIR")
     split: str = split_flag("heldout", "evaluate on")
     sequences: int = flag(24, "sequences of held-out text, spread over the domains")

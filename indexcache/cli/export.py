@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from indexcache.cli.flags import emit, flag, required
+from indexcache.search.select import SYNTAX
 
 ENGINES = ("transformers", "vllm", "sglang")
+
+EPILOG = f"SPEC is {SYNTAX}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     verb: ClassVar[str] = "export"
     model: str = required("checkpoint folder, or tiny", positional=True)
-    pattern: str = required("pattern, uniform:1/4, a file, RUN or RUN:1/4", metavar="SPEC")
+    pattern: str = required("the pattern; the forms of SPEC are below", metavar="SPEC")
     out: str = required("folder to write; must not hold anything yet", metavar="DIR")
     engine: tuple[str, ...] = flag(ENGINES, "engines to write for", choices=ENGINES, metavar="ENGINE")
     stages: int = flag(1, "pipeline stages of the engine: the first layer of each must be full")

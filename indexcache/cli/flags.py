@@ -38,7 +38,7 @@ def build_parser(verbs: Mapping[str, ModuleType]) -> Parser:
     sub = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, module in verbs.items():
         doc = module.__doc__ or ""
-        one = sub.add_parser(name, help=doc.splitlines()[0], description=doc, allow_abbrev=False,
+        one = sub.add_parser(name, help=doc.splitlines()[0], description=doc, epilog=getattr(module, "EPILOG", None), allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         for field, kind in _fields(module.Settings):
             _add(one, field, kind)

@@ -17,9 +17,8 @@ class Settings:
 
 def run(s: Settings) -> int:
     from indexcache.models.loading import describe
-    from indexcache.pattern import Pattern
+    from indexcache.pattern import Pattern, full_count
     from indexcache.search.greedy import evaluations
-    from indexcache.search.run import full_count
 
     facts = describe(s.model)
     native = Pattern(facts["native_pattern"])

@@ -8,13 +8,16 @@ from typing import ClassVar
 
 from indexcache.cli.common import ModelSettings, load, split_flag
 from indexcache.cli.flags import emit, flag, required
+from indexcache.search.select import SYNTAX
+
+EPILOG = f"SPEC is {SYNTAX}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
     verb: ClassVar[str] = "overlap"
     out: str = required("folder for overlap.json and overlap.png", metavar="DIR")
-    pattern: str | None = flag(None, "pattern whose blocks are drawn into the heat map (same forms as evaluate)", metavar="SPEC")
+    pattern: str | None = flag(None, "pattern whose blocks are drawn into the heat map", metavar="SPEC")
     split: str = split_flag("heldout", "measure on")
     sequences: int = flag(6, "sequences of text, spread over the domains")
 

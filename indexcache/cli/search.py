@@ -18,7 +18,7 @@ class Settings(ModelSettings):
     verb: ClassVar[str] = "search"
     out: str = required("run folder; an interrupted run in it is continued", metavar="DIR")
     split: str = split_flag("calibration", "search on")
-    sequences: int = flag(12, "sequences of calibration text, spread over the domains")
+    sequences: int = flag(9, "sequences of calibration text, spread over the domains")
     keep: float = flag(0.25, "fraction of the layers that stay full at the end, e.g. 1/4", fraction=True)
     stages: int = flag(1, "pipeline stages of the engine: the first layer of each stays full")
     uniform: bool = flag(True, "also evaluate uniform patterns (S and R) for comparison")

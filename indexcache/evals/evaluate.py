@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from indexcache.data import Batch, check_context
 from indexcache.evals.statistics import bootstrap_interval
+from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern
@@ -57,6 +58,7 @@ def evaluate_pattern(
             pass  # refuses what this model cannot take before any work is done
     for batch in batches:
         check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
+    native = native_pattern(model)
     # sums[name][domain, unit, bucket] -> loss, delta, KL, agreement, tokens
     sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named}
     with progress(len(batches) * (len(named) + 1), "pass") as bar:
@@ -64,8 +66,11 @@ def evaluate_pattern(
             full = hidden_states(model, batch.ids)
             bar.update()
             for name, pattern in named.items():
-                with use_pattern(model, pattern):
-                    hidden = hidden_states(model, batch.ids)
+                if pattern == native:  # bitwise the same pass
+                    hidden = full
+                else:
+                    with use_pattern(model, pattern):
+                        hidden = hidden_states(model, batch.ids)
                 for key, value in _compare(model, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indexcache.pattern import Pattern
+
 Projection = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -73,6 +75,11 @@ def family_of(model: Any) -> Family:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers, without multi-token-prediction layers."""
     return model.model.layers  # type: ignore[union-attr, return-value]
+
+
+def native_pattern(model: nn.Module) -> Pattern:
+    """What the model does by itself: F where a layer has an indexer, S where it has none."""
+    return Pattern("".join("S" if indexer is None else "F" for indexer in indexers(model)))
 
 
 def indexers(model: nn.Module) -> list[Any]:

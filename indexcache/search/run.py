@@ -13,7 +13,7 @@ from torch import nn
 
 from indexcache.data import Batch, check_context, digest_of
 from indexcache.models.family import family_of, indexers
-from indexcache.pattern import Pattern, stage_starts
+from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress
 from indexcache.records import open_run
 from indexcache.search.greedy import evaluations, greedy_stages
@@ -29,17 +29,6 @@ class SearchSettings:
     stages: int = 1
     uniform: bool = True
     pool_factor: int = 8
-
-
-def full_count(layers: int, keep: float) -> int:
-    """Full layers of a pattern that keeps the fraction `keep` of `layers`: rounded half up, at least 1.
-
-    Raises:
-        ValueError: keep is not in (0, 1].
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}.")
-    return max(int(layers * keep + 0.5), 1)
 
 
 def search_pattern(

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from indexcache.pattern import Pattern
+from indexcache.pattern import Pattern, full_count
 from indexcache.records import read_json
-from indexcache.search.run import full_count
 
 SYNTAX = """one of
   FSSF..            a pattern, one character per layer (R layers: FRRF..@8, pool factor behind the @)

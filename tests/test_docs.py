@@ -1,0 +1,39 @@
+"""What the README shows is run, and what it says of the results is in the files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from indexcache.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```sh demo\n(.*?)```", README, re.S)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert [c[1] for c in commands] == ["inspect", "search", "evaluate", "overlap", "export"]
+    for program, *arguments in commands:
+        assert program == "indexcache"
+        assert main(arguments) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "export" / "vllm.txt").exists()
+    assert (tmp_path / "runs" / "overlap" / "overlap.png").exists()
+
+
+def test_readme_example_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "torch.Size([1, 256, 4096])" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), (path.name, target)
