@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from indexcache.cli.flags import flag, required
-from indexcache.data import SPLITS
+from indexcache.data import SPLITS, check_context
 
 if TYPE_CHECKING:
     from indexcache.data import Batch
@@ -36,7 +37,11 @@ def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Bat
     source, part = text_for(s.model, s.data, split)
     loaded = load_model(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
     text = Text(source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed)
-    return loaded, make_inputs(loaded, text)
+    batches = make_inputs(loaded, text)
+    length, domains = batches[0].ids.shape[1], ", ".join(sorted({b.domain for b in batches}))
+    print(f"{sequences} sequences of {length} tokens ({domains}); {check_context(length, loaded.topk):.0%} of the queries see more than "
+          f"k = {loaded.topk} tokens", file=sys.stderr)  # fmt: skip
+    return loaded, batches
 
 
 def keep_freed_memory() -> None:

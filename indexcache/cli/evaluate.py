@@ -28,7 +28,7 @@ def run(s: Settings) -> int:
     from indexcache.inputs import check_unseen
     from indexcache.models.family import indexers
     from indexcache.records import write_json
-    from indexcache.report.table import domains, evidence
+    from indexcache.report.table import domains, evidence, positions
     from indexcache.search.select import choose
 
     loaded, batches = load(s, s.split, s.sequences)
@@ -41,6 +41,8 @@ def run(s: Settings) -> int:
     print(evidence(result["rows"]))
     print()
     print(domains(result["rows"]))
+    print()
+    print(positions(result["positions"]))
     if s.out is not None:
         Path(s.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(s.out) / "evidence.json", result)

@@ -27,6 +27,14 @@ def evidence(rows: Sequence[dict]) -> str:
     return table(["pattern", "full", "loss", "vs full", "95 % interval", "KL", "same top-1", "roles"], lines)
 
 
+def positions(rows: Sequence[dict]) -> str:
+    """Loss difference per part of the sequence, one column per part."""
+    parts = sorted({(r["from"], r["to"]) for r in rows})
+    by = {(r["name"], r["from"]): r for r in rows}
+    lines = [[name, *(f"{by[name, a]['delta_loss']:+.4f}" for a, _ in parts)] for name in dict.fromkeys(r["name"] for r in rows)]
+    return table(["vs full, by position", *(f"{a:.0%} to {b:.0%}" for a, b in parts)], lines)
+
+
 def domains(rows: Sequence[dict]) -> str:
     """Loss difference per domain, one column per domain."""
     names = sorted({r["domain"] for r in rows} - {"all"})
