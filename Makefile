@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(READY) lint
 	$(BIN)/python -m pytest
+
+# The same on the oldest transformers that is supported, where the seam touches it.
+test-oldest: $(READY)
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/oldest/bin/python -m pip install --quiet --editable ".[test]" "transformers==5.17.0"
+	$(VENV)/oldest/bin/python -m pytest tests/test_seam.py tests/test_tiny.py tests/test_export.py tests/test_evidence.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

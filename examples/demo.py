@@ -35,6 +35,7 @@ def main() -> None:
         "full=full",
         "uniform 1/2=uniform:1/2",
         "uniform 1/4=uniform:1/4",
+        "uniform 1/4, offset 2=uniform:1/4:2",
         f"searched 1/2={search}:1/2",
         f"searched 1/4={search}:1/4",
         f"searched 1/4, rest R={search}:1/4+R8",

@@ -14,7 +14,7 @@ from indexcache.models.loading import Loaded, load_model
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """Which text becomes which batches. `source` None is the text shipped with `tiny`, already split into calibration
-    and held-out files; `length` None is 8 k tokens, at least 1024 and at most the model's context."""
+    and held-out files; `length` None is 4 k tokens, at least 1024 and at most the model's context."""
 
     source: Path | None = None
     split: str = "all"
@@ -25,7 +25,7 @@ class Text:
 
 
 def shipped_text(split: str) -> Path:
-    """The shipped text of one split ("calibration" or "heldout"); licences in `NOTICE` beside it."""
+    """The shipped text of one split ("calibration" or "heldout"); licences in NOTICE."""
     return Path(str(resources.files("indexcache") / "assets" / "text" / f"{split}.jsonl"))
 
 
@@ -50,7 +50,7 @@ def make_inputs(loaded: Loaded, text: Text) -> list[Batch]:
     """
     config = loaded.model.config
     context, topk = int(config.max_position_embeddings), loaded.topk  # type: ignore[union-attr, arg-type]
-    length = text.length or min(max(8 * topk, 1024), context)
+    length = text.length or min(max(4 * topk, 1024), context)
     if length > context:
         raise ValueError(f"Sequences of {length} tokens are longer than the model's context of {context}.")
     check_context(length, topk)

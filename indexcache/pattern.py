@@ -167,11 +167,15 @@ class Pattern:
         return keys
 
     def to_file(self, path: str | Path) -> None:
-        """Write `{"pattern", "indexer_types" (F and S only), "full", "layers"}` as JSON."""
+        """Write `facts()` as JSON."""
+        Path(path).write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
+
+    def facts(self) -> dict[str, Any]:
+        """{"pattern", "layers", "full" (how many), "indexer_types" (patterns of F and S only)}, what a file holds."""
         value: dict[str, Any] = {"pattern": str(self), "layers": len(self), "full": len(self.full_layers)}
         if "R" not in self.roles:
             value["indexer_types"] = self.to_types()
-        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        return value
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -272,9 +276,9 @@ class Pattern:
         if not reindex and "R" in self.roles:
             raise ValueError(f"Layer {self.roles.index('R')} is R (re-index), but the engine knows only F and S.")
         for layer in without_indexer:
-            if self.roles[layer] != "S":
-                raise ValueError(f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it: "
-                                 "it was trained shared and can only be S.")  # fmt: skip
+            if layer < len(self) and self.roles[layer] != "S":
+                raise ValueError(f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it, "
+                                 "so it can only be S (trained with sharing, or pruned by an export).")  # fmt: skip
         return self
 
 

@@ -93,8 +93,46 @@ def test_the_whole_path(checkpoint, text, tmp_path, capsys):
 def test_search_and_evaluate_share_no_document(checkpoint, text, tmp_path, capsys):
     assert main(["search", str(checkpoint), "--data", str(text), "--out", str(tmp_path / "s"), "--keep", "1/2", *COMMON]) == 0
     capsys.readouterr()
-    refused(capsys, "evaluate", checkpoint, "--data", text, "--split", "calibration", "--pattern", tmp_path / "s", *COMMON,
-            says="held-out documents were calibration text")  # fmt: skip
+    for pattern in (tmp_path / "s", tmp_path / "s" / "pattern.json", f"x={tmp_path / 's'}:1/2+R2"):
+        refused(capsys, "evaluate", checkpoint, "--data", text, "--split", "calibration", "--pattern", pattern, *COMMON,
+                says="held-out documents were calibration text")  # fmt: skip
+
+
+def test_changed_settings_data_or_model_are_refused(checkpoint, text, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    search = ["search", str(checkpoint), "--data", str(text), "--out", str(tmp_path / "s"), "--keep", "1/2", *COMMON]
+    assert main(search) == 0
+    capsys.readouterr()
+    refused(capsys, *search, "--keep", "1/3", says="keep was 0.5, now 0.333")
+    refused(capsys, *search, "--seed", "1", says="other settings")
+    other = tmp_path / "other.jsonl"
+    other.write_text(text.read_text().replace("a 0", "a zero"))
+    search[3] = str(other)
+    refused(capsys, *search, says="data was")
+    search[3] = str(text)
+    folder = copy_of(checkpoint, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.3.self_attn.o_proj.weight"][1, 2] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    search[1] = str(folder)
+    refused(capsys, *search, says="model was")
+
+
+def test_a_config_that_shares_on_a_whole_checkpoint_is_no_native_sharing(checkpoint, text, tmp_path, capsys):
+    """Such a config is an override: the model is evaluated against all its indexers, and can be searched."""
+    assert main(["export", str(checkpoint), "--pattern", "FSSSSS", "--out", str(tmp_path / "e"), "--no-prune"]) == 0
+    shared = tmp_path / "e" / "transformers"
+    capsys.readouterr()
+    rows = []
+    for folder in (checkpoint, shared):
+        assert main(["evaluate", str(folder), "--data", str(text), "--pattern", "FSSSSS", "--json", *COMMON]) == 0
+        rows.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
+    assert rows[0] == rows[1]
+    assert rows[0][0]["kl"] > 0.01
+    assert main(["search", str(shared), "--data", str(text), "--out", str(tmp_path / "s"), "--keep", "1/2", *COMMON]) == 0
+    out = capsys.readouterr().out
+    assert "FFFFFF" in out
 
 
 def test_settings_from_toml(checkpoint, text, tmp_path, capsys):
@@ -197,7 +235,7 @@ def test_missing_indexers_are_not_filled_with_random_numbers(checkpoint, text, t
     assert main(["export", str(checkpoint), "--pattern", "FSSFSS", "--out", str(tmp_path / "e"), "--engine", "transformers"]) == 0
     pruned = tmp_path / "e" / "transformers"
     capsys.readouterr()
-    refused(capsys, "search", pruned, "--data", text, "--out", tmp_path / "s", *COMMON, says="trained with sharing")
+    refused(capsys, "search", pruned, "--data", text, "--out", tmp_path / "s", *COMMON, says="no indexer of their own")
     refused(capsys, "evaluate", pruned, "--data", text, "--pattern", "FFSFSS", *COMMON, says="no indexer weights")
     config = json.loads((pruned / "config.json").read_text())
     for key in ("indexer_types", "index_topk_pattern", "index_topk_freq"):

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("indexcache: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("indexcache: interrupted; a search goes on with the same command.", file=sys.stderr)
         return 130
     except MemoryError:
         return _fail("There is not enough memory for this; use fewer or shorter sequences.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class ModelSettings:
     model: str = required("checkpoint folder, or tiny", positional=True)
     data: str | None = flag(None, "text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)")
-    length: int | None = flag(None, "tokens of a sequence (default: 8 k, at least 1024, at most the model's context)")
+    length: int | None = flag(None, "tokens of a sequence (default: 4 k, at least 1024, at most the model's context)")
     batch: int = flag(1, "sequences that go through the model at once")
     seed: int = flag(0, "which sequences are taken, and the bootstrap's resamples")
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))

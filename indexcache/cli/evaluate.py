@@ -38,6 +38,8 @@ def run(s: Settings) -> int:
     if len({c.name for c in chosen}) < len(chosen):
         raise ValueError("Two patterns have the same name; give each its own with NAME=...")
     result = evaluate_pattern(loaded.model, {c.name: c.pattern for c in chosen}, batches, seed=s.seed)
+    if "S" in result["baseline"]:
+        print(f"The model has layers without an indexer; 'full' below is what it does by itself: {result['baseline']}\n")
     print(evidence(result["rows"]))
     print()
     print(domains(result["rows"]))

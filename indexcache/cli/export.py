@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from indexcache.cli.flags import emit, flag, required
+from indexcache.export.doctor import ENGINES
 from indexcache.search.select import SYNTAX
-
-ENGINES = ("transformers", "vllm", "sglang")
 
 EPILOG = f"SPEC is {SYNTAX}"
 

@@ -40,7 +40,8 @@ def evaluate_pattern(
         seed: of the bootstrap.
 
     Returns:
-        {"rows": [..], "positions": [..], "full": {..}}. A row is one pattern on one domain ("all": every domain):
+        {"rows": [..], "positions": [..], "baseline": what the model does by itself, all F unless it has layers without an
+        indexer; every difference is to that}. A row is one pattern on one domain ("all": every domain):
         `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and `delta_loss` (nats per token; delta =
         pattern minus full), `ci_low` and `ci_high` (95 % paired bootstrap over documents), `kl` (KL(full || pattern),
         nats per token), `agreement` (share of tokens with the same top-1), `tokens`, `documents`. `positions` has the
@@ -66,11 +67,12 @@ def evaluate_pattern(
             full = hidden_states(model, batch.ids)
             bar.update()
             for name, pattern in named.items():
-                if pattern == native:  # bitwise the same pass
+                if pattern == native and batch is not batches[0]:  # bitwise the same pass, as the first batch has shown
                     hidden = full
                 else:
                     with use_pattern(model, pattern):
                         hidden = hidden_states(model, batch.ids)
+                    assert pattern != native or torch.equal(hidden, full), "the seam changes the model it should leave alone"
                 for key, value in _compare(model, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()
@@ -84,7 +86,7 @@ def evaluate_pattern(
         for bucket in range(BUCKETS):
             chosen = {k: v for k, v in sums[name].items() if k[2] == bucket}
             positions.append(head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed))
-    return {"rows": rows, "positions": positions}
+    return {"rows": rows, "positions": positions, "baseline": str(native)}
 
 
 def _compare(model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch):

@@ -17,12 +17,13 @@ from indexcache.models.family import families
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WHOLE_FILE = 1 << 30  # files up to this size enter the fingerprint whole, larger ones by samples
+WHOLE_FILES = 1 << 30  # checkpoints up to this size enter the fingerprint whole, larger ones by samples
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready for evaluation, its tokenizer, the folder it came from, and the pattern its config asks for."""
+    """A model ready for evaluation, its tokenizer, the folder it came from, and the pattern its config asks for. The model
+    itself is full in every layer that has indexer weights, whatever the config asks for."""
 
     model: nn.Module
     tokenizer: Any
@@ -97,7 +98,7 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
         ValueError: what `describe` refuses; an unknown dtype or device; weights that the model needs and the
             checkpoint lacks; no tokenizer.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     facts = describe(model)
@@ -110,8 +111,13 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
         raise ValueError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
     logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        if families()[facts["model_type"]].native_sharing:
+            # a config that shares on a checkpoint that has all indexers is an override, not how the model was trained
+            bare = set(facts["layers_without_indexer"])
+            config.indexer_types = ["shared" if i in bare else "full" for i in range(facts["num_hidden_layers"])]
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa",
+            path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa",
             trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
     except (OSError, RuntimeError, KeyError, TypeError) as error:
@@ -136,18 +142,39 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that changes with the config or the weights: config.json and small files whole, of files over 1 GiB the
-    header and 64 blocks of 64 KiB spread over them (a whole read of a large checkpoint would take longer than a search)."""
+    """A digest that changes with the config or the weights: config.json whole, and the weight files whole when they are
+    1 GiB together at most, else the header and 64 blocks of 64 KiB of each (reading a large checkpoint takes longer than
+    a search step)."""
     h = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
-    for file in sorted(path.glob("*.safetensors")):
+    files = sorted(path.glob("*.safetensors"))
+    whole = sum(file.stat().st_size for file in files) <= WHOLE_FILES
+    for file in files:
         size = file.stat().st_size
         h.update(f"{file.name}|{size}|".encode())
         with open(file, "rb") as f:
-            if size <= WHOLE_FILE:
+            if whole:
                 while block := f.read(1 << 24):
                     h.update(block)
             else:
                 for i in range(64):
-                    f.seek(i * (size - (1 << 16)) // 63)
+                    f.seek(i * max(size - (1 << 16), 0) // 63)
                     h.update(f.read(1 << 16))
     return h.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of a loaded model: names, shapes and dtypes of all weights, 64 elements spread over each, and k."""
+    h = hashlib.sha256(str(getattr(model.config, "index_topk", None)).encode())
+    for name, p in model.state_dict().items():
+        flat = p.detach().reshape(-1)
+        picks = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
+        sample = flat[picks.to(flat.device)].float().cpu().numpy()
+        h.update(f"{name}|{tuple(p.shape)}|{p.dtype}".encode() + sample.tobytes())
+    return h.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the last bit of a result."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

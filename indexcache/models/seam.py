@@ -2,7 +2,8 @@
 
 Every decoder layer asks its indexer for ids; the seam replaces `forward` on the indexer objects while the context is
 open. Weights, module tree and state dict stay as they are, stock code computes everything else, and leaving the
-context (also through an exception) restores what was there before.
+context (also through an exception) restores what was there before. One thing stays as long as a cache lives that shared layers
+have filled: a check that refuses to continue it where a layer now runs its indexer.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from indexcache.models.family import Family, family_of, indexers
+from indexcache.models.family import Family, family_of, indexers, native_pattern
 from indexcache.ops import index_scores
 from indexcache.pattern import Pattern
 
 _active: WeakKeyDictionary[nn.Module, list[Seam]] = WeakKeyDictionary()
+_guarded: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # caches that were filled under S, by model
 
 
 class Seam:
@@ -33,6 +35,7 @@ class Seam:
         self.captured: dict[int, Tensor] = {}
         self._undo: list[tuple[nn.Module, Any]] = []
         self._hook: Any = None
+        self._filled: WeakSet[Any] = WeakSet()  # caches that S layers saw
         outer = _active.get(model)
         self.stock: dict[int, Any] = {} if not outer else outer[-1].stock
         if not outer:
@@ -48,7 +51,8 @@ class Seam:
 
     def install(self, model: nn.Module) -> None:
         publishers = self.pattern.publishers()
-        self._hook = model.model.register_forward_pre_hook(self._check_cache, with_kwargs=True)  # type: ignore[union-attr, operator]
+        self._filled = WeakSet()
+        self._hook = _on_forward(model, self._check_cache)
         for i, indexer in enumerate(indexers(model)):
             if indexer is None:
                 continue  # natively shared: stock passes the previous layer's ids on, as S does
@@ -61,7 +65,7 @@ class Seam:
                 forward = self._full(i, indexer, i in publishers)
             indexer.__dict__["forward"] = forward
 
-    def remove(self) -> None:
+    def remove(self, model: nn.Module) -> None:
         for indexer, before in self._undo:
             if before is None:
                 del indexer.__dict__["forward"]
@@ -70,18 +74,13 @@ class Seam:
         self._undo.clear()
         if self._hook is not None:
             self._hook.remove()
+        if self._filled:
+            _guard(model, self._filled)
         self.ids = self.pool = None
 
     def _check_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward pass writes anything: every layer that runs its indexer has all past keys in the cache."""
-        cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
-        for layer, entry in enumerate(getattr(cache, "layers", ())[: len(self.pattern)]):
-            lacking = int(entry.get_seq_length()) - _indexed(entry)
-            if self.pattern[layer] != "S" and lacking:
-                raise ValueError(
-                    f"Layer {layer} runs its indexer now, but it was shared while this cache was filled: the indexer keys of "
-                    f"{lacking} cached tokens are missing; start a new cache after switching the pattern."
-                )
+        _refuse_lacking(_cache_of(args, kwargs), self.pattern)
 
     def _publish(self, layer: int, ids: Tensor) -> Tensor:
         self.ids = ids
@@ -96,7 +95,7 @@ class Seam:
             if not publishes:
                 return self._publish(layer, stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values))
             topk = indexer.index_topk
-            try:  # the same pass gives the pool: top-(c k) in falling order begins with the top-k
+            try:  # the same pass gives the pool: top-(c k) in falling order begins with the top-k (at equal scores, with one of them)
                 indexer.index_topk = topk * self.pattern.pool_factor
                 self.pool = stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values)
             finally:
@@ -106,7 +105,9 @@ class Seam:
         return forward
 
     def _shared(self):
-        def forward(x: Tensor, *_, **__) -> Tensor:
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
+            if past_key_values is not None:
+                self._filled.add(past_key_values)
             assert self.ids is not None and self.ids.shape[:2] == x.shape[:2]
             return self.ids.to(x.device)
 
@@ -140,7 +141,8 @@ def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = Fal
 
     Raises:
         ValueError: unknown family, wrong length, F or R on a layer without indexer weights. Inside the context: a
-            forward pass with a cache that was filled while a layer, now F or R, was shared.
+            forward pass with a cache that was filled while a layer, now F or R, was shared; after it, the same for a
+            layer that is full in the model itself.
     """
     family = family_of(model)
     pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
@@ -153,10 +155,50 @@ def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = Fal
         seam.install(model)
         yield seam
     finally:
-        seam.remove()
+        seam.remove(model)
         stack.remove(seam)
         if not stack:
             _active.pop(model, None)
+
+
+def _on_forward(model: nn.Module, check: Any) -> Any:
+    """Call check(module, args, kwargs) before each forward pass of the decoder."""
+    return model.model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[union-attr, operator]
+
+
+def _guard(model: nn.Module, caches: WeakSet[Any]) -> None:
+    """After the context: as long as a cache that was filled under S is alive, refuse to go on with it where the model, now
+    itself again, runs an indexer. The hook takes itself away with the last such cache."""
+    if model in _guarded:
+        _guarded[model].update(caches)
+        return
+    _guarded[model] = WeakSet(caches)
+    native = native_pattern(model)
+
+    def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        alive = next((c for m, c in _guarded.items() if m.model is module), None)
+        if not alive:
+            hook.remove()
+            for m in [m for m in _guarded if m.model is module]:
+                del _guarded[m]
+        elif (cache := _cache_of(args, kwargs)) in alive and not any(m.model is module for m in _active):
+            _refuse_lacking(cache, native)
+
+    hook = _on_forward(model, check)
+
+
+def _cache_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+
+
+def _refuse_lacking(cache: Any, pattern: Pattern) -> None:
+    for layer, entry in enumerate(getattr(cache, "layers", ())[: len(pattern)]):
+        lacking = int(entry.get_seq_length()) - _indexed(entry)
+        if pattern[layer] != "S" and lacking:
+            raise ValueError(
+                f"Layer {layer} runs its indexer now, but it was shared while this cache was filled: the indexer keys of "
+                f"{lacking} cached tokens are missing; start a new cache after switching the pattern."
+            )
 
 
 def _indexed(entry: Any) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from indexcache.data import Batch, check_context, digest_of
 from indexcache.models.family import family_of, indexers
+from indexcache.models.loading import library_versions, weights_digest
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress
 from indexcache.records import open_run
@@ -92,17 +92,19 @@ def search_pattern(
         }
         result = {"frontier": frontier, "uniform": uniform, "calibration": calibration}
         run.save("result.json", result)
-        Pattern(frontier[-1]["pattern"]).to_file(run.folder / "pattern.json")
+        run.save("pattern.json", Pattern(frontier[-1]["pattern"]).facts() | {"calibration_digests": calibration["digests"]})
     return result
 
 
 def refuse_trained_sharing(model: nn.Module) -> None:
-    """Raises ValueError on a model that was trained with sharing."""
+    """Raises ValueError on a model some of whose layers have no indexer: trained with sharing, or pruned by an export."""
     shared = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     if shared:
+        some = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
-            f"This model was trained with sharing: layers {', '.join(map(str, shared[:8]))}{', ..' if len(shared) > 8 else ''} have no "
-            "indexer of their own and can never be full. A search is pointless: its layers already learnt the pattern it ships with."
+            f"Layers {some} of this model have no indexer of their own and can never be full. A search is pointless on a "
+            "model that was trained with sharing: its layers have learnt the pattern it ships "
+            "with. If this is a pruned export, search the checkpoint it came from."
         )
 
 
@@ -123,5 +125,5 @@ def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """What decides the last bit of a loss."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
-    return {"data": digest_of(batches), "dtype": str(weight.dtype), "device": device,
-            "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
+    return {"data": digest_of(batches), "weights": weights_digest(model), "dtype": str(weight.dtype), "device": device,
+            **library_versions()}  # fmt: skip

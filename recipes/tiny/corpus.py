@@ -245,10 +245,16 @@ def documents(out: Path) -> list[dict]:
     return rows
 
 
+def foreign(row: dict) -> bool:
+    """A source file with a notice of somebody who is not named in NOTICE: it is not shipped."""
+    notices = re.findall(r"^.*Copyright (?:\(c\)|\d{4}).*$", row["text"], re.M | re.I)
+    return row["source"] == "go" and any("The Go Authors" not in n for n in notices)
+
+
 def ship(rows: list[dict], out: Path) -> None:
     """Calibration and held-out text: the first bytes of whole held-out documents, from a line's beginning."""
     for domain in sorted({SOURCES[s][0] for s in SHIPPED}):
-        pools = {s: [r for r in rows if r["source"] == s and r["split"] == "shipped"]
+        pools = {s: [r for r in rows if r["source"] == s and r["split"] == "shipped" and not foreign(r)]
                  for s in SHIPPED if SOURCES[s][0] == domain}  # fmt: skip
         for split, count in DOCUMENTS.items():
             with open(out / f"{split}.jsonl", "a", encoding="utf-8") as f:

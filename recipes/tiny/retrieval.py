@@ -31,7 +31,7 @@ class Retrieval:
 
     def copy(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for _ in range(rng.integers(1, 5)):
-            n = int(rng.integers(32, min(256, len(x) // 4)))
+            n = int(rng.integers(min(32, len(x) // 8), min(256, len(x) // 4)))
             source = int(rng.integers(0, len(x) - 2 * n))
             target = int(rng.integers(source + n, len(x) - n + 1))
             x[target : target + n] = x[source : source + n]

@@ -3,7 +3,7 @@
     python recipes/tiny/train.py --corpus work/tiny-corpus --out work/tiny-train --stage dense|warmup|sparse|all
 
 Each stage writes `STAGE.pt` (weights in bf16) and its losses to `log.jsonl`; a stage that was cut off goes on from
-`STAGE.part.pt` (weights, optimiser, step, random state), a finished one is not run again. Needs one GPU;
+`STAGE.part.pt` (weights, optimiser, step; the batches are a function of seed and step), a finished one is not run again. Needs one GPU;
 `--steps 3 --device cpu --sequence 128 --batch 2` goes through every stage on a CPU in a minute, to no useful result.
 """
 
@@ -29,6 +29,7 @@ STAGES = {
     "warmup": {"steps": 360, "batch": 16, "length": 2048, "lr": 3e-3, "retrieval": 0.20, "micro": 8},
     "sparse": {"steps": 580, "batch": 64, "length": 2048, "lr": 1e-3, "retrieval": 0.20, "micro": 16},
 }
+SAVE = 100  # steps between two states to go on from
 
 
 class Batches:
@@ -77,9 +78,14 @@ def train(stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Name
     first, part = 0, out / f"{stage}.part.pt"
     if part.exists():
         state = torch.load(part, map_location=o.device, weights_only=True)
+        if state["settings"] != s:
+            raise SystemExit(f"{part}: this stage was begun with other settings ({state['settings']}); remove it or use another --out")
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimiser"])
         first = state["step"]
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        kept = [r for r in rows if r["stage"] != stage or r.get("step", 0) < first]
+        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
     model.train()
     log = open(out / "log.jsonl", "a", encoding="utf-8")
     began, seen = time.time(), 0
@@ -120,8 +126,8 @@ def train(stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Name
             log.flush()
             if step % 200 == 0:
                 print(row, flush=True)
-        if (step + 1) % 500 == 0 and step + 1 < s["steps"]:
-            state = {"model": model.state_dict(), "optimiser": opt.state_dict(), "step": step + 1}
+        if (step + 1) % SAVE == 0 and step + 1 < s["steps"]:
+            state = {"model": model.state_dict(), "optimiser": opt.state_dict(), "step": step + 1, "settings": s}
             torch.save(state, part.with_suffix(".tmp"))
             part.with_suffix(".tmp").rename(part)
     torch.save({k: v.bfloat16() for k, v in model.state_dict().items()}, out / f"{stage}.pt")

@@ -1,0 +1,12 @@
+"""Everything that needs triton, behind one import: what the dispatch in ops/__init__.py calls."""
+
+from __future__ import annotations
+
+from indexcache.ops.launch_index import index_topk
+from indexcache.ops.launch_index import refuse as refuse_index
+from indexcache.ops.launch_mla import group_queries, sparse_mla
+from indexcache.ops.launch_mla import refuse as refuse_mla
+from indexcache.ops.launch_quantize import quantize
+from indexcache.ops.launch_quantize import refuse as refuse_quantize
+
+__all__ = ["group_queries", "index_topk", "quantize", "refuse_index", "refuse_mla", "refuse_quantize", "sparse_mla"]

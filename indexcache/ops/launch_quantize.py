@@ -1,0 +1,56 @@
+"""Host side of ops/quantize.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from indexcache.ops import quantize as kernel
+from indexcache.ops.reference import FP8, hadamard
+
+
+def refuse(x: Tensor) -> str | None:
+    dim = x.shape[-1]
+    return None if dim & (dim - 1) == 0 and 16 <= dim <= 256 else f"the index dim {dim} is not a power of two from 16 to 256"
+
+
+@functools.cache
+def _signs(dim: int, device: torch.device) -> Tensor:
+    return hadamard(torch.eye(dim, device=device)).sign().half()
+
+
+def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, dim = x_BSHD.shape
+    x = x_BSHD.contiguous()
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if not x.numel():
+        return out, scale
+    half = 0
+    if cos is not None and sin is not None:
+        half = cos.shape[-1]
+        cos, sin = (t.float().expand(batch, tokens, half).contiguous() for t in (cos, sin))
+    rows = batch * tokens * heads
+    kernel.quantize[(triton.cdiv(rows, 32),)](
+        x,
+        scale if cos is None else cos,
+        scale if sin is None else sin,
+        _signs(dim, x.device) if rotate else scale,
+        out,
+        scale,
+        rows,
+        heads,
+        tokens * half,
+        tokens,
+        D=dim,
+        r=half,
+        INTERLEAVED=interleaved,
+        ROTATE=rotate,
+        NORM=dim**-0.5,
+        BLOCK=32,
+        num_warps=4,
+    )
+    return out, scale

@@ -1,0 +1,138 @@
+"""The selection's kernels against the definition: in Triton's interpreter at small shapes, on a GPU at large ones."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its own library is decorated then
+pytest.importorskip("triton", reason="triton is not installed")
+
+from indexcache import ops  # noqa: E402
+from indexcache.ops import launch_index, reference  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def integers(*shape, low=-3, high=4):
+    """Small integers: sums are exact in any order and precision, so ids must be equal to the definition's."""
+    return torch.randint(low, high, shape, device=DEVICE).float()
+
+
+def inputs(batch, queries, keys, heads, dim, dtype):
+    q, k = integers(batch, queries, heads, dim).to(dtype), integers(batch, keys, dim).to(dtype)
+    return q, k, integers(batch, queries, heads), integers(batch, keys, low=1, high=3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lists and samples so small that short rows go the way of long ones."""
+    for name, value in {"listed": 64, "stride": 4, "queries": 16, "keys": 32, "workers": 2, "chunk": 64}.items():
+        monkeypatch.setattr(launch_index.SETTINGS, name, value)
+
+
+def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
+    got = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="triton")
+    want = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="torch")
+    for a, b in zip(got, want, strict=True) if pool else [(got, want)]:
+        assert a.dtype == torch.int32
+        assert torch.equal(a, b), (a != b).nonzero()[:5]
+
+
+@pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
+@pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (40, 8192), (3, 32)])
+def test_prefill(small, monkeypatch, queries, topk, pool, registered):
+    monkeypatch.setattr(launch_index.SETTINGS, "registered", registered)
+    check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
+
+
+def test_prefill_long_rows(small):
+    check(*inputs(2, 40, 700, 2, 16, torch.float16), 8, torch.tensor([660, 300], device=DEVICE))
+
+
+def test_prefill_when_samples_mislead(small, monkeypatch):
+    monkeypatch.setattr(launch_index.SETTINGS, "deviations", -1.0)  # thresholds too high: too few are listed
+    check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
+
+
+def test_prefill_ties_overflow(small):
+    q, k, w, _ = inputs(1, 33, 300, 2, 16, torch.float16)
+    check(q, k * 0, w, None, 8, 267)  # every score is zero: the lowest ids
+    check(q, k, w * 0, None, 8, 267)
+
+
+@pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (24, 32)])
+def test_decode_unequal_lengths(small, monkeypatch, pool, registered):
+    monkeypatch.setattr(launch_index.SETTINGS, "registered", registered)
+    lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
+    q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
+    for b, n in enumerate(lengths.tolist()):
+        k[b, n:] = torch.nan
+    check(q, k, w, scale, 16, lengths - 1, pool=pool)
+
+
+def test_candidates(small):
+    q, k, w, scale = inputs(2, 5, 200, 4, 16, torch.float16)
+    pool = ops.index_topk(*inputs(2, 5, 200, 4, 16, torch.float16), 120, torch.tensor([190, 90], device=DEVICE), backend="torch")
+    check(q, k, w, scale, 8, torch.tensor([180, 60], device=DEVICE), pool)
+    check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
+
+
+def test_nonfinite(small):
+    q, k, w, scale = inputs(1, 33, 40, 2, 16, torch.float16)
+    k[0, 3], scale[0, 5], w[0, 7], scale[0, 9] = torch.nan, torch.inf, torch.nan, -torch.inf
+    check(q, k, w, scale, 4, 7)
+    check(q[:, :1], k, w[:, :1], scale, 4, 30)
+
+
+def test_empty(small):
+    q, k, w, scale = inputs(1, 4, 9, 2, 16, torch.float16)
+    check(q[:, :0], k, w[:, :0], scale, 4, 0)
+    check(q, k[:, :0], w, scale[:, :0], 4, 0)
+    check(q, k, w, scale, 4, -10)
+
+
+def test_fp8_and_fp32(small):
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        check(*inputs(1, 33, 200, 2, 32, dtype), 8, 167)
+        check(*inputs(2, 1, 200, 2, 32, dtype), 8, 199)
+
+
+@pytest.mark.parametrize("width", [1, 63, 257, 2049])
+def test_topk_rows_of_floats(small, width):
+    x = torch.randn(3, width, device=DEVICE)
+    x[0, ::7], x[1, ::5], x[2] = torch.nan, torch.inf, x[2].round()
+    x[1, ::9] = -0.0
+    got, pool = launch_index.topk_rows(x, 5, pool=12)
+    for a, n in ((got, 5), (pool, 12)):
+        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+
+
+def test_refusals():
+    q, k, w = (torch.randn(*shape, device=DEVICE) for shape in ((1, 2, 1, 24), (1, 2, 24), (1, 2, 1)))
+    with pytest.raises(ValueError, match="24 is not a power of two"):
+        ops.index_topk(q, k, w, None, 1, 0, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 200000), (63, 8193), (257, 8193), (2049, 8193), (300, 131072)])
+def test_large(dtype, queries, keys):
+    q, k, w, scale = inputs(1, queries, keys, 32, 128, dtype)
+    check(q, k, w, scale, 2048, keys - queries, pool=16384)
+    assert torch.equal(*[ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton") for _ in range(2)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+def test_addresses_past_2_31():
+    keys = 2**24 + 4096  # times 128 is past 2^31 elements
+    q, k, w, _ = inputs(1, 1, 1, 32, 128, torch.float8_e4m3fn)
+    k = torch.zeros(1, keys, 128, device=DEVICE, dtype=torch.float8_e4m3fn)
+    hot = torch.tensor([5, 2**24 + 1, 2**24 + 4000], device=DEVICE)
+    k[0, hot] = torch.ones(3, 128, device=DEVICE).to(k.dtype)
+    got = ops.index_topk(torch.ones_like(q, dtype=torch.float32).to(q.dtype), k, w.abs() + 1, None, 3, keys - 1, backend="triton")
+    assert got[0, 0].tolist() == hot.tolist()
