@@ -38,6 +38,7 @@ def main() -> None:
         "uniform 1/4, offset 2=uniform:1/4:2",
         f"searched 1/2={search}:1/2",
         f"searched 1/4={search}:1/4",
+        f"searched 1/8={search}:1/8",
         f"searched 1/4, rest R={search}:1/4+R8",
         f"searched 1/8, rest R={search}:1/8+R8",
     ]

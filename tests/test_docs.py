@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from indexcache.cli import main
+from indexcache.records import read_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,16 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
         assert main(arguments) == 0, capsys.readouterr().err
     assert (tmp_path / "runs" / "export" / "vllm.txt").exists()
     assert (tmp_path / "runs" / "overlap" / "overlap.png").exists()
+
+
+def test_readme_table_is_the_measured_one():
+    rows = [r for r in read_json(ROOT / "benchmarks" / "results" / "demo_tiny.json")["rows"] if r["domain"] == "all"]
+    shown = re.findall(r"^\| ([^|]+): `(\w+(?:@\d+)?)` \| (\d+) of 12 \| ([\d.]+) \| ([+-][\d.]+) \| \[(\S+), (\S+)\]", README, re.M)
+    assert len(shown) == len(rows) == 9
+    for row, (name, pattern, full, loss, delta, low, high) in zip(rows, shown, strict=True):
+        assert (name, pattern, int(full)) == (row["name"], row["pattern"], row["full"])
+        for text, key in ((loss, "loss"), (delta, "delta_loss"), (low, "ci_low"), (high, "ci_high")):
+            assert float(text) == pytest.approx(row[key], abs=6e-5)
 
 
 def test_readme_example_runs(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from indexcache import Pattern, evaluate_pattern, export_pattern, use_pattern
 from indexcache.data import Batch
 from indexcache.inputs import Text, make_inputs, shipped_text
 from indexcache.models.lm import hidden_states
+from indexcache.records import read_json
 
-SEARCHED = "FFSSSSSSSFSS"  # what the demo's search finds at 1/4
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "demo_tiny.json"
+SEARCHED = next(p["pattern"] for p in read_json(RESULTS)["frontier"] if p["full"] == 3)  # what the demo's search found at 1/4
 
 
 @pytest.fixture(scope="module")
