@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from indexcache.analysis.overlap import measure_overlap
     from indexcache.evals.evaluate import evaluate_pattern
     from indexcache.export import export_pattern
+    from indexcache.models.fast import accelerate
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
     from indexcache.search.run import SearchSettings, search_pattern
 
 __version__ = "0.1.0"
 __all__ = [
-    "Pattern", "SearchSettings", "evaluate_pattern", "export_pattern", "load_model", "measure_overlap",
+    "Pattern", "SearchSettings", "accelerate", "evaluate_pattern", "export_pattern", "load_model", "measure_overlap",
     "search_pattern", "use_pattern",
 ]  # fmt: skip
 _HOME = {
     "SearchSettings": "indexcache.search.run",
+    "accelerate": "indexcache.models.fast",
     "evaluate_pattern": "indexcache.evals.evaluate",
     "export_pattern": "indexcache.export",
     "load_model": "indexcache.models.loading",

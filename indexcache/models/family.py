@@ -26,11 +26,13 @@ class Family:
         native_sharing: stock transformers reads `indexer_types` for it.
         project: (indexer, hidden [B, S, E], q_resid [B, S, Q], (cos, sin)) -> q [B, S, H, D], k [B, S, D] with RoPE
             applied, and w fp32 [B, S, H] with both scales (H^-0.5 and D^-0.5) in it; the arithmetic of the stock indexer.
+        rotate: RoPE of the attention's queries and shared key, transformers' own function (q, k, cos, sin, unsqueeze_dim=).
     """
 
     model_type: str
     native_sharing: bool
     project: Projection
+    rotate: Callable[..., tuple[Tensor, Tensor]]
 
 
 def project_with(

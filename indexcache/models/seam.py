@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import Tensor, nn
 
-from indexcache.models.family import Family, family_of, indexers, native_pattern
-from indexcache.ops import index_scores
+from indexcache.models.family import family_of, indexers, native_pattern
+from indexcache.models.selector import StockSelector, selector_of
 from indexcache.pattern import Pattern
 
 _active: WeakKeyDictionary[nn.Module, list[Seam]] = WeakKeyDictionary()
@@ -28,8 +27,8 @@ class Seam:
     """A model under a pattern. `selections` maps each F and R layer to the ids of the last forward pass (int32
     [B, S, k]; in rows with fewer than k keys the surplus ids lie in the future) when capturing was asked for."""
 
-    def __init__(self, model: nn.Module, family: Family, pattern: Pattern, capture: bool):
-        self.pattern, self.family, self.capture = pattern, family, capture
+    def __init__(self, model: nn.Module, pattern: Pattern, capture: bool):
+        self.pattern, self.capture = pattern, capture
         self.ids: Tensor | None = None  # the selection in force: overwritten at each F and R
         self.pool: Tensor | None = None  # the candidates the nearest F published
         self.captured: dict[int, Tensor] = {}
@@ -37,9 +36,7 @@ class Seam:
         self._hook: Any = None
         self._filled: WeakSet[Any] = WeakSet()  # caches that S layers saw
         outer = _active.get(model)
-        self.stock: dict[int, Any] = {} if not outer else outer[-1].stock
-        if not outer:
-            self.stock = {i: m.forward for i, m in enumerate(indexers(model)) if m is not None}
+        self.selector: StockSelector = outer[-1].selector if outer else selector_of(model)
 
     @property
     def selections(self) -> dict[int, Tensor]:
@@ -89,18 +86,11 @@ class Seam:
         return ids
 
     def _full(self, layer: int, indexer: Any, publishes: bool):
-        stock = self.stock[layer]
-
         def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
-            if not publishes:
-                return self._publish(layer, stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values))
-            topk = indexer.index_topk
-            try:  # the same pass gives the pool: top-(c k) in falling order begins with the top-k (at equal scores, with one of them)
-                indexer.index_topk = topk * self.pattern.pool_factor
-                self.pool = stock(x, q_resid, rope, mask, position_ids, past_key_values=past_key_values)
-            finally:
-                indexer.index_topk = topk
-            return self._publish(layer, self.pool[..., :topk].contiguous())
+            pool = indexer.index_topk * self.pattern.pool_factor if publishes else 0
+            ids, found = self.selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, past_key_values, pool)
+            self.pool = found if publishes else self.pool
+            return self._publish(layer, ids)
 
         return forward
 
@@ -114,18 +104,10 @@ class Seam:
         return forward
 
     def _reindex(self, layer: int, indexer: Any):
-        @torch.no_grad()
         def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
             assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]
             pool = self.pool.to(x.device)
-            q, k, w = self.family.project(indexer, x, q_resid, rope)
-            if past_key_values is not None:
-                k = past_key_values.update_indexer(k, layer)
-            scores = index_scores(q, k, w, pool)
-            allowed = mask.expand(*pool.shape[:2], -1).gather(-1, pool.long())
-            scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
-            best = scores.topk(min(indexer.index_topk, pool.shape[-1]), dim=-1).indices
-            return self._publish(layer, pool.gather(-1, best))
+            return self._publish(layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, past_key_values, pool))
 
         return forward
 
@@ -144,11 +126,11 @@ def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = Fal
             forward pass with a cache that was filled while a layer, now F or R, was shared; after it, the same for a
             layer that is full in the model itself.
     """
-    family = family_of(model)
+    family_of(model)  # refuses an unknown one
     pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
     missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     pattern.check(layers=len(indexers(model)), without_indexer=missing)
-    seam = Seam(model, family, pattern, capture)
+    seam = Seam(model, pattern, capture)
     stack = _active.setdefault(model, [])
     stack.append(seam)
     try:
@@ -159,6 +141,11 @@ def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = Fal
         stack.remove(seam)
         if not stack:
             _active.pop(model, None)
+
+
+def in_force(model: nn.Module) -> bool:
+    """A pattern is in force on this model."""
+    return bool(_active.get(model))
 
 
 def _on_forward(model: nn.Module, check: Any) -> Any:

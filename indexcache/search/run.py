@@ -13,6 +13,7 @@ from torch import nn
 from indexcache.data import Batch, check_context, digest_of
 from indexcache.models.family import family_of, indexers
 from indexcache.models.loading import library_versions, weights_digest
+from indexcache.models.selector import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress
 from indexcache.records import open_run
@@ -125,5 +126,11 @@ def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """What decides the last bit of a loss."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
-    return {"data": digest_of(batches), "weights": weights_digest(model), "dtype": str(weight.dtype), "device": device,
-            **library_versions()}  # fmt: skip
+    return {
+        "data": digest_of(batches),
+        "weights": weights_digest(model),
+        "path": selector_of(model).path,
+        "dtype": str(weight.dtype),
+        "device": device,
+        **library_versions(),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb, apply_rotary_pos_emb_interleave
 
 from indexcache.models.family import Family, project_with
 
@@ -12,4 +12,4 @@ def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, 
     return project_with(apply_rotary_pos_emb, indexer, x, q_resid, rope)
 
 
-FAMILY = Family(model_type="deepseek_v32", native_sharing=False, project=project)
+FAMILY = Family(model_type="deepseek_v32", native_sharing=False, project=project, rotate=apply_rotary_pos_emb_interleave)

@@ -12,4 +12,4 @@ def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, 
     return project_with(apply_rotary_pos_emb_interleave, indexer, x, q_resid, rope)
 
 
-FAMILY = Family(model_type="glm_moe_dsa", native_sharing=True, project=project)
+FAMILY = Family(model_type="glm_moe_dsa", native_sharing=True, project=project, rotate=apply_rotary_pos_emb_interleave)

@@ -1,0 +1,200 @@
+"""The fast path against stock, on both families, under patterns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SHAPE, make_model
+from test_seam import PATTERNS, logits, relative
+from test_search import documents
+
+from indexcache import Pattern, SearchSettings, evaluate_pattern, search_pattern, use_pattern
+from indexcache.data import make_batches
+from indexcache.models.family import decoder_layers, indexers
+from indexcache.models.fast import accelerate, padding_of
+from indexcache.models.lm import hidden_states, token_losses
+from indexcache.models.prefix import PrefixCache
+
+
+def both(model, call, pattern=None):
+    """(stock's result, the fast path's result) of call(model) under a pattern."""
+    results = []
+    for fast in (False, True):
+        handle = accelerate(model) if fast else None
+        try:
+            with use_pattern(model, pattern or "F" * 6), torch.no_grad():
+                results.append(call(model))
+        finally:
+            if handle:
+                handle.undo()
+    return results
+
+
+@pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
+def test_prefill(model, ids, pattern):
+    stock, fast = both(model, lambda m: m(ids).logits, pattern)
+    assert relative(fast, stock) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", [(41, 1, 18, 36), (96,), (7,) * 13 + (5,), (1,) * 96])
+def test_chunked_prefill_and_decode(model, ids, chunks):
+    stock = logits(model, ids)
+    with accelerate(model):
+        parts, cache, start = [], None, 0
+        for n in chunks:
+            with torch.no_grad():
+                out = model(ids[:, start : start + n], past_key_values=cache, use_cache=True)
+            parts.append(out.logits)
+            cache, start = out.past_key_values, start + n
+        assert cache.layers[0].keys.shape == (2, 1, 96, SHAPE["kv_lora_rank"])  # latents, not expanded keys
+    assert relative(torch.cat(parts, 1), stock) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["FFFFFF", "FSFRSS@2"])
+def test_batch_with_unequal_lengths(model, ids, pattern):
+    mask = torch.ones_like(ids)
+    mask[1, :29] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(m):
+        cache_out = m(ids[:, :80], attention_mask=mask[:, :80], position_ids=positions[:, :80], use_cache=True)
+        rest = m(ids[:, 80:], attention_mask=mask, position_ids=positions[:, 80:], past_key_values=cache_out.past_key_values)
+        return torch.cat([cache_out.logits, rest.logits], 1)
+
+    stock, fast = both(model, run, pattern)
+    assert relative(fast[0], stock[0]) < 1e-5
+    assert relative(fast[1, 29:], stock[1, 29:]) < 1e-5
+    with accelerate(model), use_pattern(model, pattern):  # and as if the padding were not there
+        assert relative(fast[1, 29:], logits(model, ids[1:, 29:])[0]) < 1e-5
+
+
+def test_generate(model, ids):
+    def run(m):
+        mask = torch.ones_like(ids[:, :40])
+        return m.generate(ids[:, :40], attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    stock, fast = both(model, run, "FSSFSS")
+    assert torch.equal(stock, fast)
+
+
+def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
+    for family in ("glm_moe_dsa", "deepseek_v32"):
+        exact = logits(make_model(family), ids)
+        half = make_model(family).to(torch.bfloat16)
+        stock, fast = both(half, lambda m: m(ids).logits.float())
+        assert relative(fast, exact) < 1.1 * relative(stock, exact)
+
+
+def test_selections_agree_by_margin(model, ids):
+    """What one path selects and the other does not is at the edge of the selection on both."""
+
+    def run(m):
+        with use_pattern(m, "FFFFFF", capture=True) as seam:
+            m(ids)
+            return seam.selections
+
+    stock, fast = both(model, run)
+    different = 0
+    for i in range(6):
+        for b in range(2):
+            for t in range(96):
+                a = {x for x in stock[i][b, t].tolist() if x <= t}
+                c = {x for x in fast[i][b, t].tolist() if x >= 0}
+                assert len(a) == len(c) == min(t + 1, SHAPE["index_topk"])
+                different += len(a - c)
+    assert different <= 2  # of 6 x 2 x 96 x 8
+
+
+def test_natively_shared_model(glm, ids):
+    native = make_model("glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"])
+    native.load_state_dict(glm.state_dict(), strict=False)
+    stock, fast = both(native, lambda m: m(ids).logits, "FSSFSS")
+    assert relative(fast, stock) < 1e-5
+
+
+def test_undo_restores_stock_bitwise(model, ids):
+    before = logits(model, ids)
+    keys = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="inside"), accelerate(model) as handle:
+        assert list(model.state_dict()) == keys
+        logits(model, ids)
+        raise RuntimeError("inside")
+    handle.undo()
+    assert torch.equal(logits(model, ids), before)
+    modules = [model.model, *indexers(model), *(layer.self_attn for layer in decoder_layers(model))]
+    assert all("forward" not in m.__dict__ for m in modules)
+
+
+def test_prefix_reuse_is_bitwise_on_the_fast_path_too(model, ids):
+    with accelerate(model):
+        cache = PrefixCache(model, [ids])
+        cache.rebase(Pattern("FFFSFF"))
+        for pattern in ("FFFSFS", "FSFSFF", "FFRSFF@2", "FSSSSS"):
+            with use_pattern(model, pattern):
+                expected = hidden_states(model, ids)
+            assert torch.equal(cache.hidden(0, Pattern(pattern)), expected), pattern
+
+
+def test_search_and_evidence_agree_with_stock(glm, tmp_path):
+    batches = make_batches(documents(), length=64, sequences=4, batch=2)
+    settings = SearchSettings(keep=1 / 3)
+    stock = search_pattern(glm, batches, tmp_path / "stock", settings)
+    rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+    with accelerate(glm):
+        fast = search_pattern(glm, batches, tmp_path / "fast", settings)
+        fast_rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+        with pytest.raises(ValueError, match="path was"):
+            search_pattern(glm, batches, tmp_path / "stock", settings)
+    for a, b in zip(stock["frontier"] + stock["uniform"], fast["frontier"] + fast["uniform"], strict=True):
+        assert a["pattern"] == b["pattern"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for a, b in zip(rows, fast_rows, strict=True):
+        assert a["delta_loss"] == pytest.approx(b["delta_loss"], abs=1e-4)
+
+
+def test_refusals(model, ids):
+    with accelerate(model):
+        with pytest.raises(ValueError, match="already"):
+            accelerate(model)
+        with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="inference"):
+            model(ids)
+        with torch.no_grad():
+            cache = model(ids[:, :40], use_cache=True).past_key_values
+            with use_pattern(model, "FSSFSS"):
+                shared = model(ids[:, :40], use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="start a new cache"):
+                model(ids[:, 40:41], past_key_values=shared)
+            model(ids[:, 40:41], past_key_values=cache)
+    with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="outside of use_pattern"):
+        accelerate(model)
+    handle = accelerate(model)
+    with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="Leave use_pattern"):
+        handle.undo()
+    handle.undo()
+
+
+def test_masks():
+    assert padding_of(None).left is None
+    assert padding_of(torch.ones(2, 5)).left is None
+    assert padding_of(torch.tensor([[1, 1, 0], [1, 1, 1]])).left is None  # at the right: causality hides it
+    assert padding_of(torch.tensor([[0, 1, 1], [1, 1, 1]])).left == (1, 0)
+    for bad in (torch.tensor([[1, 0, 1]]), torch.zeros(1, 3), torch.ones(1, 1, 3, 3)):
+        with pytest.raises(ValueError, match=r"mask"):
+            padding_of(bad)
+
+
+def test_tiny_agrees_on_real_text(tiny):
+    """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
+    from indexcache.inputs import Text, make_inputs, shipped_text
+
+    (batch, *_) = make_inputs(tiny, Text(source=shipped_text("heldout"), length=512, sequences=3))
+    for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
+        losses = []
+        for fast in (False, True):
+            handle = accelerate(tiny.model) if fast else None
+            with use_pattern(tiny.model, pattern):
+                losses.append(token_losses(tiny.model, hidden_states(tiny.model, batch.ids), batch.ids))
+            if handle:
+                handle.undo()
+        assert (losses[0] - losses[1]).abs().mean() < 1e-3, str(pattern)
+        assert abs(float(losses[0].mean() - losses[1].mean())) < 1e-4
