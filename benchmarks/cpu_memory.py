@@ -1,0 +1,86 @@
+"""Memory and time of one forward pass of `tiny` on a CPU, stock against the fast path; writes benchmarks/results/tiny_cpu.json.
+
+    python benchmarks/cpu_memory.py [--out FILE]
+
+Correctness first: both paths' token losses on the same text at 1024 tokens. Then each measurement in a process of its own (the
+peak of a process is never given back). The floor beside stock is its formula: 2 * 4 * H * T^2 bytes, the scores of one layer and
+their rectified copy in fp32. 16K tokens are measured on the fast path only; stock is extrapolated by the same formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from indexcache import accelerate, load_model  # noqa: E402
+from indexcache.inputs import Text, make_inputs, shipped_text  # noqa: E402
+from indexcache.models.lm import hidden_states, token_losses  # noqa: E402
+
+CASES = [(2048, "stock"), (2048, "fast"), (4096, "stock"), (4096, "fast"), (16384, "fast")]
+
+
+def one(length: int, path: str) -> None:
+    """Print seconds and megabytes that a pass over `length` random ids adds to the loaded model."""
+    model = load_model("tiny").model
+    ids = torch.randint(1, 4096, (1, length), generator=torch.Generator().manual_seed(0))
+    if path == "fast":
+        accelerate(model)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+    assert hidden_states(model, ids).isfinite().all()
+    seconds, after = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": round(seconds, 2), "added_mb": round((after - before) / 1024), "peak_mb": round(after / 1024)}))
+
+
+def check() -> float:
+    """The largest difference of a mean loss between the paths on held-out text; raises when it is not rounding."""
+    loaded = load_model("tiny")
+    worst = 0.0
+    for batch in make_inputs(loaded, Text(source=shipped_text("heldout"), length=1024, sequences=3)):
+        stock = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
+        with accelerate(loaded.model):
+            fast = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
+        worst = max(worst, abs(float(stock - fast)))
+    if worst > 1e-4:
+        raise SystemExit(f"the paths differ by {worst} nats: nothing is timed")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tiny_cpu.json")
+    parser.add_argument("--one", nargs=2, metavar=("LENGTH", "PATH"), help="one measurement, for this script's own use")
+    o = parser.parse_args()
+    if o.one:
+        one(int(o.one[0]), o.one[1])
+        return
+    difference, rows = check(), []
+    print(f"paths differ by {difference:.1e} nats at most")
+    for length, path in CASES:
+        done = subprocess.run([sys.executable, __file__, "--one", str(length), path], capture_output=True, text=True, check=True)
+        heads = 16
+        row = {
+            "context": length,
+            "path": path,
+            **json.loads(done.stdout.splitlines()[-1]),
+            "stock_formula_mb": 8 * heads * length**2 // 2**20,
+        }
+        rows.append(row)
+        print(row, flush=True)
+    result = {"device": f"cpu, {torch.get_num_threads()} threads", "date": str(datetime.date.today()), "torch": torch.__version__,
+              "largest_loss_difference": difference, "rows": rows}  # fmt: skip
+    o.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
