@@ -43,6 +43,19 @@ def test_readme_example_runs(capsys):
     assert "torch.Size([1, 256, 4096])" in capsys.readouterr().out
 
 
+def test_long_context_example_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "long-context.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(block, "long-context.md", "exec"), {})
+    assert "torch.Size([1, 500, 4096])" in capsys.readouterr().out
+
+
+def test_long_context_table_is_the_measured_one():
+    text = (ROOT / "docs" / "long-context.md").read_text(encoding="utf-8")
+    for row in read_json(ROOT / "benchmarks" / "results" / "tiny_cpu.json")["rows"]:
+        line = f"| {row['context']:,} | {row['path']} | {row['seconds']:.1f} | {row['peak_mb']:,} MB |"
+        assert line in text, line
+
+
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
