@@ -80,6 +80,10 @@ def test_the_whole_path(checkpoint, text, tmp_path, capsys):
     assert [r["name"] for r in rows if r["domain"] == "all"] == ["uniform:1/3", f"{search}:1/2", "best", "r"]
     assert all(set(r) >= {"pattern", "domain", "delta_loss", "ci_low", "ci_high", "kl", "tokens"} for r in rows)
     assert rows[-1]["pattern"].endswith("@2")
+    assert main([*evaluate, "--against", "uniform:1/3"]) == 0
+    shown = capsys.readouterr().out
+    assert "vs uniform:1/3" in shown
+    assert json.loads(shown.splitlines()[-1])["baseline"] == "FSSFSS"
     assert main([*evaluate, "--most", "1000"]) == 0
     assert main([*evaluate, "--most", "-1000"]) == 1  # the gate fails
     capsys.readouterr()

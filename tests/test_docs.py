@@ -37,6 +37,16 @@ def test_readme_table_is_the_measured_one():
             assert float(text) == pytest.approx(row[key], abs=6e-5)
 
 
+def test_readme_third_layer_is_the_measured_one():
+    found = read_json(ROOT / "benchmarks" / "results" / "tiny_third_layer.json")
+    demo = read_json(ROOT / "benchmarks" / "results" / "demo_tiny.json")
+    assert found["baseline"] == next(p["pattern"] for p in demo["frontier"] if p["full"] == 3)
+    deltas = [r["delta_loss"] for r in found["rows"]]
+    assert len(deltas) == 9
+    assert all(r["ci_low"] > 0 for r in found["rows"])
+    assert f"lose {min(deltas):.3f} to {max(deltas):.3f} nats more" in README
+
+
 def test_readme_example_runs(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(block, "README.md", "exec"), {})

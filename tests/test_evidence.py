@@ -86,6 +86,17 @@ def test_interval_resamples_documents(glm, batches, evidence):
     assert row["ci_high"] == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
 
 
+def test_another_baseline(glm, batches, evidence):
+    """Paired differences between two patterns are the differences of their differences to full."""
+    against = evaluate_pattern(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
+    row, same = (rows(against, name)["all"] for name in ("half", "same"))
+    expected = rows(evidence, "half")["all"]["delta_loss"] - rows(evidence, "quarter")["all"]["delta_loss"]
+    assert row["delta_loss"] == pytest.approx(expected, abs=1e-6)
+    assert row["ci_low"] < row["delta_loss"] < row["ci_high"]
+    assert (same["delta_loss"], same["kl"]) == (0, 0)
+    assert against["baseline"] == "FSSSSS"
+
+
 def test_one_document_has_no_interval(glm):
     one = make_batches(documents(1), length=64, sequences=1)
     row = evaluate_pattern(glm, ["FSSSSS"], one)["rows"][0]

@@ -1,4 +1,4 @@
-"""Prove a pattern safe on held-out text: loss difference to the full model with its interval, KL, agreement."""
+"""Prove a pattern safe on held-out text: loss difference to the full model (or --against another) with its interval, KL, agreement."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EPILOG = f"SPEC is {SYNTAX}"
 class Settings(ModelSettings):
     verb: ClassVar[str] = "evaluate"
     pattern: tuple[str, ...] = required("one or more patterns; the forms of SPEC are below", metavar="SPEC")
+    against: str | None = flag(None, "baseline of all differences (default: the model itself, all full)", metavar="SPEC")
     out: str | None = flag(None, "folder for evidence.json", metavar="DIR")
     split: str = split_flag("heldout", "evaluate on")
     sequences: int = flag(24, "sequences of held-out text, spread over the domains")
@@ -37,14 +38,19 @@ def run(s: Settings) -> int:
         check_unseen(batches, c.seen)
     if len({c.name for c in chosen}) < len(chosen):
         raise ValueError("Two patterns have the same name; give each its own with NAME=...")
-    result = evaluate_pattern(loaded.model, {c.name: c.pattern for c in chosen}, batches, seed=s.seed)
-    if "S" in result["baseline"]:
+    against = choose(s.against, len(indexers(loaded.model))) if s.against else None
+    if against:
+        check_unseen(batches, against.seen)
+    patterns = {c.name: c.pattern for c in chosen}
+    result = evaluate_pattern(loaded.model, patterns, batches, against=against.pattern if against else None, seed=s.seed)
+    base = against.name if against else "full"
+    if not against and "S" in result["baseline"]:
         print(f"The model has layers without an indexer; 'full' below is what it does by itself: {result['baseline']}\n")
-    print(evidence(result["rows"]))
+    print(evidence(result["rows"], base))
     print()
-    print(domains(result["rows"]))
+    print(domains(result["rows"], base))
     print()
-    print(positions(result["positions"]))
+    print(positions(result["positions"], base))
     if s.out is not None:
         Path(s.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(s.out) / "evidence.json", result)

@@ -29,23 +29,24 @@ def evaluate_pattern(
     patterns: Mapping[str, Pattern | str] | Sequence[Pattern | str],
     batches: Sequence[Batch],
     *,
+    against: Pattern | str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare patterns with the model's own full pattern on the same held-out tokens.
+    """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
 
     Args:
         model: a loaded transformers model of a known family.
         patterns: patterns, with a name each when given as a mapping.
         batches: held-out batches (`indexcache.data.make_batches`).
+        against: the baseline, a pattern; None is what the model does by itself, all F unless it has layers without an indexer.
         seed: of the bootstrap.
 
     Returns:
-        {"rows": [..], "positions": [..], "baseline": what the model does by itself, all F unless it has layers without an
-        indexer; every difference is to that}. A row is one pattern on one domain ("all": every domain):
-        `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and `delta_loss` (nats per token; delta =
-        pattern minus full), `ci_low` and `ci_high` (95 % paired bootstrap over documents), `kl` (KL(full || pattern),
-        nats per token), `agreement` (share of tokens with the same top-1), `tokens`, `documents`. `positions` has the
-        same per quarter of the sequence, over all domains.
+        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to}. A row is one pattern on one
+        domain ("all": every domain): `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and `delta_loss`
+        (nats per token; delta = pattern minus baseline), `ci_low` and `ci_high` (95 % paired bootstrap over documents),
+        `kl` (KL(baseline || pattern), nats per token), `agreement` (share of tokens with the same top-1), `tokens`,
+        `documents`. `positions` has the same per quarter of the sequence, over all domains.
 
     Raises:
         ValueError: sequences too short for k, a pattern the model cannot take, a loss that is not finite.
@@ -54,25 +55,26 @@ def evaluate_pattern(
     named = {name: p if isinstance(p, Pattern) else Pattern(p) for name, p in given.items()}
     if not named:
         raise ValueError("There is no pattern to evaluate.")
-    for pattern in named.values():
+    native = native_pattern(model)
+    base = native if against is None else against if isinstance(against, Pattern) else Pattern(against)
+    for pattern in [base, *named.values()]:
         with use_pattern(model, pattern):
             pass  # refuses what this model cannot take before any work is done
     for batch in batches:
         check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
-    native = native_pattern(model)
     # sums[name][domain, unit, bucket] -> loss, delta, KL, agreement, tokens
     sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named}
     with progress(len(batches) * (len(named) + 1), "pass") as bar:
         for batch in batches:
-            full = hidden_states(model, batch.ids)
+            full = _hidden(model, base, native, batch)
             bar.update()
             for name, pattern in named.items():
-                if pattern == native and batch is not batches[0]:  # bitwise the same pass, as the first batch has shown
+                if pattern == base and batch is not batches[0]:  # bitwise the same pass, as the first batch has shown
                     hidden = full
                 else:
                     with use_pattern(model, pattern):
                         hidden = hidden_states(model, batch.ids)
-                    assert pattern != native or torch.equal(hidden, full), "the seam changes the model it should leave alone"
+                    assert pattern != base or torch.equal(hidden, full), "two passes under one pattern differ"
                 for key, value in _compare(model, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()
@@ -86,7 +88,15 @@ def evaluate_pattern(
         for bucket in range(BUCKETS):
             chosen = {k: v for k, v in sums[name].items() if k[2] == bucket}
             positions.append(head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed))
-    return {"rows": rows, "positions": positions, "baseline": str(native)}
+    return {"rows": rows, "positions": positions, "baseline": str(base)}
+
+
+def _hidden(model: nn.Module, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
+    """Hidden states of the baseline; the model itself, without the seam, where that is the baseline."""
+    if base == native:
+        return hidden_states(model, batch.ids)
+    with use_pattern(model, base):
+        return hidden_states(model, batch.ids)
 
 
 def _compare(model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch):
