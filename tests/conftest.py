@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,6 +16,22 @@ SHAPE = {
     "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
     "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16, "first_k_dense_replace": 3, "max_position_embeddings": 512,
 }  # fmt: skip
+
+
+def refused(call: Any, *parts: str) -> None:
+    """`call` is refused with one line that has all the parts."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call()
+    one_line(caught.value, *parts)
+
+
+def one_line(error: ValueError, *parts: str) -> None:
+    message = str(error)
+    assert type(error) is ValueError
+    assert message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
 
 
 def make_model(family: str, seed: int = 0, **changes):

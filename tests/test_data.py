@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import one_line, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,21 +37,6 @@ def encode(text: str) -> list[int]:
 
 def load(source: Any, **more: Any) -> list[Document]:
     return load_documents(source, encode, VOCABULARY, **more)
-
-
-def refused(call: Any, *parts: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    one_line(caught.value, *parts)
-
-
-def one_line(error: ValueError, *parts: str) -> None:
-    message = str(error)
-    assert type(error) is ValueError
-    assert message
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 def jsonl(path: Path, *rows: Any) -> Path:

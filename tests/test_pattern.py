@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import pytest
+from conftest import one_line, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,22 +41,6 @@ junk = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=6), st.dictionaries(st.text(max_size=5), inner, max_size=4)),
     max_leaves=12,
 )
-
-
-def refused(call: Any, *parts: str) -> None:
-    """`call` is refused with one line that has all the parts."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    one_line(caught.value, *parts)
-
-
-def one_line(error: ValueError, *parts: str) -> None:
-    message = str(error)
-    assert type(error) is ValueError
-    assert message
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # -- reading and writing ----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Bat
 
 def keep_freed_memory() -> None:
     """Let glibc keep what torch frees instead of returning it to the kernel at once. A CPU forward pass allocates and
-    frees the same few tensors of 50 MB hundreds of times; page faults on them cost half of its time."""
+    frees the same few large tensors hundreds of times, and each time the kernel would map them anew."""
     mmap_max, trim_threshold = -4, -1  # names of mallopt's parameters in malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
