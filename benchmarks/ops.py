@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache import ops  # noqa: E402
-from indexcache.ops import launch_index, launch_mla, reference  # noqa: E402
+from indexcache.ops import launch_mla, launch_scores, launch_select, reference  # noqa: E402
+from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
 FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
@@ -149,16 +150,16 @@ def scores(report: Report) -> None:
                 lambda q=q, k=k, w=w, s=scale, z=z, f=full: PEER.logits((q[0], None), (k[0], s[0]), w[0], z, f, clean_logits=False)
             )
         for name, hopper in (("gluon", True), ("triton", False)):
-            launch_index.SETTINGS.hopper = hopper
-            x = launch_index.Inputs(q, k, w, scale, keys)
+            SETTINGS.hopper = hopper
+            x = launch_scores.Inputs(q, k, w, scale, keys)
             rows.fill_(2**31 - 1)
-            launch_index.score_tiles(x, out=rows)
+            launch_scores.score_tiles(x, out=rows)
             sample = torch.tensor([0, 1, 63, 64, queries - 1], device="cuda")
             got = rows[sample]
             got = (got ^ ((got >> 31) & 0x7FFFFFFF)).view(torch.float32)
             want = reference.index_scores(q[:, sample].float(), k.float(), w[:, sample])[0] * scale
             need(relative(got, want) < 5e-3, f"{name}: scores are off by {relative(got, want)}")
-            ms = milliseconds(lambda x=x: launch_index.score_tiles(x, out=rows))
+            ms = milliseconds(lambda x=x: launch_scores.score_tiles(x, out=rows))
             report.row(
                 f"scores fp8 {name}",
                 f"2048 x 131072 H={heads}",
@@ -168,7 +169,7 @@ def scores(report: Report) -> None:
                 peer="DeepGEMM",
                 peer_ms=peer_ms,
             )
-        launch_index.SETTINGS.hopper = True
+        SETTINGS.hopper = False
 
 
 def tune(report: Report) -> None:
@@ -176,14 +177,14 @@ def tune(report: Report) -> None:
     queries, keys = 2048, 131072
     q, k, w, scale = index_inputs(queries, keys)
     rows = torch.empty(queries, keys, dtype=torch.int32, device="cuda")
-    s = launch_index.SETTINGS
+    s = SETTINGS
     before = dict(vars(s))
     options = [{"hopper": True, "hopper_unroll": u, "hopper_stages": n} for u in (4, 8, 16) for n in (4, 8)]
     options += [{"hopper": False, "registers": r, "keys": n} for r in (0, 168, 232) for n in (64, 128)]
     for option in options:
         vars(s).update(before | option)
         try:
-            ms = milliseconds(lambda: launch_index.score_tiles(launch_index.Inputs(q, k, w, scale, keys), out=rows), 5)
+            ms = milliseconds(lambda: launch_scores.score_tiles(launch_scores.Inputs(q, k, w, scale, keys), out=rows), 5)
             print(f"tune {option}: {ms:.4f} ms, {2e-9 * queries * keys * HEADS * DIM / ms:.0f} TFLOP/s", flush=True)
         except Exception as error:
             print(f"tune {option}: {type(error).__name__} {str(error)[:200]}", flush=True)
@@ -193,9 +194,9 @@ def tune(report: Report) -> None:
 def selection(report: Report) -> None:
     for queries, keys in ((2048, 131072), (1, 200_000)):
         x = torch.randn(queries, keys, device="cuda")
-        got, _ = launch_index.topk_rows(x, TOPK)
+        got, _ = launch_select.topk_rows(x, TOPK)
         need(torch.equal(got, reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)), "selection differs")
-        ms = milliseconds(lambda x=x: launch_index.topk_rows(x, TOPK), graph=queries == 1)
+        ms = milliseconds(lambda x=x: launch_select.topk_rows(x, TOPK), graph=queries == 1)
         peer_ms = None
         if PEER.ok:
             out, z = (

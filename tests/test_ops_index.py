@@ -11,7 +11,8 @@ if not GPU:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
-from indexcache.ops import launch_index, reference  # noqa: E402
+from indexcache.ops import launch_select, reference  # noqa: E402
+from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -30,7 +31,7 @@ def inputs(batch, queries, keys, heads, dim, dtype):
 def small(monkeypatch):
     """Lists and samples so small that short rows go the way of long ones."""
     for name, value in {"listed": 64, "stride": 4, "queries": 16, "keys": 32, "workers": 2, "chunk": 64}.items():
-        monkeypatch.setattr(launch_index.SETTINGS, name, value)
+        monkeypatch.setattr(SETTINGS, name, value)
 
 
 def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
@@ -44,7 +45,7 @@ def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
 @pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
 @pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (40, 8192), (3, 32)])
 def test_prefill(small, monkeypatch, queries, topk, pool, registered):
-    monkeypatch.setattr(launch_index.SETTINGS, "registered", registered)
+    monkeypatch.setattr(SETTINGS, "registered", registered)
     check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
 
 
@@ -53,7 +54,7 @@ def test_prefill_long_rows(small):
 
 
 def test_prefill_when_samples_mislead(small, monkeypatch):
-    monkeypatch.setattr(launch_index.SETTINGS, "deviations", -1.0)  # thresholds too high: too few are listed
+    monkeypatch.setattr(SETTINGS, "deviations", -1.0)  # thresholds too high: too few are listed
     check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
 
 
@@ -65,7 +66,7 @@ def test_prefill_ties_overflow(small):
 
 @pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (24, 32)])
 def test_decode_unequal_lengths(small, monkeypatch, pool, registered):
-    monkeypatch.setattr(launch_index.SETTINGS, "registered", registered)
+    monkeypatch.setattr(SETTINGS, "registered", registered)
     lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
     q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
     for b, n in enumerate(lengths.tolist()):
@@ -105,7 +106,7 @@ def test_topk_rows_of_floats(small, width):
     x = torch.randn(3, width, device=DEVICE)
     x[0, ::7], x[1, ::5], x[2] = torch.nan, torch.inf, x[2].round()
     x[1, ::9] = -0.0
-    got, pool = launch_index.topk_rows(x, 5, pool=12)
+    got, pool = launch_select.topk_rows(x, 5, pool=12)
     for a, n in ((got, 5), (pool, 12)):
         assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
 

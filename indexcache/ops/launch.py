@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from indexcache.ops.launch_index import index_topk
 from indexcache.ops.launch_index import refuse as refuse_index
-from indexcache.ops.launch_mla import group_queries, sparse_mla
 from indexcache.ops.launch_mla import refuse as refuse_mla
+from indexcache.ops.launch_mla import sparse_mla
+from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.launch_quantize import quantize
 from indexcache.ops.launch_quantize import refuse as refuse_quantize
 

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from indexcache.ops import mla, mla_backward, plan
+from indexcache.ops import mla, mla_backward
+from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.reference import FP8_GROUP, Fp8Latent, Plan
 
 LOG2E = 1.4426950408889634
@@ -49,23 +50,6 @@ def refuse(q: Tensor, latent: Tensor | Fp8Latent, value_dim: int) -> str | None:
 def best_group(heads: int) -> int:
     """How many neighbouring queries fill the rows of a program."""
     return min(max(SETTINGS.rows // heads, 1), 8)
-
-
-def group_queries(ids: Tensor, group: int) -> Plan:
-    batch, queries, k = ids.shape
-    ids, groups = ids.contiguous(), -(-queries // group)
-    owned = torch.empty(batch, queries, k + 1, dtype=torch.int32, device=ids.device)
-    own_bits = torch.empty(batch, queries, k, dtype=torch.uint8, device=ids.device)
-    union = torch.full((batch, groups, group * k), -1, dtype=torch.int32, device=ids.device)
-    bits = torch.zeros(batch, groups, group * k, dtype=torch.uint8, device=ids.device)
-    count = torch.empty(batch, groups, dtype=torch.int32, device=ids.device)
-    if ids.numel():
-        constants = {"GROUP": group, "K": k, "BLOCK": min(triton.next_power_of_2(k), 1024), "STEPS": k.bit_length(), "num_warps": 4}
-        plan.own[(queries, batch)](ids, owned, own_bits, queries, **constants)
-        plan.place[(queries, batch)](ids, owned, own_bits, union, bits, count, queries, groups, **constants)
-    else:
-        count.zero_()
-    return Plan(union, bits, count, group)
 
 
 @dataclass

@@ -1,0 +1,44 @@
+"""What the selection's speed depends on and its result does not. Figures: docs/kernels.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Settings:
+    """Of ops/launch_scores.py, ops/launch_select.py and ops/launch_index.py."""
+
+    queries: int = 64  # of a prefill tile; more warps or larger tiles lost
+    keys: int = 128
+    stages: int = 3
+    registers: int = 168  # most registers of a thread of the plain prefill kernel: three programs a multiprocessor; 0: no limit
+    hopper: bool = False  # the Gluon kernel where it fits; off: measured slower than the plain one so far (docs/kernels.md)
+    hopper_stages: int = 8
+    hopper_unroll: int = 8
+    stride: int = 32  # a sample stands for this many keys
+    listed: int = 8192  # least capacity of the lists of a row, at most 4 x the wanted count above that
+    registered: int = 8192  # longest lists that are picked from registers
+    sample: int = 32768  # most samples of a row; longer rows take a wider stride
+    deviations: float = 5.0  # the threshold is set this many standard deviations to the safe side
+    neighbours: int = 8  # queries of one program over pools
+    chunk: int = 4096  # prefill queries at a time
+    workspace: int = 1 << 29  # bytes of rows of scores at a time, for decode and pools
+    rows_below: int = 32  # fewer queries than this use the row kernel
+    workers: int = 132  # programs that redo rows whose sample misled
+
+
+SETTINGS = Settings()
+
+
+def power(n: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(1 << (max(n, 1) - 1).bit_length(), least)
+
+
+def segments(rows: int, length: int, programs: int, block: int) -> tuple[int, int]:
+    """(segments, a power of two; their length): enough programs to fill the device, none shorter than a block."""
+    count = 1
+    while count < 64 and rows * count < programs and length // (2 * count) >= block:
+        count *= 2
+    return count, -(-length // (count * block)) * block
