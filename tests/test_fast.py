@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import SHAPE, make_model
@@ -10,6 +12,8 @@ from test_search import documents
 
 from indexcache import Pattern, SearchSettings, evaluate_pattern, search_pattern, use_pattern
 from indexcache.data import make_batches
+from indexcache.models import fast as fast_path
+from indexcache.models.cache import FastCache
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.fast import accelerate, padding_of
 from indexcache.models.lm import hidden_states, token_losses
@@ -150,6 +154,64 @@ def test_search_and_evidence_agree_with_stock(glm, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for a, b in zip(rows, fast_rows, strict=True):
         assert a["delta_loss"] == pytest.approx(b["delta_loss"], abs=1e-4)
+
+
+def test_shared_layers_read_the_plan_of_their_source(model, ids, monkeypatch):
+    made, used = [], []
+    group, attend = fast_path.ops.group_queries, fast_path.ops.sparse_mla
+
+    def seen(q, latents, selected, scale, *, value_dim, plan):
+        expected = group(selected, 3)
+        assert all(torch.equal(a, b) for a, b in zip(plan[:3], expected[:3], strict=True))  # of these very ids
+        used.append(plan)
+        return attend(q, latents, selected, scale, value_dim=value_dim, plan=plan)
+
+    monkeypatch.setattr(fast_path, "group_size", lambda ids, heads: 3 if ids.shape[1] > 8 else 1)
+    monkeypatch.setattr(fast_path.ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1])
+    monkeypatch.setattr(fast_path.ops, "sparse_mla", seen)
+    for pattern, plans in (("FSSFSS", 2), ("FSFRSS@2", 3), ("FFFFFF", 6)):
+        with accelerate(model), use_pattern(model, pattern):
+            made.clear(), used.clear()
+            logits(model, ids)
+            assert len(made) == plans
+            assert len({id(p) for p in used}) == plans
+            assert len(used) == 6
+
+
+def test_what_only_a_gpu_gets(model, ids, monkeypatch):
+    """Fused norms and grouped experts, forced here: the same numbers, and undone."""
+    model.set_experts_implementation("eager")
+    try:
+        stock = logits(model, ids)
+        monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+        with accelerate(model):
+            assert model.config._experts_implementation == "grouped_mm"
+            assert relative(logits(model, ids), stock) < 1e-5
+        assert model.config._experts_implementation == "eager"
+        assert torch.equal(logits(model, ids), stock)
+        assert all("forward" not in m.__dict__ for m in model.modules())
+    finally:
+        model.set_experts_implementation("grouped_mm")
+    half = make_model(model.config.model_type).to(torch.bfloat16)
+    exact, stock = stock, logits(half, ids)
+    with accelerate(half):
+        assert relative(logits(half, ids).float(), exact) < 1.1 * relative(stock.float(), exact)
+
+
+def test_compiled_pieces(model, ids, monkeypatch):
+    """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with use_pattern(model, "FSFRSS@2"):
+        stock = logits(model, ids)
+    with accelerate(model, compile=True), use_pattern(model, "FSFRSS@2"):
+        got = [logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, 2)))]
+        got += [logits(model, ids[:, a:b], past_key_values=cache) for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))]
+    assert relative(torch.cat(got, 1), stock) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 10  # 4 pieces, many queries or one, 6 layers
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_refusals(model, ids):

@@ -2,22 +2,31 @@
 
 Stock transformers holds the scores of every index head and scatters the ids into a mask over all keys. Here the same
 weights run through `indexcache.ops`: the indexer's scores in chunks, exact top-k, and attention in MQA form over the
-gathered latents. The cache is transformers' own, filled with latents; `use_pattern` and `model.generate` work as before.
+gathered latents. Any cache of transformers works, filled with latents; a `FastCache` is made for this path. `use_pattern` and
+`model.generate` work as before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indexcache import ops
+from indexcache.models.cache import FastCache
 from indexcache.models.family import decoder_layers, family_of, indexers
+from indexcache.models.parts import part
 from indexcache.models.seam import in_force
 from indexcache.models.selector import StockSelector, choose_selector
+
+INDEX_DTYPES = ("auto", "bf16", "fp8")
+Turn = Callable[[Any], Any]  # a function into what runs in its place
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class FastSelector(StockSelector):
 
     path = "fast"
 
+    def __init__(self, model: nn.Module, index_dtype: str = "auto", turn: Turn = lambda f: f):
+        super().__init__(model)
+        self.index_dtype, self.project = index_dtype, turn(self.family.project)
+
     def full(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, positions, cache: Any, pool: int = 0):
         return self._select(layer, indexer, x, q_resid, rope, mask, cache, pool)
 
@@ -47,18 +60,68 @@ class FastSelector(StockSelector):
 
     @torch.no_grad()
     def _select(self, layer, indexer, x, q_resid, rope, mask: Padding, cache, pool: int, candidates: Tensor | None = None):
-        q, k, w = self.family.project(indexer, x, q_resid, rope)
-        if cache is not None:
-            k = cache.update_indexer(k, layer)
-        k = k.to(q.dtype)
+        with part("indexer"):
+            q, k, w = self.project(indexer, x, q_resid, rope)
+            k, scale, q, w, decoding = self._keys(layer, k, q, w, cache)
         parts = []
         for rows, left in mask.groups(x.shape[0]):
             inner = None if candidates is None else _shift(candidates[rows], -left)
-            offset = k.shape[1] - x.shape[1] - left
-            found = ops.index_topk(q[rows], k[rows, left:], w[rows], None, indexer.index_topk, offset, inner, pool=pool)
+            offset = k.shape[1] - x.shape[1] - left if decoding is None else decoding  # which has no padding
+            scales = None if scale is None else scale[rows, left:]
+            with part("index_topk"):
+                found = ops.index_topk(q[rows], k[rows, left:], w[rows], scales, indexer.index_topk, offset, inner, pool=pool)
             parts.append([_shift(ids, left) for ids in (found if isinstance(found, tuple) else (found,))])
-        ids = torch.cat([p[0] for p in parts])
-        return ids, torch.cat([p[1] for p in parts]) if pool else None
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1] if pool else None
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if pool else None
+
+    def _keys(self, layer: int, k: Tensor, q: Tensor, w: Tensor, cache: Any):
+        """(keys of all tokens, their scales or None, queries and weights to match, positions [B] in a step of a `Decoder`)."""
+        fast = isinstance(cache, FastCache)
+        if cache is not None and not fast:
+            k = cache.update_indexer(k, layer)  # unquantised: a cache that is not ours has no place for scales
+        scale = None
+        if self.index_dtype == "fp8":
+            (q, w), (k, scale) = ops.quantize_index_queries(q, w, rotate=True), ops.quantize_index_keys(k, rotate=True)
+        elif self.index_dtype == "bf16":
+            q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+        else:
+            k = k.to(q.dtype)
+        if not fast:
+            return k, scale, q, w, None
+        k, scale = cache.layers[layer].store_index(k, scale)
+        return k, scale, q, w, cache.layers[layer].positions
+
+
+class Plans:
+    """What neighbouring queries read together (`ops.group_queries`), made once for each selection: a shared layer gets the very
+    ids of its source, and with them the plan."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.plan: ops.Plan | None = None
+
+    def of(self, ids: Tensor, heads: int) -> ops.Plan | None:
+        """The plan for these ids; None where the kernels would use none."""
+        if self.ids is not ids:
+            self.ids, self.plan, group = ids, None, group_size(ids, heads)
+            if group > 1:
+                with part("plan"):
+                    self.plan = ops.group_queries(ids, group)
+        return self.plan
+
+    def clear(self) -> None:
+        self.ids = self.plan = None
+
+
+def group_size(ids: Tensor, heads: int) -> int:
+    """Queries that the attention kernel takes together: 1 on a CPU, in decoding, and with many heads."""
+    if ids.device.type != "cuda" or torch.cuda.get_device_capability(ids.device) < (9, 0):
+        return 1
+    from indexcache.ops import launch_mla
+
+    group, (batch, queries, _) = launch_mla.best_group(heads), ids.shape
+    return group if queries >= group and batch * queries >= launch_mla.SETTINGS.programs else 1
 
 
 def _shift(ids: Tensor, by: int) -> Tensor:
@@ -71,6 +134,7 @@ class Accelerated:
     def __init__(self, model: nn.Module):
         self.model = model
         self._before: list[tuple[nn.Module, Any]] = []
+        self._experts: Any = None  # the implementation before
 
     def undo(self) -> None:
         """Restore the stock model; calling it twice changes nothing. Raises ValueError under a pattern."""
@@ -84,6 +148,9 @@ class Accelerated:
             choose_selector(self.model, None)
             _running.discard(self.model)
         self._before.clear()
+        if self._experts is not None:
+            self.model.set_experts_implementation(self._experts)  # type: ignore[operator]
+            self._experts = None
 
     def __enter__(self) -> Accelerated:
         return self
@@ -95,20 +162,37 @@ class Accelerated:
         self._before.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 
+    def _group_experts(self) -> None:
+        """Experts in one grouped product each: stock's loop over experts waits for the GPU, which a CUDA graph cannot."""
+        before = self.model.config._experts_implementation  # type: ignore[union-attr]
+        if before == "eager":
+            self.model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+            self._experts = before
+
 
 _running: WeakSet[nn.Module] = WeakSet()
 
 
-def accelerate(model: nn.Module) -> Accelerated:
+def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = False) -> Accelerated:
     """Turn a loaded model to the fast path, until `undo`. Weights, module tree and state dict stay as they are.
 
     Results differ from stock by rounding, and where two keys have all but the same indexer score, by which of them is
-    selected. Inference only; attention weights are not returned.
+    selected. Inference only; attention weights are not returned. On a GPU the norms are fused and the experts run in grouped
+    products as well.
+
+    Args:
+        index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3 with a scale for each vector, after a
+            Hadamard rotation: half the memory and time, another selection at the edge).
+        compile: run MLPs, experts and the projections through torch.compile, which fuses what lies between the products; it
+            takes its time at the first calls.
 
     Raises:
-        ValueError: unknown family, a model that is accelerated already or under a pattern, one without latent queries.
+        ValueError: unknown family, a model that is accelerated already or under a pattern, one without latent queries, an
+            unknown index_dtype.
     """
     family = family_of(model)
+    if index_dtype not in INDEX_DTYPES:
+        raise ValueError(f"index_dtype is one of {', '.join(INDEX_DTYPES)}, not {index_dtype!r}.")
     if model in _running:
         raise ValueError("This model is accelerated already; undo that first.")
     if in_force(model):
@@ -116,14 +200,23 @@ def accelerate(model: nn.Module) -> Accelerated:
     layers = decoder_layers(model)
     if any(getattr(layer.self_attn, "q_a_proj", None) is None for layer in layers):
         raise ValueError("The fast path needs queries from a latent (q_lora_rank); this model has none.")
-    selector = FastSelector(model)
+    turn: Turn = partial(torch.compile, dynamic=True) if compile else lambda f: f
+    gpu = on_gpu(model)
+    project = turn(partial(_project, family.rotate, _fused_norm if gpu else _stock_norm))
+    selector, plans = FastSelector(model, index_dtype, turn), Plans()
     done = Accelerated(model)
     try:
-        done._replace(model.model, _model_forward(model))  # type: ignore[arg-type]
+        done._replace(model.model, _model_forward(model, plans))  # type: ignore[arg-type]
         for i, (layer, indexer) in enumerate(zip(layers, indexers(model), strict=True)):
-            done._replace(layer.self_attn, _attention_forward(layer.self_attn, family.native_sharing))  # type: ignore[arg-type]
+            done._replace(layer.self_attn, _attention_forward(layer.self_attn, family.native_sharing, project, plans))  # type: ignore[arg-type]
+            done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
                 done._replace(indexer, _indexer_forward(selector, i, indexer))
+        if gpu:
+            done._group_experts()
+            for module in model.modules():
+                if hasattr(module, "variance_epsilon"):
+                    done._replace(module, partial(_fused_norm, module))
         choose_selector(model, selector)
         _running.add(model)
     except BaseException:
@@ -132,15 +225,44 @@ def accelerate(model: nn.Module) -> Accelerated:
     return done
 
 
-def _model_forward(model: Any):
+def on_gpu(model: nn.Module) -> bool:
+    """Replace also what is only slow on a GPU."""
+    return next(model.parameters()).device.type == "cuda"
+
+
+def _timed(name: str, forward: Any):
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with part(name):
+            return forward(*args, **kwargs)
+
+    return timed
+
+
+def _fused_norm(norm: Any, x: Tensor) -> Tensor:
+    """RMSNorm in one kernel where stock launches seven. The product with the weight is rounded once, not twice."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _stock_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm(x)
+
+
+def _model_forward(model: Any, plans: Plans):
     """The decoder's forward with a `Padding` in the place of the dense causal mask."""
     stock, names = model.model.forward, set(model.config.layer_types) | {"indexed_attention"}
 
-    def forward(input_ids=None, attention_mask=None, *args: Any, **kwargs: Any):
+    def forward(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, *args: Any, **kwargs: Any):
         if model.training or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())):
             raise ValueError("The fast path is for inference: call model.eval() and use torch.no_grad().")
         padding = padding_of(attention_mask)
-        return stock(input_ids, dict.fromkeys(names, padding), *args, **kwargs)
+        if isinstance(past_key_values, FastCache):
+            given = input_ids if input_ids is not None else kwargs.get("inputs_embeds", args[0] if args else None)
+            past_key_values.check_room(0 if given is None else given.shape[1])
+            past_key_values.padded |= padding.left is not None
+        try:
+            return stock(input_ids, dict.fromkeys(names, padding), position_ids, past_key_values, *args, **kwargs)
+        finally:
+            plans.clear()
 
     return forward
 
@@ -171,10 +293,18 @@ def _indexer_forward(selector: FastSelector, layer: int, indexer: Any):
     return forward
 
 
-def _attention_forward(attention: Any, returns_ids: bool):
+def _project(rotate: Any, norm: Any, a: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What attention computes of its input alone: q_resid, q [B, S, H, n + r] (its last r not rotated), q_rot, latent, k_rot."""
+    q_resid = norm(a.q_a_layernorm, a.q_a_proj(x))
+    latent, k_rot = a.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
+    q = a.q_b_proj(q_resid).unflatten(-1, (-1, a.qk_head_dim))
+    q_rot, k_rot = rotate(q[..., a.qk_nope_head_dim :], k_rot.unsqueeze(2), *rope, unsqueeze_dim=2)
+    return q_resid, q, q_rot, norm(a.kv_a_layernorm, latent), k_rot.squeeze(2)
+
+
+def _attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Plans):
     """MLA in MQA form: queries absorb kv_b_proj's key part, attention runs over latents, its value part comes after."""
     a = attention
-    rotate = family_of(a).rotate
 
     def forward(
         hidden_states: Tensor,
@@ -186,28 +316,48 @@ def _attention_forward(attention: Any, returns_ids: bool):
         **_: Any,
     ):
         batch, queries, _width = hidden_states.shape
-        q_resid = a.q_a_layernorm(a.q_a_proj(hidden_states))
-        q = a.q_b_proj(q_resid).view(batch, queries, -1, a.qk_head_dim)
-        q_pass, q_rot = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
-        latent, k_rot = a.kv_a_proj_with_mqa(hidden_states).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-        latent = a.kv_a_layernorm(latent).unsqueeze(1)
-        q_rot, k_rot = rotate(q_rot, k_rot.unsqueeze(2), *position_embeddings, unsqueeze_dim=2)
-        k_rot = k_rot.transpose(1, 2)
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, a.layer_idx)
-            if latent.shape[-1] != a.kv_lora_rank:
-                raise ValueError("This cache was filled by stock transformers, which caches expanded keys and values; start a new one.")
+        with part("linears"):
+            q_resid, q, q_rot, latent, k_rot = project(a, hidden_states, position_embeddings)
+            latents = _cached(past_key_values, a, latent, k_rot)
         if a.indexer is not None:
             ids = a.indexer(hidden_states, q_resid, position_embeddings, attention_mask, position_ids, past_key_values=past_key_values)
         elif prev_topk_indices is not None:
             ids = prev_topk_indices
         else:
             raise ValueError("A shared layer needs the selection of a full layer before it.")
-        w_k, w_v = a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank).split([a.qk_nope_head_dim, a.v_head_dim], 1)
-        absorbed = torch.cat([torch.einsum("bshn,hnc->bshc", q_pass, w_k), q_rot], -1)
-        cached = torch.cat([latent, k_rot], -1)[:, 0]
-        out, _lse = ops.sparse_mla(absorbed, cached, ids, a.scaling, value_dim=a.kv_lora_rank)
-        out = a.o_proj(torch.einsum("bshc,hvc->bshv", out, w_v).flatten(2))
+        plan = plans.of(ids, a.num_heads)
+        with part("linears"):
+            w_k, w_v = a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank).split([a.qk_nope_head_dim, a.v_head_dim], 1)
+            absorbed = q.new_empty(batch, queries, a.num_heads, latents.shape[-1])
+            _heads_times(q[..., : a.qk_nope_head_dim], w_k, absorbed[..., : a.kv_lora_rank])
+            absorbed[..., a.kv_lora_rank :] = q_rot
+            del q, q_rot
+        with part("attention"):
+            out, _lse = ops.sparse_mla(absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, plan=plan)
+            del absorbed
+        with part("linears"):
+            values = out.new_empty(batch, queries, a.num_heads, a.v_head_dim)
+            _heads_times(out, w_v.transpose(1, 2), values)
+            out = a.o_proj(values.flatten(2))
         return (out, None, ids) if returns_ids else (out, None)
 
     return forward
+
+
+def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor) -> Tensor:
+    """Latents of all tokens [B, T, c + r], these [B, S, c] and [B, S, r] being the last."""
+    if isinstance(cache, FastCache):
+        return cache.layers[a.layer_idx].store(latent, k_rot)
+    if cache is None:
+        return torch.cat([latent, k_rot], -1)
+    held, held_rot = cache.update(latent.unsqueeze(1), k_rot.unsqueeze(1), a.layer_idx)
+    if held.shape[-1] != a.kv_lora_rank:
+        raise ValueError("This cache was filled by stock transformers, which caches expanded keys and values; start a new one.")
+    return torch.cat([held, held_rot], -1)[:, 0]
+
+
+def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
+    """out[.., h, :] = x[.., h, :] @ w[h], written in place: no copy of x or out in another order of dimensions."""
+    heads = w_Hmn.shape[0]
+    x, out = (t.view(-1, heads, t.shape[-1]).transpose(0, 1) for t in (x_BSHm, out_BSHn))
+    torch.bmm(x, w_Hmn, out=out)

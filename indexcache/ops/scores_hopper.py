@@ -1,24 +1,38 @@
 """Prefill scores on Hopper, in Gluon: what `scores.scores_tiles` computes, with the same lists or rows as output.
 
-The plain kernel moves a tile of q from L2 for every head and tile of 128 keys: D bytes (fp8) for each 128 D products, which at
-its measured 922 TFLOP/s is 20 bytes a clock and multiprocessor, about what L2 gives. Here a program holds 256 keys (half
-that traffic) in two warpgroups of 128, and every product is issued before the epilogue of the one before it, so that the
-tensor cores work while relu, weight and sum run. Registers: two products in turn (64 each) and the sum (64).
+A program is one warpgroup with COLS = queries x heads columns of q in shared memory; it walks the keys in tiles of 64 rows,
+which the copy engine (TMA) brings STAGES tiles ahead. One product gives a tile's scores of every head; relu, weight and
+the sum over heads then stay in a thread's registers but for two shuffles. Two programs share a multiprocessor, so that the
+tensor cores work for one while the other sums up. The finished scores cross shared memory once, so that a warp owns
+queries and its lanes are consecutive keys: a ballot gives every lane its place in the list.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-NONE = gl.constexpr(-(2**31))
+BALLOT = gl.constexpr("""{
+    .reg .pred p;
+    .reg .b32 m, l;
+    setp.ne.s32 p, $2, 0;
+    vote.sync.ballot.b32 m, p, 0xffffffff;
+    mov.u32 l, %lanemask_lt;
+    popc.b32 $1, m;
+    and.b32 m, m, l;
+    popc.b32 $0, m;
+}""")
 
 
-@gluon.jit
-def _plus(a, b):
-    return a + b
+def describe(keys_TD: Tensor) -> TensorDescriptor:
+    """The keys for the copy engine, in tiles of 64."""
+    dim = keys_TD.shape[1]
+    kind = gl.float8e4nv if keys_TD.element_size() == 1 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for([64, dim], kind)
+    return TensorDescriptor.from_tensor(keys_TD, [64, dim], layout)
 
 
 @gluon.jit
@@ -36,138 +50,128 @@ def _relu(x):
 
 
 @gluon.jit
-def _fetch_q(p_q, smem, slot, i_head, H: gl.constexpr, D: gl.constexpr, at_row, m_row, o_d):
-    pointer = p_q + i_head * D + (at_row * (H * D))[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(smem.index(slot), pointer, mask=gl.expand_dims(m_row, 1))
-    async_copy.commit_group()
+def _rank(keep):
+    """(how many lower lanes keep theirs, how many lanes do), of each register of a warp."""
+    return gl.inline_asm_elementwise(BALLOT, "=r,=r,r", [keep.to(gl.int32)], dtype=(gl.int32, gl.int32), is_pure=False, pack=1)
 
 
 @gluon.jit
-def _fetch_k(p_k, smem, slot, base, n_columns, s_kt, STRIDE: gl.constexpr, o_n, o_d):
-    pointer = p_k + base.to(gl.int64) * STRIDE * s_kt + (o_n * (STRIDE * s_kt))[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(smem.index(slot), pointer, mask=gl.expand_dims(base + o_n < n_columns, 1))
+def _fetch(keys, k_smem, ready, tile, tiles, start, STAGES: gl.constexpr):
+    slot = tile % STAGES
+    there = tile < tiles
+    mbarrier.expect(ready.index(slot), keys.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(keys, [start + tile * 64, 0], ready.index(slot), k_smem.index(slot), pred=there)
+
+
+@gluon.jit
+def _product(k_smem, q_smem, ready, tile, tiles, zero, STAGES: gl.constexpr):
+    """Waits for the tile's keys and starts its product; past the last tile, a product that nobody reads."""
+    slot = tile % STAGES
+    mbarrier.wait(ready.index(slot), (tile // STAGES) & 1, pred=tile < tiles)
+    return warpgroup_mma(k_smem.index(slot), q_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def scores_tiles(
-    p_q, p_k, p_w, p_scale, p_offset, p_thr, p_score, p_key, p_id, p_count,
-    s_kb, s_kt, s_scale, s_row, n_queries, n_columns, n_keys, segment,
-    H: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STRIDE: gl.constexpr, CAP: gl.constexpr,
-    APPEND: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
-    UNROLL: gl.constexpr,
+    keys, p_q, p_w, p_scale, p_offset, p_thr, p_score, p_key, p_id, p_count, s_row, n_queries, n_columns, n_keys, segment,
+    H: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STRIDE: gl.constexpr, CAP: gl.constexpr, APPEND: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Arguments and grid of `scores.scores_tiles`. BM 64, BN 256, 8 warps; STAGES slots
-    for tiles of q, a power of two from 4 to H; UNROLL >= 3 divides H."""
-    fp8: gl.constexpr = p_q.dtype.element_ty.primitive_bitwidth == 8
-    depth: gl.constexpr = 32 if fp8 else 16
-    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, BN // 2, depth])
-    rows: gl.constexpr = gl.SliceLayout(1, acc)
-    vector: gl.constexpr = 16 if fp8 else 8
-    across: gl.constexpr = D // vector
-    copy: gl.constexpr = gl.BlockedLayout([1, vector], [32 // across, across], [8, 1], [1, 0])
+    """grid (segments, query blocks). Column c is key c * STRIDE: `keys` describes [n_columns, D] in tiles of 64 rows. 4 warps."""
+    queries: gl.constexpr = COLS // H
+    depth: gl.constexpr = 256 // p_q.dtype.element_ty.primitive_bitwidth
+    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, depth])
+    across: gl.constexpr = gl.SliceLayout(0, acc)
+    vector: gl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
+    copy: gl.constexpr = gl.BlockedLayout([1, vector], [32 * vector // D, D // vector], [4, 1], [1, 0])
+    quad: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    down: gl.constexpr = gl.SliceLayout(1, flat)
+    side: gl.constexpr = gl.SliceLayout(0, flat)
     q_smem = gl.allocate_shared_memory(
-        p_q.dtype.element_ty, [STAGES, BM, D], gl.NVMMASharedLayout.get_default_for([BM, D], p_q.dtype.element_ty)
+        p_q.dtype.element_ty, [COLS, D], gl.NVMMASharedLayout.get_default_for([COLS, D], p_q.dtype.element_ty)
     )
-    k_smem = gl.allocate_shared_memory(
-        p_k.dtype.element_ty, [2, BN, D], gl.NVMMASharedLayout.get_default_for([BN, D], p_k.dtype.element_ty)
-    )
+    k_smem = gl.allocate_shared_memory(keys.dtype, [STAGES, 64, D], keys.layout)
+    # the sums of the four lanes that share a row, [half, query and lane, key]; swizzled, so that neither side has bank conflicts
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    even = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], swizzled)
+    odd = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], swizzled)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
 
     i_seg = gl.program_id(0)
-    i_b = gl.program_id(2).to(gl.int64)
-    first = (gl.num_programs(1) - 1 - gl.program_id(1)) * BM
-    offset = gl.load(p_offset + i_b)
-    p_k += i_b * s_kb
-    p_scale += i_b * s_scale
-    # how the copies see it
-    o_row = first + gl.arange(0, BM, layout=gl.SliceLayout(1, copy))
-    m_row = o_row < n_queries
-    p_q += (i_b * n_queries + first) * H * D
-    at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, copy))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
-    o_copy = gl.arange(0, BN, layout=gl.SliceLayout(1, copy))
-    # how the products see it
-    o_m = first + gl.arange(0, BM, layout=rows)
-    m_m = o_m < n_queries
-    p_weight = p_w + (i_b * n_queries + o_m) * H
-    last = gl.minimum(gl.maximum(offset + gl.minimum(first + BM, n_queries), 0), n_keys).to(gl.int32)
+    # late rows see most: start them first, the short ones fill the tail
+    first = (gl.num_programs(1) - 1 - gl.program_id(1)) * queries
+    offset = gl.load(p_offset)
+    last = gl.minimum(gl.maximum(offset + gl.minimum(first + queries, n_queries), 0), n_keys).to(gl.int32)
     start = i_seg * segment
     end = gl.minimum(gl.minimum(start + segment, n_columns), (last + STRIDE - 1) // STRIDE)
-    tiles = (end - start + BN - 1) // BN
-    # how the end of a tile sees it: a warp has a row, 8 rows at a time, so that little is held in registers beside the products
-    flat: gl.constexpr = gl.BlockedLayout([1, BN // 32], [1, 32], [8, 1], [1, 0])
-    line: gl.constexpr = gl.SliceLayout(1, flat)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    out_smem = gl.allocate_shared_memory(gl.float32, [BM // 8, 8, BN], plain)
-    count_smem = gl.allocate_shared_memory(gl.int32, [BM // 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    whole = out_smem._reinterpret(gl.float32, [BM, BN], plain)
-    o_8 = gl.arange(0, 8, layout=line)
-    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, flat))
-    for i in gl.static_range(BM // 8):
-        count_smem.index(i).store(gl.zeros([8], gl.int32, line))
+    tiles = (end - start + 63) // 64
 
-    if tiles > 0:
-        _fetch_k(p_k, k_smem, 0, start, n_columns, s_kt, STRIDE, o_copy, o_d)
-        for i in gl.static_range(STAGES - 2):
-            _fetch_q(p_q, q_smem, i, i % H, H, D, at_row, m_row, o_d)
-        zero = gl.zeros([BM, BN], gl.float32, acc)
-        no_weight = gl.zeros([BM], gl.float32, rows)
-        for i_tile in range(tiles):
-            base = start + i_tile * BN
-            k_tile = k_smem.index(i_tile % 2).permute((1, 0))
-            total = gl.zeros([BM, BN], gl.float32, acc)
-            for first_head in range(0, H, UNROLL):
-                # A product in flight must not cross a loop's edge: ptxas would then wait for each one (C7514)
-                flying, w_flying = zero, no_weight
-                for u in gl.static_range(UNROLL):
-                    h = first_head + u
-                    step = i_tile * H + h
-                    async_copy.wait_group(STAGES - 3)
-                    fence_async_shared()
-                    # all warps are past the product before the last one, so its slot is free for the tile STAGES - 2 ahead
-                    issued = warpgroup_mma(q_smem.index(step % STAGES), k_tile, zero, use_acc=False, is_async=True)
-                    w_issued = gl.load(p_weight + h, mask=m_m, other=0.0)
-                    if u == 2 and first_head == 0:  # the other K tile is free since the barriers of this one's first products
-                        _fetch_k(p_k, k_smem, (i_tile + 1) % 2, base + BN, n_columns, s_kt, STRIDE, o_copy, o_d)
-                    _fetch_q(p_q, q_smem, (step + STAGES - 2) % STAGES, (h + STAGES - 2) % H, H, D, at_row, m_row, o_d)
-                    if u > 0:
-                        done = warpgroup_mma_wait(1, deps=[flying])
-                        total += _relu(done) * w_flying[:, None]
-                    flying = issued
-                    w_flying = w_issued
-                done = warpgroup_mma_wait(0, deps=[flying])
-                total += _relu(done) * w_flying[:, None]
-            whole.store(total)
-            gl.thread_barrier()  # the two views are one buffer; said here rather than left to alias analysis
-            o_c = base + o_n
-            if SCALED:
-                scale = gl.load(p_scale + o_c * STRIDE, mask=o_c < n_columns, other=0.0)
-            for i_8 in range(BM // 8):
-                o_r = first + i_8 * 8 + o_8
-                m_r = o_r < n_queries
-                i_r = i_b * n_queries + o_r
-                seen = gl.minimum(gl.maximum(offset + o_r + 1, 0), n_keys).to(gl.int32)
-                seen = gl.minimum(gl.where(m_r, (seen + STRIDE - 1) // STRIDE, 0), end)
-                score = out_smem.index(i_8).load(flat)
-                if SCALED:
-                    score *= scale[None, :]
-                key = _sort_key(score)
-                keep = o_c[None, :] < seen[:, None]
-                if APPEND:
-                    least = gl.load(p_thr + i_r, mask=m_r, other=0x7FFFFFFF)
-                    count = count_smem.index(i_8).load(line)
-                    keep = keep & (key >= least[:, None])
-                    slot = gl.associative_scan(keep.to(gl.int32), 1, _plus) + (count - 1)[:, None]
-                    fits = keep & (slot < CAP)
-                    p_list = ((i_r * gl.num_programs(0) + i_seg) * CAP)[:, None]
-                    gl.store(p_key + p_list + slot, key, mask=fits)
-                    gl.store(p_id + p_list + slot, o_c[None, :] + gl.zeros([8, BN], gl.int32, flat), mask=fits)
-                    count_smem.index(i_8).store(count + gl.sum(keep.to(gl.int32), 1))
-                else:
-                    gl.store(p_score + (i_r * s_row)[:, None] + o_c[None, :], key, mask=keep)
-            gl.thread_barrier()
-        async_copy.wait_group(0)
+    o_col = gl.arange(0, COLS, layout=gl.SliceLayout(1, copy))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
+    left = (n_queries - first) * H  # columns that are there
+    p_q += first.to(gl.int64) * (H * D)
+    q_smem.store(gl.load(p_q + (o_col * D)[:, None] + o_d[None, :], mask=gl.expand_dims(o_col < left, 1), other=0.0))
+    fence_async_shared()
+    o_w = gl.arange(0, COLS, layout=across)
+    weight = gl.load(p_w + first.to(gl.int64) * H + o_w, mask=o_w < left, other=0.0)
+
+    o_key = gl.arange(0, 32, layout=side)
+    o_q = first + gl.arange(0, queries, layout=down)
+    seen = gl.minimum(gl.maximum(offset + o_q + 1, 0), n_keys).to(gl.int32)
+    seen = gl.minimum(gl.where(o_q < n_queries, (seen + STRIDE - 1) // STRIDE, 0), end)
+    count = gl.zeros([queries, 32], gl.int32, flat)
     if APPEND:
-        for i in gl.static_range(BM // 8):
-            o_r = first + i * 8 + o_8
-            i_list = (i_b * n_queries + o_r) * gl.num_programs(0) + i_seg
-            gl.store(p_count + i_list, count_smem.index(i).load(line), mask=o_r < n_queries)
+        least = gl.load(p_thr + o_q, mask=o_q < n_queries, other=0x7FFFFFFF)[:, None]
+        at = ((o_q.to(gl.int64) * gl.num_programs(0) + i_seg) * CAP)[:, None]
+        p_key_row, p_id_row = p_key + at, p_id + at
+    else:
+        p_row = p_score + (o_q.to(gl.int64) * s_row)[:, None]
+
+    for i in gl.static_range(STAGES):
+        _fetch(keys, k_smem, ready, i, tiles, start, STAGES)
+    zero = gl.zeros([64, COLS], gl.float32, acc)
+    flying = _product(k_smem, q_smem, ready, 0, tiles, zero, STAGES)
+    for pair in range(0, tiles, 2):
+        for u in gl.static_range(2):
+            tile = pair + u
+            o_n = start + tile * 64 + o_key
+            if SCALED:
+                scale_low = gl.load(p_scale + o_n * STRIDE, mask=o_n < end, other=0.0)
+                scale_high = gl.load(p_scale + (o_n + 32) * STRIDE, mask=o_n + 32 < end, other=0.0)
+            product = warpgroup_mma_wait(0, deps=[flying])
+            part = gl.reshape(_relu(product) * weight[None, :], [2, 32, queries, H // 8, 4, 2])
+            part = gl.reshape(gl.permute(part, (0, 2, 4, 1, 3, 5)), [2, queries * 4, 32, H // 4])
+            sums = even if u == 0 else odd
+            sums._reinterpret(gl.float32, [2, queries * 4, 32], gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0])).store(gl.sum(part, 3))
+            gl.thread_barrier()  # every warp is past the product that read this tile's slot, and the sums are there
+            flying = _product(k_smem, q_smem, ready, tile + 1, tiles, zero, STAGES)  # runs beside all that follows
+            _fetch(keys, k_smem, ready, tile + STAGES, tiles, start, STAGES)
+            for half in gl.static_range(2):
+                o_c = (o_n + half * 32)[None, :]
+                score = gl.convert_layout(gl.sum(gl.reshape(sums.index(half).load(quad), [queries, 4, 32]), 1), flat)
+                if SCALED:
+                    if half == 0:
+                        score *= scale_low[None, :]
+                    else:
+                        score *= scale_high[None, :]
+                key = _sort_key(score)
+                keep = o_c < seen[:, None]
+                if APPEND:
+                    keep = keep & (key >= least)
+                    rank, kept = _rank(keep)
+                    place = count + rank
+                    count += kept
+                    fits = keep & (place < CAP)
+                    gl.store(p_key_row + place, key, mask=fits)
+                    gl.store(p_id_row + place, o_c + gl.zeros([queries, 32], gl.int32, flat), mask=fits)
+                else:
+                    gl.store(p_row + o_c, key, mask=keep)
+    warpgroup_mma_wait(0, deps=[flying])
+    if APPEND:
+        mine = (o_key == 0)[None, :] & (o_q < n_queries)[:, None]
+        gl.store(p_count + (o_q * gl.num_programs(0) + i_seg)[:, None] + gl.zeros([queries, 32], gl.int32, flat), count, mask=mine)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(i))

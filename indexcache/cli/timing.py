@@ -1,0 +1,104 @@
+"""The settings that the verbs which time a model have in common, and how their words become values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from indexcache.cli.flags import flag, required
+
+if TYPE_CHECKING:
+    from indexcache.analysis.bench import Grid
+    from indexcache.analysis.measure import Subject
+    from indexcache.pattern import Pattern
+
+NAMED = "glm-4.7-flash-dsa, glm-5, deepseek-v3.2, tiny-random"
+PATTERNS = (
+    "all, 1/2, 1/4, 1/8 (uniform), each may be followed by +R8 (R with a pool of 8 k in the others; +R is +R8), or any SPEC of evaluate"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingSettings:
+    model: str = required(f"checkpoint folder, tiny, or a named shape with random weights ({NAMED})", positional=True)
+    contexts: tuple[str, ...] = flag(("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N")
+    layers: int | None = flag(None, "take only the first layers of a named shape")
+    decode_tokens: int = flag(64, "tokens that are decoded after each prefill")
+    chunk: int = flag(8192, "tokens of a prefill that go through the model at once")
+    data: str | None = flag(None, "text to prefill with, repeated to the length (default: random tokens)")
+    dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
+    index_dtype: str = flag("fp8", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))
+    device: str | None = flag(None, "where the model runs (default: cuda where there is one, else cpu)")
+    seed: int = flag(0, "of random weights and tokens")
+    trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
+    json: bool = flag(False, "print one JSON object as the last line")
+
+
+def open_model(s: TimingSettings, wanted: tuple[str, ...], batch: str) -> tuple[Subject, Grid, list[int] | None]:
+    """The accelerated model, what to measure on it under the patterns `wanted`, and the ids of --data where it is given. What
+    cannot be measured is refused before the model is made."""
+    import torch
+
+    from indexcache.analysis.bench import Grid
+    from indexcache.analysis.measure import open_subject
+    from indexcache.cli.common import keep_freed_memory
+    from indexcache.data import load_documents
+    from indexcache.models.shapes import SHAPES, shape_of
+
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shape = shape_of(s.model, s.layers)
+    grid = Grid(contexts=contexts(s.contexts), patterns=patterns(wanted, shape.layers), batches=batches(batch),
+                decode_tokens=s.decode_tokens, chunk=s.chunk, seed=s.seed)  # fmt: skip
+    grid.check(shape, device.startswith("cuda"))
+    if s.data is not None and s.model in SHAPES:
+        raise ValueError("A named shape has no tokenizer, so it is timed with random tokens; leave --data out.")
+    if device == "cpu":
+        keep_freed_memory()
+    subject = open_subject(s.model, layers=s.layers, dtype=s.dtype, device=device, index_dtype=s.index_dtype, seed=s.seed,
+                           trust_remote_code=s.trust_remote_code)  # fmt: skip
+    if s.data is None:
+        return subject, grid, None
+    assert subject.encode is not None
+    documents = load_documents(s.data, subject.encode, shape.vocab)
+    return subject, grid, [i for d in documents for i in d.ids.tolist()]
+
+
+def contexts(words: tuple[str, ...]) -> tuple[int, ...]:
+    """("10K,60K", "5000") -> (10000, 60000, 5000); K is a thousand, M a million."""
+    return tuple(dict.fromkeys(number(word) for word in split(words)))
+
+
+def number(word: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KkM]?)", word)
+    value = float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()] if match else 0.0
+    if value < 1 or value != int(value):
+        raise ValueError(f"{word!r} is no number of tokens; write e.g. 8192, 60K or 1M (K is a thousand).")
+    return int(value)
+
+
+def patterns(words: tuple[str, ...], layers: int) -> tuple[tuple[str, Pattern], ...]:
+    """(name, pattern) for each word; see PATTERNS."""
+    from indexcache.search.select import choose
+
+    found = []
+    for word in split(words):
+        base, plus, rest = word.partition("+")
+        spec = {"all": "full"}.get(base, f"uniform:{base}" if re.fullmatch(r"1/\d+", base) else base)
+        chosen = choose(spec + plus + rest, layers)
+        found.append((word if spec != base else chosen.name, chosen.pattern))
+    return tuple(found)
+
+
+def batches(word: str) -> tuple[int | str, ...]:
+    """ "1,4,fill" -> (1, 4, "fill")."""
+    found: list[int | str] = []
+    for one in split((word,)):
+        if one != "fill" and not (one.isascii() and one.isdigit() and int(one) > 0):
+            raise ValueError(f"--batch takes numbers of requests and the word fill, not {one!r}.")
+        found.append(one if one == "fill" else int(one))
+    return tuple(dict.fromkeys(found))
+
+
+def split(words: tuple[str, ...]) -> list[str]:
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
