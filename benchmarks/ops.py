@@ -1,10 +1,9 @@
 """Correctness, then time, share of the floor and the peer's time in the same run, for every kernel; writes a JSON of rows.
 
-    python benchmarks/ops.py [--peers DIR] [--out FILE] [--only NAME] [--selections FILE]
+    python benchmarks/ops.py [--peers DIR] [--out FILE] [--only NAME]
 
 --peers: a folder with the peer's README.md and setup.sh; it must have been sourced already (PYTHONPATH has its packages).
---selections: a .pt with int32 ids [queries, k] of a trained DSA model, tiled to the size needed; without it attention is timed on
-synthetic ids whose neighbours share most entries, and the row says which.
+Attention and pools are timed on selections of a trained DSA model, `tiny`, tiled up (benchmarks/selections.py).
 A row is written only when its correctness check passed in this run.
 """
 
@@ -24,13 +23,16 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import selections  # noqa: E402
 
 from indexcache import ops  # noqa: E402
 from indexcache.ops import launch_mla, launch_scores, launch_select, reference  # noqa: E402
 from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
+LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
 FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
 
 
@@ -55,6 +57,21 @@ def milliseconds(call: Callable[[], Any], repeats: int = 11, graph: bool = False
     return statistics.median(times)
 
 
+def side_by_side(calls: dict[str, Callable[[], Any]], repeats: int = 11) -> dict[str, float]:
+    """Medians of calls that take turns, so that each finds the clock and the heat that the others leave."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats + 2):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
 class Report:
     def __init__(self, only: str):
         self.rows: list[dict[str, Any]] = []
@@ -70,7 +87,7 @@ class Report:
         print(f"{op:22} {shape:44} {ms:9.4f} ms {row['tflops'] or '':>7} floor {floor_ms / ms:5.2f}{ratio}", flush=True)
 
     def section(self, call: Callable[[Report], None]) -> None:
-        if self.only not in call.__name__:
+        if self.only not in call.__name__ or (call is tune and self.only != "tune"):
             return
         try:
             call(self)
@@ -134,42 +151,45 @@ class Peer:
 
 
 PEER: Peer
-SELECTIONS: Tensor | None = None
 
 
 def scores(report: Report) -> None:
     for heads in (32, 64):
         queries, keys = 2048, 131072
         q, k, w, scale = index_inputs(queries, keys, heads)
-        rows = torch.full((queries, keys), 2**31 - 1, dtype=torch.int32, device="cuda")
+        rows = torch.empty((queries, keys), dtype=torch.int32, device="cuda")
         flop = 2.0 * queries * keys * heads * DIM
-        peer_ms = None
-        if PEER.ok:
-            z, full = torch.zeros(queries, device="cuda", dtype=torch.int32), torch.full((queries,), keys, device="cuda", dtype=torch.int32)
-            peer_ms = milliseconds(
-                lambda q=q, k=k, w=w, s=scale, z=z, f=full: PEER.logits((q[0], None), (k[0], s[0]), w[0], z, f, clean_logits=False)
-            )
-        for name, hopper in (("gluon", True), ("triton", False)):
+        x = launch_scores.Inputs(q, k, w, scale, keys)
+        sample = torch.tensor([0, 1, 63, 64, queries - 1], device="cuda")
+        want = reference.index_scores(q[:, sample].float(), k.float(), w[:, sample])[0] * scale
+
+        def run(hopper: bool) -> None:
             SETTINGS.hopper = hopper
-            x = launch_scores.Inputs(q, k, w, scale, keys)
-            rows.fill_(2**31 - 1)
             launch_scores.score_tiles(x, out=rows)
-            sample = torch.tensor([0, 1, 63, 64, queries - 1], device="cuda")
+
+        calls: dict[str, Callable[[], Any]] = {"gluon": lambda: run(True), "triton": lambda: run(False)}
+        for name, call in calls.items():
+            rows.fill_(2**31 - 1)
+            call()
             got = rows[sample]
             got = (got ^ ((got >> 31) & 0x7FFFFFFF)).view(torch.float32)
-            want = reference.index_scores(q[:, sample].float(), k.float(), w[:, sample])[0] * scale
             need(relative(got, want) < 5e-3, f"{name}: scores are off by {relative(got, want)}")
-            ms = milliseconds(lambda x=x: launch_scores.score_tiles(x, out=rows))
+        if PEER.ok:
+            z, full = torch.zeros(queries, device="cuda", dtype=torch.int32), torch.full((queries,), keys, device="cuda", dtype=torch.int32)
+            calls["DeepGEMM"] = lambda: PEER.logits((q[0], None), (k[0], scale[0]), w[0], z, full, clean_logits=False)
+        times = side_by_side(calls, 21)
+        SETTINGS.hopper = True
+        for name in ("gluon", "triton"):
+            floor = flop / FP8_PEAK * 1e3
             report.row(
                 f"scores fp8 {name}",
                 f"2048 x 131072 H={heads}",
-                ms,
+                times[name],
                 flop=flop,
-                floor_ms=flop / FP8_PEAK * 1e3,
+                floor_ms=floor,
                 peer="DeepGEMM",
-                peer_ms=peer_ms,
+                peer_ms=times.get("DeepGEMM"),
             )
-        SETTINGS.hopper = False
 
 
 def tune(report: Report) -> None:
@@ -179,8 +199,8 @@ def tune(report: Report) -> None:
     rows = torch.empty(queries, keys, dtype=torch.int32, device="cuda")
     s = SETTINGS
     before = dict(vars(s))
-    options = [{"hopper": True, "hopper_unroll": u, "hopper_stages": n} for u in (4, 8, 16) for n in (4, 8)]
-    options += [{"hopper": False, "registers": r, "keys": n} for r in (0, 168, 232) for n in (64, 128)]
+    options = [{"hopper": True, "hopper_stages": n} for n in (3, 4, 6)]
+    options += [{"hopper": False, "keys": n} for n in (64, 128)]
     for option in options:
         vars(s).update(before | option)
         try:
@@ -208,7 +228,11 @@ def selection(report: Report) -> None:
                 peer = lambda x=x, z=z, f=full, o=out: PEER.custom.top_k_per_row_prefill(x, z, f, o, len(x), x.stride(0), x.stride(1), TOPK)  # noqa: E731
             else:
                 peer = lambda x=x, f=full, o=out, wk=work: torch.ops._C.cooperative_topk(x, f[:, None], o, wk, TOPK, x.shape[1])  # noqa: E731
-            peer_ms = milliseconds(peer, graph=queries == 1)
+            if queries == 1:
+                peer_ms = milliseconds(peer, graph=True)
+            else:
+                times = side_by_side({"ours": lambda x=x: launch_select.topk_rows(x, TOPK), "peer": peer})
+                ms, peer_ms = times["ours"], times["peer"]
         report.row(
             "selection", f"[{queries}, {keys}] fp32 k={TOPK}", ms, floor_ms=4e3 * queries * keys / COPY, peer="vLLM top-k", peer_ms=peer_ms
         )
@@ -238,19 +262,23 @@ def prefill(report: Report) -> None:
         ms = milliseconds(run, 3)
         report.row("index_topk prefill", f"200000 causal H={heads} k={TOPK}", ms, flop=flop, floor_ms=flop / FP8_PEAK * 1e3)
         if heads == HEADS:
-            pool = torch.cat([p for _, p in run(16384)], dim=1)
             part = slice(LONG - 8192, LONG)
-            inside = ops.index_topk(q[:, part], k, w[:, part], scale, TOPK, part.start, pool[:, part], backend="triton")
-            few = range(0, 8192, 997)
-            common = sum(int(torch.isin(inside[0, i], ids[part][i]).sum()) for i in few) / (len(few) * TOPK)
-            need(common > 0.999, f"inside the pool {common} of the selection is found")
-            each = milliseconds(
-                lambda: ops.index_topk(q[:, part], k, w[:, part], scale, TOPK, part.start, pool[:, part], backend="triton"), 3
-            )
-            ms_pool = each * (LONG - 8192) / 8192  # rows below the pool's size see less; the last chunk is the dearest
+            pool = selections.tile(selections.load(f"pool.{LAYER}").cuda(), 16384, LONG, 8192)[None]
+
+            def inside(q=q, k=k, w=w, scale=scale, part=part, pool=pool) -> Tensor:
+                return ops.index_topk(q[:, part], k, w[:, part], scale, TOPK, part.start, pool, backend="triton")
+
+            few = torch.tensor([0, 5, 4095, 8191], device="cuda")
+            scored = reference.index_scores(q[:, part][:, few].float(), k.float(), w[:, part][:, few])[0] * scale
+            outside = torch.ones_like(scored, dtype=torch.bool).scatter_(1, pool[0, few].long(), False)
+            found = inside()[0, few]
+            need(not bool(outside.gather(1, found.long()).any()), "ids outside of the pool")
+            share = check_selection(found, scored.masked_fill(outside, -torch.inf), torch.full_like(few, LONG))
+            need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
+            ms_pool = milliseconds(inside, 3) * LONG / 8192  # rows below the pool's size see less; the last chunk is the dearest
             report.row(
                 "index_topk pool 16384",
-                f"200000 H={heads} k={TOPK} (last chunk x {LONG / 8192:.1f})",
+                f"200000 H={heads} k={TOPK} pools of tiny's layer {LAYER}, tiled (last chunk x {LONG / 8192:.1f})",
                 ms_pool,
                 floor_ms=16384.0 * LONG * 132 / 5.5e12 * 1e3,
             )
@@ -269,45 +297,45 @@ def decode(report: Report) -> None:
     report.row("index_topk decode", f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / COPY)
 
 
-def make_ids(queries: int, keys: int, k: int = TOPK) -> tuple[Tensor, str]:
-    if SELECTIONS is not None:
-        times = -(-queries // len(SELECTIONS))
-        return SELECTIONS.repeat(times, 1)[:queries].contiguous()[None].cuda(), "trained selections, tiled"
-    base = 48  # distinct groups of neighbours: U of 3 neighbours about 1.4, as measured on a trained model
-    noise = torch.rand(base, 1, keys, device="cuda") + 0.006 * torch.rand(base, 6, keys, device="cuda")
-    ids = noise.flatten(0, 1).topk(k, dim=-1).indices.sort(dim=-1).values.int()
-    return ids.repeat(-(-queries // len(ids)), 1)[:queries].contiguous()[None], "synthetic neighbours"
+def make_ids(queries: int, keys: int, layer: int = LAYER) -> tuple[Tensor, str]:
+    """int32 ids [1, queries, 2048] of a trained model (benchmarks/selections.py), tiled."""
+    return selections.tile(selections.load(f"topk.{layer}").cuda(), TOPK, keys, queries)[None], f"ids of tiny's layer {layer}, tiled"
 
 
 def mla(report: Report) -> None:
     keys, queries = 131072, 8192
-    ids, kind = make_ids(queries, keys)
-    latent = (torch.randn(1, keys, 576, device="cuda") / 8).bfloat16()
+    latent = (torch.randn(1, LONG, 576, device="cuda") / 8).bfloat16()
     scale = 0.06
-    for heads in (20, 64, 128):
+    for heads, layer in ((20, 8), (20, LAYER), (20, 4), (64, LAYER), (128, LAYER)):
+        ids, kind = make_ids(queries, keys, layer)
         q = (torch.randn(1, queries, heads, 576, device="cuda") / 8).bfloat16()
         group = launch_mla.best_group(heads)
-        plan = ops.group_queries(ids, group, backend="triton")
-        union = float(plan.count_BG.float().mean()) / TOPK
-        got, _ = ops.sparse_mla(q, latent, ids, scale, plan=plan if group > 1 else None, backend="triton")
+        plan = ops.group_queries(ids, group, backend="triton") if group > 1 else None
+        size = 1.0 if plan is None else float(plan.count_BG.float().mean()) / TOPK
+        got, _ = ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")
         part = slice(0, 65)
         want = reference.sparse_mla(q[:, part].float(), latent.float(), ids[:, part], scale)[0]
         need(relative(got[:, part], want) < 1e-2, f"H={heads}: off by {relative(got[:, part], want)}")
-        ms = milliseconds(
-            lambda q=q, p=plan, g=group: ops.sparse_mla(q, latent, ids, scale, plan=p if g > 1 else None, backend="triton"), 5
-        )
-        flop, peer_ms = 2.0 * queries * heads * TOPK * 1088, None
+        calls: dict[str, Callable[[], Any]] = {"ours": lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")}
         if PEER.ok:
             padded = torch.nn.functional.pad(q[0], (0, 0, 0, max(64 - heads, 0))).contiguous()
-            every = torch.full((queries,), TOPK, device="cuda", dtype=torch.int32)
-            peer_ms = milliseconds(
-                lambda p=padded, e=every: PEER.attend(p, latent[0, :, None], ids[0, :, None].contiguous(), scale, topk_length=e), 5
-            )
-        shape = f"8192 of 131072 H={heads} U={union:.2f} {kind}"
-        report.row("sparse_mla prefill", shape, ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3, peer="FlashMLA", peer_ms=peer_ms)
-        if group > 1:
-            ms = milliseconds(lambda g=group: ops.group_queries(ids, g, backend="triton"), 5)
+            every, lists = torch.full((queries,), TOPK, device="cuda", dtype=torch.int32), ids[0, :, None].contiguous()
+            calls["FlashMLA"] = lambda: PEER.attend(padded, latent[0, :, None], lists, scale, topk_length=every)
+        times = side_by_side(calls, 7)
+        flop = 2.0 * queries * heads * TOPK * 1088
+        shape = f"8192 of 131072 H={heads} U={size:.2f} {kind}"
+        floor = flop / BF16_PEAK * 1e3
+        report.row("sparse_mla prefill", shape, times["ours"], flop=flop, floor_ms=floor, peer="FlashMLA", peer_ms=times.get("FlashMLA"))
+        if plan is not None and layer == LAYER:
+            ms = milliseconds(lambda: ops.group_queries(ids, group, backend="triton"), 5)
             report.row("group_queries", f"8192 k={TOPK} group {group} {kind}", ms, floor_ms=8192 * TOPK * 9e3 / COPY)
+    ids, kind = make_ids(LONG, LONG)
+    q = torch.empty(1, LONG, 20, 576, device="cuda", dtype=torch.bfloat16).normal_(std=0.125)
+    plan = ops.group_queries(ids, launch_mla.best_group(20), backend="triton")
+    flop = 2.0 * LONG * 20 * TOPK * 1088
+    ms = milliseconds(lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton"), 5)
+    report.row("sparse_mla prefill", f"200000 of 200000 H=20 {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3)
+    ids, latent = ids[:, :1].contiguous(), latent[:, :keys]
     for heads in (20, 64):
         for fp8 in (False, True):
             q = (torch.randn(1, 1, heads, 576, device="cuda") / 8).bfloat16()
@@ -341,7 +369,7 @@ def mla(report: Report) -> None:
 
 
 def backward(report: Report) -> None:
-    queries, keys, heads = 2048, 32768, 20
+    queries, keys, heads = 2048, 131072, 20
     ids, kind = make_ids(queries, keys)
     q, latent = (
         (torch.randn(1, queries, heads, 576, device="cuda") / 8).bfloat16(),
@@ -361,7 +389,7 @@ def backward(report: Report) -> None:
     for exact in (False, True):
         ms = milliseconds(lambda e=exact: launch_mla.backward(q, latent, ids, out, lse, grad, 0.06, plan, e), 5)
         name = "sparse_mla backward" + (" deterministic" if exact else "")
-        report.row(name, f"2048 of 32768 H={heads} {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3)
+        report.row(name, f"2048 of 131072 H={heads} {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3)
 
 
 def quantize(report: Report) -> None:
@@ -377,19 +405,17 @@ SECTIONS = (quantize, scores, selection, decode, prefill, mla, backward, tune)
 
 
 def main() -> int:
-    global PEER, SELECTIONS
+    global PEER
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, help="the peer's folder, already sourced")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ops_h100.json")
     parser.add_argument("--only", default="", help=f"sections whose name contains this: {', '.join(s.__name__ for s in SECTIONS)}")
-    parser.add_argument("--selections", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("a GPU is needed", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     PEER = Peer(arguments.peers)
-    SELECTIONS = torch.load(arguments.selections) if arguments.selections else None
     report = Report(arguments.only)
     for section in SECTIONS:
         report.section(section)

@@ -43,9 +43,8 @@ def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
 
 
 @pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
-@pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (40, 8192), (3, 32)])
-def test_prefill(small, monkeypatch, queries, topk, pool, registered):
-    monkeypatch.setattr(SETTINGS, "registered", registered)
+@pytest.mark.parametrize("pool", [0, 40, 3])
+def test_prefill(small, queries, topk, pool):
     check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
 
 
@@ -64,9 +63,8 @@ def test_prefill_ties_overflow(small):
     check(q, k, w * 0, None, 8, 267)
 
 
-@pytest.mark.parametrize(("pool", "registered"), [(0, 8192), (24, 32)])
-def test_decode_unequal_lengths(small, monkeypatch, pool, registered):
-    monkeypatch.setattr(SETTINGS, "registered", registered)
+@pytest.mark.parametrize("pool", [0, 24])
+def test_decode_unequal_lengths(small, pool):
     lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
     q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
     for b, n in enumerate(lengths.tolist()):
@@ -78,6 +76,16 @@ def test_candidates(small):
     q, k, w, scale = inputs(2, 5, 200, 4, 16, torch.float16)
     pool = ops.index_topk(*inputs(2, 5, 200, 4, 16, torch.float16), 120, torch.tensor([190, 90], device=DEVICE), backend="torch")
     check(q, k, w, scale, 8, torch.tensor([180, 60], device=DEVICE), pool)
+    check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
+
+
+@pytest.mark.parametrize(("queries", "heads", "width"), [(8, 32, 300), (13, 4, 120), (9, 64, 40)])
+def test_candidates_of_neighbours(small, queries, heads, width):
+    q, k, w, scale = inputs(2, queries, 310, heads, 16, torch.float16)
+    offset = torch.tensor([290, 90], device=DEVICE)
+    pool = ops.index_topk(*inputs(2, queries, 310, heads, 16, torch.float16), width, offset, backend="torch")
+    k[1, 200:] = torch.nan
+    check(q, k, w, scale, 8, torch.tensor([280, 60], device=DEVICE), pool, pool=30)
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
 
 
@@ -101,13 +109,24 @@ def test_fp8_and_fp32(small):
         check(*inputs(2, 1, 200, 2, 32, dtype), 8, 199)
 
 
-@pytest.mark.parametrize("width", [1, 63, 257, 2049])
+@pytest.mark.parametrize("width", [1, 63, 257, 2049, 8193])
 def test_topk_rows_of_floats(small, width):
-    x = torch.randn(3, width, device=DEVICE)
-    x[0, ::7], x[1, ::5], x[2] = torch.nan, torch.inf, x[2].round()
+    x = torch.randn(4, width, device=DEVICE)
+    x[0, ::7], x[1, ::5], x[2], x[3] = torch.nan, torch.inf, x[2].round(), -torch.inf
     x[1, ::9] = -0.0
     got, pool = launch_select.topk_rows(x, 5, pool=12)
     for a, n in ((got, 5), (pool, 12)):
+        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+
+
+@pytest.mark.parametrize("burst", [0, 200, 2000])
+def test_topk_of_one_long_row(small, monkeypatch, burst):
+    """Many short lists for one row; the best keys in one place make a list longer than the tile that serves even ones."""
+    monkeypatch.setattr(SETTINGS, "workers", 132)
+    x = torch.randn(1, 12000, device=DEVICE)
+    x[0, 5000 : 5000 + burst] += 10
+    got, pool = launch_select.topk_rows(x, 20, pool=50)
+    for a, n in ((got, 20), (pool, 50)):
         assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
 
 
@@ -125,6 +144,25 @@ def test_large(dtype, queries, keys):
     q, k, w, scale = inputs(1, queries, keys, 32, 128, dtype)
     check(q, k, w, scale, 2048, keys - queries, pool=16384)
     assert torch.equal(*[ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton") for _ in range(2)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the Gluon kernels need a GPU")
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("queries", [33, 257])
+def test_heads_and_pools(heads, queries):
+    """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
+    dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
+    q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
+    check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
+    pool = ops.index_topk(*inputs(2, queries, 9300, heads, 128, dtype), 700, offset, backend="torch")
+    pool[:, 5, 300:] = pool[0, 7] = -1
+    k[1, 9280:] = torch.nan
+    check(q, k, w, scale, 200, offset, pool, pool=450)
+    check(q, k, w, scale, 200, torch.tensor([8000, 100], device=DEVICE), pool)
+    plan = ops.group_queries(pool, ops.pool_group(q, k)) if ops.pool_group(q, k) > 1 else None
+    given = ops.index_topk(q, k, w, scale, 200, offset, pool, plan=plan, backend="triton")
+    assert torch.equal(given, ops.index_topk(q, k, w, scale, 200, offset, pool, backend="triton"))
 
 
 @pytest.mark.gpu

@@ -145,6 +145,35 @@ def test_large(heads, queries):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="the Gluon kernel needs a Hopper GPU")
+@pytest.mark.parametrize(("heads", "planned"), [(20, True), (64, False), (128, False), (20, False), (8, True)])
+@pytest.mark.parametrize("queries", [1, 63, 257, 2049])
+def test_hopper(heads, planned, queries, monkeypatch):
+    """The Gluon kernel against the plain one and the definition."""
+    monkeypatch.setattr(launch_mla.SETTINGS, "programs", 1)  # never split
+    q, latent = (torch.randn(2, n, *rest, device=DEVICE).bfloat16() for n, rest in ((queries, (heads, 576)), (2055, (576,))))
+    latent[:, 2048:] = torch.nan  # not selected
+    some = min(64, queries)
+    ids = random_ids(2, some, 2048, 777, empty=[s for s in (0, *range(6, 15)) if s < some])
+    ids = torch.cat([ids] * -(-queries // 64), dim=1)[:, :queries]
+    ids = ids.contiguous() if planned else ids.flip(-1).contiguous()  # a plan's ids ascend
+    plan = ops.group_queries(ids, launch_mla.best_group(heads)) if planned else None
+    results = []
+    for hopper in (True, True, False):
+        monkeypatch.setattr(launch_mla.SETTINGS, "hopper", hopper)
+        results.append(launch_mla.forward(q, latent, ids, 576**-0.5, 512, plan))
+    (got, lse), again, (plain, plain_lse) = results
+    assert torch.equal(got, again[0])
+    assert torch.equal(lse, again[1])
+    assert relative(got, plain) < 5e-3
+    torch.testing.assert_close(lse, plain_lse, rtol=1e-4, atol=1e-4)
+    want, want_lse = ops.sparse_mla(q.float(), latent.float(), ids, 576**-0.5, backend="torch")
+    assert relative(got, want) < 1e-2
+    assert torch.equal(lse.isinf(), want_lse.isinf())
+    assert got[:, 0].eq(0).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("heads", [20, 128])
 def test_backward_large(heads):

@@ -51,6 +51,7 @@ class FastSelector(StockSelector):
     def __init__(self, model: nn.Module, index_dtype: str = "auto", turn: Turn = lambda f: f):
         super().__init__(model)
         self.index_dtype, self.project = index_dtype, turn(self.family.project)
+        self.pools = Plans()  # of the pool that several layers select from
 
     def full(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, positions, cache: Any, pool: int = 0):
         return self._select(layer, indexer, x, q_resid, rope, mask, cache, pool)
@@ -66,10 +67,13 @@ class FastSelector(StockSelector):
         parts = []
         for rows, left in mask.groups(x.shape[0]):
             inner = None if candidates is None else _shift(candidates[rows], -left)
+            plan = None
+            if candidates is not None and left == 0 and rows == slice(0, len(candidates)):
+                plan = self.pools.of(candidates, ops.pool_group(q, k))
             offset = k.shape[1] - x.shape[1] - left if decoding is None else decoding  # which has no padding
             scales = None if scale is None else scale[rows, left:]
             with part("index_topk"):
-                found = ops.index_topk(q[rows], k[rows, left:], w[rows], scales, indexer.index_topk, offset, inner, pool=pool)
+                found = ops.index_topk(q[rows], k[rows, left:], w[rows], scales, indexer.index_topk, offset, inner, pool=pool, plan=plan)
             parts.append([_shift(ids, left) for ids in (found if isinstance(found, tuple) else (found,))])
         if len(parts) == 1:
             return parts[0][0], parts[0][1] if pool else None
@@ -101,10 +105,10 @@ class Plans:
         self.ids: Tensor | None = None
         self.plan: ops.Plan | None = None
 
-    def of(self, ids: Tensor, heads: int) -> ops.Plan | None:
-        """The plan for these ids; None where the kernels would use none."""
+    def of(self, ids: Tensor, group: int) -> ops.Plan | None:
+        """The plan for these ids in groups of `group` queries; None for groups of one."""
         if self.ids is not ids:
-            self.ids, self.plan, group = ids, None, group_size(ids, heads)
+            self.ids, self.plan = ids, None
             if group > 1:
                 with part("plan"):
                     self.plan = ops.group_queries(ids, group)
@@ -206,7 +210,7 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
     selector, plans = FastSelector(model, index_dtype, turn), Plans()
     done = Accelerated(model)
     try:
-        done._replace(model.model, _model_forward(model, plans))  # type: ignore[arg-type]
+        done._replace(model.model, _model_forward(model, plans, selector))  # type: ignore[arg-type]
         for i, (layer, indexer) in enumerate(zip(layers, indexers(model), strict=True)):
             done._replace(layer.self_attn, _attention_forward(layer.self_attn, family.native_sharing, project, plans))  # type: ignore[arg-type]
             done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
@@ -247,7 +251,7 @@ def _stock_norm(norm: Any, x: Tensor) -> Tensor:
     return norm(x)
 
 
-def _model_forward(model: Any, plans: Plans):
+def _model_forward(model: Any, plans: Plans, selector: FastSelector):
     """The decoder's forward with a `Padding` in the place of the dense causal mask."""
     stock, names = model.model.forward, set(model.config.layer_types) | {"indexed_attention"}
 
@@ -263,6 +267,7 @@ def _model_forward(model: Any, plans: Plans):
             return stock(input_ids, dict.fromkeys(names, padding), position_ids, past_key_values, *args, **kwargs)
         finally:
             plans.clear()
+            selector.pools.clear()
 
     return forward
 
@@ -325,7 +330,7 @@ def _attention_forward(attention: Any, returns_ids: bool, project: Any, plans: P
             ids = prev_topk_indices
         else:
             raise ValueError("A shared layer needs the selection of a full layer before it.")
-        plan = plans.of(ids, a.num_heads)
+        plan = plans.of(ids, group_size(ids, a.num_heads))
         with part("linears"):
             w_k, w_v = a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank).split([a.qk_nope_head_dim, a.v_head_dim], 1)
             absorbed = q.new_empty(batch, queries, a.num_heads, latents.shape[-1])

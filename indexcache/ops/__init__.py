@@ -32,6 +32,7 @@ __all__ = [
     "group_queries",
     "index_scores",
     "index_topk",
+    "pool_group",
     "quantize_index_keys",
     "quantize_index_queries",
     "quantize_latent",
@@ -53,6 +54,7 @@ def index_topk(
     candidates_BSP: Tensor | None = None,
     *,
     pool: int = 0,
+    plan: Plan | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selection: for each query the ids of its `topk` best visible keys (method.md section 1, T[t]).
@@ -70,17 +72,25 @@ def index_topk(
         offset: position of the first query, an int or int tensor [B] (see `reference`).
         candidates_BSP: the pool of the R role: int32 ids, ascending in each row, -1 padded at the end, distinct. Only these are
             scored. Ids that are not visible are passed over. What an earlier call returned fits.
+        plan: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use; made here when missing.
         pool: when > 0, return also the ids of the `pool` best from the same pass (what an F layer publishes to its R layers).
 
     Returns:
         int32 [B, S, topk], or that and int32 [B, S, pool]: ascending, -1 padded at the end. A row with at most k visible keys
         (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN scores count as -inf, +inf ranks first.
     """
-    _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool)
+    _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, plan)
     if _use_triton(backend, q_BSHD, "index_topk", lambda kernels: kernels.refuse_index(q_BSHD, k_BTD, topk, pool)):
-        return _kernels().index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool)
+        return _kernels().index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan)
     with torch.no_grad():
         return reference.index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool)
+
+
+def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
+    """How many neighbouring queries `index_topk` scores together inside their pools, the group of its plan; 1: it takes none."""
+    if q_BSHD.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return 1
+    return _kernels().pool_group(q_BSHD, k_BTD)
 
 
 def sparse_mla(
@@ -223,7 +233,9 @@ def _use_triton(backend: str, x: Tensor, operation: str, refuse) -> bool:
     return False
 
 
-def _check_index(q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, topk: int, candidates: Tensor | None, pool: int) -> None:
+def _check_index(
+    q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, topk: int, candidates: Tensor | None, pool: int, plan: Plan | None
+) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"index_topk: want q [B, S, H, D] and k [B, T, D], got {tuple(q.shape)} and {tuple(k.shape)}.")
     if q.dtype != k.dtype:
@@ -234,6 +246,8 @@ def _check_index(q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, topk: in
         raise ValueError(f"index_topk: want k_scale [B, T] = {tuple(k.shape[:2])}, got {tuple(scale.shape)}.")
     if candidates is not None and (candidates.dim() != 3 or candidates.shape[:2] != q.shape[:2]):
         raise ValueError(f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got {tuple(candidates.shape)}.")
+    if plan is not None and (candidates is None or plan.union_BGU.shape[1] != -(-q.shape[1] // plan.group)):
+        raise ValueError("index_topk: the plan is for other candidates.")
     if topk < 1 or pool < 0:
         raise ValueError(f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}.")
 

@@ -9,5 +9,6 @@ from indexcache.ops.launch_mla import sparse_mla
 from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.launch_quantize import quantize
 from indexcache.ops.launch_quantize import refuse as refuse_quantize
+from indexcache.ops.launch_scores import pool_group
 
-__all__ = ["group_queries", "index_topk", "quantize", "refuse_index", "refuse_mla", "refuse_quantize", "sparse_mla"]
+__all__ = ["group_queries", "index_topk", "pool_group", "quantize", "refuse_index", "refuse_mla", "refuse_quantize", "sparse_mla"]

@@ -4,13 +4,13 @@ checked shapes. No step reads device memory on the host, so a whole call can be 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from indexcache.ops import scores, select
-from indexcache.ops.launch_scores import Inputs, score_rows, score_tiles
-from indexcache.ops.launch_select import Lists, Sampling, outputs, topk_rows
-from indexcache.ops.reference import FP8
+from indexcache.ops.launch_plan import group_queries
+from indexcache.ops.launch_scores import Inputs, pool_group, query_blocks, score_pools, score_rows, score_tiles
+from indexcache.ops.launch_select import Lists, Sampling, outputs, topk_rows, warps
+from indexcache.ops.reference import FP8, Plan
 from indexcache.ops.settings import SETTINGS, power, segments
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
@@ -33,8 +33,7 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
     """One chunk of one batch entry, fused: no row of scores is stored, but the sample's."""
     rows, topk, device = x.queries, out.shape[-1], x.q.device
     sampling = Sampling.of(x.keys, topk if pool is None else max(topk, pool.shape[-1]))
-    blocks = triton.cdiv(rows, SETTINGS.queries)
-    count, segment = segments(blocks, x.keys, 2 * SETTINGS.workers, 8 * SETTINGS.keys)
+    count, segment = segments(query_blocks(x), x.keys, 2 * SETTINGS.workers, 8 * SETTINGS.keys)
     lists = Lists(rows, count, segment, sampling.listed, device)
     if x.keys > sampling.listed:
         sampled = torch.empty(rows, -(-x.keys // sampling.stride), dtype=torch.int32, device=device)
@@ -54,12 +53,13 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
             SAMPLE=sampling.sample,
             FLOAT=False,
             CAUSAL=True,
-            num_warps=4,
+            PAIRS=False,
+            num_warps=warps(rows, sampling.sample),
         )
     else:
         lists.thr.fill_(-(2**31))
     score_tiles(x, lists=lists)
-    lists.pick(out, pool, None)
+    lists.pick(out, pool)
     workers = min(SETTINGS.workers, rows)
     work = torch.empty(workers, x.keys, dtype=torch.int32, device=device)
     scores.rescue_fused[(workers,)](
@@ -92,7 +92,16 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
 
 
 def index_topk(
-    q: Tensor, k: Tensor, w: Tensor, k_scale: Tensor | None, topk: int, offset: int | Tensor, candidates: Tensor | None, *, pool: int
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    k_scale: Tensor | None,
+    topk: int,
+    offset: int | Tensor,
+    candidates: Tensor | None,
+    *,
+    pool: int,
+    plan: Plan | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     batch, queries = q.shape[:2]
     out, wide = outputs(batch * queries, topk, pool, q.device)
@@ -102,6 +111,8 @@ def index_topk(
         out.fill_(-1)
         if wide is not None:
             wide.fill_(-1)
+    elif candidates is not None and pool_group(x.q, x.k) > 1:
+        _pools(x, candidates.int(), plan, out, wide)
     elif candidates is not None or queries < SETTINGS.rows_below:
         _rows(x, candidates, out, wide)
     else:
@@ -134,9 +145,30 @@ def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None
                 ids = (candidates if b is None else candidates[b : b + 1, start:end]).int().reshape(-1, columns)
             keys = torch.empty(part.batch * part.queries, columns, dtype=torch.int32, device=out.device)
             score_rows(part, ids, keys)
-            got, got_wide = topk_rows(
-                keys, topk, pool=wide, offset=part.offset if ids is None else None, queries=part.queries, mapped_RT=ids
+            topk_rows(
+                keys,
+                topk,
+                pool=wide,
+                offset=part.offset if ids is None else None,
+                queries=part.queries,
+                mapped_RT=ids,
+                out=(out[at], None if pool is None else pool[at]),
             )
-            out[at] = got
-            if pool is not None and got_wide is not None:
-                pool[at] = got_wide
+
+
+def _pools(x: Inputs, candidates: Tensor, plan: Plan | None, out: Tensor, pool: Tensor | None) -> None:
+    """Neighbouring queries score the union of their pools together; then the selection over each one's own scores."""
+    group, columns = pool_group(x.q, x.k), candidates.shape[-1]
+    if plan is None or plan.group != group:
+        plan = group_queries(candidates, group)
+    step = max(SETTINGS.workspace // (4 * columns) // group, 1) * group
+    for b in range(x.batch):
+        for start in range(0, x.queries, step):
+            end = min(start + step, x.queries)
+            groups, at = slice(start // group, -(-end // group)), slice(b * x.queries + start, b * x.queries + end)
+            keys = torch.empty(end - start, columns, dtype=torch.int32, device=out.device)
+            score_pools(x.chunk(b, start, end), plan.union_BGU[b, groups], plan.mask_BGU[b, groups], plan.count_BG[b, groups], keys)
+            wide = None if pool is None else pool[at]
+            topk_rows(
+                keys, out.shape[-1], pool=0 if wide is None else wide.shape[-1], mapped_RT=candidates[b, start:end], out=(out[at], wide)
+            )

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from indexcache.ops import mla, mla_backward
+from indexcache.ops import mla, mla_backward, settings
 from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.reference import FP8_GROUP, Fp8Latent, Plan
 
@@ -25,6 +25,8 @@ class Settings:
     warps: int = 8
     decode_warps: int = 8
     programs: int = 132  # fewer queries than would fill these split their ids
+    hopper: bool = True  # the Gluon kernel of prefill where it fits
+    hopper_registers: int = 224  # of a computing thread
     backward_keys: int = 32
     backward_part: int = 128  # value dims of the latents' gradient at a time
 
@@ -71,6 +73,14 @@ class Latent:
         return cls(latent[..., :value_dim], latent, latent[..., value_dim:], False, max(value_dim // FP8_GROUP, 1))
 
 
+def _hopper(q: Tensor, x: Latent, scale: float, value_dim: int) -> bool:
+    """The kernel of ops/mla_hopper.py fits."""
+    fits = q.dtype == torch.bfloat16 and not x.fp8 and value_dim == 512 and q.shape[-1] == 576
+    strides = [x.value.stride(1), x.rope.stride(1), x.value.stride(0), x.rope.stride(0)][: 4 if q.shape[0] > 1 else 2]
+    aligned = all(n % 16 == 0 for n in strides) and all(t.data_ptr() % 16 == 0 for t in (q, x.value, x.rope))
+    return SETTINGS.hopper and fits and scale > 0 and aligned and settings.gluon_runs(q.device)
+
+
 def forward(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, value_dim: int, plan_: Plan | None) -> tuple[Tensor, Tensor]:
     batch, queries, heads, dim = q.shape
     q, x = q.contiguous(), Latent.of(latent, value_dim)
@@ -94,6 +104,36 @@ def forward(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, va
         partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
         plse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     rope_dim = dim - value_dim
+    if splits == 1 and _hopper(q, x, scale, value_dim):
+        from indexcache.ops import mla_hopper
+
+        mla_hopper.attend[(groups * -(-group * heads // 64), batch)](
+            q,
+            x.value,
+            x.rope,
+            source,
+            source if plan_ is None else plan_.mask_BGU,
+            source if plan_ is None else plan_.count_BG,
+            out,
+            lse,
+            x.value.stride(0) if batch > 1 else 0,
+            x.value.stride(1),
+            x.rope.stride(0) if batch > 1 else 0,
+            x.rope.stride(1),
+            scale * LOG2E,
+            queries,
+            groups,
+            slots,
+            H=heads,
+            GROUP=group,
+            V=value_dim,
+            R=rope_dim,
+            PLANNED=plan_ is not None,
+            CONSUMER_REGS=SETTINGS.hopper_registers,
+            num_warps=4,
+            maxnreg=168,  # what three warpgroups can have each; they share them out anew between gather and products
+        )
+        return out, lse
     mla.attend[(groups * blocks, splits, batch)](
         q,
         x.value,
@@ -233,7 +273,7 @@ def sparse_mla(
     q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, *, value_dim: int, plan: Plan | None, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     group = best_group(q.shape[2])
-    if plan is None and group > 1 and q.shape[0] * q.shape[1] >= SETTINGS.programs:
+    if plan is None and 1 < group <= q.shape[1] and q.shape[0] * q.shape[1] >= SETTINGS.programs:
         plan = group_queries(_ascending(ids), group)
     if isinstance(latent, Fp8Latent):
         if torch.is_grad_enabled() and q.requires_grad:

@@ -19,9 +19,10 @@ def group_queries(ids: Tensor, group: int) -> Plan:
     bits = torch.zeros(batch, groups, group * k, dtype=torch.uint8, device=ids.device)
     count = torch.empty(batch, groups, dtype=torch.int32, device=ids.device)
     if ids.numel():
-        constants = {"GROUP": group, "K": k, "BLOCK": min(triton.next_power_of_2(k), 1024), "STEPS": k.bit_length(), "num_warps": 4}
-        plan.own[(queries, batch)](ids, owned, own_bits, queries, **constants)
-        plan.place[(queries, batch)](ids, owned, own_bits, union, bits, count, queries, groups, **constants)
+        below = torch.empty(group, batch * queries, k, dtype=torch.int16 if k < 2**15 else torch.int32, device=ids.device)
+        constants = {"GROUP": group, "K": k, "BLOCK": min(triton.next_power_of_2(k), 1024), "num_warps": 4}
+        plan.own[(queries, batch)](ids, owned, own_bits, below, queries, below.stride(0), STEPS=k.bit_length(), **constants)
+        plan.place[(queries, batch)](ids, owned, own_bits, below, union, bits, count, queries, groups, below.stride(0), **constants)
     else:
         count.zero_()
     return Plan(union, bits, count, group)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from indexcache.ops import quantize as kernel
 from indexcache.ops.reference import FP8, hadamard
+from indexcache.ops.settings import SETTINGS
 
 
 def refuse(x: Tensor) -> str | None:
@@ -34,7 +35,7 @@ def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | Non
         half = cos.shape[-1]
         cos, sin = (t.float().expand(batch, tokens, half).contiguous() for t in (cos, sin))
     rows = batch * tokens * heads
-    kernel.quantize[(triton.cdiv(rows, 32),)](
+    kernel.quantize[(min(triton.cdiv(rows, 32), 4 * SETTINGS.workers),)](
         x,
         scale if cos is None else cos,
         scale if sin is None else sin,
@@ -43,8 +44,6 @@ def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | Non
         scale,
         rows,
         heads,
-        tokens * half,
-        tokens,
         D=dim,
         r=half,
         INTERLEAVED=interleaved,
@@ -52,5 +51,6 @@ def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | Non
         NORM=dim**-0.5,
         BLOCK=32,
         num_warps=4,
+        num_stages=1,
     )
     return out, scale

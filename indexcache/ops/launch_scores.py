@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from indexcache.ops import scores
+from indexcache.ops import scores, settings
 from indexcache.ops.launch_select import Lists
 from indexcache.ops.reference import FP8
 from indexcache.ops.settings import SETTINGS, power, segments
@@ -33,62 +33,64 @@ class Inputs:
         return Inputs(self.q[b : b + 1, start:end], self.k[b : b + 1], self.w[b : b + 1, start:end], scale, self.offset[b : b + 1] + start)
 
 
-def _hopper(x: Inputs) -> bool:
-    """The Gluon kernel fits: Gluon is experimental, so it is used with the versions of triton it was measured with."""
-    fits = x.q.dtype == FP8 and x.dim == 128 and x.heads % SETTINGS.hopper_unroll == 0 and x.heads >= SETTINGS.hopper_stages
-    device = x.q.is_cuda and torch.cuda.get_device_capability(x.q.device)[0] == 9
-    return SETTINGS.hopper and fits and device and triton.__version__.startswith("3.6.")
+def _gluon(q: Tensor, k: Tensor) -> bool:
+    """The kernels of ops/scores_hopper.py fit."""
+    heads, dim = q.shape[2:]
+    fits = q.dtype == FP8 and dim in (64, 128) and heads in (8, 16, 32, 64, 128)
+    aligned = k.data_ptr() % 16 == 0 and k.stride(0) % 16 == 0 and k.stride(1) % 16 == 0
+    return SETTINGS.hopper and fits and aligned and settings.gluon_runs(q.device)
+
+
+def _tiles_in_gluon(x: Inputs) -> bool:
+    return x.batch == 1 and _gluon(x.q, x.k)
+
+
+def query_blocks(x: Inputs) -> int:
+    """Programs of `score_tiles` for each segment of the keys."""
+    return triton.cdiv(x.queries, 256 // x.heads if _tiles_in_gluon(x) else SETTINGS.queries)
+
+
+def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
+    """How many neighbouring queries `score_pools` takes together; 1: it cannot run, `score_rows` does."""
+    queries, heads = q_BSHD.shape[1:3]
+    return 128 // heads if 16 <= heads < 128 and queries >= SETTINGS.rows_below and _gluon(q_BSHD, k_BTD) else 1
 
 
 def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None) -> None:
     """Launches `scores_tiles`, plain or Hopper's: into the lists, or into rows of keys `out` (int32 [B S, columns])."""
-    columns = -(-x.keys // stride)
-    blocks = triton.cdiv(x.queries, SETTINGS.queries)
+    columns, blocks = -(-x.keys // stride), query_blocks(x)
     if lists is None:
         count, segment = segments(x.batch * blocks, columns, 3 * SETTINGS.workers, 4 * SETTINGS.keys)
     else:
         count, segment = lists.segments, lists.segment
     unused = x.offset
-    constants: dict = {"H": x.heads, "D": x.dim, "BM": SETTINGS.queries, "STRIDE": stride, "SCALED": x.scale is not None}
+    constants: dict = {"H": x.heads, "D": x.dim, "STRIDE": stride, "SCALED": x.scale is not None}
     constants |= {"CAP": 1 if lists is None else lists.cap, "APPEND": lists is not None}
-    if _hopper(x):
-        from indexcache.ops import scores_hopper
-
-        kernel = scores_hopper.scores_tiles
-        constants |= {"BN": 256, "STAGES": SETTINGS.hopper_stages, "UNROLL": SETTINGS.hopper_unroll, "num_warps": 8}
-    else:
-        kernel = scores.scores_tiles
-        constants |= {"BN": SETTINGS.keys, "STAGES": SETTINGS.stages, "num_warps": 4}
-        if SETTINGS.registers and x.q.is_cuda:
-            constants["maxnreg"] = SETTINGS.registers
-    kernel[(count, blocks, x.batch)](
-        x.q,
-        x.k,
-        x.w,
-        x.scale_or_any,
-        x.offset,
+    places = (
         unused if lists is None else lists.thr,
         unused if out is None else out,
         unused if lists is None else lists.key,
         unused if lists is None else lists.id,
         unused if lists is None else lists.count,
-        x.k.stride(0),
-        x.k.stride(1),
-        x.keys,
-        0 if out is None else out.stride(0),
-        x.queries,
-        columns,
-        x.keys,
-        segment,
-        **constants,
     )
+    sizes = (0 if out is None else out.stride(0), x.queries, columns, x.keys, segment)
+    inputs = (x.q, x.w, x.scale_or_any, x.offset)
+    if _tiles_in_gluon(x):
+        from indexcache.ops import scores_hopper
+
+        constants |= {"STAGES": SETTINGS.hopper_stages, "num_warps": 4}
+        keys = scores_hopper.describe(x.k[0, ::stride])
+        scores_hopper.scores_tiles[(count, blocks)](keys, *inputs, *places, *sizes, **constants)
+        return
+    constants |= {"BM": SETTINGS.queries, "BN": SETTINGS.keys, "STAGES": SETTINGS.stages, "num_warps": 4}
+    strides = (x.k.stride(0), x.k.stride(1), x.keys)
+    scores.scores_tiles[(count, blocks, x.batch)](x.q, x.k, *inputs[1:], *places, *strides, *sizes, **constants)
 
 
 def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
     """Launches `scores.scores_rows` into rows of keys `out` (int32 [B S, columns])."""
-    columns, block = out.shape[1], 128
-    together = SETTINGS.neighbours if ids is not None and x.queries > 1 else 1
-    scores.scores_rows[(triton.cdiv(out.shape[0], together), triton.cdiv(columns, block))](
+    (rows, columns), block = out.shape, 128
+    scores.scores_rows[(rows * triton.cdiv(columns, block),)](
         x.q,
         x.k,
         x.w,
@@ -101,7 +103,7 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
         x.keys,
         0 if ids is None else ids.stride(0),
         out.stride(0),
-        out.shape[0],
+        rows,
         x.queries,
         columns,
         x.keys,
@@ -110,7 +112,33 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
         D=x.dim,
         BN=block,
         GATHER=ids is not None,
-        QUERIES=together,
+        SCALED=x.scale is not None,
+        num_warps=4,
+    )
+
+
+def score_pools(x: Inputs, union_GU: Tensor, mask_GU: Tensor, count_G: Tensor, out: Tensor) -> None:
+    """Launches `scores_hopper.scores_pools`, of one batch entry, into rows of keys `out` (int32 [S, columns])."""
+    from indexcache.ops import scores_hopper
+
+    scores_hopper.scores_pools[(len(count_G),)](
+        x.q,
+        x.k,
+        x.w,
+        x.scale_or_any,
+        x.offset,
+        union_GU,
+        mask_GU,
+        count_G,
+        out,
+        x.k.stride(1),
+        out.stride(0),
+        x.queries,
+        x.keys,
+        union_GU.stride(0),
+        out.shape[1],
+        H=x.heads,
+        D=x.dim,
         SCALED=x.scale is not None,
         num_warps=4,
     )

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from indexcache.ops import select
-from indexcache.ops.settings import SETTINGS, power, segments
+from indexcache.ops.settings import SETTINGS, power
+
+REGISTERS = 16384  # longest rows that one program selects from registers
+LISTS = 256  # most lists of a row
 
 
 @dataclass
@@ -22,14 +25,15 @@ class Sampling:
     listed: int  # capacity of a row's lists; rows of at most this many keys are listed whole
 
     @classmethod
-    def of(cls, length: int, most: int) -> Sampling:
+    def of(cls, length: int, most: int, sparse: int = 1) -> Sampling:
+        """`sparse` times the stride of the settings: rows in memory are read by sectors, and a wider stride reads fewer."""
         listed = max(SETTINGS.listed, power(2 * most))
-        stride = max(SETTINGS.stride, power(-(-length // SETTINGS.sample)))
+        stride = sparse * max(SETTINGS.stride, power(-(-length // SETTINGS.sample)))
         # r samples above the threshold mean r * stride +- sqrt(r) * stride keys: want `most` even on the low side
         z = SETTINGS.deviations
         root = (z + (z * z + 4 * most / stride) ** 0.5) / 2
         wanted = int(root * root) + 1
-        return cls(stride, power(-(-length // stride), 16), wanted, wanted // 8, listed)
+        return cls(stride, power(-(-length // stride), 16), wanted, wanted // 16, listed)
 
 
 class Lists:
@@ -44,92 +48,175 @@ class Lists:
         self.thr = torch.empty(rows, dtype=torch.int32, device=device)
         self.flag = torch.empty(rows, dtype=torch.int32, device=device)
 
-    def pick(self, out: Tensor, pool: Tensor | None, mapped: Tensor | None) -> None:
+    def pick(self, out: Tensor, pool: Tensor | None, rows: Rows | None = None) -> None:
+        """`rows`: where flagged rows are redone at once; without them the flags are left to the caller."""
         topk, wide = out.shape[-1], 0 if pool is None else pool.shape[-1]
         every = min(self.listed, power(self.segments * self.cap))
-        lists = (self.key, self.id, self.count, self.thr, self.key if mapped is None else mapped)
-        outputs = (out, out if pool is None else pool, self.flag, 0 if mapped is None else mapped.stride(0))
-        constants = {"TOPK": topk, "POOL": wide, "SEGMENTS": self.segments, "CAP": self.cap, "ALL": every, "MAPPED": mapped is not None}
-        if every > SETTINGS.registered:
-            select.pick_long[(self.rows,)](*lists, *outputs, **constants, BLOCK=min(every, 4096), num_warps=8)
-        else:
-            constants |= {"FILL": power(max(topk, wide)), "LOG": self.segments.bit_length() - 1}
-            select.pick[(self.rows,)](*lists, *outputs, **constants, num_warps=min(max(every // 1024, 4), 16))
+        source = rows or Rows(self.key.view(self.rows, -1), None, 1, None)
+        select.pick[(self.rows,)](
+            self.key,
+            self.id,
+            self.count,
+            self.thr,
+            source.map_or_any,
+            out,
+            out if pool is None else pool,
+            self.flag,
+            source.scores,
+            source.offset_or_any,
+            source.map_stride,
+            source.scores.stride(0),
+            source.queries,
+            source.length,
+            TOPK=topk,
+            POOL=wide,
+            SEGMENTS=self.segments,
+            CAP=self.cap,
+            LOG=self.segments.bit_length() - 1,
+            ALL=max(every, 32),
+            BLOCK=min(power(max(every // 2, topk, wide), 16), 4096),
+            FILL=power(max(topk, wide), 16),
+            MAPPED=source.mapped is not None,
+            RESCUE=rows is not None,
+            FLOAT=source.floating,
+            CAUSAL=source.offset is not None,
+            **_limited(warps(self.rows, every), self.key.is_cuda),
+        )
+
+
+@dataclass
+class Rows:
+    """Rows of fp32 scores or int32 keys, and what `topk_rows` says of its arguments."""
+
+    scores: Tensor
+    offset: Tensor | None
+    queries: int
+    mapped: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.scores.shape[1]
+
+    @property
+    def floating(self) -> bool:
+        return self.scores.dtype == torch.float32
+
+    @property
+    def map_stride(self) -> int:
+        return 0 if self.mapped is None else self.mapped.stride(0)
+
+    @property
+    def map_or_any(self) -> Tensor:
+        return self.scores if self.mapped is None else self.mapped
+
+    @property
+    def offset_or_any(self) -> Tensor:
+        return self.scores if self.offset is None else self.offset
+
+
+def warps(rows: int, slots: int, keys: int = 32) -> int:
+    """Of a program with a row in registers: so many keys a thread where there are rows enough, 16 at most where a row is waited for."""
+    return min(max(slots // (32 * (keys if rows >= SETTINGS.workers else 16)), 4), 32)
+
+
+def _limited(n: int, cuda: bool) -> dict[str, int]:
+    """Registers such that two programs of 8 warps fit a multiprocessor; the interpreter does not know the option."""
+    return {"num_warps": n} | ({"maxnreg": 128} if n <= 8 and cuda else {})
 
 
 def topk_rows(
-    scores_RT: Tensor, topk: int, *, pool: int = 0, offset: Tensor | None = None, queries: int = 1, mapped_RT: Tensor | None = None
+    scores_RT: Tensor,
+    topk: int,
+    *,
+    pool: int = 0,
+    offset: Tensor | None = None,
+    queries: int = 1,
+    mapped_RT: Tensor | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact top-k of rows of fp32 scores, or of int32 keys; see `select.py`.
 
     Row r sees all columns, or with `offset` (int64 [R / queries]) what query r % queries of entry r // queries sees. mapped_RT: ids to
-    return in place of columns.
+    return in place of columns. out: where to, contiguous int32 [R, topk] and [R, pool].
     """
     rows, length = scores_RT.shape
-    out, wide = outputs(rows, topk, pool, scores_RT.device)
+    got, wide = out or outputs(rows, topk, pool, scores_RT.device)
     if not rows or not length:
-        return out.fill_(-1), None if wide is None else wide.fill_(-1)
-    floating, causal = scores_RT.dtype == torch.float32, offset is not None
-    sampling = Sampling.of(length, max(topk, pool))
-    block = min(power(length, 16), 2048)
-    count, segment = segments(rows, length, 4 * SETTINGS.workers, block)
-    lists = Lists(rows, count, segment, sampling.listed, scores_RT.device)
-    start = scores_RT if offset is None else offset
+        return got.fill_(-1), None if wide is None else wide.fill_(-1)
+    source = Rows(scores_RT, offset, queries, mapped_RT)
+    if length <= min(REGISTERS, 2 * SETTINGS.listed):
+        _pick_row(source, got, wide)
+    else:
+        _lists(source, got, wide)
+    return got, wide
+
+
+def _pick_row(source: Rows, out: Tensor, pool: Tensor | None) -> None:
+    every = power(source.length, 32)
+    select.pick_row[(source.scores.shape[0],)](
+        source.scores,
+        source.offset_or_any,
+        source.map_or_any,
+        out,
+        out if pool is None else pool,
+        source.scores.stride(0),
+        source.map_stride,
+        source.queries,
+        source.length,
+        TOPK=out.shape[-1],
+        POOL=0 if pool is None else pool.shape[-1],
+        ALL=every,
+        BLOCK=min(every, 4096),
+        FLOAT=source.floating,
+        CAUSAL=source.offset is not None,
+        MAPPED=source.mapped is not None,
+        num_warps=warps(source.scores.shape[0], every, 64),
+    )
+
+
+def _lists(source: Rows, out: Tensor, pool: Tensor | None) -> None:
+    (rows, length), device = source.scores.shape, source.scores.device
+    sampling = Sampling.of(length, max(out.shape[-1], 0 if pool is None else pool.shape[-1]), 2)
+    block, count = 1024, 1
+    while count < LISTS and rows * count < 12 * SETTINGS.workers and length > count * block:
+        count *= 2
+    segment = -(-length // (count * block)) * block
+    lists = Lists(rows, count, segment, sampling.listed, device)
     select.threshold[(rows,)](
-        scores_RT,
-        start,
+        source.scores,
+        source.offset_or_any,
         lists.thr,
-        scores_RT.stride(0),
+        source.scores.stride(0),
         sampling.stride,
-        queries,
+        source.queries,
         length,
         sampling.wanted,
         sampling.slack,
         sampling.listed,
         STRIDE=sampling.stride,
         SAMPLE=sampling.sample,
-        FLOAT=floating,
-        CAUSAL=causal,
-        num_warps=8,
+        FLOAT=source.floating,
+        CAUSAL=source.offset is not None,
+        PAIRS=True,
+        num_warps=warps(rows, sampling.sample),
     )
     select.compact[(rows, count)](
-        scores_RT,
-        start,
+        source.scores,
+        source.offset_or_any,
         lists.thr,
         lists.key,
         lists.id,
         lists.count,
-        scores_RT.stride(0),
-        queries,
+        source.scores.stride(0),
+        source.queries,
         length,
         segment,
         CAP=lists.cap,
-        BLOCK=block,
-        FLOAT=floating,
-        CAUSAL=causal,
-        num_warps=4,
+        FLOAT=source.floating,
+        CAUSAL=source.offset is not None,
+        num_warps=1,
     )
-    lists.pick(out, wide, mapped_RT)
-    select.rescue[(rows,)](
-        scores_RT,
-        start,
-        lists.flag,
-        scores_RT if mapped_RT is None else mapped_RT,
-        out,
-        out if wide is None else wide,
-        scores_RT.stride(0),
-        0 if mapped_RT is None else mapped_RT.stride(0),
-        queries,
-        length,
-        TOPK=topk,
-        POOL=pool,
-        BLOCK=4096,
-        FLOAT=floating,
-        CAUSAL=causal,
-        MAPPED=mapped_RT is not None,
-        num_warps=8,
-    )
-    return out, wide
+    lists.pick(out, pool, source)
 
 
 def outputs(rows: int, topk: int, pool: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -87,31 +87,28 @@ def _row_tile(p_q, p_k, p_w, p_scale, o_key, m_key, H: tl.constexpr, HP: tl.cons
 def scores_rows(
     p_q, p_k, p_w, p_scale, p_offset, p_ids, p_score, s_kb, s_kt, s_scale, s_ids, s_row, n_rows, n_queries, n_columns, n_keys,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr,
-    QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """grid (rows / QUERIES, column blocks). GATHER: column c of a row is key p_ids[row, c]; what is not visible gets the key NONE.
-
-    With GATHER, neighbouring queries' pools share most keys, and equal columns lie near equal keys: a program takes QUERIES
-    neighbours in turn, so that all but the first find their keys in L1.
-    """
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    for i_query in range(QUERIES):
-        i_row = tl.program_id(0).to(tl.int64) * QUERIES + i_query
-        if i_row < n_rows:
-            i_b = i_row // n_queries
-            seen = rows_visible(tl.load(p_offset + i_b), i_row % n_queries, n_keys)
-            if GATHER:
-                o_key = tl.load(p_ids + i_row * s_ids + o_n, mask=o_n < n_columns, other=-1)
-            else:
-                o_key = o_n
-            m_key = (o_key >= 0) & (o_key < seen)
-            at_q = i_row * H
-            if tl.max(m_key.to(tl.int32), 0) > 0:
-                p_row, p_at = p_score + i_row * s_row, p_scale + i_b * s_scale
-                score = _row_tile(p_q + at_q * D, p_k + i_b * s_kb, p_w + at_q, p_at, o_key, m_key, H, HP, D, s_kt, SCALED)
-                tl.store(p_row + o_n, tl.where(m_key, sort_key(score), NONE), mask=o_n < n_columns)
-            elif GATHER:
-                tl.store(p_score + i_row * s_row + o_n, tl.full((BN,), NONE, tl.int32), mask=o_n < n_columns)
+    """grid (rows x column blocks,), rows first. GATHER: column c of a row is key p_ids[row, c]; what is not visible gets the key NONE."""
+    i_row = (tl.program_id(0) % n_rows).to(tl.int64)
+    base = tl.program_id(0) // n_rows * BN
+    o_n = base + tl.arange(0, BN)
+    i_b = i_row // n_queries
+    seen = rows_visible(tl.load(p_offset + i_b), i_row % n_queries, n_keys)
+    p_row = p_score + i_row * s_row
+    lowest = base
+    if GATHER:
+        lowest = tl.load(p_ids + i_row * s_ids + base)
+    if (lowest >= 0) & (lowest < seen):  # ids are ascending, and -1 only at their end: else no key of the block is visible
+        o_key = o_n
+        if GATHER:
+            o_key = tl.load(p_ids + i_row * s_ids + o_n, mask=o_n < n_columns, other=-1)
+        m_key = (o_key >= 0) & (o_key < seen)
+        at_q = i_row * H
+        p_at = p_scale + i_b * s_scale
+        score = _row_tile(p_q + at_q * D, p_k + i_b * s_kb, p_w + at_q, p_at, o_key, m_key, H, HP, D, s_kt, SCALED)
+        tl.store(p_row + o_n, tl.where(m_key, sort_key(score), NONE), mask=o_n < n_columns)
+    elif GATHER:
+        tl.store(p_row + o_n, tl.full((BN,), NONE, tl.int32), mask=o_n < n_columns)
 
 
 @triton.jit

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import triton
+
 
 @dataclass
 class Settings:
@@ -12,16 +15,12 @@ class Settings:
     queries: int = 64  # of a prefill tile; more warps or larger tiles lost
     keys: int = 128
     stages: int = 3
-    registers: int = 168  # most registers of a thread of the plain prefill kernel: three programs a multiprocessor; 0: no limit
-    hopper: bool = False  # the Gluon kernel where it fits; off: measured slower than the plain one so far (docs/kernels.md)
-    hopper_stages: int = 8
-    hopper_unroll: int = 8
+    hopper: bool = True  # the Gluon kernel of the scores where it fits
+    hopper_stages: int = 2  # tiles of 128 keys on their way
     stride: int = 32  # a sample stands for this many keys
     listed: int = 8192  # least capacity of the lists of a row, at most 4 x the wanted count above that
-    registered: int = 8192  # longest lists that are picked from registers
     sample: int = 32768  # most samples of a row; longer rows take a wider stride
     deviations: float = 5.0  # the threshold is set this many standard deviations to the safe side
-    neighbours: int = 8  # queries of one program over pools
     chunk: int = 4096  # prefill queries at a time
     workspace: int = 1 << 29  # bytes of rows of scores at a time, for decode and pools
     rows_below: int = 32  # fewer queries than this use the row kernel
@@ -42,3 +41,8 @@ def segments(rows: int, length: int, programs: int, block: int) -> tuple[int, in
     while count < 64 and rows * count < programs and length // (2 * count) >= block:
         count *= 2
     return count, -(-length // (count * block)) * block
+
+
+def gluon_runs(device: torch.device) -> bool:
+    """Gluon is experimental: its kernels are used on the chip and with the versions of triton that they were measured with."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and triton.__version__.startswith("3.6.")
