@@ -12,16 +12,16 @@ from indexcache.cli.flags import build_parser, parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a gate failed, 2 wrong usage or bad input (one sentence on stderr), 130 interrupted, 141 stdout was closed."""
-    from indexcache.cli import bench, evaluate, export, generate, inspect, overlap, plan, profile, search
+    from indexcache.cli import bench, distill, evaluate, export, generate, inspect, overlap, plan, profile, search
 
-    verbs = {v.Settings.verb: v for v in (inspect, overlap, search, evaluate, export, bench, profile, generate, plan)}
+    verbs = {v.Settings.verb: v for v in (inspect, overlap, search, evaluate, distill, export, bench, profile, generate, plan)}
     try:
         verb, settings = parse(build_parser(verbs), verbs, sys.argv[1:] if argv is None else list(argv))
         return verbs[verb].run(settings)
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("indexcache: interrupted; a search or bench goes on with the same command.", file=sys.stderr)
+        print("indexcache: interrupted; a search, distillation or bench goes on with the same command.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who read our output has gone, e.g. head; the interpreter flushes stdout once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
