@@ -55,12 +55,16 @@ def caught() -> Iterator[dict[str, Any]]:
     )
     JITFunction.run, settings.gluon_runs = catch, lambda device: True
     launch_select._limited = lambda n, cuda: limited(n, True)
+    switches = {"grid": True, "grouped_pools": True}  # what is off by default must compile as well
+    before = {name: getattr(settings.SETTINGS, name) for name in switches}
+    vars(settings.SETTINGS).update(switches)
     triton.runtime.driver.set_active(fake)
     try:
         yield found
     finally:
         JITFunction.run, settings.gluon_runs, launch_select._limited = run, gluon, limited
         triton.runtime.driver._active = driver
+        vars(settings.SETTINGS).update(before)
 
 
 def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:
@@ -129,6 +133,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "pool": topk(index(), candidates=pool),
         "pool bf16": topk(index(kind=torch.bfloat16), candidates=pool),
         "decode": topk(index(queries=1)),
+        "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
         "attention 20": mla(20, 264),
         "attention 64": mla(64, 264),
         "attention 20 fp8": mla(20, 264, True),

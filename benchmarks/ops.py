@@ -32,6 +32,7 @@ from indexcache.ops import launch_mla, launch_scores, launch_select, reference  
 from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
+GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
 FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
 
@@ -212,34 +213,36 @@ def tune(report: Report) -> None:
 
 
 def selection(report: Report) -> None:
-    for queries, keys in ((2048, 131072), (1, 200_000)):
+    for queries, keys, grid in ((2048, 131072, False), (1, 200_000, False), (1, 200_000, True)):
+        SETTINGS.grid = grid
         x = torch.randn(queries, keys, device="cuda")
-        got, _ = launch_select.topk_rows(x, TOPK)
-        need(torch.equal(got, reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)), "selection differs")
-        ms = milliseconds(lambda x=x: launch_select.topk_rows(x, TOPK), graph=queries == 1)
-        peer_ms = None
+
+        def ours(x=x) -> Any:
+            return launch_select.topk_rows(x, TOPK)
+
+        need(torch.equal(ours()[0], reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)), "selection differs")
+        calls: dict[str, Callable[[], Any]] = {"ours": ours}
         if PEER.ok:
-            out, z = (
-                torch.full((queries, TOPK), -1, device="cuda", dtype=torch.int32),
-                torch.zeros(queries, device="cuda", dtype=torch.int32),
-            )
+            out = torch.full((queries, TOPK), -1, device="cuda", dtype=torch.int32)
+            z = torch.zeros(queries, device="cuda", dtype=torch.int32)
             full, work = torch.full_like(z, keys), torch.zeros(2**20, device="cuda", dtype=torch.uint8)
-            if queries > 1:
-                peer = lambda x=x, z=z, f=full, o=out: PEER.custom.top_k_per_row_prefill(x, z, f, o, len(x), x.stride(0), x.stride(1), TOPK)  # noqa: E731
-            else:
-                peer = lambda x=x, f=full, o=out, wk=work: torch.ops._C.cooperative_topk(x, f[:, None], o, wk, TOPK, x.shape[1])  # noqa: E731
-            if queries == 1:
-                peer_ms = milliseconds(peer, graph=True)
-            else:
-                times = side_by_side({"ours": lambda x=x: launch_select.topk_rows(x, TOPK), "peer": peer})
-                ms, peer_ms = times["ours"], times["peer"]
-        report.row(
-            "selection", f"[{queries}, {keys}] fp32 k={TOPK}", ms, floor_ms=4e3 * queries * keys / COPY, peer="vLLM top-k", peer_ms=peer_ms
-        )
+
+            def many(x=x, z=z, full=full, out=out) -> None:
+                PEER.custom.top_k_per_row_prefill(x, z, full, out, len(x), x.stride(0), x.stride(1), TOPK)
+
+            def one(x=x, full=full, out=out, work=work) -> None:
+                torch.ops._C.cooperative_topk(x, full[:, None], out, work, TOPK, x.shape[1])
+
+            calls["peer"] = many if queries > 1 else one
+        times = side_by_side(calls) if queries > 1 else {name: milliseconds(call, graph=True) for name, call in calls.items()}
+        name, shape = f"selection{' in one launch' if grid else ''}", f"[{queries}, {keys}] fp32 k={TOPK}"
+        floor = 4e3 * queries * keys / COPY
+        report.row(name, shape, times["ours"], floor_ms=floor, peer="vLLM top-k", peer_ms=times.get("peer"))
+    SETTINGS.grid = GRID
 
 
 def prefill(report: Report) -> None:
-    """A whole causal prefill, chunk by chunk, scores and selection; then the same inside a pool."""
+    """A whole causal prefill, chunk by chunk, scores and selection; then the same with a pool published."""
     for heads in (32, 64):
         q, k, w, scale = index_inputs(LONG, LONG, heads)
         picked = [0, 1, 5000, 100_000, LONG - 1]
@@ -262,39 +265,54 @@ def prefill(report: Report) -> None:
         ms = milliseconds(run, 3)
         report.row("index_topk prefill", f"200000 causal H={heads} k={TOPK}", ms, flop=flop, floor_ms=flop / FP8_PEAK * 1e3)
         if heads == HEADS:
-            part = slice(LONG - 8192, LONG)
-            pool = selections.tile(selections.load(f"pool.{LAYER}").cuda(), 16384, LONG, 8192)[None]
-
-            def inside(q=q, k=k, w=w, scale=scale, part=part, pool=pool) -> Tensor:
-                return ops.index_topk(q[:, part], k, w[:, part], scale, TOPK, part.start, pool, backend="triton")
-
-            few = torch.tensor([0, 5, 4095, 8191], device="cuda")
-            scored = reference.index_scores(q[:, part][:, few].float(), k.float(), w[:, part][:, few])[0] * scale
-            outside = torch.ones_like(scored, dtype=torch.bool).scatter_(1, pool[0, few].long(), False)
-            found = inside()[0, few]
-            need(not bool(outside.gather(1, found.long()).any()), "ids outside of the pool")
-            share = check_selection(found, scored.masked_fill(outside, -torch.inf), torch.full_like(few, LONG))
-            need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
-            ms_pool = milliseconds(inside, 3) * LONG / 8192  # rows below the pool's size see less; the last chunk is the dearest
-            report.row(
-                "index_topk pool 16384",
-                f"200000 H={heads} k={TOPK} pools of tiny's layer {LAYER}, tiled (last chunk x {LONG / 8192:.1f})",
-                ms_pool,
-                floor_ms=16384.0 * LONG * 132 / 5.5e12 * 1e3,
-            )
             with_pool = milliseconds(lambda: run(16384), 3)
             report.row("index_topk F with pool", f"200000 causal H={heads} k={TOPK}", with_pool, flop=flop, floor_ms=flop / FP8_PEAK * 1e3)
+
+
+def pools(report: Report) -> None:
+    """The last chunk of a prefill, each query inside its pool; the plan of a pool is made once for all layers that use it."""
+    q, k, w, scale = index_inputs(8192, LONG)
+    start = LONG - 8192
+    pool = selections.tile(selections.load(f"pool.{LAYER}").cuda(), 16384, LONG, 8192)[None]
+    kind = f"pools of tiny's layer {LAYER}, tiled (last chunk x {LONG / 8192:.1f})"  # rows below the pool's size see less
+    few = torch.tensor([0, 5, 4095, 8191], device="cuda")
+    scored = reference.index_scores(q[:, few].float(), k.float(), w[:, few])[0] * scale
+    outside = torch.ones_like(scored, dtype=torch.bool).scatter_(1, pool[0, few].long(), False)
+    for grouped in (False, True):
+        SETTINGS.grouped_pools = grouped
+        group = ops.pool_group(q, k)
+        plan = ops.group_queries(pool, group, backend="triton") if group > 1 else None
+
+        def inside(plan=plan) -> Tensor:
+            return ops.index_topk(q, k, w, scale, TOPK, start, pool, plan=plan, backend="triton")
+
+        found = inside()[0, few]
+        need(not bool(outside.gather(1, found.long()).any()), "ids outside of the pool")
+        share = check_selection(found, scored.masked_fill(outside, -torch.inf), torch.full_like(few, LONG))
+        need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
+        floor = 16384.0 * LONG * 132 / 5.5e12 * 1e3
+        name = f"index_topk pool 16384{', neighbours together' if grouped else ''}"
+        report.row(name, f"200000 H={HEADS} k={TOPK} {kind}", milliseconds(inside, 5) * LONG / 8192, floor_ms=floor)
+        if plan is not None:
+            size = float(plan.count_BG.float().mean()) / pool.shape[-1]
+            ms = milliseconds(lambda group=group: ops.group_queries(pool, group, backend="triton"), 5) * LONG / 8192
+            report.row("group_queries", f"200000 k=16384 group {group} U={size:.2f} {kind}", ms, floor_ms=LONG * 16384 * 9e3 / COPY)
+    SETTINGS.grouped_pools = GROUPED
 
 
 def decode(report: Report) -> None:
     q, k, w, scale = index_inputs(1, LONG)
     offset = torch.tensor([LONG - 1], device="cuda")
-    got = ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton")
     want = reference.index_scores(q.float(), k.float(), w)[0] * scale
-    share = check_selection(got[0], want, offset + 1)
-    need(share >= 0.995, f"only {share} of the selection is within the margin")
-    ms = milliseconds(lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True)
-    report.row("index_topk decode", f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / COPY)
+    for grid in (False, True):
+        SETTINGS.grid = grid
+        got = ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton")
+        share = check_selection(got[0], want, offset + 1)
+        need(share >= 0.995, f"only {share} of the selection is within the margin")
+        ms = milliseconds(lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True)
+        name = f"index_topk decode{' in one launch' if grid else ''}"
+        report.row(name, f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / COPY)
+    SETTINGS.grid = GRID
 
 
 def make_ids(queries: int, keys: int, layer: int = LAYER) -> tuple[Tensor, str]:
@@ -401,7 +419,7 @@ def quantize(report: Report) -> None:
     report.row("quantize keys", "131072 x 128 rope+hadamard", ms, floor_ms=131072 * (256 + 128 + 4 + 256) * 1e3 / COPY)
 
 
-SECTIONS = (quantize, scores, selection, decode, prefill, mla, backward, tune)
+SECTIONS = (quantize, scores, selection, decode, prefill, pools, mla, backward, tune)
 
 
 def main() -> int:

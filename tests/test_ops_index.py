@@ -148,10 +148,12 @@ def test_large(dtype, queries, keys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="the Gluon kernels need a GPU")
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("queries", [33, 257])
-def test_heads_and_pools(heads, queries):
+def test_heads_and_pools(heads, queries, grouped, monkeypatch):
     """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
+    monkeypatch.setattr(SETTINGS, "grouped_pools", grouped)
     dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
     q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
     check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
@@ -163,6 +165,24 @@ def test_heads_and_pools(heads, queries):
     plan = ops.group_queries(pool, ops.pool_group(q, k)) if ops.pool_group(q, k) > 1 else None
     given = ops.index_topk(q, k, w, scale, 200, offset, pool, plan=plan, backend="triton")
     assert torch.equal(given, ops.index_topk(q, k, w, scale, 200, offset, pool, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
+@pytest.mark.parametrize("keys", [1, 63, 257, 2049, 8193, 200_000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_select_grid(rows, keys, monkeypatch):
+    """One launch for a row or a few: scores of a decoding step, and rows of floats with ties, NaN and infinities."""
+    monkeypatch.setattr(SETTINGS, "grid", True)
+    lengths = torch.tensor([keys, keys // 2, 0], device=DEVICE)[:rows]
+    for topk in (5, 2048):
+        check(*inputs(rows, 1, keys, 32, 128, torch.float8_e4m3fn), topk, lengths - 1)
+        x = torch.randn(rows, keys, device=DEVICE)
+        x[:, ::3], x[:, 1::7], x[:, 2::5], x[:, 3::11] = x[:, ::3].round(), torch.nan, torch.inf, -0.0
+        x[rows - 1, keys // 2 :] = 0.0
+        for _ in range(3):  # a leftover of one call in its workspace would show in the next
+            got, _ = launch_select.topk_rows(x, topk)
+            assert torch.equal(got, reference.select(x, torch.ones_like(x, dtype=torch.bool), topk))
 
 
 @pytest.mark.gpu

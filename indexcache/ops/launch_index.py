@@ -9,7 +9,7 @@ from torch import Tensor
 from indexcache.ops import scores, select
 from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.launch_scores import Inputs, pool_group, query_blocks, score_pools, score_rows, score_tiles
-from indexcache.ops.launch_select import Lists, Sampling, outputs, topk_rows, warps
+from indexcache.ops.launch_select import Lists, Rows, Sampling, grid_segment, launch_grid, outputs, topk_rows, warps
 from indexcache.ops.reference import FP8, Plan
 from indexcache.ops.settings import SETTINGS, power, segments
 
@@ -131,6 +131,11 @@ def index_topk(
 def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
     """Few queries, or pools: rows of keys, then the selection over them."""
     columns = x.keys if candidates is None else candidates.shape[-1]
+    segment = grid_segment(x.batch * x.queries, x.keys, x.q.device) if candidates is None and pool is None else 0
+    if segment:
+        keys = torch.empty(x.batch * x.queries, x.keys, dtype=torch.int32, device=out.device)
+        launch_grid(Rows(keys, x.offset, x.queries, None), out, segment, (x.q, x.k, x.w, x.scale_or_any, x.scale is not None))
+        return
     chunk = max(SETTINGS.workspace // (4 * columns), 1)
     topk, wide = out.shape[-1], 0 if pool is None else pool.shape[-1]
     step = x.queries if chunk >= x.batch * x.queries else min(chunk, x.queries)

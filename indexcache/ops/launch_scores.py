@@ -53,7 +53,8 @@ def query_blocks(x: Inputs) -> int:
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     """How many neighbouring queries `score_pools` takes together; 1: it cannot run, `score_rows` does."""
     queries, heads = q_BSHD.shape[1:3]
-    return 128 // heads if 16 <= heads < 128 and queries >= SETTINGS.rows_below and _gluon(q_BSHD, k_BTD) else 1
+    fits = SETTINGS.grouped_pools and 16 <= heads < 128 and queries >= SETTINGS.rows_below
+    return 128 // heads if fits and _gluon(q_BSHD, k_BTD) else 1
 
 
 def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from indexcache.ops import select
+from indexcache.ops import select, select_grid, settings
 from indexcache.ops.settings import SETTINGS, power
 
 REGISTERS = 16384  # longest rows that one program selects from registers
 LISTS = 256  # most lists of a row
+PROGRAMS = 512  # most of a row
 
 
 @dataclass
@@ -144,11 +145,67 @@ def topk_rows(
     if not rows or not length:
         return got.fill_(-1), None if wide is None else wide.fill_(-1)
     source = Rows(scores_RT, offset, queries, mapped_RT)
-    if length <= min(REGISTERS, 2 * SETTINGS.listed):
+    segment = grid_segment(rows, length, scores_RT.device) if wide is None and mapped_RT is None else 0
+    if segment:
+        launch_grid(source, got, segment)
+    elif length <= min(REGISTERS, 2 * SETTINGS.listed):
         _pick_row(source, got, wide)
     else:
         _lists(source, got, wide)
     return got, wide
+
+
+def grid_segment(rows: int, length: int, device: torch.device) -> int:
+    """Keys of one program of `select_grid`, so that all programs of these rows are on the device at once; 0: they do not fit."""
+    if not SETTINGS.grid or not settings.gluon_runs(device):  # measured on Hopper; the interpreter runs one program after another
+        return 0
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SETTINGS.workers
+    for segment, resident in ((512, 3), (1024, 2), (2048, 2)):
+        programs = -(-length // segment)
+        if programs <= PROGRAMS and rows * programs <= resident * processors:
+            return segment
+    return 0
+
+
+def launch_grid(source: Rows, out: Tensor, segment: int, inputs: tuple | None = None) -> None:
+    """Launches `select_grid`. inputs: q, k, w, scale (or any), scaled; then source.scores is written first, as int32 keys."""
+    (rows, length), device = source.scores.shape, out.device
+    q, k, w, scale, scaled = inputs or (out, out[None], out, out, False)
+    heads, dim = q.shape[2:] if inputs else (16, 16)
+    work = torch.zeros(rows, select_grid.ROUNDS.value * select_grid.BINS.value + 1, dtype=torch.int32, device=device)
+    programs = -(-length // segment)
+    select_grid.select_grid[(programs, rows)](
+        q,
+        k,
+        w,
+        scale,
+        source.scores,
+        source.offset_or_any,
+        work,
+        torch.empty(rows, programs, 2, dtype=torch.int32, device=device),
+        out,
+        k.stride(0),
+        k.stride(1),
+        length,
+        source.scores.stride(0),
+        source.queries,
+        length,
+        TOPK=out.shape[-1],
+        FILL=power(out.shape[-1]),
+        SEGMENT=segment,
+        PROGRAMS=PROGRAMS,
+        FLOAT=source.floating,
+        CAUSAL=source.offset is not None,
+        SCORES=inputs is not None,
+        H=heads,
+        HP=power(heads, 16),
+        D=dim,
+        BN=128,
+        SCALED=scaled,
+        num_warps=max(segment // 128, 8) if segment > 512 else 4,
+        maxnreg=128,
+        launch_cooperative_grid=True,
+    )
 
 
 def _pick_row(source: Rows, out: Tensor, pool: Tensor | None) -> None:

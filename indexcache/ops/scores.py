@@ -70,7 +70,7 @@ def scores_tiles(
 
 
 @triton.jit
-def _row_tile(p_q, p_k, p_w, p_scale, o_key, m_key, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, s_kt, SCALED: tl.constexpr):
+def row_tile(p_q, p_k, p_w, p_scale, o_key, m_key, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, s_kt, SCALED: tl.constexpr):
     """Scores of one query against the keys o_key, fp32; where m_key is false the value has no meaning."""
     o_h, o_d = tl.arange(0, HP), tl.arange(0, D)
     q = tl.load(p_q + o_h[:, None] * D + o_d[None, :], mask=o_h[:, None] < H, other=0.0)
@@ -105,7 +105,7 @@ def scores_rows(
         m_key = (o_key >= 0) & (o_key < seen)
         at_q = i_row * H
         p_at = p_scale + i_b * s_scale
-        score = _row_tile(p_q + at_q * D, p_k + i_b * s_kb, p_w + at_q, p_at, o_key, m_key, H, HP, D, s_kt, SCALED)
+        score = row_tile(p_q + at_q * D, p_k + i_b * s_kb, p_w + at_q, p_at, o_key, m_key, H, HP, D, s_kt, SCALED)
         tl.store(p_row + o_n, tl.where(m_key, sort_key(score), NONE), mask=o_n < n_columns)
     elif GATHER:
         tl.store(p_row + o_n, tl.full((BN,), NONE, tl.int32), mask=o_n < n_columns)
@@ -130,7 +130,7 @@ def rescue_fused(
                 o_n = base + tl.arange(0, BN)
                 seen_n = o_n < seen
                 p_at, p_keys = p_scale + i_b * s_scale, p_k + i_b * s_kb
-                score = _row_tile(p_q + at_q * D, p_keys, p_w + at_q, p_at, o_n, seen_n, H, HP, D, s_kt, SCALED)
+                score = row_tile(p_q + at_q * D, p_keys, p_w + at_q, p_at, o_n, seen_n, H, HP, D, s_kt, SCALED)
                 tl.store(p_row + o_n, sort_key(score), mask=seen_n)
             tl.debug_barrier()  # other threads of this program read what these wrote
             select_row(p_row, seen, p_row, p_out + i_row * TOPK, TOPK, BLOCK, False, False)
