@@ -1,0 +1,142 @@
+"""Peak memory and time of the distillation loss with its gradients, 1K to 16K tokens; writes benchmarks/results/distill_memory.json.
+
+    python benchmarks/distill_memory.py [--device cpu|cuda] [--out FILE]
+
+Correctness first: gradients at 512 tokens against autograd over whole [L, L] matrices. Then each measurement in a process of its own.
+`warmup` and `sparse`: one indexer that serves four layers, over all keys and over k = 32. `pass`: a whole training pass of `tiny`
+over one row, FSSSFSSSFSSS. `held`: the warm-up's loss by autograd over whole matrices. Memory is what comes on top of the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from indexcache import Pattern, load_model  # noqa: E402
+from indexcache.distill.attention import Lesson, run_decoder, teaching  # noqa: E402
+from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distill.rows import Row  # noqa: E402
+from indexcache.distill.student import make_students  # noqa: E402
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # as tiny
+HELD_UP_TO = 2048
+
+
+def inputs(length: int, device: str):
+    g = torch.Generator().manual_seed(0)
+    q, k, w = (torch.randn(s, generator=g) for s in ((length, INDEX_HEADS, INDEX_DIM), (length, INDEX_DIM), (length, INDEX_HEADS)))
+    teachers = [
+        Teacher(torch.randn(length, HEADS, WIDTH, generator=g).to(device), torch.randn(length, WIDTH, generator=g).to(device), None, 0.1)
+        for _ in range(LAYERS)
+    ]
+    positions = torch.arange(length)[:, None]
+    ids = torch.where(positions < K, torch.arange(K), (torch.rand(length, K, generator=g) * (positions // K)).long() * K + torch.arange(K))
+    ids = torch.where(ids <= positions, ids, -1).int().to(device)
+    return [x.to(device).requires_grad_() for x in (q, k, w * 0.05)], teachers, ids
+
+
+def held(q, k, w, teachers):
+    """The definition over whole matrices, for autograd."""
+    hidden = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device).triu(1)
+    scores = torch.einsum("sjt,sj->st", torch.einsum("sjd,td->sjt", q, k).relu(), w)
+    log_q = scores.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0)
+    total = 0
+    for t in teachers:
+        p = (torch.einsum("shd,td->hst", t.q_SHn, t.latent_TE) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+        total = total + (torch.xlogy(p, p) - p * log_q).sum() / len(teachers)
+    return total
+
+
+def start(device: str) -> float:
+    """Megabytes now; the peak is counted from here on."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident memory starts anew
+    return status("VmRSS")
+
+
+def peak(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else status("VmHWM")
+
+
+def status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+
+
+def one(what: str, length: int, device: str) -> None:
+    if what == "pass":
+        model = load_model("tiny", device=device).model.requires_grad_(False)
+        model.config.max_position_embeddings = max(length, 4096)
+        students = make_students(model, Pattern("FSSSFSSSFSSS"), torch.float32)
+        lesson = Lesson(model, Pattern("FSSSFSSSFSSS"), students, sparse=False)
+        row = Row.whole(torch.randint(1, 4096, (length,), generator=torch.Generator().manual_seed(0)).numpy())
+    else:
+        arguments, teachers, ids = inputs(length, device)
+    before, began = start(device), time.perf_counter()
+    if what == "pass":
+        with teaching(model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+            run_decoder(model, row, device)
+    elif what == "held":
+        held(*arguments, teachers).backward()
+    else:
+        distill_loss(*arguments, teachers, ids_SK=ids if what == "sparse" else None).backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "added_mb": round(peak(device) - before, 1)}))
+
+
+def check(device: str) -> float:
+    """The largest relative difference of a gradient from autograd over whole matrices."""
+    arguments, teachers, _ = inputs(512, device)
+    pairs = (torch.autograd.grad(loss, arguments) for loss in (distill_loss(*arguments, teachers), held(*arguments, teachers)))
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*pairs, strict=True))
+    if worst > 1e-4:
+        raise SystemExit(f"the gradients differ by {worst}: nothing is measured")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "distill_memory.json")
+    parser.add_argument("--one", nargs=2, metavar=("WHAT", "LENGTH"), help="one measurement, for this script's own use")
+    o = parser.parse_args()
+    if o.one:
+        one(o.one[0], int(o.one[1]), o.device)
+        return
+    difference, rows = check(o.device), []
+    print(f"gradients differ by {difference:.1e} at most, relative")
+    for what in ("warmup", "sparse", "pass", "held"):
+        for length in LENGTHS:
+            if what == "held" and length > HELD_UP_TO:
+                continue
+            command = [sys.executable, __file__, "--device", o.device, "--one", what, str(length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append({"what": what, "tokens": length, **json.loads(done.stdout.splitlines()[-1])})
+            print(rows[-1], flush=True)
+    name = torch.cuda.get_device_name() if o.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    result = {
+        "device": name,
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "gradient_difference": difference,
+        "rows": rows,
+    }
+    o.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+"""The trainer: what it changes and what not, resumption after kill -9, two processes, checkpoints and delta, the command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_distill_worker as worker
+import torch
+import torch.nn.functional as F
+from conftest import make_model, refused
+from safetensors.torch import load_file
+
+from indexcache import Pattern, use_pattern
+from indexcache.cli import main
+from indexcache.data import Document
+from indexcache.distill import DistillSettings, Row, apply_delta, distill_pattern, measure_kept, pack_rows
+from indexcache.distill.attention import Lesson, run_decoder, served_layers, teaching
+from indexcache.distill.rows import check_beyond, rows_of_step
+from indexcache.distill.student import make_students
+from indexcache.models.family import decoder_layers, indexers
+from indexcache.models.lm import hidden_states, token_losses
+
+FAMILIES = ("glm_moe_dsa", "deepseek_v32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that a second thread only waits, and the same number must be found in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def steps(folder):
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [e for e in lines if "loss" in e], [e for e in lines if "held_out" in e]
+
+
+def row_of(length, seed=0):
+    return Row.whole(np.random.default_rng(seed).integers(0, 128, length))
+
+
+def dense(model):
+    """The stock model with a selection of everything."""
+    model = copy.deepcopy(model)
+    for layer in decoder_layers(model):
+        layer.self_attn.indexer.index_topk = 4096
+    return model
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_packing_keeps_every_token_and_boundary():
+    documents = worker.documents()
+    rows = pack_rows(documents, 64, seed=3)
+    assert all(len(r.ids) == 64 and r.cuts[0][0] == 0 and r.cuts[-1][1] == 64 for r in rows)
+    assert all(a[1] == b[0] for r in rows for a, b in zip(r.cuts, r.cuts[1:], strict=False))
+    whole = {d.ids.tobytes() for d in documents}
+    joined, held = [], np.empty(0, np.int64)
+    for r in rows:
+        for a, b in r.cuts:
+            held = np.concatenate([held, r.ids[a:b]])
+            if held.tobytes() in whole:
+                joined.append(len(held))
+                held = np.empty(0, np.int64)
+    assert sum(joined) + len(held) == 64 * len(rows) == sum(len(d.ids) for d in documents) // 64 * 64
+    refused(lambda: pack_rows(documents, 4096), "811 tokens", "one row of 4096")
+    short = pack_rows([Document(np.arange(9), "t", str(i), str(i)) for i in range(30)], 64)
+    refused(lambda: check_beyond(short, 8), "10%", "longer documents")
+
+
+def test_every_row_once_a_round_whatever_the_steps():
+    rows = [row_of(4, i) for i in range(5)]
+    taken = [r for step in range(5) for r in rows_of_step(rows, step, 2, seed=1)]
+    assert {id(r) for r in taken[:5]} == {id(r) for r in taken[5:]} == {id(r) for r in rows}
+    assert [id(r) for r in taken[:5]] != [id(r) for r in taken[5:]]
+
+
+# -- the forward pass ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS", "FSFRSS@2"])
+def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
+    model, row = make_model(family).requires_grad_(False), row_of(96)
+    students = make_students(model, Pattern(pattern), torch.float32)
+    ids = torch.from_numpy(row.ids)[None]
+    stock = {False: hidden_states(dense(model), ids)}
+    with use_pattern(model, pattern):
+        stock[True] = hidden_states(model, ids)
+    other = row_of(40, 5)
+    packed = Row(np.concatenate([other.ids, row.ids]), ((0, 40), (40, 136)))
+    for sparse in (False, True):
+        lesson = Lesson(model, Pattern(pattern), students, sparse=sparse)
+        with teaching(model, lesson), torch.no_grad():
+            with lesson.row(row, learn=True):
+                found = run_decoder(model, row, "cpu")
+            alone = {i: float(v) for i, v in lesson.losses.items()}
+            with lesson.row(packed, learn=True):
+                together = run_decoder(model, packed, "cpu")
+            with lesson.row(other, learn=True):
+                run_decoder(model, other, "cpu")
+        assert float((found - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
+        assert float((together[:, 40:] - found).norm() / found.norm()) < 1e-5
+        with torch.no_grad(), teaching(model, lesson), lesson.row(packed, learn=True):
+            run_decoder(model, packed, "cpu")
+        both = {i: float(v) for i, v in lesson.losses.items()}
+        with torch.no_grad(), teaching(model, lesson), lesson.row(other, learn=True):
+            run_decoder(model, other, "cpu")
+        for i in alone:
+            assert both[i] == pytest.approx((40 * float(lesson.losses[i]) + 96 * alone[i]) / 136, rel=1e-4)
+    assert all("forward" not in layer.self_attn.__dict__ for layer in decoder_layers(model))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_queries_without_a_part_that_is_not_rotated(sparse):
+    """SmolLM2 as a DSA model has qk_nope_head_dim 0: its attention compares rotated keys alone."""
+    model, row = make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16).requires_grad_(False), row_of(64)
+    students = make_students(model, Pattern("FSSFSS"), torch.float32)
+    with use_pattern(model, "FSSFSS"):
+        stock = hidden_states(model if sparse else dense(make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)),
+                              torch.from_numpy(row.ids)[None])  # fmt: skip
+    lesson = Lesson(model, Pattern("FSSFSS"), students, sparse=sparse)
+    with teaching(model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+        found = run_decoder(model, row, "cpu")
+    assert float((found - stock).norm() / stock.norm()) < 1e-5
+    assert set(lesson.losses) == {0, 3}
+    assert all(float(p.grad.norm()) > 0 for p in students.parameters())
+
+
+def test_served_layers():
+    p = Pattern("FSFRSS@2")
+    assert served_layers(p) == {0: (0, 1), 2: (2,), 3: (3, 4, 5)}
+    assert served_layers(p, own=True) == {0: (0,), 2: (2,), 3: (3,)}
+    assert set(make_students(make_model("glm_moe_dsa"), p, torch.float32)) == {"0", "2", "3"}  # S layers get no indexer
+
+
+# -- what trains ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["warmup", "frozen"])
+def test_frozen_changes_nothing_but_the_indexers(family, mode, tmp_path):
+    before = make_model(family).state_dict()
+    model, result = worker.train(tmp_path / "run", mode, family, eval_every=0)
+    assert result["held_out"] is None
+    for name, value in model.state_dict().items():
+        trained = ".indexer." in name and int(name.split(".")[2]) in (0, 2, 3)
+        assert torch.equal(value, before[name]) != trained, name
+    delta = load_file(tmp_path / "run" / "delta.safetensors")
+    assert len(delta) == 3 * 5
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in delta.items())
+    fresh = make_model(family)
+    assert apply_delta(fresh, tmp_path / "run" / "delta.safetensors") == Pattern(worker.PATTERN)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
+    other = make_model(family, num_hidden_layers=5)
+    refused(lambda: apply_delta(other, tmp_path / "run" / "delta.safetensors"), "6 layers", "has 5")
+
+
+def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
+    """One step: the rest moves as stock transformers' autograd of the LM loss says, the indexers as with a frozen backbone."""
+    settings = {"steps": 1, "rows": 2, "eval_every": 0, "lr": 1e-3, "backbone_lr": 1e-3, "clip": 1e9}
+    _, result = worker.train(tmp_path / "full", "full", pattern="FSSFSS", **settings)
+    frozen, _ = worker.train(tmp_path / "frozen", "frozen", pattern="FSSFSS", **settings)
+    weights = result["weights"]
+    delta = {name: p for name, p in frozen.state_dict().items() if ".indexer." in name}
+    assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in delta.items())
+
+    model = make_model("glm_moe_dsa")
+    optimizer = torch.optim.AdamW(
+        [p for n, p in model.named_parameters() if ".indexer." not in n], lr=1e-3, betas=(0.9, 0.95), weight_decay=0
+    )
+    rows = rows_of_step(pack_rows(worker.documents(), 96), 0, 2, 0)
+    total = 0
+    for row in rows:  # document by document, by stock attention with its dense masks
+        for a, b in row.cuts:
+            ids = torch.from_numpy(row.ids[a:b])[None]
+            with use_pattern(model, "FSSFSS"):
+                logits = model(ids, use_cache=False).logits
+            if b - a > 1:
+                total = total + F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum") / (96 * 2)
+    total.backward()
+    moved = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    assert len(moved) > 50
+    for name, p in model.named_parameters():
+        if name in moved:  # where Adam's first step, a sign, is not decided by rounding
+            sure = moved[name].abs() > 1e-5
+            assert torch.allclose(weights[name][sure], p[sure], atol=2e-5), name
+
+
+def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
+    def delta(name, pattern, **changes):
+        worker.train(tmp_path / name, "warmup", pattern=pattern, steps=3, eval_every=0, clip=0.01, **changes)  # each is clipped alone
+        return load_file(tmp_path / name / "delta.safetensors")
+
+    alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", loss="own")
+    multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", loss="avg")
+    assert len(alone) == 3 * len(own) == 3 * len(multi) == 30
+    for name in own:
+        assert torch.equal(own[name], alone[name])
+        assert torch.equal(multi[name], avg[name])
+    assert any(not torch.equal(own[name], multi[name]) for name in own)
+
+
+def test_evaluation_is_that_of_the_stock_model(tmp_path):
+    model, result = worker.train(tmp_path / "run", "frozen", steps=3, eval_every=3)
+    held = result["held_out"]
+    assert held["best"] == min(held["first"], held["last"])
+    for (ids,), wanted in (((worker.held_out()[0].ids,), held["best"]),):
+        with use_pattern(model, worker.PATTERN):
+            assert float(token_losses(model, hidden_states(model, ids), ids).mean()) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS"])
+def test_attention_kept_is_that_of_stock_attention(pattern):
+    """Against transformers' own attention weights and its own selection, over the queries beyond k."""
+    model, row = make_model("glm_moe_dsa").requires_grad_(False), row_of(40)
+    ids = torch.from_numpy(row.ids)[None]
+    eager = dense(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = [a[0].mean(0) for a in eager(ids, output_attentions=True).attentions]
+        chosen = {}
+        for i, layer in enumerate(decoder_layers(eager)):
+            layer.self_attn.indexer.register_forward_hook(lambda m, a, out, i=i: chosen.__setitem__(i, out[0]))
+            layer.self_attn.indexer.index_topk = 4096
+        eager(ids)
+    kept = measure_kept(model, pattern, [row])
+    for i, p in enumerate(weights):
+        order = chosen[Pattern(pattern).source(i)].long()  # all keys, the best first
+        share = [float(p[t, [int(s) for s in order[t] if s <= t][:8]].sum()) for t in range(8, 40)]
+        assert kept[i] == pytest.approx(np.mean(share), abs=2e-3)  # zero scores tie
+    refused(lambda: measure_kept(model, pattern, [Row(np.arange(40), tuple((a, a + 8) for a in range(0, 40, 8)))]), "No query")
+
+
+def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
+    model = copy.deepcopy(tiny.model)
+    generator = torch.Generator().manual_seed(0)
+    for indexer in indexers(model):
+        for p in indexer.parameters():
+            if p.dim() > 1:
+                p.data.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    text = (Path(worker.__file__).parent.parent / "indexcache" / "assets" / "text" / "calibration.jsonl").read_text().splitlines()
+    ids = np.concatenate([np.array(tiny.encode(json.loads(line)["text"][:4000])) for line in text[:8]])
+    rows = pack_rows([Document(ids, "t", "t", "t")], 160)
+    distill_pattern(model, "FSSSFSSSFSSS", rows, tmp_path / "run", DistillSettings(steps=30, rows=1, lr=4e-3, eval_every=0))
+    losses = [e["loss"] for e in steps(tmp_path / "run")[0]]
+    assert len(losses) == 30
+    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6]), losses
+
+
+def test_bf16_keeps_fp32_masters(tmp_path):
+    model = make_model("glm_moe_dsa").bfloat16()
+    for indexer in indexers(model):
+        indexer.weights_proj.float()
+    settings = DistillSettings(steps=2, rows=2, eval_every=0)
+    distill_pattern(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
+    kinds = {name.rsplit(".indexer.")[1]: v.dtype for name, v in load_file(tmp_path / "run" / "delta.safetensors").items()}
+    assert kinds["wk.weight"] == torch.bfloat16
+    assert kinds["weights_proj.weight"] == torch.float32
+    full = make_model("glm_moe_dsa")
+    more = DistillSettings(stage="sparse", steps=2, rows=2, eval_every=0, compute_dtype="bfloat16")
+    weights = distill_pattern(full, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "full", more)["weights"]
+    assert {v.dtype for v in weights.values()} == {torch.float32}
+
+
+# -- kill -9, and more than one process -------------------------------------------------------------------------------
+
+
+def run_worker(*argv, processes=0):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(main.__code__.co_filename).parents[2])])}
+    command = [sys.executable, *launch, worker.__file__, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("mode", ["warmup", "full"])
+def test_kill_and_resume(mode, tmp_path):
+    killed = run_worker("kill", tmp_path / "a", mode)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert [e["step"] for e in steps(tmp_path / "a")[0]] == [1, 2, 3, 4, 5]
+    assert [p.name for p in (tmp_path / "a").glob("state*")] == ["state-00000003"]
+    (tmp_path / "a" / "state.part").mkdir()  # what a kill while saving leaves
+    results = [worker.train(tmp_path / name, mode) for name in "ab"]
+    for a, b in zip(*(steps(tmp_path / name) for name in "ab"), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert {k: v for k, v in x.items() if k != "tokens_s"} == {k: v for k, v in y.items() if k != "tokens_s"}
+    if mode == "full":
+        first, second = (r["weights"] for _, r in results)
+    else:
+        first, second = (m.state_dict() for m, _ in results)
+    assert len(first) == len(second) > 100
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    again = worker.train(tmp_path / "a", mode)[1]  # a finished run is not run again
+    assert again["held_out"] == results[1][1]["held_out"]
+    refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
+    state = next((tmp_path / "a").glob("state-*")) / ".metadata"
+    state.write_bytes(state.read_bytes()[:100])
+    refused(lambda: worker.train(tmp_path / "a", mode), "cannot be read")
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    done = run_worker("train", tmp_path / "two", "warmup", "full", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mode in ("warmup", "full"):
+        worker.train(tmp_path / "one" / mode, mode)
+        for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
+            assert len(a) == len(b) > 2
+            for x, y in zip(a, b, strict=True):
+                for key in ("loss", "lm_loss", "norm", "backbone_norm", "held_out"):
+                    if x.get(key) is not None:
+                        assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])
+
+
+# -- what cannot work ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    whole = DistillSettings.scale
+    monkeypatch.setattr(DistillSettings, "scale", lambda self, step: 1e30 if step == 4 else whole(self, step))
+    refused(lambda: worker.train(tmp_path / "run", "warmup", eval_every=0), "not finite at step 6", "state-00000003", "--lr")
+    assert [e["step"] for e in steps(tmp_path / "run")[0]] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "run" / "state-00000003").is_dir()
+
+
+def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
+    model, rows = make_model("glm_moe_dsa"), pack_rows(worker.documents(), 96)
+    out = tmp_path / "run"
+
+    def call(pattern="FSSFSS", rows=rows, model=model, held_out=(), **settings):
+        return lambda: distill_pattern(model, pattern, rows, out, DistillSettings(**({"eval_every": 0} | settings)), held_out=held_out)
+
+    refused(call("FSSF"), "4 layers", "model has 6")
+    refused(call(rows=pack_rows(worker.documents(), 20)), "too short for this model")
+    refused(call(rows=[]), "at least one")
+    refused(call(eval_every=1), "no held-out text")
+    refused(call(stage="dense"), "warmup, sparse")
+    refused(call(loss="sum"), "multi, avg, own")
+    refused(call(steps=0), "at least 1")
+    refused(call(lr=-1.0), "above 0")
+    with use_pattern(model, "FSSFSS"):
+        refused(call(), "leave use_pattern")
+    pruned = make_model("glm_moe_dsa", indexer_types=["full", "shared"] * 3)
+    refused(call("FFSFSS", model=pruned), "Layer 1 is F", "no indexer weights")
+    refused(call(stage="sparse", model=copy.deepcopy(model).bfloat16()), "float32", "--freeze-backbone")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(call(rows=rows, steps=1), "4 rows", "3 processes")
+    assert not out.exists()
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model("glm_moe_dsa").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{i} " + "".join(chr(97 + (i * j * j + j) % 26) for j in range(300))}) for i in range(16))
+    )
+    return path
+
+
+SMALL = ["--length", "64", "--batch-tokens", "128", "--steps", "3", "--eval-every", "3", "--eval-sequences", "2"]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, tmp_path, capsys):
+    import transformers
+
+    more = ["--whole"] if stage == "warmup" else ["--backbone-lr", "1e-3"]
+    command = [
+        "distill",
+        checkpoint,
+        "--data",
+        text,
+        "--pattern",
+        "uniform:1/3",
+        "--out",
+        tmp_path / "r",
+        "--stage",
+        stage,
+        *SMALL,
+        *more,
+        "--json",
+    ]
+    assert main([str(a) for a in command]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["pattern"] == "FSSFSS"
+    assert (tmp_path / "r" / "delta.safetensors").exists() == (stage == "warmup")
+    folder = tmp_path / "r" / "checkpoint" / "transformers"
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert stock.config.indexer_types == ["full", "shared", "shared"] * 2
+    assert [indexer is None for indexer in indexers(stock)] == [False, True, True] * 2
+    ids = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(0))
+    ours = make_model("glm_moe_dsa")
+    if stage == "warmup":
+        apply_delta(ours, tmp_path / "r" / "delta.safetensors", base=checkpoint)
+        with use_pattern(ours, "FSSFSS"), torch.no_grad():
+            assert torch.equal(stock(ids).logits, ours(ids).logits)
+        refused(lambda: apply_delta(ours, tmp_path / "r" / "delta.safetensors", base=folder), "another checkpoint")
+        more = ["--stage", "sparse", "--freeze-backbone", "--delta", tmp_path / "r" / "delta.safetensors", "--out", tmp_path / "s"]
+        assert main([str(a) for a in [*command, *more]]) == 0
+        later = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert later["held_out"]["first"] == pytest.approx(result["held_out"]["best"], abs=1e-6)
+    else:
+        assert not torch.equal(stock.model.layers[1].self_attn.o_proj.weight, ours.model.layers[1].self_attn.o_proj.weight)
+        with torch.no_grad():
+            assert torch.isfinite(stock(ids).logits).all()
+    assert main([str(a) for a in command]) == 0  # again: nothing is trained twice
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["held_out"] == result["held_out"]
+
+
+def test_command_refuses(checkpoint, text, tmp_path, capsys):
+    def says(what, *argv, model=checkpoint):
+        assert main([str(a) for a in ("distill", model, "--out", tmp_path / "r", *argv)]) == 2
+        captured = capsys.readouterr()
+        (line,) = [x for x in captured.err.splitlines() if x.startswith("indexcache: ")]
+        assert what in line, line
+
+    base = ["--data", text, "--pattern", "FSSFSS", *SMALL]
+    says("distill needs --pattern", "--data", text)
+    says("4 layers, but the model has 6", *base, "--pattern", "FSSF")
+    says("Layer 0 of the pattern is S", *base, "--pattern", "SSSSSS")
+    says("Give the text with --data", "--pattern", "FSSFSS")
+    says("too short for this model", *base, "--length", "16")
+    says("longer than the model's context", *base, "--length", "4096")
+    says("multiple of the 64 tokens", *base, "--batch-tokens", "100")
+    says("training text too", *base, "--held-out", text)
+    says("no such checkpoint folder", *base, model=tmp_path / "nowhere")
+    says("stage is one of", *base, "--stage", "dense")
+    says("steps must be at least 1", *base, "--steps", "0")
+    assert not (tmp_path / "r").exists()
+    assert main([str(a) for a in ("distill", checkpoint, "--out", tmp_path / "r", *base)]) == 0
+    capsys.readouterr()
+    says("leave out --no-resume", *base, "--no-resume")
+    says("other settings", *base, "--seed", "1")
