@@ -364,5 +364,5 @@ def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor) -> Tensor:
 def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
     """out[.., h, :] = x[.., h, :] @ w[h], written in place: no copy of x or out in another order of dimensions."""
     heads = w_Hmn.shape[0]
-    x, out = (t.view(-1, heads, t.shape[-1]).transpose(0, 1) for t in (x_BSHm, out_BSHn))
+    x, out = (t.view(t.shape[0] * t.shape[1], heads, t.shape[-1]).transpose(0, 1) for t in (x_BSHm, out_BSHn))
     torch.bmm(x, w_Hmn, out=out)
