@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from exporting import broken, deepseek, glm_folder, sharded  # noqa: F401 - fixtures
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 6,
@@ -71,3 +72,26 @@ def tiny():
     from indexcache.models.loading import load_model
 
     return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of models so small that a second thread only waits, and where two processes must find the same number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random GLM checkpoint with a character tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model("glm_moe_dsa").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder

@@ -20,6 +20,8 @@ from indexcache.cli.timing import NAMED, batches, contexts, number, patterns
 from indexcache.models.shapes import SHAPES, Shape, random_model, read_shape, shape_config, shape_of
 from indexcache.pattern import Pattern
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 H100 = DEVICES["H100"]
 FLASH = shape_of("glm-4.7-flash-dsa")
 KEYS = {"context", "full", "layers", "ttft_s", "decode_tok_s", "peak_gb", "parts_ms", "floor_ms"}
@@ -165,15 +167,6 @@ def test_published_figures_are_shipped():
 
 
 # -- bench ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that threads wait for each other, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
 
 from indexcache.cli import main
 from indexcache.records import Run
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random GLM checkpoint with a character tokenizer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model("glm_moe_dsa").save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -28,16 +28,9 @@ from indexcache.distill.student import make_students
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.lm import hidden_states, token_losses
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("glm_moe_dsa", "deepseek_v32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread only waits, and the same number must be found in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def steps(folder):
@@ -360,19 +353,6 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model("glm_moe_dsa").save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

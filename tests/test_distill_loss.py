@@ -17,16 +17,9 @@ from indexcache.distill.rows import Row
 from indexcache.distill.student import make_students
 from indexcache.records import read_json
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("multi", "avg")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of small products: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def held(q, k, w, teachers, kind, ids=None):

@@ -11,16 +11,9 @@ from indexcache import accelerate, use_pattern
 from indexcache.cli import main
 from indexcache.models.stream import end_tokens, pieces, stream_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "The Congress assembled in Washington, and the President said to the members of both Houses that the budget of the year, "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """`tiny` is so small that threads wait for each other, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
