@@ -42,6 +42,14 @@ class Teacher(NamedTuple):
         """The same for the tokens start..stop - 1 alone."""
         return self._replace(q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop])
 
+    def keys(self) -> Tensor:
+        """What the queries compare with as they are: [T, H, n], or [T, 1, E] where all heads read the same."""
+        if self.absorb_Hmc is None:
+            return self.latent_TE[:, None]
+        c = self.absorb_Hmc.shape[2]
+        own = torch.einsum("tc,hmc->thm", self.latent_TE[:, :c], self.absorb_Hmc)
+        return torch.cat([own, self.latent_TE[:, None, c:].expand(-1, own.shape[1], -1)], -1)
+
     def queries(self, rows: slice) -> Tensor:
         """Absorbed queries [t, H, E]."""
         q = self.q_SHn[rows]
@@ -113,9 +121,14 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, q, k, w, teachers, weights, kind, ids, size):  # type: ignore[override]
         wanted = any(ctx.needs_input_grad[:3])
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)] if wanted else None
-        value = q.new_zeros((), dtype=torch.float64)
-        for rows in _blocks(q, teachers, ids, size):
-            value += _one_block(_Block(rows, ids), q, k, w, teachers, weights, kind, grads)
+        if ids is None and _fused(q, teachers):
+            from indexcache.distill.fused import warm_up
+
+            value = warm_up(q, k, w, teachers, weights, kind == "multi", grads, size)
+        else:
+            value = q.new_zeros((), dtype=torch.float64)
+            for rows in _blocks(q, teachers, ids, size):
+                value += _one_block(_Block(rows, ids), q, k, w, teachers, weights, kind, grads)
         if grads is not None:
             ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(grads, (q, k, w), strict=True)))
         return value.float()
@@ -123,6 +136,14 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None)
+
+
+def _fused(q: Tensor, teachers: Sequence[Teacher]) -> bool:
+    try:
+        from indexcache.distill import fused
+    except ImportError:  # triton is not installed
+        return False
+    return fused.runs(q, teachers)
 
 
 def _one_block(block: _Block, q, k, w, teachers, weights, kind: str, grads: list[Tensor] | None) -> Tensor:
