@@ -123,6 +123,14 @@ def calls() -> dict[str, Callable[[], Any]]:
         out, _ = launch.sparse_mla(q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic)
         out.sum().backward()
 
+    def warm_up(index: tuple[int, int], heads: int, dims: int) -> None:
+        from indexcache.distill.fused import warm_up
+        from indexcache.distill.loss import Teacher
+
+        q, k, w = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((4096, *index), (4096, index[1]), (4096, index[0])))
+        teacher = Teacher(torch.zeros(4096, heads, dims, dtype=torch.bfloat16), torch.zeros(4096, dims, dtype=torch.bfloat16), None, 0.1)
+        warm_up(q, k, w, [teacher] * 2, [0.5, 0.5], True, [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)], 1 << 30)
+
     angle = torch.zeros(1, 4096, 32)
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
     return {
@@ -142,6 +150,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 1, 128, dtype=torch.bfloat16), True, angle, angle, True),
+        "distill warm-up": lambda: warm_up((9, 256), 9, 192),
+        "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),
     }
 
 

@@ -11,7 +11,7 @@ if not GPU:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
-from indexcache.ops import launch_select, reference  # noqa: E402
+from indexcache.ops import launch_index, launch_scores, launch_select, reference, select_grid  # noqa: E402
 from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -136,6 +136,21 @@ def test_refusals():
         ops.index_topk(q, k, w, None, 1, 0, backend="triton")
 
 
+@pytest.mark.parametrize("wide", [0, 30])
+def test_rescue_in_pools(wide):
+    """Flagged rows are redone inside their pools, the others left alone."""
+    q, k, w, scale = inputs(1, 5, 200, 4, 16, torch.float16)
+    candidates = ops.index_topk(*inputs(1, 5, 200, 4, 16, torch.float16), 90, 195, backend="torch")
+    candidates[0, 2, 40:] = -1
+    flag = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32, device=DEVICE)
+    out, pool = (torch.full((5, n), -7, dtype=torch.int32, device=DEVICE) if n else None for n in (8, wide))
+    launch_index._rescue(launch_scores.Inputs(q, k, w, scale, 180), flag, candidates[0], out, pool)
+    want = ops.index_topk(q, k, w, scale, 8, 180, candidates, pool=wide, backend="torch")
+    for a, b in zip((out, pool), want, strict=True) if wide else [(out, want)]:
+        assert torch.equal(a[flag > 0], b[0, flag > 0])
+        assert (a[flag == 0] == -7).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -165,24 +180,65 @@ def test_heads_and_pools(heads, queries, grouped, monkeypatch):
     plan = ops.group_queries(pool, ops.pool_group(q, k)) if ops.pool_group(q, k) > 1 else None
     given = ops.index_topk(q, k, w, scale, 200, offset, pool, plan=plan, backend="triton")
     assert torch.equal(given, ops.index_topk(q, k, w, scale, 200, offset, pool, backend="triton"))
+    for stride in (4, 32):  # thresholds from a sample; from one so small that everything overflows
+        monkeypatch.setattr(SETTINGS, "listed", 512)
+        monkeypatch.setattr(SETTINGS, "stride", stride)
+        check(q, k, w, scale, 200, offset, pool)
+
+
+def hard_rows(keys, topk):
+    """Rows that `select_grid` finds easy, full of ties, or hard: its sample lies, or the k-th key has too many near it."""
+    x = torch.randn(keys, device=DEVICE)
+    sample = torch.zeros_like(x, dtype=torch.bool)
+    samples = min(1 << max(5 * keys // topk - 1, 31).bit_length(), 512)  # as launch_grid and the kernel place them
+    stride, i = -(-keys // samples), torch.arange(samples, device=DEVICE)
+    at = i * stride + (((i * 40503) & 0xFFFF) * stride >> 16)
+    sample[at[at < keys]] = True
+    mixed = x.clone()
+    mixed[::3], mixed[1::7], mixed[2::5], mixed[3::11] = mixed[::3].round(), torch.nan, torch.inf, -0.0
+    few = torch.where(torch.arange(keys, device=DEVICE) < keys // 99, x, -torch.inf)
+    rows = {"normal": x, "heavy": x / torch.randn_like(x), "grid": (30 * x).round(), "mixed": mixed, "few": few, "far": 1e3 + 1e-3 * x}
+    rows |= {"zeros": 0 * x, "nan": x * torch.nan, "inf": x * torch.inf, "up": x.sort().values, "down": x.sort(descending=True).values}
+    rows |= {"sample low": torch.where(sample, -50 - x.abs(), x), "sample high": torch.where(sample, 50 + x, x)}
+    return rows | {"sample high, rest equal": torch.where(sample, 50 + x, 3.0)}
+
+
+@pytest.mark.parametrize("topk", [5, 300, 2048])
+@pytest.mark.parametrize("keys", [1, 63, 257, 3000, 20000])
+@pytest.mark.parametrize("deviations", [5.0, -1.0])
+def test_select_grid(keys, topk, deviations, monkeypatch):
+    """Rows of floats. The interpreter runs one program after another, so there a row has one."""
+    monkeypatch.setattr(SETTINGS, "deviations", deviations)
+    work, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: work.append(zeros(*shape, **options)) or work[-1])
+    rounds = {}
+    for name, row in hard_rows(keys, topk).items():
+        got = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
+        launch_select.launch_grid(launch_select.Rows(row[None], None, 1, None), got, 2048 if GPU else launch_select.power(keys, 16))
+        assert torch.equal(got, reference.select(row[None], torch.ones_like(row[None], dtype=torch.bool), topk)), name
+        bins = work[-1][0, select_grid.COUNTS.value :].view(select_grid.ROUNDS.value, -1)
+        rounds[name] = int(bins.any(-1).sum())
+    if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
+        assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
+        assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
-@pytest.mark.parametrize("keys", [1, 63, 257, 2049, 8193, 200_000])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_select_grid(rows, keys, monkeypatch):
-    """One launch for a row or a few: scores of a decoding step, and rows of floats with ties, NaN and infinities."""
+@pytest.mark.parametrize("keys", [8193, 200_000])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_select_grid_of_many(rows, keys, monkeypatch):
+    """A row or a few by many programs: hard rows, and decoding steps of unequal lengths."""
     monkeypatch.setattr(SETTINGS, "grid", True)
-    lengths = torch.tensor([keys, keys // 2, 0], device=DEVICE)[:rows]
+    assert launch_select.grid_segment(rows, keys, torch.device(DEVICE))
+    lengths = torch.tensor([keys, keys // 2, 0, 9, keys // 40, keys - 1, 4096, keys], device=DEVICE)[:rows]
     for topk in (5, 2048):
         check(*inputs(rows, 1, keys, 32, 128, torch.float8_e4m3fn), topk, lengths - 1)
-        x = torch.randn(rows, keys, device=DEVICE)
-        x[:, ::3], x[:, 1::7], x[:, 2::5], x[:, 3::11] = x[:, ::3].round(), torch.nan, torch.inf, -0.0
-        x[rows - 1, keys // 2 :] = 0.0
-        for _ in range(3):  # a leftover of one call in its workspace would show in the next
-            got, _ = launch_select.topk_rows(x, topk)
-            assert torch.equal(got, reference.select(x, torch.ones_like(x, dtype=torch.bool), topk))
+        hard = torch.stack([*hard_rows(keys, topk).values()])
+        for x in hard.split(rows):
+            for _ in range(3):  # a leftover of one call in its workspace would show in the next
+                got, _ = launch_select.topk_rows(x, topk)
+                assert torch.equal(got, reference.select(x, torch.ones_like(x, dtype=torch.bool), topk))
 
 
 @pytest.mark.gpu

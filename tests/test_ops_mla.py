@@ -11,7 +11,7 @@ if not GPU:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
-from indexcache.ops import launch_mla, reference  # noqa: E402
+from indexcache.ops import launch_mla, launch_plan, reference  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
@@ -35,7 +35,12 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize(("queries", "k", "group"), [(1, 1, 3), (63, 16, 3), (25, 33, 4), (10, 8, 8), (7, 5, 1)])
-def test_plan(queries, k, group):
+@pytest.mark.parametrize("words", [None, 1, 2])
+def test_plan(queries, k, group, words, monkeypatch):
+    """words: of a window of bitmaps; None: binary searches."""
+    if words:
+        for name, value in {"LONG": 1, "WORDS": words, "BLOCK": 64}.items():
+            monkeypatch.setattr(launch_plan, name, value)
     ids = random_ids(2, queries, 40, k, empty=(0,))
     got, want = ops.group_queries(ids, group, backend="triton"), ops.group_queries(ids, group, backend="torch")
     for a, b in zip(got, want, strict=True):
@@ -153,6 +158,7 @@ def test_hopper(heads, planned, queries, monkeypatch):
     monkeypatch.setattr(launch_mla.SETTINGS, "programs", 1)  # never split
     q, latent = (torch.randn(2, n, *rest, device=DEVICE).bfloat16() for n, rest in ((queries, (heads, 576)), (2055, (576,))))
     latent[:, 2048:] = torch.nan  # not selected
+    q[:, 1::2] *= 8  # their maxima grow by more than the kernel lets pass
     some = min(64, queries)
     ids = random_ids(2, some, 2048, 777, empty=[s for s in (0, *range(6, 15)) if s < some])
     ids = torch.cat([ids] * -(-queries // 64), dim=1)[:, :queries]

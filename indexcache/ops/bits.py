@@ -76,6 +76,22 @@ def put(pointer, value, mask):
 
 
 @triton.jit
+def put_byte(pointer, value, mask):
+    """As `put`, the lowest byte of 32-bit values."""
+    if INTERPRETED:
+        tl.store(pointer, value.to(tl.uint8), mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.u8 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [pointer.to(tl.int64), value, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def rows_visible(offset, o_row, keys):
     """How many of `keys` keys the queries at o_row of a batch entry that starts at `offset` see (ops/reference.py)."""
     return tl.minimum(tl.maximum(offset + o_row + 1, 0), keys)

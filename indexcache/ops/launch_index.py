@@ -9,7 +9,7 @@ from torch import Tensor
 from indexcache.ops import scores, select
 from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.launch_scores import Inputs, pool_group, query_blocks, score_pools, score_rows, score_tiles
-from indexcache.ops.launch_select import Lists, Rows, Sampling, grid_segment, launch_grid, outputs, topk_rows, warps
+from indexcache.ops.launch_select import Lists, Sampling, grid_work, outputs, topk_rows, warps
 from indexcache.ops.reference import FP8, Plan
 from indexcache.ops.settings import SETTINGS, power, segments
 
@@ -36,7 +36,7 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
     count, segment = segments(query_blocks(x), x.keys, 2 * SETTINGS.workers, 8 * SETTINGS.keys)
     lists = Lists(rows, count, segment, sampling.listed, device)
     if x.keys > sampling.listed:
-        sampled = torch.empty(rows, -(-x.keys // sampling.stride), dtype=torch.int32, device=device)
+        sampled = torch.empty(rows, -(-x.keys // sampling.stride), dtype=torch.float32, device=device)
         score_tiles(x, stride=sampling.stride, out=sampled)
         select.threshold[(rows,)](
             sampled,
@@ -51,7 +51,7 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
             sampling.listed,
             STRIDE=sampling.stride,
             SAMPLE=sampling.sample,
-            FLOAT=False,
+            FLOAT=True,
             CAUSAL=True,
             PAIRS=False,
             num_warps=warps(rows, sampling.sample),
@@ -60,33 +60,43 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
         lists.thr.fill_(-(2**31))
     score_tiles(x, lists=lists)
     lists.pick(out, pool)
+    _rescue(x, lists.flag, None, out, pool)
+
+
+def _rescue(x: Inputs, flag: Tensor, ids: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
+    """Redoes the flagged rows of one batch entry, of all keys or inside pools (ids [S, columns])."""
+    rows, columns = x.queries, x.keys if ids is None else ids.shape[1]
     workers = min(SETTINGS.workers, rows)
-    work = torch.empty(workers, x.keys, dtype=torch.int32, device=device)
+    work = torch.empty(workers, columns, dtype=torch.int32, device=x.q.device)
     scores.rescue_fused[(workers,)](
         x.q,
         x.k,
         x.w,
         x.scale_or_any,
         x.offset,
-        lists.flag,
+        flag,
+        out if ids is None else ids,
         work,
         out,
         out if pool is None else pool,
         x.k.stride(0),
         x.k.stride(1),
         x.keys,
+        0 if ids is None else ids.stride(0),
         work.stride(0),
         rows,
         rows,
         x.keys,
+        columns,
         H=x.heads,
         HP=power(x.heads, 16),
         D=x.dim,
         BN=128,
         SCALED=x.scale is not None,
-        TOPK=topk,
+        TOPK=out.shape[-1],
         POOL=0 if pool is None else pool.shape[-1],
         BLOCK=4096,
+        GATHER=ids is not None,
         num_warps=8,
     )
 
@@ -131,11 +141,6 @@ def index_topk(
 def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
     """Few queries, or pools: rows of keys, then the selection over them."""
     columns = x.keys if candidates is None else candidates.shape[-1]
-    segment = grid_segment(x.batch * x.queries, x.keys, x.q.device) if candidates is None and pool is None else 0
-    if segment:
-        keys = torch.empty(x.batch * x.queries, x.keys, dtype=torch.int32, device=out.device)
-        launch_grid(Rows(keys, x.offset, x.queries, None), out, segment, (x.q, x.k, x.w, x.scale_or_any, x.scale is not None))
-        return
     chunk = max(SETTINGS.workspace // (4 * columns), 1)
     topk, wide = out.shape[-1], 0 if pool is None else pool.shape[-1]
     step = x.queries if chunk >= x.batch * x.queries else min(chunk, x.queries)
@@ -149,7 +154,8 @@ def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None
             if candidates is not None:
                 ids = (candidates if b is None else candidates[b : b + 1, start:end]).int().reshape(-1, columns)
             keys = torch.empty(part.batch * part.queries, columns, dtype=torch.int32, device=out.device)
-            score_rows(part, ids, keys)
+            work = grid_work(len(keys), columns, out.device) if ids is None and pool is None else None
+            score_rows(part, ids, keys, work)
             topk_rows(
                 keys,
                 topk,
@@ -158,22 +164,51 @@ def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None
                 queries=part.queries,
                 mapped_RT=ids,
                 out=(out[at], None if pool is None else pool[at]),
+                work=work,
             )
 
 
 def _pools(x: Inputs, candidates: Tensor, plan: Plan | None, out: Tensor, pool: Tensor | None) -> None:
-    """Neighbouring queries score the union of their pools together; then the selection over each one's own scores."""
-    group, columns = pool_group(x.q, x.k), candidates.shape[-1]
+    """Neighbouring queries score the union of their pools together, each with a list of its own; a sample sets the thresholds."""
+    group, columns, candidates = pool_group(x.q, x.k), candidates.shape[-1], candidates.contiguous()
     if plan is None or plan.group != group:
         plan = group_queries(candidates, group)
-    step = max(SETTINGS.workspace // (4 * columns) // group, 1) * group
+    sampling = Sampling.of(columns, max(out.shape[-1], 0 if pool is None else pool.shape[-1]))
+    # odd, so that pools that take turns in the union are all met; finer and safer than for all keys: redoing one row delays a chunk
+    stride, wanted = max(sampling.stride // 2 - 1, 1), 17 * sampling.wanted // 8
+    width = power(5 * columns // (4 * stride))
+    step = max(SETTINGS.workspace // (8 * min(power(columns), sampling.listed)) // group, 1) * group
     for b in range(x.batch):
         for start in range(0, x.queries, step):
             end = min(start + step, x.queries)
             groups, at = slice(start // group, -(-end // group)), slice(b * x.queries + start, b * x.queries + end)
-            keys = torch.empty(end - start, columns, dtype=torch.int32, device=out.device)
-            score_pools(x.chunk(b, start, end), plan.union_BGU[b, groups], plan.mask_BGU[b, groups], plan.count_BG[b, groups], keys)
+            part, rows = x.chunk(b, start, end), end - start
+            some = Plan(plan.union_BGU[b, groups], plan.mask_BGU[b, groups], plan.count_BG[b, groups], group)
+            lists = Lists(rows, 1, columns, sampling.listed, out.device)
+            if columns > sampling.listed:
+                sampled = torch.empty(rows, width, dtype=torch.int32, device=out.device)
+                score_pools(part, some, stride=stride, out=sampled)
+                select.threshold[(rows,)](
+                    sampled,
+                    part.offset,
+                    lists.thr,
+                    width,
+                    1,
+                    rows,
+                    width,
+                    wanted,
+                    wanted // 16,
+                    0,
+                    STRIDE=1,
+                    SAMPLE=width,
+                    FLOAT=False,
+                    CAUSAL=False,
+                    PAIRS=False,
+                    num_warps=warps(rows, width),
+                )
+            else:
+                lists.thr.fill_(-(2**31))
+            score_pools(part, some, lists=lists)
             wide = None if pool is None else pool[at]
-            topk_rows(
-                keys, out.shape[-1], pool=0 if wide is None else wide.shape[-1], mapped_RT=candidates[b, start:end], out=(out[at], wide)
-            )
+            lists.pick(out[at], wide)
+            _rescue(part, lists.flag, candidates[b, start:end], out[at], wide)

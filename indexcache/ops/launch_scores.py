@@ -8,7 +8,7 @@ from torch import Tensor
 
 from indexcache.ops import scores, settings
 from indexcache.ops.launch_select import Lists
-from indexcache.ops.reference import FP8
+from indexcache.ops.reference import FP8, Plan
 from indexcache.ops.settings import SETTINGS, power, segments
 
 
@@ -54,11 +54,12 @@ def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     """How many neighbouring queries `score_pools` takes together; 1: it cannot run, `score_rows` does."""
     queries, heads = q_BSHD.shape[1:3]
     fits = SETTINGS.grouped_pools and 16 <= heads < 128 and queries >= SETTINGS.rows_below
+    fits = fits and k_BTD.shape[1] * k_BTD.stride(1) < 2**33  # words of four bytes are counted in 32 bits
     return 128 // heads if fits and _gluon(q_BSHD, k_BTD) else 1
 
 
 def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None) -> None:
-    """Launches `scores_tiles`, plain or Hopper's: into the lists, or into rows of keys `out` (int32 [B S, columns])."""
+    """Launches `scores_tiles`, plain or Hopper's: into the lists, or into rows of scores `out` (fp32 [B S, columns])."""
     columns, blocks = -(-x.keys // stride), query_blocks(x)
     if lists is None:
         count, segment = segments(x.batch * blocks, columns, 3 * SETTINGS.workers, 4 * SETTINGS.keys)
@@ -80,6 +81,8 @@ def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: 
         from indexcache.ops import scores_hopper
 
         constants |= {"STAGES": SETTINGS.hopper_stages, "num_warps": 4}
+        if lists is not None:
+            places = (*places[:2], lists.as_scores(), *places[3:])
         keys = scores_hopper.describe(x.k[0, ::stride])
         scores_hopper.scores_tiles[(count, blocks)](keys, *inputs, *places, *sizes, **constants)
         return
@@ -88,8 +91,8 @@ def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: 
     scores.scores_tiles[(count, blocks, x.batch)](x.q, x.k, *inputs[1:], *places, *strides, *sizes, **constants)
 
 
-def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
-    """Launches `scores.scores_rows` into rows of keys `out` (int32 [B S, columns])."""
+def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None = None) -> None:
+    """Launches `scores.scores_rows` into rows of keys `out` (int32 [B S, columns]). clear: integers that are zeros afterwards."""
     (rows, columns), block = out.shape, 128
     scores.scores_rows[(rows * triton.cdiv(columns, block),)](
         x.q,
@@ -99,6 +102,7 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
         x.offset,
         x.offset if ids is None else ids,
         out,
+        out if clear is None else clear,
         x.k.stride(0),
         x.k.stride(1),
         x.keys,
@@ -108,38 +112,46 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor) -> None:
         x.queries,
         columns,
         x.keys,
+        0 if clear is None else clear.numel(),
         H=x.heads,
         HP=power(x.heads, 16),
         D=x.dim,
         BN=block,
         GATHER=ids is not None,
         SCALED=x.scale is not None,
-        num_warps=4,
+        num_warps=8 if ids is None else 4,
     )
 
 
-def score_pools(x: Inputs, union_GU: Tensor, mask_GU: Tensor, count_G: Tensor, out: Tensor) -> None:
-    """Launches `scores_hopper.scores_pools`, of one batch entry, into rows of keys `out` (int32 [S, columns])."""
+def score_pools(x: Inputs, plan: Plan, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None) -> None:
+    """Launches `scores_hopper.scores_pools`, of one batch entry: into lists of one segment, or every stride-th into rows of keys
+    `out` (int32 [S, columns]). plan: the groups of these queries."""
     from indexcache.ops import scores_hopper
 
-    scores_hopper.scores_pools[(len(count_G),)](
-        x.q,
-        x.k,
+    unused = x.offset
+    scores_hopper.scores_pools[(plan.count_BG.numel(),)](
+        x.q.view(torch.int32),
+        x.k.view(torch.int32),
         x.w,
         x.scale_or_any,
         x.offset,
-        union_GU,
-        mask_GU,
-        count_G,
-        out,
-        x.k.stride(1),
-        out.stride(0),
+        plan.union_BGU,
+        plan.mask_BGU,
+        plan.count_BG,
+        unused if lists is None else lists.thr,
+        out if lists is None else lists.as_scores(),
+        unused if lists is None else lists.id,
+        unused if lists is None else lists.count,
+        x.k.stride(1) // 4,
         x.queries,
         x.keys,
-        union_GU.stride(0),
-        out.shape[1],
+        plan.union_BGU.shape[-1],
         H=x.heads,
         D=x.dim,
+        CAP=lists.cap if lists is not None else 0 if out is None else out.shape[1],
+        STRIDE=stride,
+        APPEND=lists is not None,
         SCALED=x.scale is not None,
         num_warps=4,
+        maxnreg=168,
     )

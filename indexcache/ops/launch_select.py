@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from indexcache.ops import select, select_grid, settings
+from indexcache.ops.bits import INTERPRETED
 from indexcache.ops.settings import SETTINGS, power
 
 REGISTERS = 16384  # longest rows that one program selects from registers
 LISTS = 256  # most lists of a row
-PROGRAMS = 512  # most of a row
+GRID_ROWS = 10  # most rows that `select_grid` was measured with
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Lists:
         self.count = torch.empty(rows, segments, dtype=torch.int32, device=device)
         self.thr = torch.empty(rows, dtype=torch.int32, device=device)
         self.flag = torch.empty(rows, dtype=torch.int32, device=device)
+
+    def as_scores(self) -> Tensor:
+        """The keys' place as fp32, for a kernel that lists scores as they are: `pick` makes keys of the few."""
+        self.key = self.key.view(torch.float32)
+        return self.key
 
     def pick(self, out: Tensor, pool: Tensor | None, rows: Rows | None = None) -> None:
         """`rows`: where flagged rows are redone at once; without them the flags are left to the caller."""
@@ -134,20 +141,20 @@ def topk_rows(
     queries: int = 1,
     mapped_RT: Tensor | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
+    work: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact top-k of rows of fp32 scores, or of int32 keys; see `select.py`.
 
     Row r sees all columns, or with `offset` (int64 [R / queries]) what query r % queries of entry r // queries sees. mapped_RT: ids to
-    return in place of columns. out: where to, contiguous int32 [R, topk] and [R, pool].
+    return in place of columns. out: where to, contiguous int32 [R, topk] and [R, pool]. work: `grid_work`, cleared.
     """
     rows, length = scores_RT.shape
     got, wide = out or outputs(rows, topk, pool, scores_RT.device)
     if not rows or not length:
         return got.fill_(-1), None if wide is None else wide.fill_(-1)
     source = Rows(scores_RT, offset, queries, mapped_RT)
-    segment = grid_segment(rows, length, scores_RT.device) if wide is None and mapped_RT is None else 0
-    if segment:
-        launch_grid(source, got, segment)
+    if wide is None and mapped_RT is None and (segment := grid_segment(rows, length, scores_RT.device)):
+        launch_grid(source, got, segment, work)
     elif length <= min(REGISTERS, 2 * SETTINGS.listed):
         _pick_row(source, got, wide)
     else:
@@ -157,54 +164,55 @@ def topk_rows(
 
 def grid_segment(rows: int, length: int, device: torch.device) -> int:
     """Keys of one program of `select_grid`, so that all programs of these rows are on the device at once; 0: they do not fit."""
-    if not SETTINGS.grid or not settings.gluon_runs(device):  # measured on Hopper; the interpreter runs one program after another
+    # measured on Hopper; the interpreter runs one program after another. `pick_row` is faster for short rows
+    if not SETTINGS.grid or not settings.gluon_runs(device) or length <= SETTINGS.listed or rows > GRID_ROWS:
         return 0
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SETTINGS.workers
-    for segment, resident in ((512, 3), (1024, 2), (2048, 2)):
-        programs = -(-length // segment)
-        if programs <= PROGRAMS and rows * programs <= resident * processors:
+    for segment in (2048, 4096, 8192):
+        if rows * -(-length // segment) <= 2 * processors:  # 8 warps, at most 128 registers: two fit a multiprocessor
             return segment
     return 0
 
 
-def launch_grid(source: Rows, out: Tensor, segment: int, inputs: tuple | None = None) -> None:
-    """Launches `select_grid`. inputs: q, k, w, scale (or any), scaled; then source.scores is written first, as int32 keys."""
-    (rows, length), device = source.scores.shape, out.device
-    q, k, w, scale, scaled = inputs or (out, out[None], out, out, False)
-    heads, dim = q.shape[2:] if inputs else (16, 16)
-    work = torch.zeros(rows, select_grid.ROUNDS.value * select_grid.BINS.value + 1, dtype=torch.int32, device=device)
+def grid_work(rows: int, length: int, device: torch.device) -> Tensor | None:
+    """What `select_grid` finds cleared, for the kernel before it to clear; None where it is not used."""
+    if not grid_segment(rows, length, device):
+        return None
+    return torch.empty(rows, select_grid.WORK.value, dtype=torch.int32, device=device)
+
+
+def launch_grid(source: Rows, out: Tensor, segment: int, work: Tensor | None = None) -> None:
+    """Launches `select_grid`, with `grid_work` that an earlier kernel cleared or its own."""
+    (rows, length), device, topk = source.scores.shape, out.device, out.shape[-1]
+    groups = select_grid.GROUPS.value
+    samples = min(power(5 * length // topk, groups), 16 * groups)
+    stride = -(-length // samples)
+    # of the groups of samples, how many have one of the topk best: so many +- the deviations
+    share = 1 - math.exp(-topk / stride / groups)
+    rank = int(groups * share + SETTINGS.deviations * (groups * share * (1 - share)) ** 0.5) + 2
     programs = -(-length // segment)
+    places = power(programs, 16)
     select_grid.select_grid[(programs, rows)](
-        q,
-        k,
-        w,
-        scale,
         source.scores,
         source.offset_or_any,
-        work,
-        torch.empty(rows, programs, 2, dtype=torch.int32, device=device),
+        torch.zeros(rows, select_grid.WORK.value, dtype=torch.int32, device=device) if work is None else work,
+        torch.empty(rows, places, dtype=torch.int32, device=device),
+        torch.empty(rows, select_grid.LIST.value, 2, dtype=torch.int32, device=device),
         out,
-        k.stride(0),
-        k.stride(1),
-        length,
         source.scores.stride(0),
         source.queries,
         length,
-        TOPK=out.shape[-1],
-        FILL=power(out.shape[-1]),
+        stride,
+        rank,
+        TOPK=topk,
+        FILL=power(topk, 16),
         SEGMENT=segment,
-        PROGRAMS=PROGRAMS,
+        PROGRAMS=places,
+        SAMPLE=samples,
         FLOAT=source.floating,
         CAUSAL=source.offset is not None,
-        SCORES=inputs is not None,
-        H=heads,
-        HP=power(heads, 16),
-        D=dim,
-        BN=128,
-        SCALED=scaled,
-        num_warps=max(segment // 128, 8) if segment > 512 else 4,
-        maxnreg=128,
-        launch_cooperative_grid=True,
+        num_warps=8,
+        **({} if INTERPRETED.value else {"maxnreg": 128, "launch_cooperative_grid": True}),
     )
 
 

@@ -20,6 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 ROWS = gl.constexpr(64)  # of one program
 KEYS = gl.constexpr(64)  # of one tile
+GROWTH = gl.constexpr(8.0)  # by how much, in powers of two, a row's logits may exceed the maximum that its weights are relative to
+
+
+def _rescale(n: int) -> tuple[str, str]:
+    """Inline assembly and its operands: a thread's n accumulators times as many factors, if any of its warp's is not 1."""
+    factor = [f"${2 * n + i}" for i in range(n)]  # of two rows: elements 0 and 2
+    moved = f"setp.neu.f32 p, {factor[0]}, 0f3F800000; setp.neu.or.f32 p, {factor[2]}, 0f3F800000, p; vote.sync.any.pred p, p, 0xffffffff;"
+    products = " ".join(f"mul.f32 ${i}, ${i}, {factor[i]};" for i in range(n))
+    return f"{{ .reg .pred p; {moved} @!p bra same; {products} same: }}", ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+RESCALE, RESCALE_OPERANDS = (gl.constexpr(text) for text in _rescale(128))
 
 
 @gluon.jit
@@ -36,6 +48,13 @@ def _arrive(bar):
     """One arrival, when every warp of the partition is here."""
     gl.thread_barrier()
     mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _publish(bar):
+    """As _arrive, and one arrival of each thread: without these, racecheck does not see that the readers wait for what was stored."""
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+    _arrive(bar)
 
 
 @gluon.jit
@@ -77,14 +96,15 @@ def _gather(lists, tiles, n_slots, s_lt, s_rt, V: gl.constexpr, R: gl.constexpr,
 
 
 @gluon.jit
-def _finite(top):
-    return gl.where(top == float("-inf"), 0.0, top)
-
-
-@gluon.jit
 def _spread(x, y):
     """x [ROWS] as a column beside y."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, y.type.layout)), 1)
+
+
+@gluon.jit
+def _faded(out, fade):
+    """out [ROWS, 256] times fade [ROWS], which is 1 in most rows of most tiles."""
+    return gl.inline_asm_elementwise(RESCALE, RESCALE_OPERANDS, [out, _spread(fade, out)], gl.float32, is_pure=True, pack=128)
 
 
 @gluon.jit
@@ -92,8 +112,8 @@ def _meet(out, top, mass, top_smem, ready, phase, W: gl.constexpr):
     """Waits for the weights of the other warpgroup's tile and takes over its running maximum."""
     mbarrier.wait(ready.index(1 - W), phase)
     higher = top_smem.index(1 - W).load(top.type.layout)
-    fade = gl.exp2(top - _finite(higher))
-    return out * _spread(fade, out), higher, mass * fade
+    fade = gl.where(higher > top, gl.exp2(top - higher), 1.0)
+    return _faded(out, fade), higher, mass * fade
 
 
 @gluon.jit
@@ -108,40 +128,41 @@ def _other_tile(out, top, mass, v_smem, r_smem, top_smem, free, ready, phase, W:
 
 @gluon.jit
 def _own_tile(out, top, mass, smem, bars, scale2, member, other, phase, w, OTHER: gl.constexpr, W: gl.constexpr):
-    """A tile in buffer W by the warpgroup that owns it: logits, weights, its half of the result. OTHER: first, and partly at the
-    same time, its half of the other warpgroup's tile before this one; other, phase: of the barriers of that tile and this one."""
+    """A tile in buffer W by the warpgroup that owns it: logits, weights, its half of the result. OTHER: between the halves of the
+    logits, its half of the other warpgroup's tile before this one; other, phase: of the barriers of that tile and this one."""
     q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem = smem
     full, free, ready = bars
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     logits = gl.zeros([ROWS, KEYS], gl.float32, acc)
-    if OTHER:
-        out, top, mass = _meet(out, top, mass, top_smem, ready, other, W)
-        flying_out = warpgroup_mma(r_smem.index(1 - W), v_smem.index(2 - W), out, is_async=True)
     mbarrier.wait(full.index(2 * W), phase)
     fence_async_shared()  # what cp.async wrote
     flying = warpgroup_mma(q_smem.index(w), v_smem.index(3 * w).permute((1, 0)), logits, use_acc=False, is_async=True)
     if OTHER:
-        out = warpgroup_mma_wait(1, deps=[flying_out])
-        _arrive(free.index(2 - W))
+        out, top, mass = _meet(out, top, mass, top_smem, ready, other, W)
+        flying_out = warpgroup_mma(r_smem.index(1 - W), v_smem.index(2 - W), out, is_async=True)
     mbarrier.wait(full.index(2 * W + 1), phase)
     fence_async_shared()
     flying = warpgroup_mma(q_smem.index(1 - w), v_smem.index(1 + w).permute((1, 0)), flying, is_async=True)
+    if OTHER:
+        out = warpgroup_mma_wait(1, deps=[flying_out])
+        _arrive(free.index(2 - W))
     flying = warpgroup_mma(qr_smem, r_smem.index(w).permute((1, 0)), flying, is_async=True)
     bits = bits_smem.index(W).load(gl.SliceLayout(0, acc))
     logits = warpgroup_mma_wait(0, deps=[flying])
     logits = gl.where((bits[None, :] & member[:, None]) != 0, logits, float("-inf"))
-    higher = gl.maximum(top, gl.max(logits, 1) * scale2)
-    safe = _finite(higher)
-    weight = gl.exp2(logits * scale2 - safe[:, None])
-    fade = gl.exp2(top - safe)
+    now = gl.max(logits, 1) * scale2
+    grown = now > top + GROWTH  # a smaller maximum does as well: it cancels out in the end
+    higher = gl.where(grown, now, top)
+    weight = gl.exp2(logits * scale2 - gl.where(higher == float("-inf"), 0.0, higher)[:, None])
+    fade = gl.where(grown, gl.exp2(top - now), 1.0)
     half = weight.to(q_smem.dtype)
     gl.thread_barrier()  # every warp's product is past the rotary dims
     r_smem.index(W).store(half)
     top_smem.index(W).store(higher)
     fence_async_shared()
-    _arrive(ready.index(W))
+    _publish(ready.index(w))
     mass = mass * fade + gl.sum(weight, 1)
-    out = out * _spread(fade, out)
+    out = _faded(out, fade)
     weights = gl.convert_layout(half, gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2))
     flying_out = warpgroup_mma(weights, v_smem.index(3 * W), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[flying_out])
@@ -193,7 +214,7 @@ def _attend(
     if W == 0:
         out, top, mass = _other_tile(out, top, mass, v_smem, r_smem, top_smem, free, ready, (turns - 1) & 1, W)
     mass_smem.index(W).store(mass)
-    _arrive(both.index(1))
+    _publish(both.index(1))
     mbarrier.wait(both.index(1), 0)  # q's place is free too
     mass = mass_smem.index(0).load(row) + mass_smem.index(1).load(row)
     if W == 0:
@@ -248,8 +269,8 @@ def attend(
         mbarrier.init(full.index(2 * i + 1), count=129)
         mbarrier.init(free.index(2 * i), count=1)
         mbarrier.init(free.index(2 * i + 1), count=1)
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(both.index(i), count=2)
+        mbarrier.init(ready.index(i), count=129)
+        mbarrier.init(both.index(i), count=2 + i * 256)
     fence_async_shared()
     shared = (q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem, mass_smem, full, free, ready, both)
     rows_at = (n_slots, scale2, i_row, i_first, rows, gl.minimum(n_queries, 1))

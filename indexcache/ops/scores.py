@@ -53,9 +53,9 @@ def scores_tiles(
             total += tl.maximum(dot, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[:, None]
         if SCALED:
             total *= tl.load(p_scale + i_b * s_scale + o_n * STRIDE, mask=m_n, other=0.0)[None, :]
-        key = sort_key(total)
         inside = o_n[None, :] < tl.minimum(seen, end)[:, None]
         if APPEND:
+            key = sort_key(total)
             keep = inside & (key >= least[:, None])
             slot = count[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
             fits = keep & (slot < CAP)
@@ -64,7 +64,7 @@ def scores_tiles(
             tl.store(p_id + at, tl.broadcast_to(o_n[None, :], (BM, BN)), mask=fits)
             count += tl.sum(keep.to(tl.int32), 1)
         else:
-            tl.store(p_score + i_row[:, None] * s_row + o_n[None, :], key, mask=inside)
+            tl.store(p_score + i_row[:, None] * s_row + o_n[None, :], total, mask=inside)
     if APPEND:
         tl.store(p_count + i_list, count, mask=m_row)
 
@@ -85,10 +85,16 @@ def row_tile(p_q, p_k, p_w, p_scale, o_key, m_key, H: tl.constexpr, HP: tl.const
 
 @triton.jit
 def scores_rows(
-    p_q, p_k, p_w, p_scale, p_offset, p_ids, p_score, s_kb, s_kt, s_scale, s_ids, s_row, n_rows, n_queries, n_columns, n_keys,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr,
+    p_q, p_k, p_w, p_scale, p_offset, p_ids, p_score, p_clear, s_kb, s_kt, s_scale, s_ids, s_row, n_rows, n_queries, n_columns, n_keys,
+    n_clear, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """grid (rows x column blocks,), rows first. GATHER: column c of a row is key p_ids[row, c]; what is not visible gets the key NONE."""
+    """grid (rows x column blocks,), rows first. GATHER: column c of a row is key p_ids[row, c]; what is not visible gets the key NONE.
+
+    Clears n_clear integers of p_clear for the kernel that comes next: a launch less.
+    """
+    for at in range(tl.program_id(0) * BN, n_clear, tl.num_programs(0) * BN):
+        o_clear = at + tl.arange(0, BN)
+        tl.store(p_clear + o_clear, tl.zeros((BN,), tl.int32), mask=o_clear < n_clear)
     i_row = (tl.program_id(0) % n_rows).to(tl.int64)
     base = tl.program_id(0) // n_rows * BN
     o_n = base + tl.arange(0, BN)
@@ -113,11 +119,14 @@ def scores_rows(
 
 @triton.jit
 def rescue_fused(
-    p_q, p_k, p_w, p_scale, p_offset, p_flag, p_work, p_out, p_pool, s_kb, s_kt, s_scale, s_work, n_rows, n_queries, n_keys,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SCALED: tl.constexpr,
-    TOPK: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    p_q, p_k, p_w, p_scale, p_offset, p_flag, p_ids, p_work, p_out, p_pool, s_kb, s_kt, s_scale, s_ids, s_work, n_rows, n_queries, n_keys,
+    n_columns, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SCALED: tl.constexpr,
+    TOPK: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """grid (workers,). The workers share the flagged of n_rows rows: all scores of a row into a worker's row of p_work, then bisection."""
+    """grid (workers,). The workers share the flagged of n_rows rows: all scores of a row into a worker's row of p_work, then bisection.
+
+    GATHER: column c of a row is key p_ids[row, c].
+    """
     i_work = tl.program_id(0).to(tl.int64)
     p_row = p_work + i_work * s_work
     for i_at in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -125,15 +134,22 @@ def rescue_fused(
             i_row = i_work * 0 + i_at  # 64 bits, also where the loop counts in Python (interpreter)
             i_b = i_row // n_queries
             seen = rows_visible(tl.load(p_offset + i_b), i_row % n_queries, n_keys).to(tl.int32)
+            end = seen
+            if GATHER:
+                end = n_columns
             at_q = i_row * H
-            for base in range(0, seen, BN):
+            p_row_ids = p_ids + i_row * s_ids
+            for base in range(0, end, BN):
                 o_n = base + tl.arange(0, BN)
-                seen_n = o_n < seen
+                o_key = o_n
+                if GATHER:
+                    o_key = tl.load(p_row_ids + o_n, mask=o_n < end, other=-1)
+                seen_n = (o_key >= 0) & (o_key < seen)
                 p_at, p_keys = p_scale + i_b * s_scale, p_k + i_b * s_kb
-                score = row_tile(p_q + at_q * D, p_keys, p_w + at_q, p_at, o_n, seen_n, H, HP, D, s_kt, SCALED)
-                tl.store(p_row + o_n, sort_key(score), mask=seen_n)
+                score = row_tile(p_q + at_q * D, p_keys, p_w + at_q, p_at, o_key, seen_n, H, HP, D, s_kt, SCALED)
+                tl.store(p_row + o_n, tl.where(seen_n, sort_key(score), NONE), mask=o_n < end)
             tl.debug_barrier()  # other threads of this program read what these wrote
-            select_row(p_row, seen, p_row, p_out + i_row * TOPK, TOPK, BLOCK, False, False)
+            select_row(p_row, end, p_row_ids, p_out + i_row * TOPK, TOPK, BLOCK, False, GATHER)
             if POOL > 0:
-                select_row(p_row, seen, p_row, p_pool + i_row * POOL, POOL, BLOCK, False, False)
+                select_row(p_row, end, p_row_ids, p_pool + i_row * POOL, POOL, BLOCK, False, GATHER)
             tl.debug_barrier()

@@ -12,7 +12,6 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -96,7 +95,7 @@ def _leave(
     sums, o_n, scale_low, scale_high, seen, least, count, p_first, p_second,
     queries: gl.constexpr, CAP: gl.constexpr, APPEND: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Adds the parts up and appends (p_first keys, p_second ids), or stores the row (p_first). Returns the new count."""
+    """Adds the parts up and appends (p_first scores, p_second ids), or stores the row (p_first). Returns the new count."""
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     for half in gl.static_range(2):
         o_c = (o_n + half * 32)[None, :]
@@ -106,18 +105,18 @@ def _leave(
                 score *= scale_low[None, :]
             else:
                 score *= scale_high[None, :]
-        key = _sort_key(score)
         keep = o_c < seen[:, None]
         if APPEND:
-            keep = keep & (key >= least)
+            score = gl.maximum(score, float("-inf"))  # NaN counts as -inf
+            keep = keep & (score >= least)
             rank, kept = _rank(keep)
             place = count + rank
             count += kept
             fits = keep & (place < CAP)
-            gl.store(p_first + place, key, mask=fits)
+            gl.store(p_first + place, score, mask=fits)
             gl.store(p_second + place, o_c + gl.zeros([queries, 32], gl.int32, flat), mask=fits)
         else:
-            gl.store(p_first + o_c, key, mask=keep)
+            gl.store(p_first + o_c, score, mask=keep)
     return count
 
 
@@ -179,7 +178,9 @@ def scores_tiles(
     seen = gl.minimum(gl.where(o_q < n_queries, (seen + STRIDE - 1) // STRIDE, 0), end)
     count = gl.zeros([queries, 32], gl.int32, flat)
     if APPEND:
-        least = gl.load(p_thr + o_q, mask=o_q < n_queries, other=0x7FFFFFFF)[:, None]
+        least = gl.load(p_thr + o_q, mask=o_q < n_queries, other=NONE)
+        bits = least ^ ((least >> 31) & 0x7FFFFFFF)
+        least = gl.where(least == NONE, float("-inf"), bits.to(gl.float32, bitcast=True))[:, None]
         at = ((o_q.to(gl.int64) * gl.num_programs(0) + i_seg) * CAP)[:, None]
         p_first, p_second = p_key + at, p_id + at
     else:
@@ -226,86 +227,177 @@ def scores_tiles(
 
 
 @gluon.jit
-def _gather(p_k, p_union, k_smem, slot, base, total, s_kt, D: gl.constexpr, o_row, o_d):
-    ids = gl.load(p_union + base + o_row, mask=base + o_row < total, other=-1)
-    at = (gl.maximum(ids, 0).to(gl.int64) * s_kt)[:, None] + o_d[None, :]
-    async_copy.async_copy_global_to_shared(k_smem.index(slot), p_k + at, mask=gl.expand_dims(ids >= 0, 1))
-    async_copy.commit_group()
+def _turned(words, D: gl.constexpr):
+    """[rows, D / 4] words of four bytes, in the order in which a product from registers takes what a lane holds in pieces of 16."""
+    rows: gl.constexpr = words.shape[0]
+    words = gl.permute(gl.reshape(words, [rows, D // 64, 4, 2, 2]), (0, 1, 3, 4, 2))
+    return gl.reshape(words, [rows, D // 4])
+
+
+@gluon.jit
+def _bytes(words):
+    """Words as four times as many e4m3. (In bytes they would be taken apart wherever a loop carries them.)"""
+    pairs = gl.join(words, words)
+    each = gl.reshape(gl.join(pairs, pairs), [words.shape[0], words.shape[1] * 4])
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [each], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _keys_of(p_k, ids, s_kt, D: gl.constexpr, held: gl.constexpr):
+    """The keys of 64 ids, as words in registers."""
+    o_w = gl.arange(0, D // 4, layout=gl.SliceLayout(0, held))
+    return gl.load((p_k + o_w)[None, :] + (ids * s_kt)[:, None])
+
+
+@gluon.jit
+def _product_of(words, q, zero, D: gl.constexpr):
+    acc: gl.constexpr = zero.type.layout
+    keys = _bytes(_turned(words, D))
+    keys = gl.convert_layout(keys, gl.DotOperandLayout(operand_index=0, parent=acc, k_width=4), assert_trivial=True)
+    return warpgroup_mma(keys, q, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _fold_scaled(product, weight, scale, sums, H: gl.constexpr, SCALED: gl.constexpr):
+    """As `_fold`, for a product of all the queries, whose keys' scales lie as its rows."""
+    queries: gl.constexpr = 128 // H
+    part = gl.reshape(_relu(product) * weight[None, :], [2, 32, queries, H // 8, 4, 2])
+    part = gl.reshape(gl.permute(part, (0, 2, 4, 1, 3, 5)), [2, queries * 4, 32, H // 4])
+    part = gl.sum(part, 3)
+    if SCALED:
+        rows = gl.convert_layout(gl.reshape(scale, [2, 32]), gl.SliceLayout(1, part.type.layout), assert_trivial=True)
+        part *= gl.expand_dims(rows, 1)
+    sums._reinterpret(gl.float32, sums.shape, gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0])).store(part)
 
 
 @gluon.jit
 def scores_pools(
-    p_q, p_k, p_w, p_scale, p_offset, p_union, p_bits, p_count, p_score, s_kt, s_row, n_queries, n_keys, n_slots, n_columns,
-    H: gl.constexpr, D: gl.constexpr, SCALED: gl.constexpr,
+    p_q, p_k, p_w, p_scale, p_offset, p_union, p_bits, p_slots, p_thr, p_first, p_id, p_count, s_kt, n_queries, n_keys, n_slots,
+    H: gl.constexpr, D: gl.constexpr, CAP: gl.constexpr, STRIDE: gl.constexpr, APPEND: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """grid (groups,). Scores of 128 / H neighbouring queries inside their pools, as int32 keys in the order of each pool.
+    """grid (groups,). Scores of 128 / H neighbouring queries inside their pools: every STRIDE-th of the union of the pools (a plan).
 
-    The union of a group's pools (a plan) is gathered and scored once; a query's scores go to its row in the order in which its bit
-    is met, which is the order of its pool. What is not visible, and columns after the pool's end, hold NONE. 4 warps.
+    p_q and p_k are words of four e4m3. A score whose query has its bit, that is visible and (APPEND) reaches the query's threshold
+    goes to the query's list: scores and ids, as `scores_tiles` lists them. Without APPEND: int32 keys alone, NONE after the last.
+
+    Keys go from memory to the registers of the threads whose product reads them, so nothing is fenced or waited for by all: the
+    four lanes of a row hold 16 bytes of it in turn, and q lies in shared memory in that order. When half a tile's product is done,
+    the keys of the next tile's half are asked for, and the ids of the one after it. 4 warps; at 168 registers three programs fit.
     """
     columns: gl.constexpr = 128
     queries: gl.constexpr = columns // H
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
-    across: gl.constexpr = gl.SliceLayout(0, acc)
-    copy: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // D, D // 16], [4, 1], [1, 0])
+    copy: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 16 // D, D // 16], [4, 1], [1, 0])
+    held: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0]] if D == 64 else [[0, 1], [0, 2], [0, 16], [8, 0]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, D // 4],
+    )
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    down: gl.constexpr = gl.SliceLayout(1, flat)
-    side: gl.constexpr = gl.SliceLayout(0, flat)
-    kind: gl.constexpr = p_q.dtype.element_ty
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([columns, D], kind)
-    q_smem = gl.allocate_shared_memory(kind, [columns, D], layout)
-    k_smem = gl.allocate_shared_memory(kind, [2, 128, D], layout)
-    parts: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    q_smem = gl.allocate_shared_memory(gl.float8e4nv, [columns, D], gl.NVMMASharedLayout.get_default_for([columns, D], gl.float8e4nv))
+    parts: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # as in `scores_tiles`
     sums_0 = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], parts)
     sums_1 = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], parts)
 
     i_group = gl.program_id(0)
     first = i_group * queries
-    total = gl.load(p_count + i_group)
+    total = (gl.load(p_slots + i_group) + STRIDE - 1) // STRIDE
     p_union += i_group.to(gl.int64) * n_slots
     p_bits += i_group.to(gl.int64) * n_slots
-    o_row = gl.arange(0, 128, layout=gl.SliceLayout(1, copy))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, copy))
+    o_col = gl.arange(0, columns, layout=gl.SliceLayout(1, copy))
+    o_d = gl.arange(0, D // 4, layout=gl.SliceLayout(0, copy))
     left = (n_queries - first) * H
-    p_q += first.to(gl.int64) * (H * D)
-    q_smem.store(gl.load(p_q + (o_row * D)[:, None] + o_d[None, :], mask=gl.expand_dims(o_row < left, 1), other=0.0))
-    o_w = gl.arange(0, columns, layout=across)
+    p_q += first.to(gl.int64) * (H * D // 4)
+    q = gl.load(p_q + (o_col * (D // 4))[:, None] + o_d[None, :], mask=gl.expand_dims(o_col < left, 1), other=0)
+    q_smem.store(_bytes(_turned(q, D)))
+    o_w = gl.arange(0, columns, layout=gl.SliceLayout(0, acc))
     weight = gl.load(p_w + first.to(gl.int64) * H + o_w, mask=o_w < left, other=0.0)
-    o_key = gl.arange(0, 32, layout=side)
-    o_i = gl.arange(0, queries, layout=down)
-    here = (first + o_i < n_queries)[:, None]
+    o_key = gl.arange(0, 32, layout=gl.SliceLayout(0, flat))
+    o_i = gl.arange(0, queries, layout=gl.SliceLayout(1, flat))
+    here = first + o_i < n_queries
     seen = gl.minimum(gl.maximum(gl.load(p_offset) + first + o_i + 1, 0), n_keys).to(gl.int32)[:, None]
-    p_row = p_score + ((first + o_i).to(gl.int64) * s_row)[:, None]
+    mine = (1 << o_i)[:, None]
+    at = ((first + o_i).to(gl.int64) * CAP)[:, None]
+    p_first += at
+    p_id += at
     count = gl.zeros([queries, 32], gl.int32, flat)
+    if APPEND:
+        least = gl.load(p_thr + first + o_i, mask=here, other=NONE)
+        edge = least ^ ((least >> 31) & 0x7FFFFFFF)
+        edge = gl.where(least == NONE, float("-inf"), edge.to(gl.float32, bitcast=True))[:, None]
+    fence_async_shared()
+    gl.thread_barrier()
+    q_t = q_smem.permute((1, 0))
     zero = gl.zeros([64, columns], gl.float32, acc)
 
-    _gather(p_k, p_union, k_smem, 0, 0, total, s_kt, D, o_row, o_d)
-    for tile in range((total + 127) // 128):
-        base = tile * 128
-        k_tile = k_smem.index(tile % 2)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()  # the tile is there for all, and all are past the products that read the other slot
-        product_0 = warpgroup_mma(k_tile.slice(0, 64), q_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
-        product_1 = warpgroup_mma(k_tile.slice(64, 64), q_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
-        _gather(p_k, p_union, k_smem, (tile + 1) % 2, base + 128, total, s_kt, D, o_row, o_d)
-        _fold(warpgroup_mma_wait(1, deps=[product_0]), weight, sums_0, 0, H)
-        _fold(warpgroup_mma_wait(0, deps=[product_1]), weight, sums_1, 0, H)
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, held))
+    ids_0 = gl.load(p_union + o_m * STRIDE, mask=o_m < total, other=0)
+    ids_1 = gl.load(p_union + (64 + o_m) * STRIDE, mask=o_m < total - 64, other=0)
+    keys_0 = _keys_of(p_k, ids_0, s_kt, D, held)
+    keys_1 = _keys_of(p_k, ids_1, s_kt, D, held)
+    scale_0 = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, held))
+    scale_1 = scale_0
+    if SCALED:
+        scale_0 = gl.load(p_scale + ids_0)
+        scale_1 = gl.load(p_scale + ids_1)
+    ids_0 = gl.load(p_union + (128 + o_m) * STRIDE, mask=o_m < total - 128, other=0)
+    ids_1 = gl.load(p_union + (192 + o_m) * STRIDE, mask=o_m < total - 192, other=0)
+    for base in range(0, total, 128):
+        left = total - base
+        p_at = p_union + base * STRIDE
+        p_bit = p_bits + base * STRIDE
+        # the ids once more, as the end of the tile has them: a lane a key
+        id_0 = gl.load(p_at + o_key * STRIDE, mask=o_key < left, other=0)
+        id_1 = gl.load(p_at + (o_key + 32) * STRIDE, mask=o_key < left - 32, other=0)
+        id_2 = gl.load(p_at + (o_key + 64) * STRIDE, mask=o_key < left - 64, other=0)
+        id_3 = gl.load(p_at + (o_key + 96) * STRIDE, mask=o_key < left - 96, other=0)
+        bits_0 = gl.load(p_bit + o_key * STRIDE, mask=o_key < left, other=0)
+        bits_1 = gl.load(p_bit + (o_key + 32) * STRIDE, mask=o_key < left - 32, other=0)
+        bits_2 = gl.load(p_bit + (o_key + 64) * STRIDE, mask=o_key < left - 64, other=0)
+        bits_3 = gl.load(p_bit + (o_key + 96) * STRIDE, mask=o_key < left - 96, other=0)
+        done = warpgroup_mma_wait(0, deps=[_product_of(keys_0, q_t, zero, D)])
+        keys_0 = _keys_of(p_k, ids_0, s_kt, D, held)
+        _fold_scaled(done, weight, scale_0, sums_0, H, SCALED)
+        if SCALED:
+            scale_0 = gl.load(p_scale + ids_0)
+        ids_0 = gl.load(p_at + (256 + o_m) * STRIDE, mask=o_m < left - 256, other=0)
+        done = warpgroup_mma_wait(0, deps=[_product_of(keys_1, q_t, zero, D)])
+        keys_1 = _keys_of(p_k, ids_1, s_kt, D, held)
+        _fold_scaled(done, weight, scale_1, sums_1, H, SCALED)
+        if SCALED:
+            scale_1 = gl.load(p_scale + ids_1)
+        ids_1 = gl.load(p_at + (320 + o_m) * STRIDE, mask=o_m < left - 320, other=0)
         gl.thread_barrier()
         for quarter in gl.static_range(4):
-            o_n = base + quarter * 32 + o_key
-            ids = gl.load(p_union + o_n, mask=o_n < total, other=-1)[None, :]
-            bits = gl.load(p_bits + o_n, mask=o_n < total, other=0).to(gl.int32)[None, :]
+            if quarter == 0:
+                ids, bits = id_0, bits_0
+            elif quarter == 1:
+                ids, bits = id_1, bits_1
+            elif quarter == 2:
+                ids, bits = id_2, bits_2
+            else:
+                ids, bits = id_3, bits_3
             score = _whole(sums_0 if quarter < 2 else sums_1, quarter % 2, queries)
-            if SCALED:
-                score *= gl.load(p_scale + ids, mask=ids >= 0, other=0.0)
-            key = gl.where((ids >= 0) & (ids < seen), _sort_key(score), NONE)
-            keep = (((bits >> o_i[:, None]) & 1) != 0) & here
+            keep = ((bits.to(gl.int32)[None, :] & mine) != 0) & (ids[None, :] < seen)
+            if APPEND:
+                score = gl.maximum(score, float("-inf"))  # NaN counts as -inf
+                keep = keep & (score >= edge)
+            else:
+                score = _sort_key(score)
             rank, kept = _rank(keep)
-            gl.store(p_row + count + rank, key, mask=keep)
+            place = count + rank
             count += kept
-    async_copy.wait_group(0)
-    nothing = gl.full([queries, 32], NONE, gl.int32, flat)
-    for base in range(0, n_columns, 32):
-        o_c = (base + o_key)[None, :]
-        gl.store(p_row + o_c, nothing, mask=(o_c >= count) & (o_c < n_columns) & here)
+            fits = keep & (place < CAP)
+            gl.store(p_first + place, score, mask=fits)
+            if APPEND:
+                gl.store(p_id + place, ids[None, :] + gl.zeros([queries, 32], gl.int32, flat), mask=fits)
+    if APPEND:
+        p_end = p_count + (first + o_i)[:, None] + gl.zeros([queries, 32], gl.int32, flat)
+        gl.store(p_end, count, mask=here[:, None] & (o_key == 0)[None, :])
+    else:
+        nothing = gl.full([queries, 32], NONE, gl.int32, flat)
+        for base in range(0, CAP, 32):
+            o_c = (base + o_key)[None, :]
+            gl.store(p_first + o_c, nothing, mask=(o_c >= count) & here[:, None])

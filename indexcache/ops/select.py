@@ -7,8 +7,8 @@
               flagged, and selected by bisection over the whole row. The sample decides speed, never the result
   pick_row    rows short enough for registers (pools): the same without lists
 
-Scores travel as int32 keys (`bits.sort_key`); the key NONE marks what is no candidate. The fused score kernels
-(ops/scores.py) write the same lists without a row of scores in between.
+Scores are compared as int32 keys (`bits.sort_key`); the key NONE marks what is no candidate. Lists hold keys, or scores as they
+are. The fused score kernels (ops/scores.py) write the same lists without a row of scores in between.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _edges_lists(p_key, p_count, least, total, TOPK: tl.constexpr, POOL: tl.cons
                  LOG: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
     slot = tl.arange(0, ALL)
     at = _place(slot, p_count, SEGMENTS, CAP, LOG)
-    return _edges(tl.load(p_key + at, mask=slot < total, other=NONE), least, total, TOPK, POOL)
+    keys = _as_keys(tl.load(p_key + at, mask=slot < total, other=0), p_key.dtype.element_ty == tl.float32)
+    return _edges(tl.where(slot < total, keys, NONE), least, total, TOPK, POOL)
 
 
 @triton.jit
@@ -275,12 +276,13 @@ def pick(
     p_out += i_row * TOPK
     p_pool += i_row * POOL
     few: tl.constexpr = SEGMENTS > 8 and CAP >= 32
+    scores: tl.constexpr = p_key.dtype.element_ty == tl.float32  # listed as they are
     counts = tl.load(p_count + tl.arange(0, SEGMENTS))
     if few:  # in parallel with the counts, hence past them too
         o_each = tl.arange(0, 32)
         o_at = (tl.arange(0, SEGMENTS) * CAP)[:, None] + o_each[None, :]
         keys, ids = tl.load(p_key + o_at), tl.load(p_id + o_at)
-        keys = tl.where(o_each[None, :] < counts[:, None], keys, NONE)
+        keys = tl.where(o_each[None, :] < counts[:, None], _as_keys(keys, scores), NONE)
     total = tl.sum(counts, 0)
     least = tl.load(p_thr + i_row)
     most: tl.constexpr = POOL if POOL > TOPK else TOPK
@@ -298,10 +300,10 @@ def pick(
         else:
             edge, reach, above, p_edge, p_reach, p_above = _edges_lists(p_key, p_count, least, total, TOPK, POOL, SEGMENTS, CAP, LOG, ALL)
         k = tl.minimum(total, TOPK)
-        _write(p_key, p_id, p_count, p_map, p_out, total, edge, reach, above, k, TOPK, SEGMENTS, CAP, LOG, BLOCK, False, MAPPED)
+        _write(p_key, p_id, p_count, p_map, p_out, total, edge, reach, above, k, TOPK, SEGMENTS, CAP, LOG, BLOCK, scores, MAPPED)
         if POOL > 0:
             k = tl.minimum(total, POOL)
-            _write(p_key, p_id, p_count, p_map, p_pool, total, p_edge, p_reach, p_above, k, POOL, SEGMENTS, CAP, LOG, BLOCK, False, MAPPED)
+            _write(p_key, p_id, p_count, p_map, p_pool, total, p_edge, p_reach, p_above, k, POOL, SEGMENTS, CAP, LOG, BLOCK, scores, MAPPED)
     elif RESCUE:
         end = _seen(p_offset, i_row, n_queries, n_keys, CAUSAL)
         select_row(p_score + i_row * s_row, end, p_map, p_out, TOPK, BLOCK, FLOAT, MAPPED)
