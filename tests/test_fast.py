@@ -198,6 +198,22 @@ def test_what_only_a_gpu_gets(model, ids, monkeypatch):
         assert relative(logits(half, ids).float(), exact) < 1.1 * relative(stock.float(), exact)
 
 
+def test_routers_that_take_all_groups_skip_the_choice(model, monkeypatch):
+    """The same experts with the same weights; a router that leaves groups out stays stock."""
+    router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
+    x = torch.randn(7, 5, router.hidden_dim)
+    monkeypatch.setattr(router, "e_score_correction_bias", torch.randn(router.num_experts))
+    for groups, taken, shortened in ((1, 1, True), (2, 2, True), (2, 1, False)):
+        monkeypatch.setattr(router, "num_group", groups)
+        monkeypatch.setattr(router, "topk_group", taken)
+        stock = router(x)
+        with accelerate(model):
+            assert ("forward" in router.__dict__) is shortened
+            got = router(x)
+        for a, b in zip(stock, got, strict=True):
+            assert torch.equal(a.sort().values, b.sort().values)
+
+
 def test_compiled_pieces(model, ids, monkeypatch):
     """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -25,6 +25,8 @@ FILL = "fill"
 ALL = "all"
 RANDOM_NOTE = ("Weights are random: what is selected means nothing (neighbouring queries have less in common than in a trained model); "
                "only times and memory count.")  # fmt: skip
+RECORDED_NOTE = ("In prefills attention read recorded selections of a trained model, stretched over the context, and not those of the "
+                 "indexers, whose making was timed all the same.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,9 @@ def run_bench(
     grid.check(subject.shape, subject.cuda)
     settings = {"model": subject.name, "identity": subject.identity, "device": subject.device_name, "dtype": subject.dtype,
                 "index_dtype": subject.index_dtype, "decode_tokens": grid.decode_tokens, "chunk": grid.chunk, "seed": grid.seed,
-                "text": None if text is None else hashlib.sha256(str(text).encode()).hexdigest()[:16], **library_versions()}  # fmt: skip
+                "compile": subject.compiled,
+                "selections": None if (lent := subject.selections) is None else _digest(lent.numpy().tobytes()),
+                "text": None if text is None else _digest(str(text).encode()), **library_versions()}  # fmt: skip
     if out is None:
         rows: list[dict[str, Any]] = []
         _measure_all(subject, grid, rows, text, lambda row: None)
@@ -141,6 +145,10 @@ def _measure_all(subject: Subject, grid: Grid, rows: list[dict[str, Any]], text:
             bar.update(context)
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["context"], row["pattern"], row.get("asked", row.get("batch", 1))
 
@@ -168,7 +176,7 @@ def _result(subject: Subject, settings: Mapping[str, Any], journal: Sequence[Map
         "date": str(datetime.date.today()),
         "model": subject.name,
         "random": subject.random,
-        "note": RANDOM_NOTE if subject.random else "",
+        "note": " ".join([RANDOM_NOTE] * subject.random + [RECORDED_NOTE] * (subject.selections is not None)),
         "shape": asdict(subject.shape),
         "ceilings": asdict(subject.device),
         "settings": dict(settings),

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.analysis.floors import DEVICES, Device, decode_floor, prefill_floor
+from indexcache.analysis.recorded import stretch
 from indexcache.data import Encode
 from indexcache.models.cache import FastCache
 from indexcache.models.decode import Decoder
-from indexcache.models.fast import accelerate
+from indexcache.models.fast import FastSelector, accelerate
 from indexcache.models.loading import DTYPES, fingerprint, load_model
 from indexcache.models.parts import PartTimer
 from indexcache.models.prefill import prefill
 from indexcache.models.seam import use_pattern
+from indexcache.models.selector import selector_of
 from indexcache.models.shapes import SHAPES, Shape, random_model, shape_config, shape_of
 from indexcache.pattern import Pattern
 
@@ -52,6 +54,8 @@ class Subject:
     device_name: str
     identity: str
     encode: Encode | None = None
+    compiled: bool = False
+    selections: Tensor | None = None  # recorded ones (analysis/recorded.py) that attention reads in a prefill
 
     @property
     def cuda(self) -> bool:
@@ -64,9 +68,9 @@ class Subject:
 
 def open_subject(
     model: str, *, layers: int | None = None, dtype: str = "bfloat16", device: str = "cpu", index_dtype: str = "auto", seed: int = 0,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, compile: bool = False, selections: Tensor | None = None,
 ) -> Subject:  # fmt: skip
-    """A named shape with random weights (cut to `layers`), a checkpoint folder, or `tiny`; accelerated.
+    """A named shape with random weights (cut to `layers`), a checkpoint folder, or `tiny`; accelerated, with `compile` on a GPU.
 
     Raises:
         ValueError: what `shape_of`, `random_model`, `load_model` and `accelerate` refuse.
@@ -80,10 +84,11 @@ def open_subject(
     else:
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         made, identity, encode = loaded.model, fingerprint(loaded.path), loaded.encode
-    accelerate(made, index_dtype=index_dtype)
     on_gpu = torch.device(device).type == "cuda"
+    accelerate(made, index_dtype=index_dtype, compile=compile and on_gpu)
     name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
-    return Subject(made, model, Shape.of(made.config), model in SHAPES, dtype, index_dtype, ceilings(device, dtype), name, identity, encode)
+    return Subject(made, model, Shape.of(made.config), model in SHAPES, dtype, index_dtype, ceilings(device, dtype), name, identity, encode,
+                   compile and on_gpu, selections)  # fmt: skip
 
 
 def ceilings(device: str, dtype: str) -> Device:
@@ -160,6 +165,7 @@ def measure(
         if s.cuda:
             torch.cuda.reset_peak_memory_stats(s.where)
         cache = FastCache(s.model, capacity)
+        lent = _lend(s, context)
         runs, parts, added = [_prefill_s(s, ids, cache, chunk)], {}, None
         if batch == 1:
             while len(runs) < 3 and statistics.median(runs) < SHORT:
@@ -169,7 +175,7 @@ def measure(
             parts = timer.milliseconds()
             if seconds < 0.9 * statistics.median(runs):  # what was measured first was compiling
                 runs = [_prefill_s(s, ids, cache, chunk)]
-            added = _peak(s) - weights - cache.nbytes if s.cuda else None
+            added = _peak(s) - weights - cache.nbytes - lent if s.cuda else None
         else:
             runs = []
             _release(s)
@@ -201,6 +207,17 @@ def measure(
             "decode_parts_ms": {p: round(ms, 4) for p, ms in decode_parts.items() if p != "total"},
         }
     return row | floors_of(s, context, pattern, batch)
+
+
+def _lend(s: Subject, context: int) -> int:
+    """Lay the recorded selections out for a prefill of this length; the bytes they take."""
+    selector = selector_of(s.model)
+    assert isinstance(selector, FastSelector)
+    selector.stand_in = None  # free the last one first
+    if s.selections is None:
+        return 0
+    selector.stand_in = stretch(s.selections.to(s.where), s.shape.topk, context)
+    return selector.stand_in.numel() * selector.stand_in.element_size()
 
 
 def floors_of(subject: Subject, context: int, pattern: Pattern, batch: int) -> dict[str, dict[str, float]]:

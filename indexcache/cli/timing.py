@@ -25,10 +25,12 @@ class TimingSettings:
     contexts: tuple[str, ...] = flag(("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N")
     layers: int | None = flag(None, "take only the first layers of a named shape")
     decode_tokens: int = flag(64, "tokens that are decoded after each prefill")
-    chunk: int = flag(8192, "tokens of a prefill that go through the model at once")
+    chunk: int = flag(16384, "tokens of a prefill that go through the model at once")
     data: str | None = flag(None, "text to prefill with, repeated to the length (default: random tokens)")
     dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
     index_dtype: str = flag("fp8", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))
+    compile: bool = flag(True, "fuse what lies between the products with torch.compile, on a GPU")
+    selections: str | None = flag(None, "recorded selections that attention reads in a prefill instead of its own", metavar="FILE:NAME")
     device: str | None = flag(None, "where the model runs (default: cuda where there is one, else cpu)")
     seed: int = flag(0, "of random weights and tokens")
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
@@ -42,6 +44,7 @@ def open_model(s: TimingSettings, wanted: tuple[str, ...], batch: str) -> tuple[
 
     from indexcache.analysis.bench import Grid
     from indexcache.analysis.measure import open_subject
+    from indexcache.analysis.recorded import read_selections
     from indexcache.cli.common import keep_freed_memory
     from indexcache.data import load_documents
     from indexcache.models.shapes import SHAPES, shape_of
@@ -53,10 +56,13 @@ def open_model(s: TimingSettings, wanted: tuple[str, ...], batch: str) -> tuple[
     grid.check(shape, device.startswith("cuda"))
     if s.data is not None and s.model in SHAPES:
         raise ValueError("A named shape has no tokenizer, so it is timed with random tokens; leave --data out.")
+    recorded = None if s.selections is None else read_selections(s.selections)
+    if recorded is not None and shape.topk % recorded.shape[1]:
+        raise ValueError(f"{s.selections}: {shape.topk} ids a query cannot be made of copies of {recorded.shape[1]} recorded ones.")
     if device == "cpu":
         keep_freed_memory()
     subject = open_subject(s.model, layers=s.layers, dtype=s.dtype, device=device, index_dtype=s.index_dtype, seed=s.seed,
-                           trust_remote_code=s.trust_remote_code)  # fmt: skip
+                           trust_remote_code=s.trust_remote_code, compile=s.compile, selections=recorded)  # fmt: skip
     if s.data is None:
         return subject, grid, None
     assert subject.encode is not None

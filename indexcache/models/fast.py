@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -52,6 +53,7 @@ class FastSelector(StockSelector):
         super().__init__(model)
         self.index_dtype, self.project = index_dtype, turn(self.family.project)
         self.pools = Plans()  # of the pool that several layers select from
+        self.stand_in: Tensor | None = None  # int32 [T, k]: given out in the place of what a prefill selects, for timing
 
     def full(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, positions, cache: Any, pool: int = 0):
         return self._select(layer, indexer, x, q_resid, rope, mask, cache, pool)
@@ -75,6 +77,9 @@ class FastSelector(StockSelector):
             with part("index_topk"):
                 found = ops.index_topk(q[rows], k[rows, left:], w[rows], scales, indexer.index_topk, offset, inner, pool=pool, plan=plan)
             parts.append([_shift(ids, left) for ids in (found if isinstance(found, tuple) else (found,))])
+            if self.stand_in is not None and decoding is None:
+                start = k.shape[1] - x.shape[1]
+                parts[-1][0] = self.stand_in[None, start : start + x.shape[1]].expand(len(parts[-1][0]), -1, -1)
         if len(parts) == 1:
             return parts[0][0], parts[0][1] if pool else None
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if pool else None
@@ -216,11 +221,13 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
             done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
                 done._replace(indexer, _indexer_forward(selector, i, indexer))
+        for module in model.modules():
+            if _has_one_choice_of_groups(module):
+                done._replace(module, MethodType(_route, module))  # a partial would be compiled anew for each
+            elif gpu and hasattr(module, "variance_epsilon"):
+                done._replace(module, partial(_fused_norm, module))
         if gpu:
             done._group_experts()
-            for module in model.modules():
-                if hasattr(module, "variance_epsilon"):
-                    done._replace(module, partial(_fused_norm, module))
         choose_selector(model, selector)
         _running.add(model)
     except BaseException:
@@ -249,6 +256,22 @@ def _fused_norm(norm: Any, x: Tensor) -> Tensor:
 
 def _stock_norm(norm: Any, x: Tensor) -> Tensor:
     return norm(x)
+
+
+def _has_one_choice_of_groups(module: Any) -> bool:
+    """A router that chooses among groups of experts, and must take them all."""
+    return hasattr(module, "e_score_correction_bias") and getattr(module, "num_group", 0) == getattr(module, "topk_group", None)
+
+
+def _route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stock's choice of experts without the choice of groups, in a third of the kernels: (logits, weights, indices)."""
+    logits = F.linear(x.view(-1, router.hidden_dim).float(), router.weight.float())
+    scores = logits.sigmoid()
+    indices = torch.topk(scores + router.e_score_correction_bias, k=router.top_k, dim=-1, sorted=False)[1]
+    weights = scores.gather(1, indices)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return logits, weights * router.routed_scaling_factor, indices
 
 
 def _model_forward(model: Any, plans: Plans, selector: FastSelector):

@@ -1,0 +1,83 @@
+"""Recorded selections that a bench lends to a model with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from indexcache.analysis.bench import Grid, run_bench
+from indexcache.analysis.measure import open_subject
+from indexcache.analysis.recorded import read_selections, stretch
+from indexcache.cli import main
+from indexcache.models.selector import selector_of
+from indexcache.pattern import Pattern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "data" / "tiny_selections.safetensors"
+
+
+def recorded(rows: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Ascending ids; row r of the last `rows` of 2 * rows tokens."""
+    noise = torch.rand(rows, 2 * rows, generator=torch.Generator().manual_seed(seed))
+    visible = torch.arange(2 * rows) <= torch.arange(rows, 2 * rows)[:, None]
+    return noise.masked_fill(~visible, -1).topk(k, dim=1).indices.sort(1).values.int()
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 1000, 5000])
+def test_stretched_rows_are_selections(length):
+    ids = stretch(recorded(64, 8), 32, length)
+    seen = torch.arange(length) + 1
+    there = ids >= 0
+    assert ids.shape == (length, 32) and ids.dtype == torch.int32
+    assert torch.equal(there.sum(1), seen.clamp(max=32)) and bool((ids < seen[:, None]).all())
+    assert bool(((ids[:, 1:] > ids[:, :-1]) | ~there[:, 1:]).all())
+
+
+def test_neighbours_share_what_was_recorded():
+    ids = torch.tensor([[0, 2, 4, 6], [0, 2, 4, 6], [1, 3, 5, 7], [1, 3, 5, 7]])  # of 8 tokens, 4 recorded
+    out = stretch(ids, 8, 400)
+    rows = out[-4:].tolist()
+    assert rows[0] == rows[1] and rows[2] == rows[3] and not set(rows[0]) & set(rows[2])
+    with pytest.raises(ValueError, match="copies of 4"):
+        stretch(ids, 6, 400)
+
+
+def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
+    subject = open_subject("tiny-random", layers=4, dtype="float32", selections=recorded(64, 8))
+    read: list[torch.Tensor] = []
+    from indexcache import ops
+
+    attend = ops.sparse_mla
+    monkeypatch.setattr(ops, "sparse_mla", lambda q, latent, ids, *a, **k: (read.append(ids), attend(q, latent, ids, *a, **k))[1])
+    grid = Grid(contexts=(100,), patterns=(("all", Pattern("FFFF")), ("half", Pattern("FSFS"))), decode_tokens=2, chunk=64)
+    result = run_bench(subject, grid, tmp_path)
+    want = stretch(recorded(64, 8), 32, 100)
+    prefills = [ids for ids in read if ids.shape[1] > 1][2 * 4 :]  # the warm-up comes first, two chunks in four layers
+    assert prefills and all(torch.equal(ids[0], want[:64] if ids.shape[1] == 64 else want[64:]) for ids in prefills)
+    assert [ids for ids in read if ids.shape[1] == 1]  # decoding reads what it selects
+    assert "recorded selections" in result["note"] and result["settings"]["selections"]
+    assert selector_of(subject.model).stand_in.shape == (100, 32)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="other settings|differ"):  # not the same run
+        run_bench(open_subject("tiny-random", layers=4, dtype="float32"), grid, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [("nothing.safetensors:a", "FILE:NAME"), ("{}", "FILE:NAME"), ("{}:topk.99", "topk.10"), ("{bad}:a", "no safetensors"),
+     ("{odd}:falling", "no selections"), ("{odd}:far", "no selections"), ("{odd}:seven", "copies of 7")],
+)  # fmt: skip
+def test_refusals(word, reason, tmp_path, capsys):
+    bad, odd = tmp_path / "bad.safetensors", tmp_path / "odd.safetensors"
+    bad.write_bytes(b"nothing")
+    save_file({"falling": torch.tensor([[3, 1]]), "far": torch.tensor([[0, 9]]), "seven": recorded(64, 7)}, odd)
+    command = ["bench", "tiny-random", "--contexts", "100", "--device", "cpu", "--selections", word.format(FILE, bad=bad, odd=odd)]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
+
+
+def test_the_recorded_file_is_one():
+    assert read_selections(f"{FILE}:topk.10").shape == (1024, 32)
