@@ -24,7 +24,7 @@ class ModelSettings:
     seed: int = flag(0, "which sequences are taken, and the bootstrap's resamples")
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
     device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
-    fast: bool = flag(False, "run the fast path instead of stock transformers: long sequences in little memory, equal up to rounding")
+    fast: bool = flag(True, "run the fast path: a fraction of the time and memory of stock transformers, equal up to rounding")
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
     json: bool = flag(False, "print one JSON object as the last line")
 
@@ -39,7 +39,10 @@ def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Bat
     source, part = text_for(s.model, s.data, split)
     loaded = load_model(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
     if s.fast:
-        accelerate(loaded.model)
+        try:
+            accelerate(loaded.model)
+        except ValueError as error:
+            print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
     text = Text(source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed)
     batches = make_inputs(loaded, text)
     length, domains = batches[0].ids.shape[1], ", ".join(sorted({b.domain for b in batches}))
