@@ -55,7 +55,7 @@ def caught() -> Iterator[dict[str, Any]]:
     )
     JITFunction.run, settings.gluon_runs = catch, lambda device: True
     launch_select._limited = lambda n, cuda: limited(n, True)
-    switches = {"grid": True, "grouped_pools": True}  # what is off by default must compile as well
+    switches = {"grid": True, "grouped_pools": True, "pool_halves": 1}  # what is off by default must compile as well
     before = {name: getattr(settings.SETTINGS, name) for name in switches}
     vars(settings.SETTINGS).update(switches)
     triton.runtime.driver.set_active(fake)
@@ -110,9 +110,14 @@ def attention(heads: int, queries: int, fp8: bool = False) -> tuple:
 def calls() -> dict[str, Callable[[], Any]]:
     """label -> a call of the launch code, which launches the kernels of one task."""
     from indexcache.ops import launch
+    from indexcache.ops.settings import SETTINGS
 
     def topk(inputs: tuple, **options: Any) -> Callable[[], Any]:
         return lambda: launch.index_topk(*inputs, 2048, 199_000, options.get("candidates"), pool=options.get("pool", 0), plan=None)
+
+    def inside(heads: int, halves: int) -> None:
+        SETTINGS.pool_halves = halves  # until `caught` ends
+        topk(index(heads), candidates=torch.zeros(1, 512, 16384, dtype=torch.int32))()
 
     def mla(heads: int, queries: int, fp8: bool = False) -> Callable[[], Any]:
         return lambda: launch.sparse_mla(*attention(heads, queries, fp8), 0.06, value_dim=512, plan=None, deterministic=False)
@@ -124,12 +129,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         out.sum().backward()
 
     def warm_up(index: tuple[int, int], heads: int, dims: int) -> None:
-        from indexcache.distill.fused import warm_up
-        from indexcache.distill.loss import Teacher
+        from indexcache.ops.launch_distill import warm_up
 
         q, k, w = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((4096, *index), (4096, index[1]), (4096, index[0])))
-        teacher = Teacher(torch.zeros(4096, heads, dims, dtype=torch.bfloat16), torch.zeros(4096, dims, dtype=torch.bfloat16), None, 0.1)
-        warm_up(q, k, w, [teacher] * 2, [0.5, 0.5], True, [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)], 1 << 30)
+        layer = torch.zeros(4096, heads, dims, dtype=torch.bfloat16), torch.zeros(4096, heads, dims, dtype=torch.bfloat16), 0.1
+        warm_up(q, k, w, [layer] * 2, [0.5, 0.5], True, [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)], 1 << 30)
 
     angle = torch.zeros(1, 4096, 32)
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
@@ -138,7 +142,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "prefill fp8 H=64": topk(index(64)),
         "prefill bf16": topk(index(kind=torch.bfloat16)),
         "prefill with pool": topk(index(), pool=16384),
-        "pool": topk(index(), candidates=pool),
+        "pool": lambda: inside(32, 1),
+        "pool, 8 neighbours": lambda: inside(32, 2),
+        "pool H=64": lambda: inside(64, 1),
+        "pool H=64, 4 neighbours": lambda: inside(64, 2),
         "pool bf16": topk(index(kind=torch.bfloat16), candidates=pool),
         "decode": topk(index(queries=1)),
         "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
@@ -150,7 +157,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 1, 128, dtype=torch.bfloat16), True, angle, angle, True),
-        "distill warm-up": lambda: warm_up((9, 256), 9, 192),
+        "distill warm-up": lambda: warm_up((9, 256), 9, 256),
         "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),
     }
 

@@ -17,5 +17,5 @@ def test_kernels_compile():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the other kernel tests set it in this process
     run = subprocess.run([sys.executable, REPORT], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    for name in ("scores_tiles", "scores_pools", "pick", "attend", "backward", "quantize"):
+    for name in ("scores_tiles", "scores_pools", "pick", "attend", "backward", "quantize", "teach", "grad_keys"):
         assert f"\n{name} " in run.stdout

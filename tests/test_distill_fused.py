@@ -12,8 +12,8 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its own library is decorated then
 pytest.importorskip("triton", reason="triton is not installed")
 
-from indexcache.distill import fused  # noqa: E402
 from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.ops import launch_distill as fused  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 

@@ -115,16 +115,17 @@ def attention_kept(q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, teacher: Teacher, 
 
 
 class _Streamed(torch.autograd.Function):
-    """The whole of a fused kernel's contract: (q, k, w, teachers) to the loss and the gradients of q, k and w, block by block."""
+    """(q, k, w, teachers) to the loss and the gradients of q, k and w, block by block; in ops/distill.py where that runs."""
 
     @staticmethod
     def forward(ctx: Any, q, k, w, teachers, weights, kind, ids, size):  # type: ignore[override]
         wanted = any(ctx.needs_input_grad[:3])
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)] if wanted else None
         if ids is None and _fused(q, teachers):
-            from indexcache.distill.fused import warm_up
+            from indexcache.ops.launch_distill import warm_up
 
-            value = warm_up(q, k, w, teachers, weights, kind == "multi", grads, size)
+            taught = [(t.q_SHn, t.keys(), t.scale) for t in teachers]
+            value = warm_up(q, k, w, taught, weights, kind == "multi", grads, size)
         else:
             value = q.new_zeros((), dtype=torch.float64)
             for rows in _blocks(q, teachers, ids, size):
@@ -140,10 +141,10 @@ class _Streamed(torch.autograd.Function):
 
 def _fused(q: Tensor, teachers: Sequence[Teacher]) -> bool:
     try:
-        from indexcache.distill import fused
+        from indexcache.ops import launch_distill
     except ImportError:  # triton is not installed
         return False
-    return fused.runs(q, teachers)
+    return launch_distill.runs(q, *(t.q_SHn for t in teachers))
 
 
 def _one_block(block: _Block, q, k, w, teachers, weights, kind: str, grads: list[Tensor] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The warm-up's loss and gradients on a GPU, in Triton: what `loss._Streamed` computes for dense attention, without its intermediates.
+"""The distillation warm-up's loss and gradients on a GPU: one indexer learns the attention of the layers it serves, all of it dense.
 
 Queries come in chunks of R rows against the N keys before the chunk's end; two fp32 matrices [R, N] are all that is held.
 

@@ -1,21 +1,18 @@
-"""Host side of distill/kernels.py: the warm-up's loss and gradients of one indexer on one document."""
+"""Host side of ops/distill.py: the warm-up's loss and gradients of one indexer on one document."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
-from indexcache.distill import kernels
+from indexcache.ops import distill
 
-if TYPE_CHECKING:
-    from indexcache.distill.loss import Teacher
-
-LOG2E = kernels.LOG2E.value
+LOG2E = distill.LOG2E.value
+Taught = tuple[Tensor, Tensor, float]  # of a layer: queries [S, H, n], keys [T, H, n] or [T, 1, n], scale
 
 
 @dataclass
@@ -33,29 +30,26 @@ SETTINGS = Settings()
 FORCED: bool | None = None  # tests: run the kernels (in Triton's interpreter), or never
 
 
-def runs(q_SJD: Tensor, teachers: Sequence[Teacher]) -> bool:
-    """On a GPU, for dtypes and dims that the kernels know."""
-    return q_SJD.is_cuda and refuse(q_SJD, teachers) is None if FORCED is None else FORCED
-
-
-def refuse(q_SJD: Tensor, teachers: Sequence[Teacher]) -> str | None:
-    """Why these tensors cannot go through the kernels; None: they can."""
-    dtypes = {q_SJD.dtype, *(t.q_SHn.dtype for t in teachers)}
-    if dtypes - {torch.bfloat16, torch.float16, torch.float32} or len(dtypes) > 1:
-        return f"dtypes {', '.join(sorted(str(d) for d in dtypes))}"
-    width = max(q_SJD.shape[-1], *(t.q_SHn.shape[-1] for t in teachers))
-    return f"rows of {width} numbers are longer than 256" if width > 256 else None
+def runs(*queries: Tensor) -> bool:
+    """The kernels know these: the indexer's and all layers' queries, on a GPU, of one dtype, in rows of at most 256."""
+    if FORCED is not None:
+        return FORCED
+    one = len({q.dtype for q in queries}) == 1 and queries[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return one and all(q.is_cuda and q.shape[-1] <= 256 for q in queries)
 
 
 def warm_up(
-    q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, teachers: Sequence[Teacher], weights: Sequence[float], multi: bool,
+    q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, layers: Sequence[Taught], weights: Sequence[float], multi: bool,
     grads: list[Tensor] | None, block_bytes: int,
 ) -> Tensor:  # fmt: skip
-    """fp64 scalar: the loss of `loss.distill_loss` without ids; `grads` (fp32, of q, k and w, zeros) are filled in where given."""
+    """L_multi or L_avg (method: section 4), fp64 scalar; `grads` (fp32, of q, k and w, zeros) are filled in where given.
+
+    q_SJD, k_TD, w_SJ: the indexer's. weights: of the layers. block_bytes: memory of the two matrices [queries of a chunk, T].
+    """
     q, k, w = q_SJD.contiguous(), k_TD.contiguous(), w_SJ.float().contiguous()
     length, heads, dim = q.shape
     s, device = SETTINGS, q.device
-    taught = [(t.q_SHn.contiguous(), t.keys().contiguous(), t.scale * LOG2E) for t in teachers]
+    taught = [(queries.contiguous(), keys.contiguous(), scale * LOG2E) for queries, keys, scale in layers]
     rows = min(max(block_bytes // (8 * length) // s.queries, 1) * s.queries, s.rows)
     target, scores = (torch.empty(min(rows, length), length, dtype=torch.float32, device=device) for _ in range(2))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -75,23 +69,23 @@ def warm_up(
             entropy = torch.empty(blocks, triton.cdiv(stop, shape["BN"]), dtype=torch.float32, device=device)
             lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)
             steps = (some.stride(0), some.stride(1), keys.stride(0), 0 if keys.shape[1] == 1 else keys.stride(1))
-            kernels.normalise[(blocks, each)](some, keys, lse, scale2, *steps, start, stop, each, **shape)
-            kernels.teach[entropy.shape](
+            distill.normalise[(blocks, each)](some, keys, lse, scale2, *steps, start, stop, each, **shape)
+            distill.teach[entropy.shape](
                 some, keys, lse, target, entropy, scale2, weight, *steps, target.stride(0), start, stop, each, ADD=i > 0, **shape
             )
             if multi:
                 total += weight * entropy.sum(dtype=torch.float64)
         inputs = (q[start:], k, w[start:])
         strides = (q.stride(0), q.stride(1), k.stride(0), w.stride(0), scores.stride(0))
-        kernels.score[(blocks, columns)](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
+        distill.score[(blocks, columns)](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
         value = torch.empty(stop - start, dtype=torch.float32, device=device)
-        kernels.compare[(stop - start,)](
+        distill.compare[(stop - start,)](
             scores, target, value, scores.stride(0), target.stride(0), start, MULTI=multi, BN=1024, num_warps=4
         )
         total += value.sum(dtype=torch.float64)
         if grads is not None:
             dq, dk, dw = grads
             grid = triton.cdiv(stop - start, back["BM"]), heads
-            kernels.grad_queries[grid](*inputs, scores, dq[start:], dw[start:], *strides, dw.stride(0), start, stop, heads, **wide, **back)
-            kernels.grad_keys[(triton.cdiv(stop, back["BN"]),)](*inputs, scores, dk, *strides, start, stop, heads, **wide, **back)
+            distill.grad_queries[grid](*inputs, scores, dq[start:], dw[start:], *strides, dw.stride(0), start, stop, heads, **wide, **back)
+            distill.grad_keys[(triton.cdiv(stop, back["BN"]),)](*inputs, scores, dk, *strides, start, stop, heads, **wide, **back)
     return total
