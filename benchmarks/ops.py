@@ -28,11 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import selections  # noqa: E402
 
 from indexcache import ops  # noqa: E402
+from indexcache.analysis import recorded  # noqa: E402
 from indexcache.ops import launch_mla, launch_scores, launch_select, reference  # noqa: E402
 from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
-GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
+GRID, GROUPED, HALVES = SETTINGS.grid, SETTINGS.grouped_pools, SETTINGS.pool_halves  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
 FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
 
@@ -269,34 +270,43 @@ def prefill(report: Report) -> None:
 
 
 def pools(report: Report) -> None:
-    """The last chunk of a prefill, each query inside its pool; the plan of a pool is made once for all layers that use it."""
-    q, k, w, scale = index_inputs(8192, LONG)
-    start = LONG - 8192
-    pool = selections.tile(selections.load(f"pool.{LAYER}").cuda(), 16384, LONG, 8192)[None]
-    kind = f"pools of tiny's layer {LAYER}, tiled (last chunk x {LONG / 8192:.1f})"  # rows below the pool's size see less
-    few = torch.tensor([0, 5, 4095, 8191], device="cuda")
+    """A whole causal prefill, chunk by chunk, each query inside its pool; plans apart: one serves all layers that share the pools."""
+    q, k, w, scale = index_inputs(LONG, LONG)
+    wide = 16384
+    pool = recorded.stretch(selections.load(f"pool.{LAYER}").int().cuda(), wide, LONG)[None]
+    kind = f"pools of tiny's layer {LAYER}, stretched"
+    parts = [slice(n, min(n + 8192, LONG)) for n in range(0, LONG, 8192)]
+    few = torch.tensor([0, 5000, wide, 100_000, LONG - 1], device="cuda")
     scored = reference.index_scores(q[:, few].float(), k.float(), w[:, few])[0] * scale
-    outside = torch.ones_like(scored, dtype=torch.bool).scatter_(1, pool[0, few].long(), False)
-    for grouped in (False, True):
-        SETTINGS.grouped_pools = grouped
+    outside = torch.ones_like(scored, dtype=torch.bool)
+    for row, t in zip(outside, few, strict=True):
+        row[pool[0, t][pool[0, t] >= 0].long()] = False
+    pairs = wide * (LONG - wide / 2)
+    for halves in (0, 1, 2):  # 0: each query by itself
+        SETTINGS.grouped_pools, SETTINGS.pool_halves = halves > 0, max(halves, 1)
         group = ops.pool_group(q, k)
-        plan = ops.group_queries(pool, group, backend="triton") if group > 1 else None
 
-        def inside(plan=plan) -> Tensor:
-            return ops.index_topk(q, k, w, scale, TOPK, start, pool, plan=plan, backend="triton")
+        def plan(group=group) -> list[Any]:
+            return [ops.group_queries(pool[:, p], group, backend="triton") if group > 1 else None for p in parts]
 
-        found = inside()[0, few]
-        need(not bool(outside.gather(1, found.long()).any()), "ids outside of the pool")
-        share = check_selection(found, scored.masked_fill(outside, -torch.inf), torch.full_like(few, LONG))
+        def inside(plans=plan()) -> list[Any]:
+            return [
+                ops.index_topk(q[:, p], k[:, : p.stop], w[:, p], scale[:, : p.stop], TOPK, p.start, pool[:, p], plan=made, backend="triton")
+                for p, made in zip(parts, plans, strict=True)
+            ]
+
+        found = torch.cat(inside(), dim=1)[0]
+        need(not bool(outside.gather(1, found[few].clamp(min=0).long())[found[few] >= 0].any()), "ids outside of the pool")
+        share = check_selection(found[few], scored.masked_fill(outside, -torch.inf), few + 1)
         need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
-        floor = 16384.0 * LONG * 132 / 5.5e12 * 1e3
-        name = f"index_topk pool 16384{', neighbours together' if grouped else ''}"
-        report.row(name, f"200000 H={HEADS} k={TOPK} {kind}", milliseconds(inside, 5) * LONG / 8192, floor_ms=floor)
-        if plan is not None:
-            size = float(plan.count_BG.float().mean()) / pool.shape[-1]
-            ms = milliseconds(lambda group=group: ops.group_queries(pool, group, backend="triton"), 5) * LONG / 8192
-            report.row("group_queries", f"200000 k=16384 group {group} U={size:.2f} {kind}", ms, floor_ms=LONG * 16384 * 9e3 / COPY)
-    SETTINGS.grouped_pools = GROUPED
+        need(torch.equal(found, torch.cat(inside(), dim=1)[0]), "two runs differ")
+        name = f"index_topk pool {wide}{f', {group} neighbours together' if halves else ''}"
+        report.row(name, f"200000 causal H={HEADS} k={TOPK} {kind}", milliseconds(inside, 3), floor_ms=pairs * 132 / 5.5e12 * 1e3)
+        if group > 1:
+            size = sum(int(made.count_BG.sum()) for made in plan()) * group / pairs
+            shape = f"200000 causal k={wide} group {group} U={size:.2f} {kind}"
+            report.row("group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / COPY)
+    SETTINGS.grouped_pools, SETTINGS.pool_halves = GROUPED, HALVES
 
 
 def decode(report: Report) -> None:
