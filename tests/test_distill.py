@@ -160,6 +160,15 @@ def test_frozen_changes_nothing_but_the_indexers(family, mode, tmp_path):
     refused(lambda: apply_delta(other, tmp_path / "run" / "delta.safetensors"), "6 layers", "has 5")
 
 
+def test_rows_of_zeros_stay_zero_where_asked(tmp_path):
+    for keep in (True, False):
+        model, _ = worker.train(tmp_path / str(keep), "zeros", keep_zeros=keep, eval_every=0)
+        for i in (0, 2, 3):  # F and R; an indexer's other rows train
+            q, k = indexers(model)[i].wq_b.weight, indexers(model)[i].wk.weight
+            assert bool((q[1::3] == 0).all()) is bool((k[2:5] == 0).all()) is keep
+            assert not torch.equal(q[::3], indexers(make_model("glm_moe_dsa"))[i].wq_b.weight[::3])
+
+
 def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
     """One step: the rest moves as stock transformers' autograd of the LM loss says, the indexers as with a frozen backbone."""
     settings = {"steps": 1, "rows": 2, "eval_every": 0, "lr": 1e-3, "backbone_lr": 1e-3, "clip": 1e9}
@@ -304,9 +313,9 @@ def test_kill_and_resume(mode, tmp_path):
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
-    done = run_worker("train", tmp_path / "two", "warmup", "full", processes=2)
+    done = run_worker("train", tmp_path / "two", "warmup", "full", "zeros", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for mode in ("warmup", "full"):
+    for mode in ("warmup", "full", "zeros"):
         worker.train(tmp_path / "one" / mode, mode)
         for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
             assert len(a) == len(b) > 2

@@ -14,6 +14,7 @@ from conftest import make_model
 
 from indexcache.data import Batch, Document
 from indexcache.distill import DistillSettings, distill_pattern, pack_rows
+from indexcache.models.family import indexers
 from indexcache.records import Run
 
 PATTERN = "FSFRSS@2"
@@ -21,6 +22,7 @@ MODES = {
     "warmup": {"stage": "warmup"},
     "frozen": {"stage": "sparse", "freeze_backbone": True},
     "full": {"stage": "sparse", "backbone_lr": 1e-3},
+    "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1},
 }
 
 
@@ -37,6 +39,10 @@ def held_out():
 def train(out: Path, mode: str, family: str = "glm_moe_dsa", pattern: str = PATTERN, **changes):
     """(the model, the result) of a small run."""
     model = make_model(family)
+    if mode == "zeros":
+        with torch.no_grad():
+            for indexer in indexers(model):
+                indexer.wq_b.weight[1::3], indexer.wk.weight[2:5] = 0, 0
     settings = DistillSettings(**({"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes))  # type: ignore[arg-type]
     result = distill_pattern(model, pattern, pack_rows(documents(), 96), out, settings, held_out=held_out())
     return model, copy.copy(result)

@@ -35,6 +35,7 @@ class Settings:
     freeze_backbone: bool = flag(False, "train nothing but the indexers in the sparse stage too")
     loss: str = flag("multi", "multi, avg: an indexer learns all layers it serves (the same gradient); own: its own layer alone",
                      choices=("multi", "avg", "own"))  # fmt: skip
+    keep_zeros: bool = flag(False, "rows of the indexers' matrices that are all zero stay so, and take no room in a packed delta")
     steps: int = flag(1000, "optimizer steps")
     lr: float = flag(2e-3, "peak learning rate of the indexers; it rises linearly, then falls as a cosine")
     backbone_lr: float = flag(1e-5, "peak learning rate of the rest")
@@ -88,8 +89,8 @@ def run(s: Settings) -> int:
             f"A step has a whole number of rows: --batch-tokens must be a multiple of the {length} tokens of a row, not {tokens}."
         )
     settings = DistillSettings(
-        stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, steps=s.steps, rows=tokens // length, lr=s.lr,
-        backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every, save_every=s.save_every, seed=s.seed,
+        stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, keep_zeros=s.keep_zeros, steps=s.steps, rows=tokens // length,
+        lr=s.lr, backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every, save_every=s.save_every, seed=s.seed,
     )  # fmt: skip
     settings.check()
     training, held = _documents(s, loaded)

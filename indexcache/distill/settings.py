@@ -26,6 +26,7 @@ class DistillSettings:
     stage: "warmup" (dense attention, KL over all visible keys, only indexers train) or "sparse" (attention and KL over the selection).
     freeze_backbone: in the sparse stage too, only indexers train; otherwise the language-modelling loss trains the rest.
     loss: "multi" or "avg" (each F and R layer learns all layers it serves), or "own" (its own attention alone).
+    keep_zeros: rows of the indexers' matrices that hold nothing but zeros are no parameters: they stay zero.
     rows: packed rows of a step, all processes together.
     clip: of the gradient norm, of each indexer and of the rest apart. warmup: fraction of the steps over which the learning rate rises.
     compute_dtype: of full mode, whose master weights are fp32; frozen, a model computes in the dtype it was loaded in.
@@ -35,6 +36,7 @@ class DistillSettings:
     stage: str = "warmup"
     freeze_backbone: bool = False
     loss: str = "multi"
+    keep_zeros: bool = False
     steps: int = 1000
     rows: int = 4
     lr: float = 2e-3

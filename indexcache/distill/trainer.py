@@ -119,6 +119,7 @@ class Trainer:
         self.groups = list(served_layers(pattern))
         self.students = make_students(model, pattern, dtype).to(world.device)
         shard_students(self.students, world)
+        self.zeros = _rows_that_hold_something(self.students) if settings.keep_zeros else []
         model.requires_grad_(not settings.frozen)
         self.causal = Causal(model)
         self.trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
@@ -203,6 +204,9 @@ class Trainer:
                 values = [self.lesson.losses[i].double() for i in self.groups]
                 sums += torch.stack([*values, lm.detach().double(), lm.new_full((), count, dtype=torch.float64)])
         sums = w.mean(sums)
+        for p, holds in self.zeros:
+            assert p.grad is not None
+            _local(p.grad).mul_(holds)
         norms = self._clip()
         kl = (sums[:-2] / len(mine)).tolist()
         found = {"loss": sum(kl) / len(kl), "kl": kl, "lm_loss": None if s.frozen else float(sums[-2] / sums[-1]),
@@ -285,6 +289,17 @@ class Trainer:
 
         found = get_model_state_dict(self.causal, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {name.removeprefix("inner."): value for name, value in found.items()}  # type: ignore[misc]
+
+
+def _rows_that_hold_something(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """(matrix, fp32 [rows here, 1]: 0 where a row holds nothing but zeros) of the matrices that have such rows."""
+    found = [(p, (_local(p.detach()) != 0).any(-1, keepdim=True).to(p.dtype)) for p in module.parameters() if p.dim() == 2]
+    return [(p, holds) for p, holds in found if not bool(holds.all())]
+
+
+def _local(x: Tensor) -> Tensor:
+    """This process's part: whole rows, for FSDP2 cuts between rows."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _plain(norm: Tensor) -> Tensor:

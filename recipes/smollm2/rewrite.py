@@ -131,7 +131,7 @@ def indexer(llama: dict[str, Tensor], c: dict[str, Any], x_NE: Tensor, seed: int
     Head h has query head h, and the key is all G keys side by side, so that q . k is the attention's own logit but for the key's
     LayerNorm. The first dimension without RoPE adds OFFSET: the key's is 1 by the bias, the query's a constant. The projections have
     no bias, so that constant and the weights of the heads are directions of x that are all but constant on `x_NE`, inputs of this
-    attention for some tokens (ridge regression). Rows of wq_b and wk that are zero are no parameters: training leaves them zero.
+    attention for some tokens (ridge regression). Rows of wq_b and wk that are zero are no parameters: `--keep-zeros` leaves them zero.
 
     Args:
         seed: random projections of the same form and size instead.
