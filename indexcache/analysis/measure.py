@@ -35,6 +35,7 @@ from indexcache.pattern import Pattern
 WARM_STEPS = 3  # of decoding, before the clock starts: the first captures the graph
 PART_STEPS = 4  # of decoding, timed in parts
 SPARE = WARM_STEPS + 2 * PART_STEPS + 2  # tokens of cache that a measurement needs beside the prompt and what it decodes
+COMPILED = 0.98  # of a first run's time, which the same pass timed in parts, if anything slower, does not fall below otherwise
 SHORT = 1.5  # seconds; shorter prefills are repeated and the median taken
 FILL_RESERVE = 4e9  # bytes left free for activations when the cache is filled
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -173,7 +174,7 @@ def measure(
             with PartTimer() as timer:
                 seconds = _prefill_s(s, ids, cache, chunk)
             parts = timer.milliseconds()
-            if seconds < 0.9 * statistics.median(runs):  # what was measured first was compiling
+            if seconds < COMPILED * statistics.median(runs):  # what was measured first was compiling
                 runs = [_prefill_s(s, ids, cache, chunk)]
             added = _peak(s) - weights - cache.nbytes - lent if s.cuda else None
         else:
