@@ -346,3 +346,56 @@ def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
     documents = load_documents(tmp_path / "train", tiny.encode, 4096)
     assert {d.domain for d in documents} == {"sotu", "austen", "rust"}
     assert {tiny.tokenizer.decode(d.ids.tolist()) for d in documents} == {r["text"] for r in train}
+
+
+def test_experiment(saved, tmp_path, monkeypatch, capsys):
+    """Every stage at its smallest; a second run measures nothing again."""
+    import experiment
+
+    rng = np.random.default_rng(0)
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "train" / "some").mkdir(parents=True)
+    for i in range(12):
+        np.save(data / "train" / "some" / f"{i}.npy", rng.integers(0, 4096, 200))
+    rows = [{"domain": f"d{i % 5}", "ids": rng.integers(0, 4096, 96).tolist()} for i in range(10)]
+    (data / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ids = rng.integers(0, 4096, 80).tolist()
+    (data / "tasks.jsonl").write_text(json.dumps({"task": "passkey", "length": 80, "seed": 0, "ids": ids, "answers": [[70, 75]]}) + "\n")
+    command = [
+        "x",
+        str(saved),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--seeds",
+        "0",
+        "1",
+        "--length",
+        "96",
+        "--steps",
+        "2",
+        "--more",
+        "1",
+    ]
+    command += ["--rows", "1", "--calibration", "1", "--documents", "2", "--dtype", "float32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    experiment.main()
+    result = json.loads((out / "result.json").read_text())
+    found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
+    ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
+    domains = {"all", "d0", "d1", "d2", "d3", "d4"}
+    assert set(found) == {(w, k, d) for w in ways for k in (2, 4, 8) for d in domains} | {
+        (w, 1, d) for w in ("full", "dense") for d in domains
+    }
+    assert all(r["delta_loss"] == r["ci_low"] == r["ci_high"] == 0 for (w, *_), r in found.items() if w == "full")
+    assert all(r["seeds"] == (1 if w == "dense" else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"] for (w, *_), r in found.items())
+    lines = [json.loads(line) for line in (out / "evaluate.jsonl").read_text().splitlines()]
+    one, full = (next(r for r in lines if (r["seed"], r["method"], r["kept"]) == (0, *w)) for w in (("own", 4), ("full", 1)))
+    want = sum(a[2] - b[2] for a, b in zip(one["documents"], full["documents"], strict=True)) / sum(d[3] for d in full["documents"])
+    assert found["own", 4, "all"]["of_seeds"][0] == pytest.approx(want, abs=1e-6)
+    assert len(result["mass_kept"]["full 1/1"]) == 3 and all(0 < x <= 1 for x in result["mass_kept"]["full 1/1"])
+    before = (out / "evaluate.jsonl").read_bytes()
+    monkeypatch.setattr(experiment.Experiment, "measure", None)
+    experiment.main()
+    assert (out / "evaluate.jsonl").read_bytes() == before

@@ -1,0 +1,243 @@
+"""The paper's comparison on SmolLM2-DSA: kept 1/2, 1/4, 1/8 of the indexers by five ways, several seeds, held-out text.
+
+    python recipes/smollm2/experiment.py CHECKPOINT --data work/smollm2/data --out work/smollm2/experiment [--stage train search ..]
+
+    train      a seed: all indexers in the warm-up, each on its own layer ("full"); from there, with as many further steps each, the kept
+               ones of the uniform patterns on all layers they serve ("multi") and on their own alone ("own")
+    search     a seed: greedy search over the layers with the trained indexers, on training text
+    evaluate   held-out loss of every document, and the long-range tasks: the dense model; full; untouched (full's indexers, uniform
+               pattern), own, multi, searched; searched with R in the other layers, pool 4 k and 8 k
+    table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain
+
+Every finished piece is kept in --out; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from check import dense
+from tasks import logits_of, score
+
+from indexcache.data import Batch, Document, load_documents, make_batches
+from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, pack_rows
+from indexcache.distill.rows import Row
+from indexcache.evals.statistics import bootstrap_interval
+from indexcache.models.fast import accelerate
+from indexcache.models.lm import hidden_states, token_losses
+from indexcache.models.loading import Loaded, fingerprint, load_model
+from indexcache.models.seam import use_pattern
+from indexcache.pattern import Pattern, full_count
+from indexcache.search.run import SearchSettings, search_pattern
+from indexcache.search.select import choose
+
+STAGES = ("train", "search", "evaluate", "table")
+KEPT = (2, 4, 8)
+POOLS = (4, 8)
+
+
+class Experiment:
+    def __init__(self, o: argparse.Namespace):
+        self.o, self.out = o, o.out
+        self.loaded: Loaded = load_model(o.checkpoint, dtype=o.dtype, device=o.device)
+        self.model: Any = self.loaded.model
+        self.layers = int(self.model.config.num_hidden_layers)
+        self.full = Pattern("F" * self.layers)
+        self.base = {"base": o.checkpoint.name, "base_digest": fingerprint(o.checkpoint)}
+
+    def uniform(self, kept: int) -> Pattern:
+        return choose(f"uniform:1/{kept}", self.layers).pattern
+
+    def folder(self, seed: int, name: str) -> Path:
+        return self.out / f"seed{seed}" / name
+
+    def delta(self, seed: int, name: str) -> Path:
+        path = self.folder(seed, name) / "delta.safetensors"
+        if not path.is_file():
+            raise SystemExit(f"{path} is missing: run the stage train first.")
+        return path
+
+    def read(self, name: str) -> list[Document]:
+        return load_documents(self.o.data / name, self.loaded.encode, int(self.model.config.vocab_size))
+
+    # -- stages
+
+    def train(self) -> None:
+        o, documents = self.o, self.read("train")
+        for seed in o.seeds:
+            rows = pack_rows(documents, o.length, seed)
+            self.distill(seed, "full", self.full, "multi", rows, o.steps)
+            for kept in KEPT:
+                for loss in ("multi", "own"):
+                    apply_delta(self.model, self.delta(seed, "full"))
+                    self.distill(seed, f"{loss}-{kept}", self.uniform(kept), loss, rows, o.more)
+
+    def distill(self, seed: int, name: str, pattern: Pattern, loss: str, rows: list[Row], steps: int) -> None:
+        folder = self.folder(seed, name)
+        if (folder / "result.json").is_file():
+            return
+        settings = DistillSettings(stage="warmup", loss=loss, keep_zeros=True, steps=steps, rows=self.o.rows, lr=self.o.lr,
+                                   eval_every=0, save_every=steps, seed=seed)  # fmt: skip
+        result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
+        print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
+
+    def search(self) -> None:
+        documents = self.read("train")
+        for seed in self.o.seeds:
+            batches = make_batches(documents, length=self.o.length, sequences=self.o.calibration, seed=seed)
+            apply_delta(self.model, self.delta(seed, "full"))
+            with accelerate(self.model):
+                settings = SearchSettings(keep=1 / KEPT[-1], uniform=False)
+                search_pattern(self.model, batches, self.folder(seed, "search"), settings, identity=self.base | {"seed": seed})
+
+    def searched(self, seed: int, kept: int) -> Pattern:
+        path, wanted = self.folder(seed, "search") / "result.json", full_count(self.layers, 1 / kept)
+        if not path.is_file():
+            raise SystemExit(f"{path} is missing: run the stage search first.")
+        return next(Pattern(r["pattern"]) for r in json.loads(path.read_text())["frontier"] if r["full"] == wanted)
+
+    def ways(self, seed: int) -> Iterator[tuple[str, int, str, Pattern]]:
+        """(method, kept, delta, pattern)"""
+        yield "full", 1, "full", self.full
+        for kept in KEPT:
+            yield "untouched", kept, "full", self.uniform(kept)
+            yield "own", kept, f"own-{kept}", self.uniform(kept)
+            yield "multi", kept, f"multi-{kept}", self.uniform(kept)
+            found = self.searched(seed, kept)
+            yield "searched", kept, "full", found
+            for pool in POOLS:
+                yield f"searched+R{pool}", kept, "full", Pattern(str(found).replace("S", "R") + f"@{pool}")
+
+    def evaluate(self) -> None:
+        o = self.o
+        held_out = make_batches(self.read("heldout.jsonl"), length=o.length, sequences=o.documents * 5, seed=0)
+        with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
+            tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
+        done = {(r["seed"], r["method"], r["kept"]) for r in self.lines()}
+        if ("dense", 1) not in {k[1:] for k in done}:
+            self.note(0, "dense", 1, self.full, self.measure(held_out, tasks, None))
+        for seed in o.seeds:
+            for method, kept, delta, pattern in self.ways(seed):
+                if (seed, method, kept) not in done:
+                    apply_delta(self.model, self.delta(seed, "full"))
+                    apply_delta(self.model, self.delta(seed, delta))
+                    facts = self.measure(held_out, tasks, pattern)
+                    if method in ("full", "multi"):
+                        rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
+                        facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
+                    self.note(seed, method, kept, pattern, facts)
+
+    @torch.no_grad()
+    def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern | None) -> dict[str, Any]:
+        """Loss of each document, a sum over its tokens, and the tasks' scores; of the dense model without a pattern."""
+        found: dict[str, Any] = {"documents": []}
+        with self.under(pattern):
+            for b in batches:
+                losses = token_losses(self.model, hidden_states(self.model, b.ids), b.ids).double()
+                for name, each in zip(b.units, losses, strict=True):
+                    found["documents"].append([b.domain, name, float(each.sum()), each.numel()])
+            found["tasks"] = score(tasks, logits_of(self.model))
+        return found
+
+    @contextmanager
+    def under(self, pattern: Pattern | None) -> Iterator[None]:
+        if pattern is None:
+            with dense(self.model):
+                yield
+        else:
+            with accelerate(self.model), use_pattern(self.model, pattern):
+                yield
+
+    def lines(self) -> list[dict[str, Any]]:
+        path = self.out / "evaluate.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def note(self, seed: int, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
+        with open(self.out / "evaluate.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts) + "\n")
+        mean = sum(d[2] for d in facts["documents"]) / sum(d[3] for d in facts["documents"])
+        print(f"seed {seed} {method} 1/{kept}: loss {mean:.4f}, tasks {accuracy([facts]):.3f}", flush=True)
+
+    def table(self) -> dict[str, Any]:
+        o, lines = self.o, self.lines()
+        result = {
+            "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
+            "date": datetime.date.today().isoformat(), "seeds": len({r["seed"] for r in lines}), "rows": rows_of(lines),
+            "settings": {k: getattr(o, k) for k in ("length", "steps", "more", "rows", "lr", "calibration", "dtype")},
+            "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == 0 and "mass_kept" in r},
+            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] == 0},
+        }  # fmt: skip
+        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        for r in result["rows"]:  # type: ignore[union-attr]
+            if r["domain"] == "all":
+                interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
+                print(f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, tasks {r['retrieval']:.3f}")
+        return result
+
+
+def accuracy(lines: list[dict[str, Any]]) -> float:
+    return float(np.mean([t["accuracy"] for r in lines for t in r["tasks"]]))
+
+
+def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled."""
+    full = {r["seed"]: {d[1]: d for d in r["documents"]} for r in lines if r["method"] == "full"}
+    ways: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for r in lines:
+        ways[r["method"], r["kept"]].append(r)
+    rows = []
+    for (method, kept), found in ways.items():
+        documents = {d[1]: d for d in found[0]["documents"]}
+        for domain in ["all", *sorted({d[0] for d in documents.values()})]:
+            names = [n for n, d in documents.items() if domain in ("all", d[0])]
+            tokens = [documents[n][3] for n in names]
+            per_seed = [{d[1]: d[2] - full[r["seed"]][d[1]][2] for d in r["documents"]} for r in found]
+            sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
+            low, high = bootstrap_interval(sums, tokens)
+            loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
+            rows.append({
+                "kept": kept, "method": method, "domain": domain, "delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high,
+                "loss": loss, "retrieval": accuracy(found), "seeds": len(found),
+                "of_seeds": [round(sum(s[n] for n in names) / sum(tokens), 6) for s in per_seed],
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="what rewrite.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=400, help="of the warm-up of all indexers")
+    parser.add_argument("--more", type=int, default=150, help="steps after it, for multi and own")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--calibration", type=int, default=4, help="sequences of the search")
+    parser.add_argument("--documents", type=int, default=12, help="held-out documents of a domain")
+    parser.add_argument("--tasks", type=int, default=40, help="rows of each task and length")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    o = parser.parse_args()
+    o.out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(o)
+    for stage in STAGES:
+        if stage in o.stage:
+            print(f"-- {stage}", file=sys.stderr, flush=True)
+            getattr(experiment, stage)()
+
+
+if __name__ == "__main__":
+    main()
