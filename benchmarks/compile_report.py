@@ -99,11 +99,11 @@ def index(heads: int = 32, queries: int = 512, keys: int = 200_000, kind: torch.
     return q, k, torch.zeros(1, queries, heads), torch.zeros(1, keys) if kind == torch.float8_e4m3fn else None
 
 
-def attention(heads: int, queries: int, fp8: bool = False) -> tuple:
+def attention(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> tuple:
     from indexcache import ops
 
-    latent = torch.zeros(1, 4096, 576, dtype=torch.bfloat16)
-    q, ids = torch.zeros(1, queries, heads, 576, dtype=torch.bfloat16), torch.zeros(1, queries, 2048, dtype=torch.int32)
+    latent = torch.zeros(1, 4096, dims, dtype=torch.bfloat16)
+    q, ids = torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16), torch.zeros(1, queries, 2048, dtype=torch.int32)
     return q, ops.quantize_latent(latent) if fp8 else latent, ids
 
 
@@ -119,8 +119,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         SETTINGS.pool_halves = halves  # until `caught` ends
         topk(index(heads), candidates=torch.zeros(1, 512, 16384, dtype=torch.int32))()
 
-    def mla(heads: int, queries: int, fp8: bool = False) -> Callable[[], Any]:
-        return lambda: launch.sparse_mla(*attention(heads, queries, fp8), 0.06, value_dim=512, plan=None, deterministic=False)
+    def mla(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> Callable[[], Any]:
+        x = attention(heads, queries, fp8, dims)
+        return lambda: launch.sparse_mla(*x, 0.06, value_dim=512 if dims == 576 else 256, plan=None, deterministic=False)
 
     def backward(deterministic: bool) -> Any:
         q, latent, ids = attention(20, 264)
@@ -151,6 +152,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
         "attention 20": mla(20, 264),
         "attention 64": mla(64, 264),
+        "attention of SmolLM2": lambda: launch.sparse_mla(
+            *attention(9, 924, dims=448), 0.06, value_dim=256, plan=None, deterministic=False
+        ),
         "attention 20 fp8": mla(20, 264, True),
         "decode 20": mla(20, 1),
         "decode 20 fp8": mla(20, 1, True),

@@ -72,8 +72,9 @@ def test_forward_ids_in_any_order():
 
 
 @pytest.mark.parametrize(("queries", "k", "keys"), [(1, 1, 1), (0, 4, 9), (3, 4, 2)])
-def test_forward_small(queries, k, keys):
-    q, latent = torch.randn(1, queries, 4, 48, device=DEVICE).to(HALF), torch.randn(1, keys, 48, device=DEVICE).to(HALF)
+@pytest.mark.parametrize("rotary", [16, 40])
+def test_forward_small(queries, k, keys, rotary):
+    q, latent = (torch.randn(1, *s, 32 + rotary, device=DEVICE).to(HALF) for s in ((queries, 4), (keys,)))
     ids = random_ids(1, queries, keys, k)
     got, _ = ops.sparse_mla(q, latent, ids, 0.2, value_dim=32, backend="triton")
     want, _ = ops.sparse_mla(q.float(), latent.float(), ids, 0.2, value_dim=32, backend="torch")
@@ -134,6 +135,9 @@ def test_refusals():
     q, latent = torch.randn(1, 2, 1, 48, device=DEVICE), torch.randn(1, 9, 48, device=DEVICE)
     with pytest.raises(ValueError, match="24 is not a power of two"):
         ops.sparse_mla(q, latent, torch.zeros(1, 2, 1, dtype=torch.int32, device=DEVICE), 1.0, value_dim=24, backend="triton")
+    q, latent = torch.randn(1, 2, 1, 704, device=DEVICE), torch.randn(1, 9, 704, device=DEVICE)
+    with pytest.raises(ValueError, match="512 \\+ 192 dims"):
+        ops.sparse_mla(q, latent, torch.zeros(1, 2, 1, dtype=torch.int32, device=DEVICE), 1.0, value_dim=512, backend="triton")
 
 
 @pytest.mark.gpu

@@ -11,8 +11,10 @@ from torch import Tensor
 from indexcache.ops import mla, mla_backward, settings
 from indexcache.ops.launch_plan import group_queries
 from indexcache.ops.reference import FP8_GROUP, Fp8Latent, Plan
+from indexcache.ops.settings import power
 
 LOG2E = 1.4426950408889634
+MOST = 640  # dims of a latent, rotary ones as a power of two; more than 576 are gathered a tile at a time
 
 
 @dataclass
@@ -42,8 +44,8 @@ def refuse(q: Tensor, latent: Tensor | Fp8Latent, value_dim: int) -> str | None:
         return f"the latents are {latent.dtype}, the queries {q.dtype}"
     if value_dim & (value_dim - 1) or not 16 <= value_dim <= 512:
         return f"value_dim {value_dim} is not a power of two from 16 to 512"
-    if not 1 <= rope_dim <= 128:
-        return f"{rope_dim} rotary dims are not 1 to 128"
+    if not 1 <= rope_dim <= 256 or value_dim + power(rope_dim) > MOST:
+        return f"{value_dim} + {rope_dim} dims are more than a program's shared memory holds"
     if q.shape[2] > 128:
         return f"{q.shape[2]} heads are more than 128"
     return None
@@ -161,12 +163,12 @@ def forward(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, va
         N=SETTINGS.keys,
         V=value_dim,
         R=rope_dim,
-        RP=max(triton.next_power_of_2(rope_dim), 16),
+        RP=power(rope_dim, 16),
         C=x.parts,
         FP8=x.fp8,
         PLANNED=plan_ is not None,
         SPLIT=splits > 1,
-        STAGES=SETTINGS.stages if rows == SETTINGS.rows and splits == 1 and not x.fp8 else 1,  # shared memory holds no more
+        STAGES=SETTINGS.stages if rows == SETTINGS.rows and splits == 1 and not x.fp8 and value_dim + power(rope_dim) <= 576 else 1,
         num_warps=SETTINGS.decode_warps if splits > 1 else SETTINGS.warps,
     )
     if splits > 1:
