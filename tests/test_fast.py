@@ -218,6 +218,21 @@ def test_routers_that_take_all_groups_skip_the_choice(model, monkeypatch):
         bias.copy_(before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores need a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_routers_on_tensor_cores(compile):
+    """bf16, on a GPU: the logits are those of stock's fp32 product but for the order of its sum."""
+    model = make_model("glm_moe_dsa").to("cuda", torch.bfloat16)
+    router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
+    x = torch.randn(3, 50, router.hidden_dim, device="cuda").bfloat16()
+    stock = router(x)
+    with accelerate(model, compile=compile), torch.no_grad():
+        got = torch.compile(router, dynamic=True)(x) if compile else router(x)
+    assert relative(got[0], stock[0]) < 1e-5
+    assert torch.equal(got[2].sort(-1).values, stock[2].sort(-1).values)
+
+
 def test_compiled_pieces(model, ids, monkeypatch):
     """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -230,7 +245,7 @@ def test_compiled_pieces(model, ids, monkeypatch):
         got = [logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, 2)))]
         got += [logits(model, ids[:, a:b], past_key_values=cache) for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))]
     assert relative(torch.cat(got, 1), stock) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 10  # 4 pieces, many queries or one, 6 layers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12  # 5 pieces, many queries or one, 6 layers
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

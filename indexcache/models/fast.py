@@ -212,6 +212,7 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
     turn: Turn = partial(torch.compile, dynamic=True) if compile else lambda f: f
     gpu = on_gpu(model)
     project = turn(partial(_project, family.rotate, _fused_norm if gpu else _stock_norm))
+    norm = turn(_fused_norm)
     selector, plans = FastSelector(model, index_dtype, turn), Plans()
     done = Accelerated(model)
     try:
@@ -225,7 +226,7 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
             if _has_one_choice_of_groups(module):
                 done._replace(module, MethodType(_route, module))  # a partial would be compiled anew for each
             elif gpu and hasattr(module, "variance_epsilon"):
-                done._replace(module, partial(_fused_norm, module))
+                done._replace(module, partial(norm, module))
         if gpu:
             done._group_experts()
         choose_selector(model, selector)
@@ -265,7 +266,11 @@ def _has_one_choice_of_groups(module: Any) -> bool:
 
 def _route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stock's choice of experts without the choice of groups, in a third of the kernels: (logits, weights, indices)."""
-    logits = F.linear(x.view(-1, router.hidden_dim).float(), router.weight.float())
+    x, weight = x.view(-1, router.hidden_dim), router.weight
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:  # products of bf16 are exact in fp32, in which tensor cores add them up
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = F.linear(x.float(), weight.float())
     scores = logits.sigmoid()
     indices = torch.topk(scores + router.e_score_correction_bias, k=router.top_k, dim=-1, sorted=False)[1]
     weights = scores.gather(1, indices)
