@@ -59,30 +59,20 @@ def kth_key(keys, low, high, total, k, slack):
     return lo, total, above
 
 
+PUT = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }")
+PUT_BYTE = tl.constexpr(PUT.value.replace("b32 [", "u8 ["))
+
+
 @triton.jit
 def put(pointer, value, mask):
-    """tl.store of 32-bit values, but in the layout that they have: tl.store moves scattered ones to another through shared memory."""
+    """tl.store of 32-bit values, or of their lowest bytes, in the layout that they have: tl.store moves scattered ones to another
+    through shared memory."""
+    byte: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth == 8
     if INTERPRETED:
-        tl.store(pointer, value, mask=mask)
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [pointer.to(tl.int64), value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def put_byte(pointer, value, mask):
-    """As `put`, the lowest byte of 32-bit values."""
-    if INTERPRETED:
-        tl.store(pointer, value.to(tl.uint8), mask=mask)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.u8 [$1], $2; mov.u32 $0, 0; }",
+            PUT_BYTE if byte else PUT,
             "=r,l,r,r",
             [pointer.to(tl.int64), value, mask.to(tl.int32)],
             dtype=tl.int32,

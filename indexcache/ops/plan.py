@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from indexcache.ops.bits import put, put_byte
+from indexcache.ops.bits import put
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def unite(
                     for i in tl.static_range(GROUP):
                         bits |= ((rows[i] >> i_bit) & 1) << i
                     put(p_union + slot, (window + o) * 32 + i_bit, left != 0)
-                    put_byte(p_bits + slot, bits, left != 0)
+                    put(p_bits + slot, bits, left != 0)
                     left &= left - 1
                     slot += 1
                 written += tl.sum(n, 0)
