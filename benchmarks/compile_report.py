@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = {"HGMMA", "QGMMA", "HMMA", "FMNMX", "FFMA", "FMUL", "F2FP", "MUFU", "LDGSTS", "UTMALDG"}
+SHARED = 232448  # bytes of shared memory that a program can have on Hopper
 COUNTED |= {"LDS", "STS", "LDL", "STL", "SHFL", "VOTE", "BAR"}
 
 
@@ -129,12 +130,11 @@ def calls() -> dict[str, Callable[[], Any]]:
         out, _ = launch.sparse_mla(q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic)
         out.sum().backward()
 
-    def warm_up(index: tuple[int, int], heads: int, dims: int) -> None:
-        from indexcache.ops.launch_distill import warm_up
-
-        q, k, w = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((4096, *index), (4096, index[1]), (4096, index[0])))
-        layer = torch.zeros(4096, heads, dims, dtype=torch.bfloat16), torch.zeros(4096, heads, dims, dtype=torch.bfloat16), 0.1
-        warm_up(q, k, w, [layer] * 2, [0.5, 0.5], True, [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)], 1 << 30)
+    def warm_up(index: tuple[int, int], heads: int, dims: int, length: int = 4096, kind: torch.dtype = torch.bfloat16) -> None:
+        q, k, w = (torch.zeros(*s, dtype=kind) for s in ((length, *index), (length, index[1]), (length, index[0])))
+        x = torch.zeros(length, heads, dims, dtype=kind)
+        grads = [torch.zeros(t.shape) for t in (q, k, w)]
+        launch.warm_up(q, k, w, [(x, lambda: x, 0.1)] * 2, [0.5, 0.5], True, grads, 1 << 30)
 
     angle = torch.zeros(1, 4096, 32)
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
@@ -162,12 +162,13 @@ def calls() -> dict[str, Callable[[], Any]]:
         "backward deterministic": lambda: backward(True),
         "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 1, 128, dtype=torch.bfloat16), True, angle, angle, True),
         "distill warm-up": lambda: warm_up((9, 256), 9, 256),
+        "distill warm-up fp32": lambda: warm_up((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),
     }
 
 
 def main() -> int:
-    """Exit code 1: a kernel does not compile, or its wgmma instructions are serialised."""
+    """Exit code 1: a kernel does not compile, needs more shared memory than there is, or has its wgmma instructions serialised."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="tasks whose label contains this")
     parser.add_argument("--sass", type=Path, help="write the disassembly there")
@@ -191,7 +192,7 @@ def main() -> int:
                 continue
             seen.add(name)
             r = resources(kernel, arguments.sass / f"{len(seen):02}.{name.split()[0]}.sass" if arguments.sass else None)
-            failed += bool(r["warnings"])
+            failed += bool(r["warnings"]) or r["smem"] > SHARED
             mix = " ".join(f"{k}={v}" for k, v in r["mix"].items())
             sizes = (
                 f"{r['warps']:2} warps {r['regs']:3} registers {r['stack']:4} stack {r['smem']:6} shared {r['instructions']:5} instructions"

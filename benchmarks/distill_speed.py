@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 from indexcache.analysis.floors import DEVICES  # noqa: E402
 from indexcache.distill import DistillSettings, distill_pattern  # noqa: E402
+from indexcache.distill import loss as loss_module  # noqa: E402
 from indexcache.distill.flops import flops_per_token  # noqa: E402
 from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distill.rows import Row  # noqa: E402
 from indexcache.models.shapes import Shape, random_model  # noqa: E402
-from indexcache.ops import launch_distill as fused  # noqa: E402
 from indexcache.search.select import choose  # noqa: E402
 
 SHAPE: dict[str, Any] = {
@@ -52,13 +52,13 @@ def check(length: int = 2048) -> float:
 
     teachers = [Teacher(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625) for _ in range(2)]
     found = []
-    for way in (False, True):
-        fused.FORCED = way
+    for way in ("torch", "triton"):
+        loss_module.BACKEND = way
         leaves = [some(length, 9, 256), some(length, 256, by=0.1), some(length, 9, by=0.1).float()] if not found else found[0][2]
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         loss = distill_loss(*leaves, teachers)
         found.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
-    fused.FORCED = None
+    loss_module.BACKEND = "auto"
     pairs = zip((found[1][0], *found[1][1]), (found[0][0], *found[0][1]), strict=True)
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
@@ -102,7 +102,7 @@ def main() -> int:
     rows = []
     lengths = [int(n) for n in arguments.lengths.split(",")]
     for length, way in [(n, "fused") for n in lengths] + [(lengths[0], "plain torch")] * arguments.plain:
-        fused.FORCED = None if way == "fused" else False
+        loss_module.BACKEND = "triton" if way == "fused" else "torch"
         rows.append({"loss": way, **measure(length, arguments.pattern, arguments.steps)})
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()

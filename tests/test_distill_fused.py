@@ -12,6 +12,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its own library is decorated then
 pytest.importorskip("triton", reason="triton is not installed")
 
+from indexcache.distill import loss as loss_module  # noqa: E402
 from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.ops import launch_distill as fused  # noqa: E402
 
@@ -35,8 +36,8 @@ def case(length, layers, *, heads=3, index_heads=4, dim=16, absorbed=True, dtype
 def both(q, k, w, teachers, kind, weights=None, rows=None, monkeypatch=None):
     """(loss, gradients) of the streamed and of the fused way."""
     found = []
-    for way in ("streamed", "fused"):
-        monkeypatch.setattr(fused, "FORCED", way == "fused")
+    for way in ("torch", "triton"):
+        monkeypatch.setattr(loss_module, "BACKEND", way)
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
         loss = distill_loss(*leaves, teachers, weights, kind=kind, block_bytes=rows and 8 * len(q) * rows)
         found.append((loss.detach(), torch.autograd.grad(loss, leaves)))
@@ -51,6 +52,8 @@ def relative(got, want):
 def small(monkeypatch):
     for name, value in {"queries": 32, "keys": 64, "part": 16, "back": 32, "rows": 64}.items():
         monkeypatch.setattr(fused.SETTINGS, name, value)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))  # nothing unwritten is read
 
 
 @pytest.mark.parametrize("kind", ["multi", "avg"])
@@ -67,18 +70,32 @@ def test_small(small, monkeypatch, length, layers, absorbed, kind):
 
 def test_weights_of_layers_and_blocks_of_rows(small, monkeypatch):
     q, k, w, teachers = case(70, 2, dim=24)
-    for rows in (1, 16, 33):
+    for rows in (33, 64):  # chunks of 32 and 64
         (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", [0.3, 0.7], rows, monkeypatch)
         assert relative(got_loss, loss) < 1e-5
         assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
 
 
+def test_inputs_in_any_order_of_dimensions(small, monkeypatch):
+    q, k, w, teachers = case(40, 1)
+    (_, want), (_, got) = both(q.transpose(0, 1).contiguous().transpose(0, 1), k.T.contiguous().T, w.T.contiguous().T, teachers, "multi",
+                               monkeypatch=monkeypatch)  # fmt: skip
+    assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
+    q, k, w, teachers = case(8, 1, dim=512)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    with pytest.raises(ValueError, match="512 numbers"):
+        distill_loss(q, k, w, teachers)
+
+
 def test_the_loss_alone(small, monkeypatch):
     q, k, w, teachers = case(40, 1)
-    monkeypatch.setattr(fused, "FORCED", True)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
     with torch.no_grad():
         fused_loss = distill_loss(q, k, w, teachers)
-        monkeypatch.setattr(fused, "FORCED", False)
+        monkeypatch.setattr(loss_module, "BACKEND", "torch")
         assert relative(fused_loss, distill_loss(q, k, w, teachers)) < 1e-5
 
 

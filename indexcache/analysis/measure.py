@@ -139,10 +139,12 @@ def filling_batch(subject: Subject, capacity: int, pattern: Pattern) -> int:
 def warm_up(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
     """Compile what a measurement would compile."""
     ids = prompt_ids(subject, length)
+    _lend(subject, length)
     with torch.no_grad(), use_pattern(subject.model, pattern):
         cache = FastCache(subject.model, length + SPARE)
         tokens = prefill(subject.model, ids, cache, chunk=chunk).argmax(-1)
         _steps(Decoder(subject.model, cache), tokens, WARM_STEPS)
+    _lend(subject, 0)
 
 
 def measure(
@@ -162,11 +164,12 @@ def measure(
                            "batch": batch, "chunk": chunk}  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in s.model.parameters())
     with torch.no_grad(), use_pattern(s.model, pattern):
+        _lend(s, 0)
         _release(s)
+        lent = _lend(s, context)
         if s.cuda:
             torch.cuda.reset_peak_memory_stats(s.where)
         cache = FastCache(s.model, capacity)
-        lent = _lend(s, context)
         runs, parts, added = [_prefill_s(s, ids, cache, chunk)], {}, None
         if batch == 1:
             while len(runs) < 3 and statistics.median(runs) < SHORT:
@@ -181,6 +184,7 @@ def measure(
             runs = []
             _release(s)
             cache.batch_repeat_interleave(batch)  # copies of one prompt, which go on with different tokens
+        _lend(s, 0)  # decoding reads what it selects
         tokens = (ids[0, -1:] + torch.arange(batch, device=ids.device)) % s.shape.vocab
         decoder = Decoder(s.model, cache)
         tokens = _steps(decoder, tokens, WARM_STEPS)
@@ -211,11 +215,11 @@ def measure(
 
 
 def _lend(s: Subject, context: int) -> int:
-    """Lay the recorded selections out for a prefill of this length; the bytes they take."""
+    """Lay the recorded selections out for a prefill of this length, 0: take them away; the bytes they take."""
     selector = selector_of(s.model)
     assert isinstance(selector, FastSelector)
     selector.stand_in = None  # free the last one first
-    if s.selections is None:
+    if s.selections is None or not context:
         return 0
     selector.stand_in = stretch(s.selections.to(s.where), s.shape.topk, context)
     return selector.stand_in.numel() * selector.stand_in.element_size()

@@ -46,7 +46,7 @@ def run(s: Settings) -> int:
     result = None if s.bench is None else _read(s.bench)
     device = _device_of(result) if s.gpu == "bench" else device_named(s.gpu)
     model, errors, notes = FLOOR_ONLY, list[dict[str, Any]](), _notes(s, shape, device, context)
-    chunk, index_dtype = 8192, s.index_dtype
+    chunk, index_dtype = 16384, s.index_dtype  # as bench takes it
     if result is None:
         basis = "floor only: no --bench was given, so these are bounds that nothing reaches (no efficiency is assumed)"
     else:

@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from indexcache import ops
+
 KINDS = ("multi", "avg")
+BACKEND = "auto"  # of the warm-up: tests ask for "triton" in its interpreter, or for "torch"
 BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # of all intermediates of a block
 
 
@@ -120,13 +123,12 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, w, teachers, weights, kind, ids, size):  # type: ignore[override]
         wanted = any(ctx.needs_input_grad[:3])
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, w)] if wanted else None
-        if ids is None and _fused(q, teachers):
-            from indexcache.ops.launch_distill import warm_up
-
-            taught = [(t.q_SHn, t.keys(), t.scale) for t in teachers]
-            value = warm_up(q, k, w, taught, weights, kind == "multi", grads, size)
-        else:
+        grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w)] if wanted else None
+        value = None
+        if ids is None:
+            layers = [(t.q_SHn, t.keys, t.scale) for t in teachers]
+            value = ops.warm_up(q, k, w, layers, weights, kind == "multi", grads, size, backend=BACKEND)
+        if value is None:
             value = q.new_zeros((), dtype=torch.float64)
             for rows in _blocks(q, teachers, ids, size):
                 value += _one_block(_Block(rows, ids), q, k, w, teachers, weights, kind, grads)
@@ -137,14 +139,6 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None)
-
-
-def _fused(q: Tensor, teachers: Sequence[Teacher]) -> bool:
-    try:
-        from indexcache.ops import launch_distill
-    except ImportError:  # triton is not installed
-        return False
-    return launch_distill.runs(q, *(t.q_SHn for t in teachers))
 
 
 def _one_block(block: _Block, q, k, w, teachers, weights, kind: str, grads: list[Tensor] | None) -> Tensor:

@@ -292,7 +292,7 @@ class Trainer:
 
 
 def _rows_that_hold_something(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """(matrix, fp32 [rows here, 1]: 0 where a row holds nothing but zeros) of the matrices that have such rows."""
+    """(matrix, in its dtype [rows here, 1]: 0 where a row holds nothing but zeros) of the matrices that have such rows."""
     found = [(p, (_local(p.detach()) != 0).any(-1, keepdim=True).to(p.dtype)) for p in module.parameters() if p.dim() == 2]
     return [(p, holds) for p, holds in found if not bool(holds.all())]
 

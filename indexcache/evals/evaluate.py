@@ -17,6 +17,7 @@ from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import use_pattern
+from indexcache.models.selector import selector_of
 from indexcache.pattern import Pattern
 from indexcache.progress import progress
 
@@ -42,7 +43,7 @@ def evaluate_pattern(
         seed: of the bootstrap.
 
     Returns:
-        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to}. A row is one pattern on one
+        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to, "path": "stock" or "fast"}. A row is one pattern on one
         domain ("all": every domain): `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and `delta_loss`
         (nats per token; delta = pattern minus baseline), `ci_low` and `ci_high` (95 % paired bootstrap over documents),
         `kl` (KL(baseline || pattern), nats per token), `agreement` (share of tokens with the same top-1), `tokens`,
@@ -88,7 +89,7 @@ def evaluate_pattern(
         for bucket in range(BUCKETS):
             chosen = {k: v for k, v in sums[name].items() if k[2] == bucket}
             positions.append(head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed))
-    return {"rows": rows, "positions": positions, "baseline": str(base)}
+    return {"rows": rows, "positions": positions, "baseline": str(base), "path": selector_of(model).path}
 
 
 def _hidden(model: nn.Module, base: Pattern, native: Pattern, batch: Batch) -> Tensor:

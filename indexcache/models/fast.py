@@ -186,13 +186,13 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
     """Turn a loaded model to the fast path, until `undo`. Weights, module tree and state dict stay as they are.
 
     Results differ from stock by rounding, and where two keys have all but the same indexer score, by which of them is
-    selected. Inference only; attention weights are not returned. On a GPU the norms are fused and the experts run in grouped
-    products as well.
+    selected. Inference only; attention weights are not returned. Routers that must take all groups of experts skip
+    their choice. On a GPU the norms are fused and the experts run in grouped products as well.
 
     Args:
         index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3 with a scale for each vector, after a
             Hadamard rotation: half the memory and time, another selection at the edge).
-        compile: run MLPs, experts and the projections through torch.compile, which fuses what lies between the products; it
+        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what lies between the products; it
             takes its time at the first calls.
 
     Raises:

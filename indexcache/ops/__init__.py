@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ __all__ = [
     "quantize_latent",
     "rope",
     "sparse_mla",
+    "warm_up",
 ]
 
 BACKENDS = ("auto", "torch", "triton")
@@ -81,7 +84,8 @@ def index_topk(
     """
     _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, plan)
     if _use_triton(backend, q_BSHD, "index_topk", lambda kernels: kernels.refuse_index(q_BSHD, k_BTD, topk, pool)):
-        return _kernels().index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan)
+        with _at(q_BSHD):
+            return _kernels().index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan)
     with torch.no_grad():
         return reference.index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool)
 
@@ -122,7 +126,8 @@ def sparse_mla(
     """
     _check_mla(q_BSHE, latent_BTE, ids_BSK, value_dim, plan)
     if _use_triton(backend, q_BSHE, "sparse_mla", lambda kernels: kernels.refuse_mla(q_BSHE, latent_BTE, value_dim)):
-        return _kernels().sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan, deterministic=deterministic)
+        with _at(q_BSHE):
+            return _kernels().sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan, deterministic=deterministic)
     return reference.sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan)
 
 
@@ -136,7 +141,8 @@ def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> Plan
     if not 1 <= group <= GROUP_MAX:
         raise ValueError(f"A group is 1 to {GROUP_MAX} queries (bits of a mask), got {group}.")
     if _use_triton(backend, ids_BSK, "group_queries", lambda kernels: None):
-        return _kernels().group_queries(ids_BSK, group)
+        with _at(ids_BSK):
+            return _kernels().group_queries(ids_BSK, group)
     return reference.group_queries(ids_BSK, group)
 
 
@@ -183,13 +189,50 @@ def _quantize(
     if (cos is None) != (sin is None):
         raise ValueError("Give both cos and sin, or neither.")
     if _use_triton(backend, x_BSHD, "quantize", lambda kernels: kernels.refuse_quantize(x_BSHD)):
-        return _kernels().quantize(x_BSHD, rotate, cos, sin, interleaved)
+        with _at(x_BSHD):
+            return _kernels().quantize(x_BSHD, rotate, cos, sin, interleaved)
     if cos is not None and sin is not None:
         x_BSHD = reference.rope(x_BSHD.float(), cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved)
     return reference.quantize_fp8(x_BSHD, rotate=rotate)
 
 
+def warm_up(
+    q_SJD: Tensor,
+    k_TD: Tensor,
+    w_SJ: Tensor,
+    layers: Sequence[tuple[Tensor, Callable[[], Tensor], float]],
+    weights: Sequence[float],
+    multi: bool,
+    grads: list[Tensor] | None,
+    block_bytes: int,
+    *,
+    backend: str = "auto",
+) -> Tensor | None:
+    """Loss and gradients of one indexer that learns the dense attention of `layers` on one document (`distill.loss.distill_loss`).
+
+    Args:
+        q_SJD, k_TD, w_SJ: the indexer's queries, keys and head weights.
+        layers: of each, its queries [S, H, n], how to get its keys [T, H, n] or [T, 1, n], and the scale of the logits.
+        weights: of the layers, summing to 1.
+        multi: L_multi, else L_avg (method.md section 4).
+        grads: fp32 zeros, contiguous, in the shapes of q, k and w: filled in.
+        block_bytes: memory of two fp32 matrices [queries of a chunk, T].
+
+    Returns:
+        fp64 scalar, nats, summed over the queries; None where the kernels do not run and torch has to (`distill.loss`).
+    """
+    if not _use_triton(backend, q_SJD, "the distillation loss", lambda kernels: kernels.refuse_warm_up(q_SJD, *(q for q, *_ in layers))):
+        return None
+    with _at(q_SJD):
+        return _kernels().warm_up(q_SJD, k_TD, w_SJ, layers, weights, multi, grads, block_bytes)
+
+
 # ---- dispatch
+
+
+def _at(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def _kernels():

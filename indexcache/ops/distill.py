@@ -1,6 +1,7 @@
 """The distillation warm-up's loss and gradients on a GPU: one indexer learns the attention of the layers it serves, all of it dense.
 
-Queries come in chunks of R rows against the N keys before the chunk's end; two fp32 matrices [R, N] are all that is held.
+Queries come in chunks of R rows against the N keys before the chunk's end; two fp32 matrices [R, N] are held, and one teacher's
+keys at a time.
 
   normalise    a teacher's log-sum-exp of each query and head
   teach        target += weight * p, p = mean_h exp(logit - normaliser), and the sum of p log p

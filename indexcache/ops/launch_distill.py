@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from indexcache.ops import distill
 
 LOG2E = distill.LOG2E.value
-Taught = tuple[Tensor, Tensor, float]  # of a layer: queries [S, H, n], keys [T, H, n] or [T, 1, n], scale
+Taught = tuple[Tensor, Callable[[], Tensor], float]  # of a layer: queries [S, H, n], its keys [T, H, n] or [T, 1, n], scale
 
 
 @dataclass
@@ -27,29 +27,25 @@ class Settings:
 
 
 SETTINGS = Settings()
-FORCED: bool | None = None  # tests: run the kernels (in Triton's interpreter), or never
 
 
-def runs(*queries: Tensor) -> bool:
-    """The kernels know these: the indexer's and all layers' queries, on a GPU, of one dtype, in rows of at most 256."""
-    if FORCED is not None:
-        return FORCED
-    one = len({q.dtype for q in queries}) == 1 and queries[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return one and all(q.is_cuda and q.shape[-1] <= 256 for q in queries)
+def refuse(*queries: Tensor) -> str | None:
+    """Why these queries, the indexer's and all layers', cannot go through the kernels; None: they can."""
+    dtypes = {q.dtype for q in queries}
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
+        return f"the dtypes are {', '.join(sorted(map(str, dtypes)))}"
+    width = max(q.shape[-1] for q in queries)
+    return f"rows of {width} numbers are longer than 256" if width > 256 else None
 
 
 def warm_up(
     q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, layers: Sequence[Taught], weights: Sequence[float], multi: bool,
     grads: list[Tensor] | None, block_bytes: int,
 ) -> Tensor:  # fmt: skip
-    """L_multi or L_avg (method: section 4), fp64 scalar; `grads` (fp32, of q, k and w, zeros) are filled in where given.
-
-    q_SJD, k_TD, w_SJ: the indexer's. weights: of the layers. block_bytes: memory of the two matrices [queries of a chunk, T].
-    """
+    """As `ops.warm_up`."""
     q, k, w = q_SJD.contiguous(), k_TD.contiguous(), w_SJ.float().contiguous()
     length, heads, dim = q.shape
     s, device = SETTINGS, q.device
-    taught = [(queries.contiguous(), keys.contiguous(), scale * LOG2E) for queries, keys, scale in layers]
     rows = min(max(block_bytes // (8 * length) // s.queries, 1) * s.queries, s.rows)
     target, scores = (torch.empty(min(rows, length), length, dtype=torch.float32, device=device) for _ in range(2))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -61,8 +57,9 @@ def warm_up(
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         blocks, columns = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
-        for i, ((some, keys, scale2), weight) in enumerate(zip(taught, weights, strict=True)):
-            some, each = some[start:stop], some.shape[1]
+        for i, ((queries, keys_of, scale), weight) in enumerate(zip(layers, weights, strict=True)):
+            some, keys, each = queries[start:stop].contiguous(), keys_of().contiguous(), queries.shape[1]
+            scale2 = scale * LOG2E
             shape = {"E": some.shape[2], "BE": s.part, **tile}
             if some.shape[2] > 192:  # two stages of a query and a key tile fill the shared memory
                 shape["BN"] //= 2

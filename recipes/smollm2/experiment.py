@@ -2,14 +2,15 @@
 
     python recipes/smollm2/experiment.py CHECKPOINT --data work/smollm2/data --out work/smollm2/experiment [--stage train search ..]
 
-    train      a seed: all indexers in the warm-up, each on its own layer ("full"); from there, with as many further steps each, the kept
-               ones of the uniform patterns on all layers they serve ("multi") and on their own alone ("own")
-    search     a seed: greedy search over the layers with the trained indexers, on training text
-    evaluate   held-out loss of every document, and the long-range tasks: the dense model; full; untouched (full's indexers, uniform
-               pattern), own, multi, searched; searched with R in the other layers, pool 4 k and 8 k
+    train      a seed: all indexers in the warm-up, each on its own layer ("start"); from there, with as many further steps on other
+               rows, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve ("multi")
+    search     a seed: greedy search over the layers with full's indexers, on training text
+    evaluate   held-out loss of every document, and the long-range tasks: the dense model; full; start's indexers under the uniform
+               pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what the kept
+               ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and 8 k
     table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain
 
-Every finished piece is kept in --out; the same command goes on.
+Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out.
 """
 
 from __future__ import annotations
@@ -33,27 +34,31 @@ from indexcache.data import Batch, Document, load_documents, make_batches
 from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, pack_rows
 from indexcache.distill.rows import Row
 from indexcache.evals.statistics import bootstrap_interval
+from indexcache.models.family import indexers
 from indexcache.models.fast import accelerate
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.loading import Loaded, fingerprint, load_model
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
+from indexcache.records import Run, open_run
 from indexcache.search.run import SearchSettings, search_pattern
 from indexcache.search.select import choose
 
 STAGES = ("train", "search", "evaluate", "table")
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
+LATER = 1000  # added to the seed of the rows after the start
 
 
 class Experiment:
-    def __init__(self, o: argparse.Namespace):
-        self.o, self.out = o, o.out
+    def __init__(self, o: argparse.Namespace, run: Run):
+        self.o, self.out, self.run = o, o.out, run
         self.loaded: Loaded = load_model(o.checkpoint, dtype=o.dtype, device=o.device)
         self.model: Any = self.loaded.model
         self.layers = int(self.model.config.num_hidden_layers)
         self.full = Pattern("F" * self.layers)
         self.base = {"base": o.checkpoint.name, "base_digest": fingerprint(o.checkpoint)}
+        self.own = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in indexers(self.model)]
 
     def uniform(self, kept: int) -> Pattern:
         return choose(f"uniform:1/{kept}", self.layers).pattern
@@ -75,27 +80,37 @@ class Experiment:
     def train(self) -> None:
         o, documents = self.o, self.read("train")
         for seed in o.seeds:
-            rows = pack_rows(documents, o.length, seed)
-            self.distill(seed, "full", self.full, "multi", rows, o.steps)
+            first, later = (pack_rows(documents, o.length, n) for n in (seed, seed + LATER))
+            self.distill(seed, "start", None, self.full, first, o.steps)
+            self.distill(seed, "full", "start", self.full, later, o.more)
             for kept in KEPT:
-                for loss in ("multi", "own"):
-                    apply_delta(self.model, self.delta(seed, "full"))
-                    self.distill(seed, f"{loss}-{kept}", self.uniform(kept), loss, rows, o.more)
+                self.distill(seed, f"multi-{kept}", "start", self.uniform(kept), later, o.more)
 
-    def distill(self, seed: int, name: str, pattern: Pattern, loss: str, rows: list[Row], steps: int) -> None:
+    def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int) -> None:
         folder = self.folder(seed, name)
         if (folder / "result.json").is_file():
             return
-        settings = DistillSettings(stage="warmup", loss=loss, keep_zeros=True, steps=steps, rows=self.o.rows, lr=self.o.lr,
-                                   eval_every=0, save_every=steps, seed=seed)  # fmt: skip
+        self.take(seed, start)
+        settings = DistillSettings(stage="warmup", keep_zeros=True, steps=steps, rows=self.o.rows, lr=self.o.lr, eval_every=0,
+                                   save_every=steps, seed=seed)  # fmt: skip
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
         print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
+
+    @torch.no_grad()
+    def take(self, seed: int, *names: str | None) -> None:
+        """The checkpoint's own indexers, then those of the deltas, one after the other."""
+        for indexer, own in zip(indexers(self.model), self.own, strict=True):
+            for name, p in indexer.named_parameters():
+                p.copy_(own[name])
+        for name in names:
+            if name is not None:
+                apply_delta(self.model, self.delta(seed, name))
 
     def search(self) -> None:
         documents = self.read("train")
         for seed in self.o.seeds:
             batches = make_batches(documents, length=self.o.length, sequences=self.o.calibration, seed=seed)
-            apply_delta(self.model, self.delta(seed, "full"))
+            self.take(seed, "full")
             with accelerate(self.model):
                 settings = SearchSettings(keep=1 / KEPT[-1], uniform=False)
                 search_pattern(self.model, batches, self.folder(seed, "search"), settings, identity=self.base | {"seed": seed})
@@ -110,8 +125,8 @@ class Experiment:
         """(method, kept, delta, pattern)"""
         yield "full", 1, "full", self.full
         for kept in KEPT:
-            yield "untouched", kept, "full", self.uniform(kept)
-            yield "own", kept, f"own-{kept}", self.uniform(kept)
+            yield "untouched", kept, "start", self.uniform(kept)
+            yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
             found = self.searched(seed, kept)
             yield "searched", kept, "full", found
@@ -123,16 +138,15 @@ class Experiment:
         held_out = make_batches(self.read("heldout.jsonl"), length=o.length, sequences=o.documents * 5, seed=0)
         with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
             tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
-        done = {(r["seed"], r["method"], r["kept"]) for r in self.lines()}
-        if ("dense", 1) not in {k[1:] for k in done}:
-            self.note(0, "dense", 1, self.full, self.measure(held_out, tasks, None))
+        done = {(r["seed"], r["method"], r["kept"]) for r in self.run.journal}
+        if (None, "dense", 1) not in done:
+            self.note(None, "dense", 1, self.full, self.measure(held_out, tasks, None))
         for seed in o.seeds:
             for method, kept, delta, pattern in self.ways(seed):
                 if (seed, method, kept) not in done:
-                    apply_delta(self.model, self.delta(seed, "full"))
-                    apply_delta(self.model, self.delta(seed, delta))
+                    self.take(seed, delta)
                     facts = self.measure(held_out, tasks, pattern)
-                    if method in ("full", "multi"):
+                    if method in ("full", "own", "multi"):
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
                     self.note(seed, method, kept, pattern, facts)
@@ -140,14 +154,14 @@ class Experiment:
     @torch.no_grad()
     def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern | None) -> dict[str, Any]:
         """Loss of each document, a sum over its tokens, and the tasks' scores; of the dense model without a pattern."""
-        found: dict[str, Any] = {"documents": []}
+        sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
         with self.under(pattern):
             for b in batches:
                 losses = token_losses(self.model, hidden_states(self.model, b.ids), b.ids).double()
                 for name, each in zip(b.units, losses, strict=True):
-                    found["documents"].append([b.domain, name, float(each.sum()), each.numel()])
-            found["tasks"] = score(tasks, logits_of(self.model))
-        return found
+                    sums[b.domain, name][0] += float(each.sum())
+                    sums[b.domain, name][1] += each.numel()
+            return {"documents": [[*key, *s] for key, s in sums.items()], "tasks": score(tasks, logits_of(self.model))}
 
     @contextmanager
     def under(self, pattern: Pattern | None) -> Iterator[None]:
@@ -158,31 +172,31 @@ class Experiment:
             with accelerate(self.model), use_pattern(self.model, pattern):
                 yield
 
-    def lines(self) -> list[dict[str, Any]]:
-        path = self.out / "evaluate.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def note(self, seed: int, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
-        with open(self.out / "evaluate.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts) + "\n")
+    def note(self, seed: int | None, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
+        self.run.append({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts)
         mean = sum(d[2] for d in facts["documents"]) / sum(d[3] for d in facts["documents"])
         print(f"seed {seed} {method} 1/{kept}: loss {mean:.4f}, tasks {accuracy([facts]):.3f}", flush=True)
 
-    def table(self) -> dict[str, Any]:
-        o, lines = self.o, self.lines()
+    def table(self) -> None:
+        o, lines = self.o, self.run.journal
+        first = next(r["seed"] for r in lines if r["method"] == "full")
         result = {
             "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
-            "date": datetime.date.today().isoformat(), "seeds": len({r["seed"] for r in lines}), "rows": rows_of(lines),
-            "settings": {k: getattr(o, k) for k in ("length", "steps", "more", "rows", "lr", "calibration", "dtype")},
-            "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == 0 and "mass_kept" in r},
-            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] == 0},
+            "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines),
+            "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r},
+            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] in (first, None)},
         }  # fmt: skip
-        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.run.save("result.json", result)
         for r in result["rows"]:  # type: ignore[union-attr]
             if r["domain"] == "all":
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
                 print(f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, tasks {r['retrieval']:.3f}")
-        return result
+
+
+def settings_of(o: argparse.Namespace) -> dict[str, Any]:
+    """What all pieces of an --out share."""
+    names = ("length", "steps", "more", "rows", "lr", "calibration", "documents", "tasks", "dtype")
+    return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
 
 
 def accuracy(lines: list[dict[str, Any]]) -> float:
@@ -190,8 +204,10 @@ def accuracy(lines: list[dict[str, Any]]) -> float:
 
 
 def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled."""
-    full = {r["seed"]: {d[1]: d for d in r["documents"]} for r in lines if r["method"] == "full"}
+    """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled. The dense
+    model, which has no seed, is compared with the mean of all."""
+    losses: dict[Any, dict[str, float]] = {r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in lines if r["method"] == "full"}
+    losses[None] = {name: float(np.mean([full[name] for full in losses.values()])) for name in next(iter(losses.values()))}
     ways: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for r in lines:
         ways[r["method"], r["kept"]].append(r)
@@ -201,7 +217,7 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for domain in ["all", *sorted({d[0] for d in documents.values()})]:
             names = [n for n, d in documents.items() if domain in ("all", d[0])]
             tokens = [documents[n][3] for n in names]
-            per_seed = [{d[1]: d[2] - full[r["seed"]][d[1]][2] for d in r["documents"]} for r in found]
+            per_seed = [{d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found]
             sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
             low, high = bootstrap_interval(sums, tokens)
             loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
@@ -222,7 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=400, help="of the warm-up of all indexers")
-    parser.add_argument("--more", type=int, default=150, help="steps after it, for multi and own")
+    parser.add_argument("--more", type=int, default=150, help="steps after it")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration", type=int, default=4, help="sequences of the search")
@@ -231,12 +247,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
-    o.out.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment(o)
-    for stage in STAGES:
-        if stage in o.stage:
-            print(f"-- {stage}", file=sys.stderr, flush=True)
-            getattr(experiment, stage)()
+    with open_run(o.out, settings_of(o)) as run:
+        experiment = Experiment(o, run)
+        for stage in STAGES:
+            if stage in o.stage:
+                print(f"-- {stage}", file=sys.stderr, flush=True)
+                getattr(experiment, stage)()
 
 
 if __name__ == "__main__":
