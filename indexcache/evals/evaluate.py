@@ -43,10 +43,10 @@ def evaluate_pattern(
         seed: of the bootstrap.
 
     Returns:
-        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to, "path": "stock" or "fast"}. A row is one pattern on one
-        domain ("all": every domain): `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and `delta_loss`
-        (nats per token; delta = pattern minus baseline), `ci_low` and `ci_high` (95 % paired bootstrap over documents),
-        `kl` (KL(baseline || pattern), nats per token), `agreement` (share of tokens with the same top-1), `tokens`,
+        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to, "path": "stock" or "fast"}. A row is
+        one pattern on one domain ("all": every domain): `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and
+        `delta_loss` (nats per token; delta = pattern minus baseline), `ci_low` and `ci_high` (95 % paired bootstrap over
+        documents), `kl` (KL(baseline || pattern), nats per token), `agreement` (share of tokens with the same top-1), `tokens`,
         `documents`. `positions` has the same per quarter of the sequence, over all domains.
 
     Raises:
