@@ -67,12 +67,20 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "reason"),
     [("nothing.safetensors:a", "FILE:NAME"), ("{}", "FILE:NAME"), ("{}:topk.99", "topk.10"), ("{bad}:a", "no safetensors"),
-     ("{odd}:falling", "no selections"), ("{odd}:far", "no selections"), ("{odd}:seven", "copies of 7")],
+     ("{odd}:falling", "no selections"), ("{odd}:far", "no selections"), ("{odd}:none", "no selections"), ("{odd}:seven", "copies of 7")],
 )  # fmt: skip
 def test_refusals(word, reason, tmp_path, capsys):
     bad, odd = tmp_path / "bad.safetensors", tmp_path / "odd.safetensors"
     bad.write_bytes(b"nothing")
-    save_file({"falling": torch.tensor([[3, 1]]), "far": torch.tensor([[0, 9]]), "seven": recorded(64, 7)}, odd)
+    save_file(
+        {
+            "falling": torch.tensor([[3, 1]]),
+            "far": torch.tensor([[0, 2], [0, 2]]) + torch.tensor([[0, 1], [0, 0]]),
+            "none": torch.empty(0, 3, dtype=torch.int32),
+            "seven": recorded(64, 7),
+        },
+        odd,
+    )
     command = ["bench", "tiny-random", "--contexts", "100", "--device", "cpu", "--selections", word.format(FILE, bad=bad, odd=odd)]
     assert main(command) == 2
     err = capsys.readouterr().err

@@ -27,9 +27,10 @@ def read_selections(word: str) -> Tensor:
             ids = held.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path}: is no safetensors file ({error}).") from None
-    whole = ids.dim() == 2 and not ids.is_floating_point() and bool((ids >= 0).all())
-    if not whole or not bool((ids[:, 1:] > ids[:, :-1]).all()) or int(ids.max()) >= 2 * len(ids):
-        raise ValueError(f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, below twice the rows.")
+    whole = ids.dim() == 2 and ids.numel() and not ids.is_floating_point() and bool((ids >= 0).all())
+    seen = torch.arange(len(ids), 2 * len(ids)) if whole else ids
+    if not whole or not bool((ids[:, 1:] > ids[:, :-1]).all()) or not bool((ids[:, -1] <= seen).all()):
+        raise ValueError(f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up to rows + r.")
     return ids.int()
 
 
