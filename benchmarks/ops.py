@@ -60,11 +60,14 @@ def milliseconds(call: Callable[[], Any], repeats: int = 11, graph: bool = False
 
 
 def side_by_side(calls: dict[str, Callable[[], Any]], repeats: int = 11) -> dict[str, float]:
-    """Medians of calls that take turns, so that each finds the clock and the heat that the others leave."""
+    """Medians of calls that take turns, so that each finds the clock and the heat that the others leave.
+
+    The device sleeps for about half a millisecond before each, so that the host's share of a launch is timed for none of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 2):
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(1_000_000)
             start.record()
             call()
             end.record()

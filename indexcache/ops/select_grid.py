@@ -18,12 +18,12 @@ import triton.language as tl
 
 from indexcache.ops.bits import INTERPRETED, NONE, kth_key, put, rows_visible, sort_key
 
-BINS = tl.constexpr(512)
-ROUNDS = tl.constexpr(6)  # one that the sample misled, then 2^32, 2^25, 2^17, 2^9 and 2 values in question
+BINS = tl.constexpr(1024)
+ROUNDS = tl.constexpr(5)  # one that the sample misled, then 2^32, 2^23, 2^13 and 2^3 values in question
 GROUPS = tl.constexpr(32)  # of samples
 LIST = tl.constexpr(512)
 CURSOR, COUNTS = tl.constexpr(32), tl.constexpr(64)  # in the workspace of a row: the arrivals, the end of the list, the bins
-WORK = tl.constexpr(64 + 6 * 512)
+WORK = tl.constexpr(64 + 5 * 1024)
 
 
 @triton.jit
@@ -148,8 +148,8 @@ def select_grid(
     o_bin = tl.arange(0, BINS)
     while (inside > LIST) & (lo < hi):
         span = (top - lo).to(tl.uint32, bitcast=True)
-        # half of the bins at most: in the first round the other half is for keys better than any sample
-        shift = tl.maximum((span.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126 - 8, 0).to(tl.uint32)
+        # in the first round keys better than any sample go to the last bin
+        shift = tl.maximum((span.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126 - 10, 0).to(tl.uint32)
         i_bin = tl.minimum((key - lo).to(tl.uint32, bitcast=True) >> shift, BINS - 1).to(tl.int32)
         alive = (key >= lo) & (key <= hi)
         if crowded:

@@ -24,7 +24,7 @@ class Settings:
     listed: int = 8192  # least capacity of the lists of a row, at most 4 x the wanted count above that
     sample: int = 32768  # most samples of a row; longer rows take a wider stride
     deviations: float = 5.0  # the threshold is set this many standard deviations to the safe side
-    chunk: int = 4096  # prefill queries at a time
+    chunk: int = 8192  # prefill queries at a time
     workspace: int = 1 << 29  # bytes of rows of scores at a time, for decode and pools
     rows_below: int = 32  # fewer queries than this use the row kernel
     workers: int = 132  # programs that redo rows whose sample misled
