@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 
@@ -258,6 +259,22 @@ class TestGraph:
                     whole = large(text).logits[0, n - 1 :]
                     rows = (runs[1][:, b] - whole).float().norm(dim=-1) / whole.float().norm(dim=-1)
                     assert rows.median() < 0.1
+
+    @pytest.mark.parametrize("index_dtype", ["auto", "fp8"])
+    def test_compiled_step_of_one_sequence(self, large, index_dtype):
+        """As near to fp32 as the step that is not compiled: its products are reductions in fp32."""
+        ids = torch.randint(0, SHAPE["vocab_size"], (1, 900), device="cuda")
+
+        def steps(model, compiled):
+            with accelerate(model, index_dtype=index_dtype, compile=compiled), use_pattern(model, "FSFRSS@2"):
+                cache = FastCache(model, 1024, 1)
+                prefill(model, ids, cache, chunk=500)
+                decoder = Decoder(model, cache)
+                return torch.cat([decoder.step(t).clone() for t in ids[0, :30, None]]).float()
+
+        runs = [steps(large, False), steps(large, True), steps(copy.deepcopy(large).float(), False)]
+        plain, compiled = ((run - runs[2]).norm(dim=-1).median() / runs[2].norm(dim=-1).median() for run in runs[:2])
+        assert compiled < 1.2 * plain
 
     def test_replays_do_not_wait(self, large):
         ids = torch.randint(0, SHAPE["vocab_size"], (1, 900), device="cuda")

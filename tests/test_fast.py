@@ -13,6 +13,7 @@ from test_search import documents
 from indexcache import Pattern, SearchSettings, evaluate_pattern, search_pattern, use_pattern
 from indexcache.data import make_batches
 from indexcache.models import fast as fast_path
+from indexcache.models import layer as layer_of_fast_path
 from indexcache.models.cache import FastCache
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.fast import accelerate, padding_of
@@ -166,7 +167,7 @@ def test_shared_layers_read_the_plan_of_their_source(model, ids, monkeypatch):
         used.append(plan)
         return attend(q, latents, selected, scale, value_dim=value_dim, plan=plan)
 
-    monkeypatch.setattr(fast_path, "group_size", lambda ids, heads: 3 if ids.shape[1] > 8 else 1)
+    monkeypatch.setattr(layer_of_fast_path, "group_size", lambda ids, heads: 3 if ids.shape[1] > 8 else 1)
     monkeypatch.setattr(fast_path.ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1])
     monkeypatch.setattr(fast_path.ops, "sparse_mla", seen)
     for pattern, plans in (("FSSFSS", 2), ("FSFRSS@2", 3), ("FFFFFF", 6)):
@@ -233,20 +234,29 @@ def test_routers_on_tensor_cores(compile):
     assert torch.equal(got[2].sort(-1).values, stock[2].sort(-1).values)
 
 
-def test_compiled_pieces(model, ids, monkeypatch):
-    """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_pieces(model, ids, monkeypatch, batch):
+    """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here. A step of one sequence
+    runs in pieces of its own."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    ids = ids[:batch]
     with use_pattern(model, "FSFRSS@2"):
         stock = logits(model, ids)
     with accelerate(model, compile=True), use_pattern(model, "FSFRSS@2"):
-        got = [logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, 2)))]
+        got = [logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, batch)))]
         got += [logits(model, ids[:, a:b], past_key_values=cache) for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))]
     assert relative(torch.cat(got, 1), stock) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12  # 5 pieces, many queries or one, 6 layers
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    torch._dynamo.reset()
+    monkeypatch.setattr(layer_of_fast_path, "_experts_of_one", lambda _experts, x, _indices, _weights: x * torch.nan)
+    with accelerate(model, compile=True), use_pattern(model, "FSFRSS@2"):
+        logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, batch)))
+        assert bool(logits(model, ids[:, 50:51], past_key_values=cache).isnan().all()) == (batch == 1)
 
 
 def test_refusals(model, ids):

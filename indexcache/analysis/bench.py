@@ -32,7 +32,7 @@ RECORDED_NOTE = ("In prefills attention read recorded selections of a trained mo
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """What is measured: each context (tokens) under each (name, pattern), at each batch (a number, or "fill": as many requests
-    as fit; only decoding is timed beyond 1)."""
+    as fit; only decoding is timed beyond 1). Patterns with R take half the chunk: their pools are as wide as eight selections."""
 
     contexts: tuple[int, ...]
     patterns: tuple[tuple[str, Pattern], ...]
@@ -121,12 +121,14 @@ def _measure_all(subject: Subject, grid: Grid, rows: list[dict[str, Any]], text:
                 "asked": batch,
             }
             try:
-                if ("R" in pattern.roles) not in warm:
-                    warm_up(subject, pattern, min(max(c for c, *_ in missing), 2 * grid.chunk + grid.chunk // 2 + 1), grid.chunk)
-                    warm.add("R" in pattern.roles)
+                pools = "R" in pattern.roles
+                chunk = max(grid.chunk // 2, 1) if pools else grid.chunk
+                if pools not in warm:
+                    warm_up(subject, pattern, min(max(c for c, *_ in missing), 2 * chunk + chunk // 2 + 1), chunk)
+                    warm.add(pools)
                 count = filling_batch(subject, context + grid.decode_tokens + SPARE, pattern) if batch == FILL else int(batch)
                 row |= measure(
-                    subject, context, pattern, batch=count, decode_tokens=grid.decode_tokens, chunk=grid.chunk, text=text, seed=grid.seed
+                    subject, context, pattern, batch=count, decode_tokens=grid.decode_tokens, chunk=chunk, text=text, seed=grid.seed
                 )
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):

@@ -8,40 +8,36 @@ gathered latents. Any cache of transformers works, filled with latents; a `FastC
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indexcache import ops
 from indexcache.models.cache import FastCache
 from indexcache.models.family import decoder_layers, family_of, indexers
+from indexcache.models.layer import (
+    Padding,
+    Plans,
+    Step,
+    Turn,
+    attention_forward,
+    fused_norm,
+    has_one_choice_of_groups,
+    layer_forward,
+    project,
+    route,
+    step_turn,
+    stock_norm,
+)
 from indexcache.models.parts import part
 from indexcache.models.seam import in_force
 from indexcache.models.selector import StockSelector, choose_selector
 
 INDEX_DTYPES = ("auto", "bf16", "fp8")
-Turn = Callable[[Any], Any]  # a function into what runs in its place
-
-
-@dataclass(frozen=True)
-class Padding:
-    """All that is left of an attention mask: how many positions at the left of each sequence are padding."""
-
-    left: tuple[int, ...] | None = None
-
-    def groups(self, batch: int) -> list[tuple[slice, int]]:
-        """(rows, padding) of neighbouring sequences with the same padding."""
-        if self.left is None:
-            return [(slice(0, batch), 0)]
-        starts = [i for i in range(batch) if i == 0 or self.left[i] != self.left[i - 1]]
-        return [(slice(a, b), self.left[a]) for a, b in zip(starts, [*starts[1:], batch], strict=True)]
 
 
 class FastSelector(StockSelector):
@@ -49,9 +45,10 @@ class FastSelector(StockSelector):
 
     path = "fast"
 
-    def __init__(self, model: nn.Module, index_dtype: str = "auto", turn: Turn = lambda f: f):
+    def __init__(self, model: nn.Module, index_dtype: str = "auto", turn: Turn = lambda f: f, step_turn: Turn = lambda f: f):
         super().__init__(model)
-        self.index_dtype, self.project = index_dtype, turn(self.family.project)
+        self.index_dtype = index_dtype
+        self.project, self.project_one = turn(self.family.project), step_turn(self.family.project)
         self.pools = Plans()  # of the pool that several layers select from
         self.stand_in: Tensor | None = None  # int32 [T, k]: given out in the place of what a prefill selects, for timing
 
@@ -64,7 +61,8 @@ class FastSelector(StockSelector):
     @torch.no_grad()
     def _select(self, layer, indexer, x, q_resid, rope, mask: Padding, cache, pool: int, candidates: Tensor | None = None):
         with part("indexer"):
-            q, k, w = self.project(indexer, x, q_resid, rope)
+            project = self.project_one if x.shape[:2] == (1, 1) else self.project
+            q, k, w = project(indexer, x, q_resid, rope)
             k, scale, q, w, decoding = self._keys(layer, k, q, w, cache)
         parts = []
         for rows, left in mask.groups(x.shape[0]):
@@ -100,37 +98,6 @@ class FastSelector(StockSelector):
             return k, scale, q, w, None
         k, scale = cache.layers[layer].store_index(k, scale)
         return k, scale, q, w, cache.layers[layer].positions
-
-
-class Plans:
-    """What neighbouring queries read together (`ops.group_queries`), made once for each selection: a shared layer gets the very
-    ids of its source, and with them the plan."""
-
-    def __init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.plan: ops.Plan | None = None
-
-    def of(self, ids: Tensor, group: int) -> ops.Plan | None:
-        """The plan for these ids in groups of `group` queries; None for groups of one."""
-        if self.ids is not ids:
-            self.ids, self.plan = ids, None
-            if group > 1:
-                with part("plan"):
-                    self.plan = ops.group_queries(ids, group)
-        return self.plan
-
-    def clear(self) -> None:
-        self.ids = self.plan = None
-
-
-def group_size(ids: Tensor, heads: int) -> int:
-    """Queries that the attention kernel takes together: 1 on a CPU, in decoding, and with many heads."""
-    if ids.device.type != "cuda" or torch.cuda.get_device_capability(ids.device) < (9, 0):
-        return 1
-    from indexcache.ops import launch_mla
-
-    group, (batch, queries, _) = launch_mla.best_group(heads), ids.shape
-    return group if queries >= group and batch * queries >= launch_mla.SETTINGS.programs else 1
 
 
 def _shift(ids: Tensor, by: int) -> Tensor:
@@ -192,8 +159,8 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
     Args:
         index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3 with a scale for each vector, after a
             Hadamard rotation: half the memory and time, another selection at the edge).
-        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what lies between the products; it
-            takes its time at the first calls.
+        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what lies between the products, and
+            a step of one sequence in three pieces a layer; it takes its time at the first calls.
 
     Raises:
         ValueError: unknown family, a model that is accelerated already or under a pattern, one without latent queries, an
@@ -211,20 +178,23 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
         raise ValueError("The fast path needs queries from a latent (q_lora_rank); this model has none.")
     turn: Turn = partial(torch.compile, dynamic=True) if compile else lambda f: f
     gpu = on_gpu(model)
-    project = turn(partial(_project, family.rotate, _fused_norm if gpu else _stock_norm))
-    norm = turn(_fused_norm)
-    selector, plans = FastSelector(model, index_dtype, turn), Plans()
+    projection = turn(partial(project, family.rotate, fused_norm if gpu else stock_norm))
+    norm = turn(fused_norm)
+    step = Step.compiled(family.rotate) if compile else None
+    selector, plans = FastSelector(model, index_dtype, turn, step_turn() if compile else turn), Plans()
     done = Accelerated(model)
     try:
         done._replace(model.model, _model_forward(model, plans, selector))  # type: ignore[arg-type]
         for i, (layer, indexer) in enumerate(zip(layers, indexers(model), strict=True)):
-            done._replace(layer.self_attn, _attention_forward(layer.self_attn, family.native_sharing, project, plans))  # type: ignore[arg-type]
+            done._replace(layer.self_attn, attention_forward(layer.self_attn, family.native_sharing, projection, plans))  # type: ignore[arg-type]
             done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
                 done._replace(indexer, _indexer_forward(selector, i, indexer))
+            if step is not None and "forward" not in layer.__dict__:
+                done._replace(layer, layer_forward(layer, family.native_sharing, step))
         for module in model.modules():
-            if _has_one_choice_of_groups(module):
-                done._replace(module, MethodType(_route, module))  # a partial would be compiled anew for each
+            if has_one_choice_of_groups(module):
+                done._replace(module, MethodType(route, module))  # a partial would be compiled anew for each
             elif gpu and hasattr(module, "variance_epsilon"):
                 done._replace(module, partial(norm, module))
         if gpu:
@@ -248,35 +218,6 @@ def _timed(name: str, forward: Any):
             return forward(*args, **kwargs)
 
     return timed
-
-
-def _fused_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm in one kernel where stock launches seven. The product with the weight is rounded once, not twice."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def _stock_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm(x)
-
-
-def _has_one_choice_of_groups(module: Any) -> bool:
-    """A router that chooses among groups of experts, and must take them all."""
-    return hasattr(module, "e_score_correction_bias") and getattr(module, "num_group", 0) == getattr(module, "topk_group", None)
-
-
-def _route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stock's choice of experts without the choice of groups, in a third of the kernels: (logits, weights, indices)."""
-    x, weight = x.view(-1, router.hidden_dim), router.weight
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:  # products of bf16 are exact in fp32, in which tensor cores add them up
-        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
-    else:
-        logits = F.linear(x.float(), weight.float())
-    scores = logits.sigmoid()
-    indices = torch.topk(scores + router.e_score_correction_bias, k=router.top_k, dim=-1, sorted=False)[1]
-    weights = scores.gather(1, indices)
-    if router.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return logits, weights * router.routed_scaling_factor, indices
 
 
 def _model_forward(model: Any, plans: Plans, selector: FastSelector):
@@ -324,73 +265,3 @@ def _indexer_forward(selector: FastSelector, layer: int, indexer: Any):
         return selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, past_key_values)[0]
 
     return forward
-
-
-def _project(rotate: Any, norm: Any, a: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What attention computes of its input alone: q_resid, q [B, S, H, n + r] (its last r not rotated), q_rot, latent, k_rot."""
-    q_resid = norm(a.q_a_layernorm, a.q_a_proj(x))
-    latent, k_rot = a.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-    q = a.q_b_proj(q_resid).unflatten(-1, (-1, a.qk_head_dim))
-    q_rot, k_rot = rotate(q[..., a.qk_nope_head_dim :], k_rot.unsqueeze(2), *rope, unsqueeze_dim=2)
-    return q_resid, q, q_rot, norm(a.kv_a_layernorm, latent), k_rot.squeeze(2)
-
-
-def _attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Plans):
-    """MLA in MQA form: queries absorb kv_b_proj's key part, attention runs over latents, its value part comes after."""
-    a = attention
-
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Padding,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
-        prev_topk_indices: Tensor | None = None,
-        **_: Any,
-    ):
-        batch, queries, _width = hidden_states.shape
-        with part("linears"):
-            q_resid, q, q_rot, latent, k_rot = project(a, hidden_states, position_embeddings)
-            latents = _cached(past_key_values, a, latent, k_rot)
-        if a.indexer is not None:
-            ids = a.indexer(hidden_states, q_resid, position_embeddings, attention_mask, position_ids, past_key_values=past_key_values)
-        elif prev_topk_indices is not None:
-            ids = prev_topk_indices
-        else:
-            raise ValueError("A shared layer needs the selection of a full layer before it.")
-        plan = plans.of(ids, group_size(ids, a.num_heads))
-        with part("linears"):
-            w_k, w_v = a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank).split([a.qk_nope_head_dim, a.v_head_dim], 1)
-            absorbed = q.new_empty(batch, queries, a.num_heads, latents.shape[-1])
-            _heads_times(q[..., : a.qk_nope_head_dim], w_k, absorbed[..., : a.kv_lora_rank])
-            absorbed[..., a.kv_lora_rank :] = q_rot
-            del q, q_rot
-        with part("attention"):
-            out, _lse = ops.sparse_mla(absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, plan=plan)
-            del absorbed
-        with part("linears"):
-            values = out.new_empty(batch, queries, a.num_heads, a.v_head_dim)
-            _heads_times(out, w_v.transpose(1, 2), values)
-            out = a.o_proj(values.flatten(2))
-        return (out, None, ids) if returns_ids else (out, None)
-
-    return forward
-
-
-def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor) -> Tensor:
-    """Latents of all tokens [B, T, c + r], these [B, S, c] and [B, S, r] being the last."""
-    if isinstance(cache, FastCache):
-        return cache.layers[a.layer_idx].store(latent, k_rot)
-    if cache is None:
-        return torch.cat([latent, k_rot], -1)
-    held, held_rot = cache.update(latent.unsqueeze(1), k_rot.unsqueeze(1), a.layer_idx)
-    if held.shape[-1] != a.kv_lora_rank:
-        raise ValueError("This cache was filled by stock transformers, which caches expanded keys and values; start a new one.")
-    return torch.cat([held, held_rot], -1)[:, 0]
-
-
-def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
-    """out[.., h, :] = x[.., h, :] @ w[h], written in place: no copy of x or out in another order of dimensions."""
-    heads = w_Hmn.shape[0]
-    x, out = (t.view(t.shape[0] * t.shape[1], heads, t.shape[-1]).transpose(0, 1) for t in (x_BSHm, out_BSHn))
-    torch.bmm(x, w_Hmn, out=out)
