@@ -56,7 +56,7 @@ def caught() -> Iterator[dict[str, Any]]:
     )
     JITFunction.run, settings.gluon_runs = catch, lambda device: True
     launch_select._limited = lambda n, cuda: limited(n, True)
-    switches = {"grid": True, "grouped_pools": True, "pool_halves": 1}  # what is off by default must compile as well
+    switches = {"grid": True, "grouped_pools": True}  # what is off by default must compile as well
     before = {name: getattr(settings.SETTINGS, name) for name in switches}
     vars(settings.SETTINGS).update(switches)
     triton.runtime.driver.set_active(fake)
@@ -111,14 +111,9 @@ def attention(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> t
 def calls() -> dict[str, Callable[[], Any]]:
     """label -> a call of the launch code, which launches the kernels of one task."""
     from indexcache.ops import launch
-    from indexcache.ops.settings import SETTINGS
 
     def topk(inputs: tuple, **options: Any) -> Callable[[], Any]:
         return lambda: launch.index_topk(*inputs, 2048, 199_000, options.get("candidates"), pool=options.get("pool", 0), plan=None)
-
-    def inside(heads: int, halves: int) -> None:
-        SETTINGS.pool_halves = halves  # until `caught` ends
-        topk(index(heads), candidates=torch.zeros(1, 512, 16384, dtype=torch.int32))()
 
     def mla(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> Callable[[], Any]:
         x = attention(heads, queries, fp8, dims)
@@ -143,10 +138,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "prefill fp8 H=64": topk(index(64)),
         "prefill bf16": topk(index(kind=torch.bfloat16)),
         "prefill with pool": topk(index(), pool=16384),
-        "pool": lambda: inside(32, 1),
-        "pool, 8 neighbours": lambda: inside(32, 2),
-        "pool H=64": lambda: inside(64, 1),
-        "pool H=64, 4 neighbours": lambda: inside(64, 2),
+        "pool": topk(index(), candidates=pool),
+        "pool H=64": topk(index(64), candidates=pool),
         "pool bf16": topk(index(kind=torch.bfloat16), candidates=pool),
         "decode": topk(index(queries=1)),
         "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),

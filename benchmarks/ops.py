@@ -33,7 +33,7 @@ from indexcache.ops import launch_mla, launch_scores, launch_select, reference  
 from indexcache.ops.settings import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
-GRID, GROUPED, HALVES = SETTINGS.grid, SETTINGS.grouped_pools, SETTINGS.pool_halves  # the defaults
+GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
 FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
 
@@ -285,8 +285,8 @@ def pools(report: Report) -> None:
     for row, t in zip(outside, few, strict=True):
         row[pool[0, t][pool[0, t] >= 0].long()] = False
     pairs = wide * (LONG - wide / 2)
-    for halves in (0, 1, 2):  # 0: each query by itself
-        SETTINGS.grouped_pools, SETTINGS.pool_halves = halves > 0, max(halves, 1)
+    for grouped in (False, True):
+        SETTINGS.grouped_pools = grouped
         group = ops.pool_group(q, k)
 
         def plan(group=group) -> list[Any]:
@@ -303,13 +303,13 @@ def pools(report: Report) -> None:
         share = check_selection(found[few], scored.masked_fill(outside, -torch.inf), few + 1)
         need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
         need(torch.equal(found, torch.cat(inside(), dim=1)[0]), "two runs differ")
-        name = f"index_topk pool {wide}{f', {group} neighbours together' if halves else ''}"
-        report.row(name, f"200000 causal H={HEADS} k={TOPK} {kind}", milliseconds(inside, 3), floor_ms=pairs * 132 / 5.5e12 * 1e3)
+        slots = pairs if group == 1 else sum(int(made.count_BG.sum()) for made in plan())  # keys that are gathered
+        name = f"index_topk pool {wide}{f', {group} neighbours together' if grouped else ''}"
+        report.row(name, f"200000 causal H={HEADS} k={TOPK} {kind}", milliseconds(inside, 3), floor_ms=slots * 132 / 5.5e12 * 1e3)
         if group > 1:
-            size = sum(int(made.count_BG.sum()) for made in plan()) * group / pairs
-            shape = f"200000 causal k={wide} group {group} U={size:.2f} {kind}"
+            shape = f"200000 causal k={wide} group {group} U={slots * group / pairs:.2f} {kind}"
             report.row("group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / COPY)
-    SETTINGS.grouped_pools, SETTINGS.pool_halves = GROUPED, HALVES
+    SETTINGS.grouped_pools = GROUPED
 
 
 def decode(report: Report) -> None:

@@ -163,20 +163,16 @@ def test_large(dtype, queries, keys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="the Gluon kernels need a GPU")
-@pytest.mark.parametrize("grouped", [0, 1, 2])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("queries", [33, 257])
 def test_heads_and_pools(heads, queries, grouped, monkeypatch):
-    """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible.
-
-    grouped: neighbours together, in units of 128 columns; 0: none.
-    """
-    monkeypatch.setattr(SETTINGS, "grouped_pools", grouped > 0)
-    monkeypatch.setattr(SETTINGS, "pool_halves", max(grouped, 1))
+    """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
+    monkeypatch.setattr(SETTINGS, "grouped_pools", grouped)
     dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
     q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
     if launch_scores._gluon(q, k) and heads in (16, 32, 64):
-        assert ops.pool_group(q, k) == (1, 128 // heads, min(256 // heads, 8))[grouped]  # a plan has 8 bits
+        assert ops.pool_group(q, k) == (128 // heads if grouped else 1)
     check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
     pool = ops.index_topk(*inputs(2, queries, 9300, heads, 128, dtype), 700, offset, backend="torch")
     pool[:, 5, 300:] = pool[0, 7] = -1

@@ -222,7 +222,7 @@ def _feed(layer: Any, x: Tensor) -> Tensor:
 
 
 def _experts_of_one(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """As `batched_mm_experts_forward` of transformers for one token x [1, E]: compiled, the gathering of weights is a part of the products."""
+    """As `batched_mm_experts_forward` of transformers, for one token x [1, E]: compiled, gathering is a part of the products."""
     gate, up = (experts.gate_up_proj[indices] @ x[0]).chunk(2, -1)
     out = experts.down_proj[indices] @ _stored(experts.act_fn(gate) * up)[..., None]
     return (out[..., 0] * weights[:, None]).sum(0).to(x.dtype)

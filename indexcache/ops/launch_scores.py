@@ -55,8 +55,7 @@ def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     queries, heads = q_BSHD.shape[1:3]
     fits = SETTINGS.grouped_pools and 16 <= heads < 128 and queries >= SETTINGS.rows_below
     fits = fits and k_BTD.shape[1] * k_BTD.stride(1) < 2**33  # words of four bytes are counted in 32 bits
-    halves = SETTINGS.pool_halves if 128 * SETTINGS.pool_halves <= 8 * heads else 1  # a plan has 8 bits
-    return 128 * halves // heads if fits and _gluon(q_BSHD, k_BTD) else 1
+    return 128 // heads if fits and _gluon(q_BSHD, k_BTD) else 1
 
 
 def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None) -> None:
@@ -129,7 +128,6 @@ def score_pools(x: Inputs, plan: Plan, *, stride: int = 1, lists: Lists | None =
     `out` (int32 [S, columns]). plan: the groups of these queries, of the size of `pool_group`."""
     from indexcache.ops import scores_hopper
 
-    halves = plan.group * x.heads // 128
     unused = x.offset
     scores_hopper.scores_pools[(plan.count_BG.numel(),)](
         x.q.view(torch.int32),
@@ -154,7 +152,6 @@ def score_pools(x: Inputs, plan: Plan, *, stride: int = 1, lists: Lists | None =
         STRIDE=stride,
         APPEND=lists is not None,
         SCALED=x.scale is not None,
-        HALVES=halves,
         num_warps=4,
-        maxnreg=168 if halves == 1 else 255,
+        maxnreg=168,
     )

@@ -268,7 +268,7 @@ def _product_of(words, q, zero, D: gl.constexpr):
 
 
 @gluon.jit
-def _fold_scaled(product, weight, scale, sums, i: gl.constexpr, H: gl.constexpr, SCALED: gl.constexpr):
+def _fold_scaled(product, weight, scale, sums, H: gl.constexpr, SCALED: gl.constexpr):
     """As `_fold`, for keys whose scales lie as the product's rows."""
     queries: gl.constexpr = 128 // H
     part = gl.reshape(_relu(product) * weight[None, :], [2, 32, queries, H // 8, 4, 2])
@@ -278,17 +278,16 @@ def _fold_scaled(product, weight, scale, sums, i: gl.constexpr, H: gl.constexpr,
         rows = gl.convert_layout(gl.reshape(scale, [2, 32]), gl.SliceLayout(1, part.type.layout), assert_trivial=True)
         part *= gl.expand_dims(rows, 1)
     whole = sums._reinterpret(gl.float32, sums.shape, gl.SwizzledSharedLayout(8, 1, 4, [2, 1, 0]))
-    whole.slice(i * queries * 4, queries * 4, dim=1).store(part)
+    whole.store(part)
 
 
 @gluon.jit
 def scores_pools(
     p_q, p_k, p_w, p_scale, p_offset, p_union, p_bits, p_slots, p_thr, p_first, p_id, p_count, s_kt, n_queries, n_keys, n_slots,
     H: gl.constexpr, D: gl.constexpr, CAP: gl.constexpr, STRIDE: gl.constexpr, APPEND: gl.constexpr, SCALED: gl.constexpr,
-    HALVES: gl.constexpr,
 ):  # fmt: skip
-    """grid (groups,). Scores of HALVES * 128 / H neighbouring queries, 8 at most, inside their pools: every STRIDE-th of the union of
-    the pools (a plan).
+    """grid (groups,). Scores of 128 / H neighbouring queries, 8 at most, inside their pools: every STRIDE-th of the union of the pools
+    (a plan).
 
     p_q and p_k are words of four e4m3. A score whose query has its bit, that is visible and (APPEND) reaches the query's threshold
     goes to the query's list: scores and ids, as `scores_tiles` lists them. Without APPEND: int32 keys alone, NONE after the last.
@@ -296,11 +295,9 @@ def scores_pools(
     Keys go from memory to the registers of the threads whose product reads them, so nothing is fenced or waited for by all: the
     four lanes of a row hold 16 bytes of it in turn, and q lies in shared memory in that order. When half a tile's product is done,
     the keys of the next tile's half are asked for, and the ids of the one after it. 4 warps; at 168 registers three programs fit.
-
-    HALVES = 2: two products of the same keys in turn, the next one always under way beside a sum, and at 255 registers two programs fit.
     """
     columns: gl.constexpr = 128
-    queries: gl.constexpr = HALVES * columns // H
+    queries: gl.constexpr = columns // H
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
     copy: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 16 // D, D // 16], [4, 1], [1, 0])
     held: gl.constexpr = gl.DistributedLinearLayout(
@@ -311,9 +308,7 @@ def scores_pools(
         shape=[64, D // 4],
     )
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    q_smem = gl.allocate_shared_memory(
-        gl.float8e4nv, [HALVES, columns, D], gl.NVMMASharedLayout.get_default_for([columns, D], gl.float8e4nv)
-    )
+    q_smem = gl.allocate_shared_memory(gl.float8e4nv, [columns, D], gl.NVMMASharedLayout.get_default_for([columns, D], gl.float8e4nv))
     parts: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])  # as in `scores_tiles`
     sums_0 = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], parts)
     sums_1 = gl.allocate_shared_memory(gl.float32, [2, queries * 4, 32], parts)
@@ -327,16 +322,11 @@ def scores_pools(
     o_d = gl.arange(0, D // 4, layout=gl.SliceLayout(0, copy))
     left = (n_queries - first) * H
     p_q += first.to(gl.int64) * (H * D // 4)
-    for i in gl.static_range(HALVES):
-        o_half = o_col + i * columns
-        q = gl.load(p_q + (o_half * (D // 4))[:, None] + o_d[None, :], mask=gl.expand_dims(o_half < left, 1), other=0)
-        q_smem.index(i).store(_bytes(_turned(q, D)))
+    q = gl.load(p_q + (o_col * (D // 4))[:, None] + o_d[None, :], mask=gl.expand_dims(o_col < left, 1), other=0)
+    q_smem.store(_bytes(_turned(q, D)))
     o_w = gl.arange(0, columns, layout=gl.SliceLayout(0, acc))
     p_w += first.to(gl.int64) * H
-    weight_0 = gl.load(p_w + o_w, mask=o_w < left, other=0.0)
-    weight_1 = weight_0
-    if HALVES == 2:
-        weight_1 = gl.load(p_w + columns + o_w, mask=o_w + columns < left, other=0.0)
+    weight = gl.load(p_w + o_w, mask=o_w < left, other=0.0)
     o_key = gl.arange(0, 32, layout=gl.SliceLayout(0, flat))
     o_i = gl.arange(0, queries, layout=gl.SliceLayout(1, flat))
     here = first + o_i < n_queries
@@ -352,7 +342,6 @@ def scores_pools(
         edge = gl.where(least == NONE, float("-inf"), edge.to(gl.float32, bitcast=True))[:, None]
     fence_async_shared()
     gl.thread_barrier()
-    q_0, q_1 = q_smem.index(0), q_smem.index(HALVES - 1)
     zero = gl.zeros([64, columns], gl.float32, acc)
 
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, held))
@@ -367,37 +356,21 @@ def scores_pools(
         scale_1 = gl.load(p_scale + ids_1)
     ids_0 = gl.load(p_union + (128 + o_m) * STRIDE, mask=o_m < total - 128, other=0)
     ids_1 = gl.load(p_union + (192 + o_m) * STRIDE, mask=o_m < total - 192, other=0)
-    if HALVES == 2:
-        flying = _product_of(keys_0, q_0, zero, D)
     for base in range(0, total, 128):
         left = total - base
         p_at = p_union + base * STRIDE
         p_bit = p_bits + base * STRIDE
-        if HALVES == 1:  # the ids once more, as the end of the tile has them
-            ids, bits = _quarters(p_at, o_key, left, STRIDE), _quarters(p_bit, o_key, left, STRIDE)
-            done = warpgroup_mma_wait(0, deps=[_product_of(keys_0, q_0, zero, D)])
-        else:  # as in `scores_tiles`, one product crosses the loop's edge
-            product = warpgroup_mma_wait(0, deps=[flying])
-            after = _product_of(keys_0, q_1, zero, D)
-            _fold_scaled(product, weight_0, scale_0, sums_0, 0, H, SCALED)
-            flying = _product_of(keys_1, q_0, zero, D)
-            done = warpgroup_mma_wait(1, deps=[after])
+        # the ids once more, as the end of the tile has them
+        ids, bits = _quarters(p_at, o_key, left, STRIDE), _quarters(p_bit, o_key, left, STRIDE)
+        done = warpgroup_mma_wait(0, deps=[_product_of(keys_0, q_smem, zero, D)])
         keys_0 = _keys_of(p_k, ids_0, s_kt, D, held)
-        _fold_scaled(done, weight_1, scale_0, sums_0, HALVES - 1, H, SCALED)
+        _fold_scaled(done, weight, scale_0, sums_0, H, SCALED)
         if SCALED:
             scale_0 = gl.load(p_scale + ids_0)
         ids_0 = gl.load(p_at + (256 + o_m) * STRIDE, mask=o_m < left - 256, other=0)
-        if HALVES == 1:
-            done = warpgroup_mma_wait(0, deps=[_product_of(keys_1, q_0, zero, D)])
-        else:
-            after = _product_of(keys_1, q_1, zero, D)
-            _fold_scaled(warpgroup_mma_wait(1, deps=[flying]), weight_0, scale_1, sums_1, 0, H, SCALED)
-            flying = _product_of(keys_0, q_0, zero, D)  # past the last tile: one that nobody reads
-            done = warpgroup_mma_wait(1, deps=[after])
+        done = warpgroup_mma_wait(0, deps=[_product_of(keys_1, q_smem, zero, D)])
         keys_1 = _keys_of(p_k, ids_1, s_kt, D, held)
-        if HALVES == 2:  # no earlier: registers are short
-            ids, bits = _quarters(p_at, o_key, left, STRIDE), _quarters(p_bit, o_key, left, STRIDE)
-        _fold_scaled(done, weight_1, scale_1, sums_1, HALVES - 1, H, SCALED)
+        _fold_scaled(done, weight, scale_1, sums_1, H, SCALED)
         if SCALED:
             scale_1 = gl.load(p_scale + ids_1)
         ids_1 = gl.load(p_at + (320 + o_m) * STRIDE, mask=o_m < left - 320, other=0)
@@ -418,8 +391,6 @@ def scores_pools(
             gl.store(p_first + place, score, mask=fits)
             if APPEND:
                 gl.store(p_id + place, ids_here[None, :] + gl.zeros([queries, 32], gl.int32, flat), mask=fits)
-    if HALVES == 2:
-        warpgroup_mma_wait(0, deps=[flying])
     if APPEND:
         p_end = p_count + (first + o_i)[:, None] + gl.zeros([queries, 32], gl.int32, flat)
         gl.store(p_end, count, mask=here[:, None] & (o_key == 0)[None, :])

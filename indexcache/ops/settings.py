@@ -18,8 +18,7 @@ class Settings:
     hopper: bool = True  # the Gluon kernel of the scores where it fits
     hopper_stages: int = 2  # tiles of 128 keys on their way
     grid: bool = True  # up to 10 long rows are selected by one launch of the whole device
-    grouped_pools: bool = True  # neighbours score the union of their pools together: 3.0 ms of kernels a chunk, each by itself 5.0
-    pool_halves: int = 1  # neighbours together, in units of 128 columns (1 or 2); 2 not run on a GPU yet
+    grouped_pools: bool = True  # neighbours score the union of their pools together: 66 ms a layer of a 200K prefill, each by itself 113
     stride: int = 32  # a sample stands for this many keys
     listed: int = 8192  # least capacity of the lists of a row, at most 4 x the wanted count above that
     sample: int = 32768  # most samples of a row; longer rows take a wider stride
