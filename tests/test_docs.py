@@ -66,6 +66,19 @@ def test_long_context_table_is_the_measured_one():
         assert line in text, line
 
 
+def test_speed_table_is_the_results():
+    result = json.loads((ROOT / "benchmarks/results/glm-4.7-flash-dsa_h100.json").read_text(encoding="utf-8"))
+    rows, published = {(r["context"], r["name"]): r for r in result["rows"] if not r.get("error")}, result["published"]
+    for text in (README, (ROOT / "docs/long-context.md").read_text(encoding="utf-8")):
+        shown = re.findall(r"^\| (\d+)K \| (all|1/\d)[^|]* \| ([\d.]+) \(([\d.]+)\) \|(?: [\d.]+ \|)? ([\d.]+) \(([\d.]+)\) \|", text, re.M)
+        assert len(shown) >= 8
+        for context, name, *figures in shown:
+            row, at = rows[int(context) * 1000, name], published["contexts"].index(int(context) * 1000)
+            true = (row["ttft_s"], published["ttft_s"][name][at], row["decode_tok_s"], published["decode_tok_s"][name][at])
+            for figure, value in zip(figures, true, strict=True):
+                assert abs(float(figure) / value - 1) < 0.015, (context, name, figure, value)
+
+
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):

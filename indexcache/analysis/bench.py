@@ -77,7 +77,7 @@ def run_bench(
     settings = {"model": subject.name, "identity": subject.identity, "device": subject.device_name, "dtype": subject.dtype,
                 "index_dtype": subject.index_dtype, "decode_tokens": grid.decode_tokens, "chunk": grid.chunk, "seed": grid.seed,
                 "compile": subject.compiled,
-                "selections": None if (lent := subject.selections) is None else _digest(lent.numpy().tobytes()),
+                "selections": None if (lent := subject.selections) is None else _digest(b"".join(t.numpy().tobytes() for t in lent)),
                 "text": None if text is None else _digest(str(text).encode()), **library_versions()}  # fmt: skip
     if out is None:
         rows: list[dict[str, Any]] = []

@@ -136,9 +136,9 @@ def non_negative(features: np.ndarray, target: np.ndarray) -> list[float]:
 
 
 def _parts(row: Row, names: Any) -> list[tuple[float, float]]:
-    """(calls, floor in ms) of each part of a prefill."""
-    chunks = -(-row["context"] // row["chunk"]) * row.get("batch", 1)
-    calls = {"head": 1, **dict.fromkeys(INDEX_PARTS, row["full"] * chunks), "plan": row["full"] * chunks}
+    """(calls, floor in ms) of each part of a prefill. A plan has no floor and takes its time by the token: parts of a chunk count."""
+    chunks, whole = -(-row["context"] // row["chunk"]) * row.get("batch", 1), row["context"] / row["chunk"] * row.get("batch", 1)
+    calls = {"head": 1, **dict.fromkeys(INDEX_PARTS, row["full"] * chunks), "plan": row["full"] * whole}
     return [(calls.get(p, row["layers"] * chunks), row["floor_ms"].get(p, 0.0)) for p in names]
 
 

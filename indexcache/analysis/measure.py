@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.analysis.floors import DEVICES, Device, decode_floor, prefill_floor
-from indexcache.analysis.recorded import stretch
+from indexcache.analysis.recorded import Stretched, stretch
 from indexcache.data import Encode
 from indexcache.models.cache import FastCache
 from indexcache.models.decode import Decoder
@@ -56,7 +56,7 @@ class Subject:
     identity: str
     encode: Encode | None = None
     compiled: bool = False
-    selections: Tensor | None = None  # recorded ones (analysis/recorded.py) that attention reads in a prefill
+    selections: list[Tensor] | None = None  # recorded ones (analysis/recorded.py) that a prefill reads: the ids, the pools
 
     @property
     def cuda(self) -> bool:
@@ -69,7 +69,7 @@ class Subject:
 
 def open_subject(
     model: str, *, layers: int | None = None, dtype: str = "bfloat16", device: str = "cpu", index_dtype: str = "auto", seed: int = 0,
-    trust_remote_code: bool = False, compile: bool = False, selections: Tensor | None = None,
+    trust_remote_code: bool = False, compile: bool = False, selections: list[Tensor] | None = None,
 ) -> Subject:  # fmt: skip
     """A named shape with random weights (cut to `layers`), a checkpoint folder, or `tiny`; accelerated, with `compile` on a GPU.
 
@@ -139,7 +139,7 @@ def filling_batch(subject: Subject, capacity: int, pattern: Pattern) -> int:
 def warm_up(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
     """Compile what a measurement would compile."""
     ids = prompt_ids(subject, length)
-    _lend(subject, length)
+    _lend(subject, length, pattern)
     with torch.no_grad(), use_pattern(subject.model, pattern):
         cache = FastCache(subject.model, length + SPARE)
         tokens = prefill(subject.model, ids, cache, chunk=chunk).argmax(-1)
@@ -166,7 +166,7 @@ def measure(
     with torch.no_grad(), use_pattern(s.model, pattern):
         _lend(s, 0)
         _release(s)
-        lent = _lend(s, context)
+        lent = _lend(s, context, pattern)
         if s.cuda:
             torch.cuda.reset_peak_memory_stats(s.where)
         cache = FastCache(s.model, capacity)
@@ -214,15 +214,19 @@ def measure(
     return row | floors_of(s, context, pattern, batch)
 
 
-def _lend(s: Subject, context: int) -> int:
+def _lend(s: Subject, context: int, pattern: Pattern | None = None) -> int:
     """Lay the recorded selections out for a prefill of this length, 0: take them away; the bytes they take."""
     selector = selector_of(s.model)
     assert isinstance(selector, FastSelector)
-    selector.stand_in = None  # free the last one first
+    selector.stand_in = selector.stand_in_pool = None  # free the last ones first
     if s.selections is None or not context:
         return 0
-    selector.stand_in = stretch(s.selections.to(s.where), s.shape.topk, context)
-    return selector.stand_in.numel() * selector.stand_in.element_size()
+    ids, *pools = (t.to(s.where) for t in s.selections)
+    selector.stand_in = stretch(ids, s.shape.topk, context)
+    if not pools or pattern is None or pattern.pool_factor is None:
+        return selector.stand_in.nbytes
+    selector.stand_in_pool = Stretched(pools[0], s.shape.topk * pattern.pool_factor, context)
+    return selector.stand_in.nbytes + selector.stand_in_pool.nbytes
 
 
 def floors_of(subject: Subject, context: int, pattern: Pattern, batch: int) -> dict[str, dict[str, float]]:

@@ -30,7 +30,9 @@ class TimingSettings:
     dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
     index_dtype: str = flag("fp8", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))
     compile: bool = flag(True, "fuse what lies between the products with torch.compile, on a GPU")
-    selections: str | None = flag(None, "recorded selections that attention reads in a prefill instead of its own", metavar="FILE:NAME")
+    selections: str | None = flag(
+        None, "recorded selections (and pools) that layers read in a prefill instead of their own", metavar="FILE:NAME[,POOL]"
+    )
     device: str | None = flag(None, "where the model runs (default: cuda where there is one, else cpu)")
     seed: int = flag(0, "of random weights and tokens")
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
@@ -57,8 +59,11 @@ def open_model(s: TimingSettings, wanted: tuple[str, ...], batch: str) -> tuple[
     if s.data is not None and s.model in SHAPES:
         raise ValueError("A named shape has no tokenizer, so it is timed with random tokens; leave --data out.")
     recorded = None if s.selections is None else read_selections(s.selections)
-    if recorded is not None and shape.topk % recorded.shape[1]:
-        raise ValueError(f"{s.selections}: {shape.topk} ids a query cannot be made of copies of {recorded.shape[1]} recorded ones.")
+    widths = [(recorded[0], 1)] if recorded else []
+    widths += [(recorded[1], p.pool_factor) for _, p in grid.patterns if p.pool_factor] if recorded and recorded[1:] else []
+    for ids, factor in widths:
+        if shape.topk * factor % ids.shape[1]:
+            raise ValueError(f"{s.selections}: {shape.topk * factor} ids a query cannot be made of copies of {ids.shape[1]} recorded ones.")
     if device == "cpu":
         keep_freed_memory()
     subject = open_subject(s.model, layers=s.layers, dtype=s.dtype, device=device, index_dtype=s.index_dtype, seed=s.seed,

@@ -50,7 +50,9 @@ class FastSelector(StockSelector):
         self.index_dtype = index_dtype
         self.project, self.project_one = turn(self.family.project), step_turn(self.family.project)
         self.pools = Plans()  # of the pool that several layers select from
-        self.stand_in: Tensor | None = None  # int32 [T, k]: given out in the place of what a prefill selects, for timing
+        # given out in the place of what a prefill selects and publishes, for timing: ids int32 [T, k], and `rows(start, end)` of pools
+        self.stand_in: Tensor | None = None
+        self.stand_in_pool: Any = None
 
     def full(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, positions, cache: Any, pool: int = 0):
         return self._select(layer, indexer, x, q_resid, rope, mask, cache, pool)
@@ -75,9 +77,11 @@ class FastSelector(StockSelector):
             with part("index_topk"):
                 found = ops.index_topk(q[rows], k[rows, left:], w[rows], scales, indexer.index_topk, offset, inner, pool=pool, plan=plan)
             parts.append([_shift(ids, left) for ids in (found if isinstance(found, tuple) else (found,))])
+            start, end = k.shape[1] - x.shape[1], k.shape[1]
             if self.stand_in is not None and decoding is None:
-                start = k.shape[1] - x.shape[1]
-                parts[-1][0] = self.stand_in[None, start : start + x.shape[1]].expand(len(parts[-1][0]), -1, -1)
+                parts[-1][0] = self.stand_in[None, start:end].expand(len(parts[-1][0]), -1, -1)
+            if self.stand_in_pool is not None and decoding is None and pool:
+                parts[-1][1] = self.stand_in_pool.rows(start, end)[None].expand(len(parts[-1][1]), -1, -1)
         if len(parts) == 1:
             return parts[0][0], parts[0][1] if pool else None
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if pool else None
