@@ -67,7 +67,7 @@ def test_long_context_table_is_the_measured_one():
 
 
 def test_speed_table_is_the_results():
-    result = json.loads((ROOT / "benchmarks/results/glm-4.7-flash-dsa_h100.json").read_text(encoding="utf-8"))
+    result = read_json(ROOT / "benchmarks/results/glm-4.7-flash-dsa_h100.json")
     rows, published = {(r["context"], r["name"]): r for r in result["rows"] if not r.get("error")}, result["published"]
     for text in (README, (ROOT / "docs/long-context.md").read_text(encoding="utf-8")):
         shown = re.findall(r"^\| (\d+)K \| (all|1/\d)[^|]* \| ([\d.]+) \(([\d.]+)\) \|(?: [\d.]+ \|)? ([\d.]+) \(([\d.]+)\) \|", text, re.M)
