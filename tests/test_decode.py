@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from indexcache import use_pattern
 from indexcache.models import fast as fast_path
 from indexcache.models.cache import FastCache
-from indexcache.models.decode import Decoder, choose
+from indexcache.models.decode import Decoder, choose, on_host
 from indexcache.models.fast import accelerate
 from indexcache.models.parts import PartTimer, part
 from indexcache.models.prefill import prefill
@@ -219,6 +219,22 @@ def test_parts_cost_nothing_without_a_timer():
 # -- on a GPU
 
 
+def test_tokens_are_read_one_step_behind():
+    """On a CPU the order alone: the stream is a step ahead of what is read, but not past its end."""
+    begun = []
+
+    def stream():
+        for i in range(4):
+            begun.append(i)
+            yield torch.tensor([i, 10 * i])
+
+    ahead = []
+    for values in on_host(stream()):
+        ahead.append((len(begun), values))
+    assert ahead == [(1, [0, 0]), (3, [1, 10]), (4, [2, 20]), (4, [3, 30])]
+    assert list(on_host(iter(()))) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestGraph:
@@ -275,6 +291,14 @@ class TestGraph:
         runs = [steps(large, False), steps(large, True), steps(copy.deepcopy(large).float(), False)]
         plain, compiled = ((run - runs[2]).norm(dim=-1).median() / runs[2].norm(dim=-1).median() for run in runs[:2])
         assert compiled < 1.2 * plain
+
+    def test_tokens_are_read_while_the_next_step_runs(self, large):
+        ids = torch.randint(0, SHAPE["vocab_size"], (2, 900), device="cuda")
+        with accelerate(large), use_pattern(large, "FSSFSS"):
+            caches = [FastCache(large, 1024, 2) for _ in range(2)]
+            first = [prefill(large, ids, cache) for cache in caches]
+            want = Decoder(large, caches[0]).generate(first[0], 12)
+            assert list(on_host(itertools.islice(Decoder(large, caches[1]).stream(first[1]), 12))) == want.T.tolist()
 
     def test_replays_do_not_wait(self, large):
         ids = torch.randint(0, SHAPE["vocab_size"], (1, 900), device="cuda")

@@ -1,7 +1,7 @@
 """One measurement: a prefill of a given length, the decoding after it, and where the time went.
 
-Clocks: `time.perf_counter` around work that a synchronisation closes; a step of decoding ends when its token is on the host, as
-it must to be streamed.
+Clocks: `time.perf_counter` around work that a synchronisation closes; decoding ends when its last token is on the host, and each
+token is read there while the next step runs, as it is streamed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from indexcache.analysis.floors import DEVICES, Device, decode_floor, prefill_fl
 from indexcache.analysis.recorded import Stretched, stretch
 from indexcache.data import Encode
 from indexcache.models.cache import FastCache
-from indexcache.models.decode import Decoder
+from indexcache.models.decode import Decoder, on_host
 from indexcache.models.fast import FastSelector, accelerate
 from indexcache.models.loading import DTYPES, fingerprint, load_model
 from indexcache.models.parts import PartTimer
@@ -260,10 +261,16 @@ def _release(s: Subject) -> None:
 def _steps(decoder: Decoder, tokens: Tensor, count: int) -> Tensor:
     """Greedy tokens, one request's shifted against the next one's: requests that say the same would meet the same experts."""
     shift = torch.arange(len(tokens), device=tokens.device)
-    for _ in range(count):
-        logits = decoder.step(tokens)
-        tokens = (logits.argmax(-1) + shift) % logits.shape[-1]
-        tokens.tolist()
+
+    def drawn() -> Iterator[Tensor]:
+        nonlocal tokens
+        for _ in range(count):
+            logits = decoder.step(tokens)
+            tokens = (logits.argmax(-1) + shift) % logits.shape[-1]
+            yield tokens
+
+    for _ in on_host(drawn()):
+        pass
     return tokens
 
 

@@ -139,6 +139,30 @@ class Decoder:
         self._captured, self._logits = graph, logits
 
 
+def on_host(tokens: Iterator[Tensor]) -> Iterator[list[int]]:
+    """The tokens int64 [B] of a stream as lists. The first is read at once; after it the next step is begun before a token is read, so
+    that the device does not wait for the host. A consumer that stops early has run one step more than it read."""
+    held: tuple[Tensor, Any] | None = None
+    for i, drawn in enumerate(tokens):
+        if held is not None:
+            yield _read(*held)
+        if i == 0:
+            yield drawn.tolist()
+        elif drawn.is_cuda:
+            copy = torch.empty_like(drawn, device="cpu", pin_memory=True).copy_(drawn, non_blocking=True)
+            held = copy, torch.cuda.current_stream(drawn.device).record_event()
+        else:
+            held = drawn, None
+    if held is not None:
+        yield _read(*held)
+
+
+def _read(copy: Tensor, done: Any) -> list[int]:
+    if done is not None:
+        done.synchronize()
+    return copy.tolist()
+
+
 def choose(logits_BV: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """int64 [B]: the best tokens, or a draw from softmax(logits / temperature). Stays on the device (torch.multinomial may not)."""
     if not temperature:

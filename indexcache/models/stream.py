@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from indexcache.models.cache import FastCache
-from indexcache.models.decode import Decoder
+from indexcache.models.decode import Decoder, on_host
 from indexcache.models.prefill import CHUNK, prefill
 
 
@@ -44,13 +45,10 @@ def stream_tokens(
     cache = FastCache(model, len(ids) + most)
     logits = prefill(model, torch.tensor([list(ids)]), cache, chunk=chunk, progress=len(ids) > chunk)
     decoder, stop = Decoder(model, cache), set(ends)
-    for count, token in enumerate(decoder.stream(logits, temperature=temperature, seed=seed), 1):
-        found = int(token)
-        if found in stop:
+    for (token,) in on_host(islice(decoder.stream(logits, temperature=temperature, seed=seed), most)):
+        if token in stop:
             return
-        yield found
-        if count == most:
-            return
+        yield token
 
 
 def end_tokens(model: Any) -> set[int]:
