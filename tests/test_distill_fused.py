@@ -70,7 +70,8 @@ def test_small(small, monkeypatch, length, layers, absorbed, kind):
 
 def test_weights_of_layers_and_blocks_of_rows(small, monkeypatch):
     q, k, w, teachers = case(70, 2, dim=24)
-    for rows in (33, 64):  # chunks of 32 and 64
+    for rows, programs in ((33, 264), (64, 264), (64, 5)):  # chunks of 32 and 64; the heads of a block of keys apart, and in parts
+        monkeypatch.setattr(fused.SETTINGS, "programs", programs)
         (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", [0.3, 0.7], rows, monkeypatch)
         assert relative(got_loss, loss) < 1e-5
         assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
@@ -113,8 +114,13 @@ def test_half_precision(small, monkeypatch):
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("length", "absorbed"), [(63, True), (257, False), (2049, True), (8193, False)])
-def test_large(length, absorbed, dtype, monkeypatch):
+@pytest.mark.parametrize("wide", [False, True])
+def test_large(length, absorbed, wide, dtype, monkeypatch):
     q, k, w, teachers = case(length, 2, heads=9, index_heads=9, dim=256, absorbed=absorbed, dtype=dtype)
+    if wide:  # the rows of SmolLM2: 64 + 192
+        g = torch.Generator(DEVICE).manual_seed(1)
+        x, y, z = (torch.randn(*s, generator=g, device=DEVICE, dtype=dtype) for s in ((length, 9, 256), (length, 256 + 192), (9, 64, 256)))
+        teachers = [Teacher(x, y, z * 0.1, 0.1), Teacher(x, y[:, :256], None, 0.1)]
     (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
     (_, again) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)[1]
     limit = 1e-4 if dtype == torch.float32 else 2e-2

@@ -162,6 +162,18 @@ def test_large(dtype, queries, keys):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("queries", [63, 2049, 8192])
+def test_indexers_of_256_dims(queries):
+    """Nine heads of 256, k = 256: what the recipe for SmolLM2 selects with, pools of 1,024 and 2,048 among it."""
+    q, k, w, _ = inputs(1, queries, queries, 9, 256, torch.bfloat16)
+    for pool in (0, 1024, 2048):
+        check(q, k, w, None, 256, 0, pool=pool)
+    found = ops.index_topk(*inputs(1, queries, queries, 9, 256, torch.bfloat16)[:3], None, 256, 0, pool=2048, backend="torch")[1]
+    check(q, k, w, None, 256, 0, found)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="the Gluon kernels need a GPU")
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])

@@ -354,9 +354,9 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
 
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"
-    (data / "train" / "some").mkdir(parents=True)
-    for i in range(12):
-        np.save(data / "train" / "some" / f"{i}.npy", rng.integers(0, 4096, 200))
+    for i in range(12):  # two sources, more than the search has sequences
+        (data / "train" / f"some{i % 2}").mkdir(parents=True, exist_ok=True)
+        np.save(data / "train" / f"some{i % 2}" / f"{i}.npy", rng.integers(0, 4096, 200))
     rows = [{"domain": f"d{i % 5}", "ids": rng.integers(0, 4096, 96).tolist()} for i in range(10)]
     (data / "heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     ids = rng.integers(0, 4096, 80).tolist()
@@ -389,7 +389,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
     ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
-    grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("dense", 1)}
+    grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
     assert set(found) == {(*way, domain) for way in grid for domain in domains}
     assert all(r["delta_loss"] == r["ci_low"] == r["ci_high"] == 0 for (w, *_), r in found.items() if w == "full")
     assert all(r["seeds"] == (1 if w == "dense" else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"] for (w, *_), r in found.items())
@@ -397,6 +397,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     one, full = (next(r for r in lines if (r["seed"], r["method"], r["kept"]) == (0, *w)) for w in (("own", 4), ("full", 1)))
     want = sum(a[2] - b[2] for a, b in zip(one["documents"], full["documents"], strict=True)) / sum(d[3] for d in full["documents"])
     assert want in [pytest.approx(x, abs=1e-6) for x in found["own", 4, "all"]["of_seeds"]]
+    assert np.array(result["overlap"]["overlap"]).shape == (3, 3)
     assert len(result["mass_kept"]["full 1/1"]) == 3 and all(0 < x <= 1 for x in result["mass_kept"]["full 1/1"])
 
     run(tmp_path / "alone", "--seeds", "0")  # the same as after seed 1
@@ -408,7 +409,6 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     for name in ("distill_pattern", "search_pattern"):
         monkeypatch.setattr(experiment, name, None)
     monkeypatch.setattr(experiment.Experiment, "measure", None)
-    monkeypatch.setattr(experiment.Experiment, "search", lambda self: None)
     run(out, "--seeds", "0", "1")
     assert (out / "journal.jsonl").read_bytes() == before
     refused(lambda: run(out, "--steps", "3"), "other settings")

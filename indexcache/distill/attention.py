@@ -25,7 +25,8 @@ from indexcache.distill.rows import Row
 from indexcache.models.family import decoder_layers, family_of
 from indexcache.pattern import Pattern
 
-LINEAR = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # in memory; an error before the rest
+# in memory; an error before the rest. cuDNN is left out: it would plan anew for each of the many lengths that documents have
+LINEAR = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class Lesson:

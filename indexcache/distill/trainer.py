@@ -114,8 +114,7 @@ class Trainer:
         self.held_out = [Row.whole(ids.numpy()) for b in held_out for ids in b.ids]
         weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         dtype = weight.dtype if settings.frozen else DTYPES[settings.compute_dtype]
-        length = len(rows[0].ids)
-        self.flops = settings.rows * length * flops_per_token(Shape.of(model.config), pattern, settings, length)
+        self.shape = Shape.of(model.config)
         self.groups = list(served_layers(pattern))
         self.students = make_students(model, pattern, dtype).to(world.device)
         shard_students(self.students, world)
@@ -176,7 +175,7 @@ class Trainer:
                 facts = self.step(scale)
                 seconds = time.perf_counter() - began
                 self.done += 1
-                mfu = None if ceiling is None else round(self.flops / seconds / (ceiling * self.world.size), 4)
+                mfu = None if ceiling is None else round(self._flops(self.done - 1) / seconds / (ceiling * self.world.size), 4)
                 self._note({"step": self.done, **facts, "lr": s.lr * scale, "tokens": self.done * tokens,
                             "tokens_s": round(tokens / seconds, 1), "mfu": mfu}, "loss")  # fmt: skip
                 if shown is not None:
@@ -189,6 +188,11 @@ class Trainer:
                     self._evaluate()
                 if self.done % s.save_every == 0 or self.done == s.steps:
                     self._save()
+
+    def _flops(self, step: int) -> float:
+        """Operations of one step, document by document."""
+        ends = [cut for row in rows_of_step(self.rows, step, self.settings.rows, self.settings.seed) for cut in row.cuts]
+        return sum((b - a) * flops_per_token(self.shape, self.pattern, self.settings, b - a) for a, b in ends)
 
     def step(self, scale: float) -> dict[str, Any]:
         """One optimizer step; {"loss": mean over the indexers, "kl": of each, "lm_loss", "norm", "backbone_norm"}."""

@@ -8,7 +8,7 @@ keys at a time.
   score        the student's scores I
   compare      a row at a time: log q = I - logsumexp I, the loss, and d = q - target in the place of I
   grad_queries dq and dw: for a head, over the keys, products again from q and k
-  grad_keys    dk: a program owns its keys and walks the chunk's queries and heads; nothing is atomic
+  grad_keys    dk: a program owns its keys and walks the chunk's queries and some heads; parts are added up in order, nothing is atomic
 
 Products are of the inputs' dtype with fp32 sums. Tiles after the diagonal are skipped.
 """
@@ -172,19 +172,21 @@ def grad_queries(
 
 @triton.jit
 def grad_keys(
-    p_q, p_k, p_w, p_d, p_dk, s_qt, s_qh, s_kt, s_w, s_d, start, stop, n_heads,
+    p_q, p_k, p_w, p_d, p_dk, s_qt, s_qh, s_kt, s_w, s_d, start, stop, n_heads, n_each,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """grid (blocks of BN keys,). Adds to p_dk fp32 [tokens, D] what the queries start..stop give."""
+    """grid (blocks of BN keys, parts of n_each heads). p_dk fp32 [parts, stop, D]: what the queries start..stop give."""
     i_n = tl.program_id(0)
+    i_first = tl.program_id(1) * n_each
+    p_dk += tl.program_id(1).to(tl.int64) * stop * D
     o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, DP)
     m_n = o_n < stop
     k = _rows(p_k, o_n, m_n, s_kt, D, DP)
     dk = tl.zeros((BN, DP), tl.float32)
     first = tl.maximum(i_n * BN - start, 0) // BM * BM
     blocks = tl.cdiv(stop - start - first, BM)
-    for i in range(n_heads * blocks):
-        i_h = i // blocks
+    for i in range(tl.minimum(n_each, n_heads - i_first) * blocks):
+        i_h = i_first + i // blocks
         o_m = first + i % blocks * BM + tl.arange(0, BM)
         m_m = start + o_m < stop
         q = _rows(p_q + i_h * s_qh, o_m, m_m, s_qt, D, DP)
@@ -195,5 +197,4 @@ def grad_keys(
         back = tl.where(x > 0, d * w[:, None], 0.0).to(q.dtype)
         dk = tl.dot(tl.trans(back), q, dk, input_precision="ieee")
     p_at = p_dk + o_n[:, None].to(tl.int64) * D + o_d[None, :]
-    inside = m_n[:, None] & (o_d < D)[None, :]
-    tl.store(p_at, tl.load(p_at, mask=inside, other=0.0) + dk, mask=inside)
+    tl.store(p_at, dk, mask=m_n[:, None] & (o_d < D)[None, :])

@@ -24,6 +24,7 @@ class Settings:
     part: int = 64  # dims of a teacher's product at a time
     back: int = 64  # queries or keys of a tile of gradients
     rows: int = 2048  # most queries of a chunk
+    programs: int = 264  # that fill a device: short documents share the heads of a block of keys among several
 
 
 SETTINGS = Settings()
@@ -47,7 +48,8 @@ def warm_up(
     length, heads, dim = q.shape
     s, device = SETTINGS, q.device
     rows = min(max(block_bytes // (8 * length) // s.queries, 1) * s.queries, s.rows)
-    target, scores = (torch.empty(min(rows, length), length, dtype=torch.float32, device=device) for _ in range(2))
+    # rows begin at multiples of 64 bytes
+    target, scores = (torch.empty(min(rows, length), -(-length // 16) * 16, dtype=torch.float32, device=device) for _ in range(2))
     total = torch.zeros((), dtype=torch.float64, device=device)
     less = 2 if q.dtype == torch.float32 else 1  # twice the bytes
     tile = {"BM": s.queries // less, "BN": s.keys // less, "num_warps": 8 // less, "num_stages": 2}
@@ -56,17 +58,17 @@ def warm_up(
     back = {"BM": s.back // less, "BN": s.back // less, "num_warps": 8 // less, "num_stages": 2 if dim > 128 else 1}
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        blocks, columns = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
+        tiles = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
         for i, ((queries, keys_of, scale), weight) in enumerate(zip(layers, weights, strict=True)):
             some, keys, each = queries[start:stop].contiguous(), keys_of().contiguous(), queries.shape[1]
             scale2 = scale * LOG2E
             shape = {"E": some.shape[2], "BE": s.part, **tile}
             if some.shape[2] > 192:  # two stages of a query and a key tile fill the shared memory
                 shape["BN"] //= 2
-            entropy = torch.empty(blocks, triton.cdiv(stop, shape["BN"]), dtype=torch.float32, device=device)
+            entropy = torch.empty(tiles[0], triton.cdiv(stop, shape["BN"]), dtype=torch.float32, device=device)
             lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)
             steps = (some.stride(0), some.stride(1), keys.stride(0), 0 if keys.shape[1] == 1 else keys.stride(1))
-            distill.normalise[(blocks, each)](some, keys, lse, scale2, *steps, start, stop, each, **shape)
+            distill.normalise[(tiles[0], each)](some, keys, lse, scale2, *steps, start, stop, each, **shape)
             distill.teach[entropy.shape](
                 some, keys, lse, target, entropy, scale2, weight, *steps, target.stride(0), start, stop, each, ADD=i > 0, **shape
             )
@@ -74,7 +76,7 @@ def warm_up(
                 total += weight * entropy.sum(dtype=torch.float64)
         inputs = (q[start:], k, w[start:])
         strides = (q.stride(0), q.stride(1), k.stride(0), w.stride(0), scores.stride(0))
-        distill.score[(blocks, columns)](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
+        distill.score[tiles](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
         value = torch.empty(stop - start, dtype=torch.float32, device=device)
         distill.compare[(stop - start,)](
             scores, target, value, scores.stride(0), target.stride(0), start, MULTI=multi, BN=1024, num_warps=4
@@ -84,5 +86,9 @@ def warm_up(
             dq, dk, dw = grads
             grid = triton.cdiv(stop - start, back["BM"]), heads
             distill.grad_queries[grid](*inputs, scores, dq[start:], dw[start:], *strides, dw.stride(0), start, stop, heads, **wide, **back)
-            distill.grad_keys[(triton.cdiv(stop, back["BN"]),)](*inputs, scores, dk, *strides, start, stop, heads, **wide, **back)
+            blocks = triton.cdiv(stop, back["BN"])
+            each = triton.cdiv(heads, min(triton.cdiv(s.programs, blocks), heads))  # heads of a program
+            parts = torch.empty(triton.cdiv(heads, each), stop, dim, dtype=torch.float32, device=device)
+            distill.grad_keys[(blocks, len(parts))](*inputs, scores, parts, *strides, start, stop, heads, each, **wide, **back)
+            dk[:stop] += parts.sum(0)
     return total

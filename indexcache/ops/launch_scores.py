@@ -86,7 +86,8 @@ def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: 
         keys = scores_hopper.describe(x.k[0, ::stride])
         scores_hopper.scores_tiles[(count, blocks)](keys, *inputs, *places, *sizes, **constants)
         return
-    constants |= {"BM": SETTINGS.queries, "BN": SETTINGS.keys, "STAGES": SETTINGS.stages, "num_warps": 4}
+    keys = SETTINGS.keys if x.dim <= 128 else SETTINGS.keys // 2  # wider ones spill (896 bytes)
+    constants |= {"BM": SETTINGS.queries, "BN": keys, "STAGES": SETTINGS.stages, "num_warps": 4}
     strides = (x.k.stride(0), x.k.stride(1), x.keys)
     scores.scores_tiles[(count, blocks, x.batch)](x.q, x.k, *inputs[1:], *places, *strides, *sizes, **constants)
 

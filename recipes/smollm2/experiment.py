@@ -2,13 +2,15 @@
 
     python recipes/smollm2/experiment.py CHECKPOINT --data work/smollm2/data --out work/smollm2/experiment [--stage train search ..]
 
-    train      a seed: all indexers in the warm-up, each on its own layer ("start"); from there, with as many further steps on other
-               rows, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve ("multi")
+    train      a seed: all indexers in the warm-up, each on its own layer ("start"); from there, with as many further steps on
+               the text packed anew, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve ("multi")
     search     a seed: greedy search over the layers with full's indexers, on training text
-    evaluate   held-out loss of every document, and the long-range tasks: the dense model; full; start's indexers under the uniform
-               pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what the kept
-               ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and 8 k
-    table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain
+    evaluate   held-out loss of every document, and the long-range tasks: the dense model; start; full; start's indexers under the
+               uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
+               the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
+               8 k; the share of attention that selections keep and what layers select in common, of the first seed
+    table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain. Untouched has
+               `more` steps fewer than the others and than full: start against full is what those steps give
 
 Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out.
 """
@@ -16,6 +18,7 @@ Every finished piece is kept in --out; the same command goes on, with more seeds
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import sys
@@ -30,6 +33,7 @@ import torch
 from check import dense
 from tasks import logits_of, score
 
+from indexcache.analysis.overlap import measure_overlap
 from indexcache.data import Batch, Document, load_documents, make_batches
 from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, pack_rows
 from indexcache.distill.rows import Row
@@ -48,6 +52,7 @@ STAGES = ("train", "search", "evaluate", "table")
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start
+SAVE = 50  # steps between states
 
 
 class Experiment:
@@ -92,7 +97,7 @@ class Experiment:
             return
         self.take(seed, start)
         settings = DistillSettings(stage="warmup", keep_zeros=True, steps=steps, rows=self.o.rows, lr=self.o.lr, eval_every=0,
-                                   save_every=steps, seed=seed)  # fmt: skip
+                                   save_every=SAVE, seed=seed)  # fmt: skip
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
         print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
 
@@ -107,8 +112,11 @@ class Experiment:
                 apply_delta(self.model, self.delta(seed, name))
 
     def search(self) -> None:
-        documents = self.read("train")
+        # one domain: a few sequences need not cover all sources
+        documents = [dataclasses.replace(d, domain="text") for d in self.read("train")]
         for seed in self.o.seeds:
+            if (self.folder(seed, "search") / "result.json").is_file():
+                continue
             batches = make_batches(documents, length=self.o.length, sequences=self.o.calibration, seed=seed)
             self.take(seed, "full")
             with accelerate(self.model):
@@ -124,6 +132,7 @@ class Experiment:
     def ways(self, seed: int) -> Iterator[tuple[str, int, str, Pattern]]:
         """(method, kept, delta, pattern)"""
         yield "full", 1, "full", self.full
+        yield "start", 1, "start", self.full
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
@@ -146,9 +155,12 @@ class Experiment:
                 if (seed, method, kept) not in done:
                     self.take(seed, delta)
                     facts = self.measure(held_out, tasks, pattern)
-                    if method in ("full", "own", "multi"):
+                    if method in ("full", "own", "multi") and seed == o.seeds[0]:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
+                    if method == "full" and seed == o.seeds[0]:
+                        with accelerate(self.model):
+                            facts["overlap"] = measure_overlap(self.model, held_out[:: max(len(held_out) // 5, 1)])
                     self.note(seed, method, kept, pattern, facts)
 
     @torch.no_grad()
@@ -179,18 +191,20 @@ class Experiment:
 
     def table(self) -> None:
         o, lines = self.o, self.run.journal
-        first = next(r["seed"] for r in lines if r["method"] == "full")
+        first, overlap = next((r["seed"], r["overlap"]) for r in lines if r["method"] == "full" and "overlap" in r)
         result = {
             "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
             "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines),
             "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r},
-            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] in (first, None)},
+            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] in (first, None)}, "overlap": overlap,
         }  # fmt: skip
         self.run.save("result.json", result)
         for r in result["rows"]:  # type: ignore[union-attr]
             if r["domain"] == "all":
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
-                print(f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, tasks {r['retrieval']:.3f}")
+                print(
+                    f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, tasks {r['retrieval']:.3f}, answers {r['retrieval_loss']:.3f}"
+                )
 
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
@@ -199,8 +213,9 @@ def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
 
 
-def accuracy(lines: list[dict[str, Any]]) -> float:
-    return float(np.mean([t["accuracy"] for r in lines for t in r["tasks"]]))
+def accuracy(lines: list[dict[str, Any]], what: str = "accuracy") -> float:
+    """Mean over tasks and lengths; "loss": of the answers, nats a token."""
+    return float(np.mean([t[what] for r in lines for t in r["tasks"]]))
 
 
 def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,7 +238,7 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
             rows.append({
                 "kept": kept, "method": method, "domain": domain, "delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high,
-                "loss": loss, "retrieval": accuracy(found), "seeds": len(found),
+                "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "seeds": len(found),
                 "of_seeds": [round(sum(s[n] for n in names) / sum(tokens), 6) for s in per_seed],
             })  # fmt: skip
     return rows
@@ -237,13 +252,13 @@ def main() -> None:
     parser.add_argument("--stage", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=400, help="of the warm-up of all indexers")
-    parser.add_argument("--more", type=int, default=150, help="steps after it")
+    parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
+    parser.add_argument("--more", type=int, default=100, help="steps after it")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--calibration", type=int, default=4, help="sequences of the search")
-    parser.add_argument("--documents", type=int, default=12, help="held-out documents of a domain")
-    parser.add_argument("--tasks", type=int, default=40, help="rows of each task and length")
+    parser.add_argument("--calibration", type=int, default=2, help="sequences of the search")
+    parser.add_argument("--documents", type=int, default=8, help="held-out documents of a domain, at least 2")
+    parser.add_argument("--tasks", type=int, default=10, help="rows of each task and length")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
