@@ -56,16 +56,12 @@ def caught() -> Iterator[dict[str, Any]]:
     )
     JITFunction.run, settings.gluon_runs = catch, lambda device: True
     launch_select._limited = lambda n, cuda: limited(n, True)
-    switches = {"grid": True, "grouped_pools": True}  # what is off by default must compile as well
-    before = {name: getattr(settings.SETTINGS, name) for name in switches}
-    vars(settings.SETTINGS).update(switches)
     triton.runtime.driver.set_active(fake)
     try:
         yield found
     finally:
         JITFunction.run, settings.gluon_runs, launch_select._limited = run, gluon, limited
         triton.runtime.driver._active = driver
-        vars(settings.SETTINGS).update(before)
 
 
 def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:

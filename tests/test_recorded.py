@@ -78,7 +78,7 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("word", "reason"),
-    [("nothing.safetensors:a", "FILE:NAME"), ("{}", "FILE:NAME"), ("{}:topk.99", "topk.10"), ("{bad}:a", "no safetensors"),
+    [("nothing.safetensors:a", "no file"), ("{}", "FILE:NAME"), ("{}:topk.99", "topk.10"), ("{bad}:a", "no safetensors"),
      ("{odd}:falling", "no selections"), ("{odd}:far", "no selections"), ("{odd}:none", "no selections"), ("{odd}:seven", "copies of 7"),
      ("{}:topk.10,topk.8,topk.4", "FILE:NAME"), ("{odd}:good,seven", "copies of 7")],
 )  # fmt: skip

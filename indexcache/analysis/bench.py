@@ -27,12 +27,13 @@ RANDOM_NOTE = ("Weights are random: what is selected means nothing (neighbouring
                "only times and memory count.")  # fmt: skip
 RECORDED_NOTE = ("In prefills attention read recorded selections of a trained model, stretched over the context, and not those of the "
                  "indexers, whose making was timed all the same.")  # fmt: skip
+RECORDED_POOLS = "R layers read recorded pools in the same way."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """What is measured: each context (tokens) under each (name, pattern), at each batch (a number, or "fill": as many requests
-    as fit; only decoding is timed beyond 1). Patterns with R take half the chunk: their pools are as wide as eight selections."""
+    as fit; only decoding is timed beyond 1). Patterns with R take half the chunk (their rows say so), because pools are wide."""
 
     contexts: tuple[int, ...]
     patterns: tuple[tuple[str, Pattern], ...]
@@ -74,15 +75,16 @@ def run_bench(
         ValueError: what `Grid.check` refuses; `out` holds a run with other settings.
     """
     grid.check(subject.shape, subject.cuda)
+    lent = (subject.selections or [])[: 2 if any(p.pool_factor for _, p in grid.patterns) else 1]  # pools are for R
     settings = {"model": subject.name, "identity": subject.identity, "device": subject.device_name, "dtype": subject.dtype,
                 "index_dtype": subject.index_dtype, "decode_tokens": grid.decode_tokens, "chunk": grid.chunk, "seed": grid.seed,
                 "compile": subject.compiled,
-                "selections": None if (lent := subject.selections) is None else _digest(b"".join(t.numpy().tobytes() for t in lent)),
+                "selections": None if not lent else _digest(b"".join(t.numpy().tobytes() for t in lent)),
                 "text": None if text is None else _digest(str(text).encode()), **library_versions()}  # fmt: skip
     if out is None:
         rows: list[dict[str, Any]] = []
         _measure_all(subject, grid, rows, text, lambda row: None)
-        return _result(subject, settings, rows)
+        return _result(subject, settings, rows, len(lent))
     if fresh:
         for name in ("settings.json", "journal.jsonl", RESULT):
             (out / name).unlink(missing_ok=True)
@@ -93,10 +95,10 @@ def run_bench(
 
         def keep(row: dict[str, Any]) -> None:
             run.append(row)
-            run.save(RESULT, _result(subject, settings, rows))
+            run.save(RESULT, _result(subject, settings, rows, len(lent)))
 
         _measure_all(subject, grid, rows, text, keep)
-        result = _result(subject, settings, rows)
+        result = _result(subject, settings, rows, len(lent))
         run.save(RESULT, result)
     return result
 
@@ -155,8 +157,9 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["context"], row["pattern"], row.get("asked", row.get("batch", 1))
 
 
-def _result(subject: Subject, settings: Mapping[str, Any], journal: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The journal as a result: the last measurement of each cell, with what follows from the others beside it."""
+def _result(subject: Subject, settings: Mapping[str, Any], journal: Sequence[Mapping[str, Any]], lent: int = 0) -> dict[str, Any]:
+    """The journal as a result: the last measurement of each cell, with what follows from the others beside it. lent: recorded
+    tensors that were read."""
     latest = {_key(r): dict(r) for r in journal}
     rows = sorted(latest.values(), key=lambda r: (str(r["asked"]), r["context"], -r["full"], r["name"]))
     whole = subject.name in SHAPES and subject.shape.layers == SHAPES[subject.name]["num_hidden_layers"]
@@ -178,7 +181,7 @@ def _result(subject: Subject, settings: Mapping[str, Any], journal: Sequence[Map
         "date": str(datetime.date.today()),
         "model": subject.name,
         "random": subject.random,
-        "note": " ".join([RANDOM_NOTE] * subject.random + [RECORDED_NOTE] * (subject.selections is not None)),
+        "note": " ".join([RANDOM_NOTE] * subject.random + [RECORDED_NOTE] * (lent > 0) + [RECORDED_POOLS] * (lent > 1)),
         "shape": asdict(subject.shape),
         "ceilings": asdict(subject.device),
         "settings": dict(settings),

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,12 +141,11 @@ def filling_batch(subject: Subject, capacity: int, pattern: Pattern) -> int:
 def warm_up(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
     """Compile what a measurement would compile."""
     ids = prompt_ids(subject, length)
-    _lend(subject, length, pattern)
     with torch.no_grad(), use_pattern(subject.model, pattern):
         cache = FastCache(subject.model, length + SPARE)
-        tokens = prefill(subject.model, ids, cache, chunk=chunk).argmax(-1)
+        with _lent(subject, length, pattern):
+            tokens = prefill(subject.model, ids, cache, chunk=chunk).argmax(-1)
         _steps(Decoder(subject.model, cache), tokens, WARM_STEPS)
-    _lend(subject, 0)
 
 
 def measure(
@@ -165,27 +165,25 @@ def measure(
                            "batch": batch, "chunk": chunk}  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in s.model.parameters())
     with torch.no_grad(), use_pattern(s.model, pattern):
-        _lend(s, 0)
         _release(s)
-        lent = _lend(s, context, pattern)
-        if s.cuda:
-            torch.cuda.reset_peak_memory_stats(s.where)
-        cache = FastCache(s.model, capacity)
-        runs, parts, added = [_prefill_s(s, ids, cache, chunk)], {}, None
-        if batch == 1:
-            while len(runs) < 3 and statistics.median(runs) < SHORT:
+        with _lent(s, context, pattern) as lent:  # decoding reads what it selects
+            if s.cuda:
+                torch.cuda.reset_peak_memory_stats(s.where)
+            cache = FastCache(s.model, capacity)
+            runs, parts, added = [_prefill_s(s, ids, cache, chunk)], {}, None
+            while batch == 1 and len(runs) < 3 and statistics.median(runs) < SHORT:
                 runs.append(_prefill_s(s, ids, cache, chunk))
-            with PartTimer() as timer:
-                seconds = _prefill_s(s, ids, cache, chunk)
-            parts = timer.milliseconds()
-            if seconds < COMPILED * statistics.median(runs):  # what was measured first was compiling
-                runs = [_prefill_s(s, ids, cache, chunk)]
-            added = _peak(s) - weights - cache.nbytes - lent if s.cuda else None
-        else:
+            if batch == 1:
+                with PartTimer() as timer:
+                    seconds = _prefill_s(s, ids, cache, chunk)
+                parts = timer.milliseconds()
+                if seconds < COMPILED * statistics.median(runs):  # what was measured first was compiling
+                    runs = [_prefill_s(s, ids, cache, chunk)]
+                added = _peak(s) - weights - cache.nbytes - lent if s.cuda else None
+        if batch > 1:
             runs = []
             _release(s)
             cache.batch_repeat_interleave(batch)  # copies of one prompt, which go on with different tokens
-        _lend(s, 0)  # decoding reads what it selects
         tokens = (ids[0, -1:] + torch.arange(batch, device=ids.device)) % s.shape.vocab
         decoder = Decoder(s.model, cache)
         tokens = _steps(decoder, tokens, WARM_STEPS)
@@ -215,19 +213,23 @@ def measure(
     return row | floors_of(s, context, pattern, batch)
 
 
-def _lend(s: Subject, context: int, pattern: Pattern | None = None) -> int:
-    """Lay the recorded selections out for a prefill of this length, 0: take them away; the bytes they take."""
+@contextmanager
+def _lent(s: Subject, context: int, pattern: Pattern) -> Iterator[int]:
+    """Lay the recorded selections out for a prefill of this length; yields the bytes they take."""
     selector = selector_of(s.model)
     assert isinstance(selector, FastSelector)
-    selector.stand_in = selector.stand_in_pool = None  # free the last ones first
-    if s.selections is None or not context:
-        return 0
-    ids, *pools = (t.to(s.where) for t in s.selections)
-    selector.stand_in = stretch(ids, s.shape.topk, context)
-    if not pools or pattern is None or pattern.pool_factor is None:
-        return selector.stand_in.nbytes
-    selector.stand_in_pool = Stretched(pools[0], s.shape.topk * pattern.pool_factor, context)
-    return selector.stand_in.nbytes + selector.stand_in_pool.nbytes
+    ids, pools = [*(s.selections or ()), None, None][:2]
+    taken = 0
+    try:
+        if ids is not None:
+            selector.stand_in = stretch(ids.to(s.where), s.shape.topk, context)
+            taken += selector.stand_in.nbytes
+        if pools is not None and pattern.pool_factor is not None:
+            selector.stand_in_pool = Stretched(pools.to(s.where), s.shape.topk * pattern.pool_factor, context)
+            taken += selector.stand_in_pool.nbytes
+        yield taken
+    finally:
+        selector.stand_in = selector.stand_in_pool = None
 
 
 def floors_of(subject: Subject, context: int, pattern: Pattern, batch: int) -> dict[str, dict[str, float]]:

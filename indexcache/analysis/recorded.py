@@ -15,8 +15,10 @@ def read_selections(word: str) -> list[Tensor]:
         ValueError: no such file or tensor, or it does not hold selections.
     """
     file, _, names = word.rpartition(":")
-    if not file or not Path(file).is_file() or names.count(",") > 1:
-        raise ValueError(f"--selections takes FILE:NAME[,POOL], tensors of a safetensors file; {word!r} has none.")
+    if not file or names.count(",") > 1:
+        raise ValueError(f"--selections takes FILE:NAME[,POOL], one or two tensors of a safetensors file, not {word!r}.")
+    if not Path(file).is_file():
+        raise ValueError(f"There is no file {file} (--selections FILE:NAME).")
     return [_read(Path(file), name) for name in names.split(",")]
 
 

@@ -25,7 +25,7 @@ class TimingSettings:
     contexts: tuple[str, ...] = flag(("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N")
     layers: int | None = flag(None, "take only the first layers of a named shape")
     decode_tokens: int = flag(64, "tokens that are decoded after each prefill")
-    chunk: int = flag(16384, "tokens of a prefill that go through the model at once; bench: half of it with R")
+    chunk: int = flag(16384, "tokens of a prefill that go through the model at once, half as many with R")
     data: str | None = flag(None, "text to prefill with, repeated to the length (default: random tokens)")
     dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
     index_dtype: str = flag("fp8", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))

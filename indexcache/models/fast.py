@@ -8,6 +8,7 @@ gathered latents. Any cache of transformers works, filled with latents; a `FastC
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -30,6 +31,7 @@ from indexcache.models.layer import (
     layer_forward,
     project,
     route,
+    runs_in_pieces,
     step_turn,
     stock_norm,
 )
@@ -81,7 +83,9 @@ class FastSelector(StockSelector):
             if self.stand_in is not None and decoding is None:
                 parts[-1][0] = self.stand_in[None, start:end].expand(len(parts[-1][0]), -1, -1)
             if self.stand_in_pool is not None and decoding is None and pool:
-                parts[-1][1] = self.stand_in_pool.rows(start, end)[None].expand(len(parts[-1][1]), -1, -1)
+                batch = len(parts[-1].pop())  # its own goes before the other comes
+                del found
+                parts[-1].append(self.stand_in_pool.rows(start, end)[None].expand(batch, -1, -1))
         if len(parts) == 1:
             return parts[0][0], parts[0][1] if pool else None
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if pool else None
@@ -164,7 +168,8 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
         index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3 with a scale for each vector, after a
             Hadamard rotation: half the memory and time, another selection at the edge).
         compile: run MLPs, experts, projections and norms through torch.compile, which fuses what lies between the products, and
-            a step of one sequence in three pieces a layer; it takes its time at the first calls.
+            a step of one sequence with a `FastCache` in three pieces a layer, in which hooks put on parts of a layer later are not
+            called; it takes its time at the first calls.
 
     Raises:
         ValueError: unknown family, a model that is accelerated already or under a pattern, one without latent queries, an
@@ -184,7 +189,10 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
     gpu = on_gpu(model)
     projection = turn(partial(project, family.rotate, fused_norm if gpu else stock_norm))
     norm = turn(fused_norm)
-    step = Step.compiled(family.rotate) if compile else None
+    step = Step.compiled(family.rotate, fused_norm if gpu else stock_norm) if compile else None
+    pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
+    if step is not None and not all(pieces):
+        warnings.warn("Steps of decoding run whole where a layer has a forward, a hook or experts of its own.", stacklevel=2)
     selector, plans = FastSelector(model, index_dtype, turn, step_turn() if compile else turn), Plans()
     done = Accelerated(model)
     try:
@@ -194,7 +202,7 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
             done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
                 done._replace(indexer, _indexer_forward(selector, i, indexer))
-            if step is not None and "forward" not in layer.__dict__:
+            if step is not None and pieces[i]:
                 done._replace(layer, layer_forward(layer, family.native_sharing, step))
         for module in model.modules():
             if has_one_choice_of_groups(module):

@@ -3,6 +3,9 @@
 With one row a product is a reading of its weights, and a layer is two dozen short kernels. `Step` runs what lies between the
 cache, the selection and attention in three pieces of torch.compile with coordinate descent, which writes such products itself
 and fuses them with norms, RoPE, the gathering of experts and residuals.
+
+Dims: B sequences, S queries, T keys, H heads, E hidden, Q and c the latents of queries and keys, n and r the dims of a head
+without and with RoPE, v of its values, k experts of a token.
 """
 
 from __future__ import annotations
@@ -85,8 +88,9 @@ def has_one_choice_of_groups(module: Any) -> bool:
 def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stock's choice of experts without the choice of groups, in a third of the kernels: (logits, weights, indices)."""
     x, weight = x.view(-1, router.hidden_dim), router.weight
-    # products of bf16 are exact in fp32, in which tensor cores add them up; with one row there is nothing to gain
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] > 1:
+    # products of bf16 are exact in fp32, in which tensor cores add them up; a compiled product of one row is a sum in fp32 anyway
+    one = x.shape[0] == 1 and torch.compiler.is_compiling()
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not one:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:
         logits = F.linear(x.float(), weight.float())
@@ -179,20 +183,30 @@ def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """The pieces of a layer for one token of one sequence.
+    """The pieces of a layer for one token of one sequence, all in the model's dtype; x is the hidden state [1, 1, E].
 
-    before: (layer, x, rope) -> x normed, q_resid, absorbed queries [1, 1, H, c + r], latent, rotary key.
-    after: (layer, x, attention's output) -> x with attention added. feed: (layer, x) -> x with the MLP added.
+    before: (layer, x, (cos, sin) [1, 1, r]) -> x normed [1, 1, E], q_resid [1, 1, Q], absorbed queries [1, 1, H, c + r], latent
+        [1, 1, c], rotary key [1, 1, r].
+    after: (layer, x, attention's output [1, 1, H, c]) -> x with attention added.
+    feed: (layer, x) -> x with the MLP added.
     """
 
-    before: Any
-    after: Any
-    feed: Any
+    before: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    after: Callable[..., Tensor]
+    feed: Callable[..., Tensor]
 
     @staticmethod
-    def compiled(rotate: Any) -> Step:
+    def compiled(rotate: Any, norm: Any) -> Step:
+        """norm: `fused_norm` or `stock_norm`."""
         turn = step_turn()
-        return Step(turn(partial(_before, rotate)), turn(_after), turn(_feed))
+        return Step(turn(partial(_before, rotate, norm)), turn(_after), turn(partial(_feed, norm)))
+
+
+def runs_in_pieces(layer: Any) -> bool:
+    """A step's pieces read weights and skip forwards: not where somebody put a forward or a hook, or chose other experts."""
+    chosen = getattr(getattr(getattr(layer.mlp, "experts", None), "config", None), "_experts_implementation", None)
+    touched = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    return not touched and chosen in (None, "eager", "grouped_mm", "batched_mm")
 
 
 def step_turn() -> Turn:
@@ -200,10 +214,12 @@ def step_turn() -> Turn:
     return partial(torch.compile, dynamic=True, options={"coordinate_descent_tuning": True})
 
 
-def _before(rotate: Any, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _before(
+    rotate: Any, norm: Any, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     a = layer.self_attn
-    x = fused_norm(layer.input_layernorm, x)
-    q_resid, q, q_rot, latent, k_rot = project(rotate, fused_norm, a, x, rope)
+    x = norm(layer.input_layernorm, x)
+    q_resid, q, q_rot, latent, k_rot = project(rotate, norm, a, x, rope)
     q = torch.einsum("bshn,hnc->bshc", q[..., : a.qk_nope_head_dim], _absorbed(a)[0])
     return x, q_resid, torch.cat([q, q_rot], -1), latent, k_rot
 
@@ -213,8 +229,8 @@ def _after(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     return x + a.o_proj(torch.einsum("bshc,hvc->bshv", out, _absorbed(a)[1]).flatten(2))
 
 
-def _feed(layer: Any, x: Tensor) -> Tensor:
-    y, mlp = fused_norm(layer.post_attention_layernorm, x), layer.mlp
+def _feed(norm: Any, layer: Any, x: Tensor) -> Tensor:
+    y, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
     if not hasattr(mlp, "experts"):
         return x + _mlp_of_one(mlp, y)
     _logits, weights, indices = mlp.gate(y)
@@ -222,7 +238,8 @@ def _feed(layer: Any, x: Tensor) -> Tensor:
 
 
 def _experts_of_one(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """As `batched_mm_experts_forward` of transformers, for one token x [1, E]: compiled, gathering is a part of the products."""
+    """As `batched_mm_experts_forward` of transformers, for one token x [1, E] with its experts [k] (indices int64, weights fp32):
+    compiled, gathering is a part of the products."""
     gate, up = (experts.gate_up_proj[indices] @ x[0]).chunk(2, -1)
     out = experts.down_proj[indices] @ _stored(experts.act_fn(gate) * up)[..., None]
     return (out[..., 0] * weights[:, None]).sum(0).to(x.dtype)
@@ -238,7 +255,7 @@ def _stored(x: Tensor) -> Tensor:
 
 
 def layer_forward(layer: Any, returns_ids: bool, step: Step):
-    """A decoder layer's forward: for one token of one sequence in a step's pieces, otherwise as it was."""
+    """A decoder layer's forward: one token of one sequence with a `FastCache` in a step's pieces, otherwise as it was."""
     a, stock = layer.self_attn, layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any):

@@ -2,7 +2,7 @@
 
 The names in use: "indexer" (its projections and keys), "index_topk" (the operation: scores and selection), "plan" (the union
 of neighbouring queries), "attention" (sparse MLA), "linears" (projections of attention, absorption included), "mlp" (MLPs and
-experts), "head" (the logits).
+experts), "head" (the logits). In a compiled step of one sequence "linears" and "mlp" each hold a norm and a residual as well.
 """
 
 from __future__ import annotations

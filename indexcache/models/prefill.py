@@ -7,14 +7,16 @@ counts, not the sum:
     always        hidden states and the residual, 2 x S x 2048                                  67
                   the selection of the last F layer, S x 2048 int32, and its plan (5 bytes)     67 + 84
     index_topk    queries S x 32 x 128, three times until rotated                              201
-                  lists 268, samples 102, rows to redo 106 at 200K; publishing a pool: lists 1,074    476
+                  lists 537, samples 205, rows to redo 106 at 200K; publishing a pool: lists          848
+                  1,074, samples 51, the pool S x 16384 int32 537                                   1,768
     attention     queries S x 20 x 256; absorbed S x 20 x 576                               84 + 189
                   output S x 20 x 512; values S x 20 x 256                                  168 + 84
     experts       4 S rows: gathered 2048, gate and up 2 x 1536, down 2048               134 + 201 + 134
                   weighted and put back in fp32, twice 4 S x 2048                               537
     dense MLP     gate, up, product, S x 3 x 10240                                              503
 
-About 1.2 GB at 8192 tokens (1.6 with a pool), the experts' part most of it; the default leaves room for fragmentation under 4 GB.
+About 1.3 GB at 8192 tokens (2.2 with a pool), index_topk and its queries most of it; the default leaves room for fragmentation
+under 4 GB.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from indexcache.ops import scores, select
 from indexcache.ops.launch_plan import group_queries
-from indexcache.ops.launch_scores import Inputs, pool_group, query_blocks, score_pools, score_rows, score_tiles
+from indexcache.ops.launch_scores import Inputs, pool_group, query_blocks, score_pools, score_rows, score_tiles, tiles_in_gluon
 from indexcache.ops.launch_select import Lists, Sampling, grid_work, outputs, topk_rows, warps
 from indexcache.ops.reference import FP8, Plan
 from indexcache.ops.settings import SETTINGS, power, segments
@@ -127,8 +127,10 @@ def index_topk(
         _rows(x, candidates, out, wide)
     else:
         listed = Sampling.of(x.keys, max(topk, pool)).listed
-        # lists take their capacity for each row and segment: 0.3 GB with the Gluon kernel, 2 GB with the plain one, whatever the chunk
-        chunk = max(SETTINGS.chunk * SETTINGS.listed // listed // SETTINGS.queries, 1) * SETTINGS.queries
+        # lists take their capacity for each row and segment, at 200K keys 0.5 GB (1.1 with a pool); of the plain kernel, whose tiles are
+        # larger and segments therefore more, 2.1 GB: with rows for its 8,192, a pool of 16,384 would take 4.3
+        rows = SETTINGS.chunk if tiles_in_gluon(x) else SETTINGS.chunk // 2
+        chunk = max(rows * SETTINGS.listed // listed // SETTINGS.queries, 1) * SETTINGS.queries
         for b in range(batch):
             for start in range(0, queries, chunk):
                 end = min(start + chunk, queries)

@@ -41,13 +41,14 @@ def _gluon(q: Tensor, k: Tensor) -> bool:
     return SETTINGS.hopper and fits and aligned and settings.gluon_runs(q.device)
 
 
-def _tiles_in_gluon(x: Inputs) -> bool:
+def tiles_in_gluon(x: Inputs) -> bool:
+    """`score_tiles` takes the Gluon kernel."""
     return x.batch == 1 and _gluon(x.q, x.k)
 
 
 def query_blocks(x: Inputs) -> int:
     """Programs of `score_tiles` for each segment of the keys."""
-    return triton.cdiv(x.queries, 256 // x.heads if _tiles_in_gluon(x) else SETTINGS.queries)
+    return triton.cdiv(x.queries, 256 // x.heads if tiles_in_gluon(x) else SETTINGS.queries)
 
 
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
@@ -77,7 +78,7 @@ def score_tiles(x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: 
     )
     sizes = (0 if out is None else out.stride(0), x.queries, columns, x.keys, segment)
     inputs = (x.q, x.w, x.scale_or_any, x.offset)
-    if _tiles_in_gluon(x):
+    if tiles_in_gluon(x):
         from indexcache.ops import scores_hopper
 
         constants |= {"STAGES": SETTINGS.hopper_stages, "num_warps": 4}
