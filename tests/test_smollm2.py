@@ -376,6 +376,8 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
             "2",
             "--more",
             "1",
+            "--sparse",
+            "1",
             "--rows",
             "1",
         ]
@@ -387,7 +389,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     run(out, "--seeds", "1")
     result = run(out, "--seeds", "0", "1")
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
-    ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
+    ways = {"untouched", "own", "multi", "multi, sparse", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
     assert set(found) == {(*way, domain) for way in grid for domain in domains}

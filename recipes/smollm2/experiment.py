@@ -4,7 +4,7 @@
 
     train      a seed: all indexers in the warm-up, each on its own layer ("start"); from there, with as many further steps on the
                text packed anew, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve
-               ("multi")
+               ("multi"); with --sparse, from multi steps on the selection alone ("sparse")
     search     a seed: greedy search over the layers with full's indexers, on training text
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
@@ -52,7 +52,8 @@ from indexcache.search.select import choose
 STAGES = ("train", "search", "evaluate", "table")
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
-LATER = 1000  # added to the seed of the rows after the start
+LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
+SPARSE_LR = 5e-4
 SAVE = 50  # steps between states
 
 
@@ -91,13 +92,19 @@ class Experiment:
             self.distill(seed, "full", "start", self.full, later, o.more)
             for kept in KEPT:
                 self.distill(seed, f"multi-{kept}", "start", self.uniform(kept), later, o.more)
+            last = pack_rows(documents, o.length, seed + 2 * LATER) if o.sparse else []
+            for kept in KEPT if o.sparse else ():
+                self.distill(seed, f"sparse-{kept}", f"multi-{kept}", self.uniform(kept), last, o.sparse, stage="sparse")
 
-    def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int) -> None:
+    def distill(
+        self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, stage: str = "warmup"
+    ) -> None:
         folder = self.folder(seed, name)
         if (folder / "result.json").is_file():
             return
         self.take(seed, start)
-        settings = DistillSettings(stage="warmup", keep_zeros=True, steps=steps, rows=self.o.rows, lr=self.o.lr, eval_every=0,
+        lr = SPARSE_LR if stage == "sparse" else self.o.lr
+        settings = DistillSettings(stage=stage, freeze_backbone=True, keep_zeros=True, steps=steps, rows=self.o.rows, lr=lr, eval_every=0,
                                    save_every=SAVE, seed=seed)  # fmt: skip
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
         print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
@@ -138,6 +145,8 @@ class Experiment:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
+            if self.o.sparse:
+                yield "multi, sparse", kept, f"sparse-{kept}", self.uniform(kept)
             found = self.searched(seed, kept)
             yield "searched", kept, "full", found
             for pool in POOLS:
@@ -209,7 +218,7 @@ class Experiment:
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     """What all pieces of an --out share."""
-    names = ("length", "steps", "more", "rows", "lr", "calibration", "documents", "tasks", "dtype")
+    names = ("length", "steps", "more", "sparse", "rows", "lr", "calibration", "documents", "tasks", "dtype")
     return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
 
 
@@ -254,6 +263,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
     parser.add_argument("--more", type=int, default=100, help="steps after it")
+    parser.add_argument("--sparse", type=int, default=0, help="steps of the sparse stage after multi (0: none)")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration", type=int, default=2, help="sequences of the search")
