@@ -1,9 +1,9 @@
 """A cost model fitted to `bench` rows: how long a prefill and a decoding step take at lengths that were not measured.
 
 A part of a prefill takes a * calls + b * floor (`indexcache.analysis.floors`), calls = layers that run it, times chunks (of a
-plan, parts of a chunk count). A
-decoding step, which is one CUDA graph and not timed in parts, takes a + b * (floor of all but the indexers) + c * (layers that
-index) + d * (floor of the indexers). Every coefficient is at least 0; relative errors are squared. R layers are not modelled.
+plan, parts of a chunk count). A decoding step, which is one CUDA graph and not timed in parts, takes a + b * (floor of all but
+the indexers) + c * (layers that index) + d * (floor of the indexers). Every coefficient is at least 0; relative errors are
+squared. R layers are not modelled.
 """
 
 from __future__ import annotations
