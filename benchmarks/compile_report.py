@@ -115,8 +115,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         x = attention(heads, queries, fp8, dims)
         return lambda: launch.sparse_mla(*x, 0.06, value_dim=512 if dims == 576 else 256, plan=None, deterministic=False)
 
-    def backward(deterministic: bool) -> Any:
-        q, latent, ids = attention(20, 264)
+    def backward(deterministic: bool, kind: torch.dtype = torch.bfloat16) -> Any:
+        q, latent, ids = (x.to(kind) if x.is_floating_point() else x for x in attention(20, 264))
         q.requires_grad_(), latent.requires_grad_()
         out, _ = launch.sparse_mla(q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic)
         out.sum().backward()
@@ -149,6 +149,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "decode 20 fp8": mla(20, 1, True),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
+        "attention fp32": lambda: backward(False, torch.float32),
         "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 1, 128, dtype=torch.bfloat16), True, angle, angle, True),
         "distill warm-up": lambda: warm_up((9, 256), 9, 256),
         "distill warm-up fp32": lambda: warm_up((9, 256), 9, 256, 301, torch.float32),

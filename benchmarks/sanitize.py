@@ -26,8 +26,8 @@ KERNELS = {
     "rows": {"scores.scores_rows", "select_grid.select_grid", "select.compact", "select.threshold", "select.pick", "select.pick_row"},
     "pools": {"scores_hopper.scores_pools", "plan.unite", "select.threshold", "select.pick", "scores.rescue_fused", "scores.scores_rows",
               "select.pick_row"},
-    "plain": {"mla.attend", "mla.combine", "mla_backward.backward", "mla_backward.gather_rows", "plan.own", "plan.place"},
-    "gluon": {"mla_hopper.attend", "plan.own", "plan.place"},
+    "plain": {"mla.attend", "mla.combine", "mla_backward.backward", "mla_backward.gather_rows", "plan.join"},
+    "gluon": {"mla_hopper.attend", "plan.join"},
     "distill": {"distill.normalise", "distill.teach", "distill.score", "distill.compare", "distill.grad_queries", "distill.grad_keys"},
 }  # fmt: skip
 

@@ -48,6 +48,16 @@ def test_plan(queries, k, group, words, monkeypatch):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize(("k", "group"), [(512, 4), (2048, 3), (2048, 8), (1024, 1), (3000, 2), (4095, 5), (4096, 3), (16384, 4)])
+def test_plan_large(k, group):
+    """Powers of two from 512 search in assembly."""
+    ids = random_ids(2, 31, 20000, k, empty=(0, 7))
+    for a, b in zip(*(ops.group_queries(ids, group, backend=way) for way in ("triton", "torch")), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
 @pytest.mark.parametrize("heads", [8, 20, 64])
 @pytest.mark.parametrize("planned", [False, True])
 def test_forward(heads, planned, monkeypatch):
@@ -204,3 +214,19 @@ def test_backward_large(heads):
         assert torch.equal(first, second)
         assert relative(first, want) < 2e-2
         assert relative(atomic, want) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("heads", [20, 128])
+@pytest.mark.parametrize("queries", [1, 200])
+def test_fp32_fits_shared_memory(heads, queries):
+    ids = torch.cat([random_ids(1, min(queries, 50), 4096, 512)] * -(-queries // 50), dim=1)
+    q, latent = torch.randn(1, queries, heads, 576, device=DEVICE), torch.randn(1, 4096, 576, device=DEVICE)
+    weight, found = torch.randn(1, queries, heads, 512, device=DEVICE), []
+    for backend in ("triton", "torch"):
+        a, b = (t.clone().requires_grad_() for t in (q, latent))
+        out, _ = ops.sparse_mla(a, b, ids, 576**-0.5, backend=backend)
+        found.append((out.detach(), *torch.autograd.grad((out * weight).sum(), (a, b))))
+    for got, want in zip(*found, strict=True):
+        assert relative(got, want) < 1e-4

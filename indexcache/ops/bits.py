@@ -82,6 +82,18 @@ def put(pointer, value, mask):
 
 
 @triton.jit
+def ones(x):
+    """How many bits of each int32 are set."""
+    if INTERPRETED:
+        left = x.to(tl.uint32, bitcast=True)
+        n = left - ((left >> 1) & 0x55555555)
+        n = (n & 0x33333333) + ((n >> 2) & 0x33333333)
+        return ((((n + (n >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def rows_visible(offset, o_row, keys):
     """How many of `keys` keys the queries at o_row of a batch entry that starts at `offset` see (ops/reference.py)."""
     return tl.minimum(tl.maximum(offset + o_row + 1, 0), keys)

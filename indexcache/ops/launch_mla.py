@@ -31,6 +31,8 @@ class Settings:
     hopper_registers: int = 224  # of a computing thread
     backward_keys: int = 32
     backward_part: int = 128  # value dims of the latents' gradient at a time
+    rows_fp32: int = 32  # of what takes twice the shared memory, at most
+    keys_fp32: int = 16
 
 
 SETTINGS = Settings()
@@ -54,6 +56,11 @@ def refuse(q: Tensor, latent: Tensor | Fp8Latent, value_dim: int) -> str | None:
 def best_group(heads: int) -> int:
     """How many neighbouring queries fill the rows of a program."""
     return min(max(SETTINGS.rows // heads, 1), 8)
+
+
+def tile(dtype: torch.dtype, keys: int) -> tuple[int, int]:
+    """(rows of a program, keys of a tile) at most, for queries of dtype; keys: what fits in bf16."""
+    return (min(SETTINGS.rows, SETTINGS.rows_fp32), min(keys, SETTINGS.keys_fp32)) if dtype == torch.float32 else (SETTINGS.rows, keys)
 
 
 @dataclass
@@ -91,15 +98,16 @@ def forward(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, va
     if not out.numel() or not ids.shape[-1] or not x.value.shape[1]:
         return out.zero_(), lse.fill_(-torch.inf)
     group = plan_.group if plan_ is not None else 1
-    rows = min(SETTINGS.rows, max(triton.next_power_of_2(group * heads), 16))
+    most, keys = tile(q.dtype, SETTINGS.keys)
+    rows = min(most, max(triton.next_power_of_2(group * heads), 16))
     groups = -(-queries // group)
     blocks = -(-group * heads // rows)
     source = ids.contiguous() if plan_ is None else plan_.union_BGU
     slots = source.shape[-1]
     programs = groups * blocks * batch
     # half a device of whole rows beats a full one of halves, which must be combined
-    splits = max(1, min(-(-SETTINGS.programs // programs), -(-slots // SETTINGS.keys), 64)) if 2 * programs < SETTINGS.programs else 1
-    part = triton.cdiv(triton.cdiv(slots, splits), SETTINGS.keys) * SETTINGS.keys
+    splits = max(1, min(-(-SETTINGS.programs // programs), -(-slots // keys), 64)) if 2 * programs < SETTINGS.programs else 1
+    part = triton.cdiv(triton.cdiv(slots, splits), keys) * keys
     splits = -(-slots // part)
     partial, plse = out, lse
     if splits > 1:
@@ -160,7 +168,7 @@ def forward(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, scale: float, va
         H=heads,
         GROUP=group,
         M=rows,
-        N=SETTINGS.keys,
+        N=keys,
         V=value_dim,
         R=rope_dim,
         RP=power(rope_dim, 16),
@@ -193,12 +201,13 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, dim = q.shape
     keys, value_dim = latent.shape[1], out.shape[-1]
-    if heads > SETTINGS.rows:  # a program holds one block of rows: take the heads in turn
-        parts = [slice(h, h + SETTINGS.rows) for h in range(0, heads, SETTINGS.rows)]
+    rows, tile_keys = tile(q.dtype, SETTINGS.backward_keys)
+    if heads > rows:  # a program holds one block of rows: take the heads in turn
+        parts = [slice(h, h + rows) for h in range(0, heads, rows)]
         each = [backward(q[:, :, p], latent, ids, out[:, :, p], lse[:, :, p], grad[:, :, p], scale, None, deterministic) for p in parts]
         return torch.cat([dq for dq, _ in each], dim=2), sum(dl for _, dl in each)  # type: ignore[return-value]
-    if plan_ is None or plan_.group * heads > SETTINGS.rows:
-        plan_ = group_queries(_ascending(ids), best_group(heads))
+    if plan_ is None or plan_.group * heads > rows:
+        plan_ = group_queries(_ascending(ids), min(max(rows // heads, 1), 8))
     q, out, lse, grad, latent = (t.contiguous() for t in (q, out, lse, grad, latent))
     dq = torch.empty_like(q)
     groups, slots = plan_.union_BGU.shape[1:]
@@ -228,7 +237,7 @@ def backward(
         H=heads,
         GROUP=plan_.group,
         M=max(triton.next_power_of_2(plan_.group * heads), 16),
-        N=SETTINGS.backward_keys,
+        N=tile_keys,
         V=value_dim,
         R=rope_dim,
         RP=max(triton.next_power_of_2(rope_dim), 16),
