@@ -60,6 +60,7 @@ def kth_key(keys, low, high, total, k, slack):
 
 
 PUT = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }")
+TAKE = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.b32 $0, [$1]; }")
 PUT_BYTE = tl.constexpr(PUT.value.replace("b32 [", "u8 ["))
 
 
@@ -79,6 +80,16 @@ def put(pointer, value, mask):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def take(pointer, mask):
+    """tl.load of 32-bit values, -1 where masked, in the layout that the pointers have: neighbours in a warp, where tl.load would give
+    each thread four in a row."""
+    if INTERPRETED:
+        return tl.load(pointer, mask=mask, other=-1)
+    else:
+        return tl.inline_asm_elementwise(TAKE, "=&r,l,r", [pointer.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from indexcache.ops.settings import SETTINGS, power
 
 LONG = 4096  # lists from here on go through bitmaps
 WORDS = 8192  # of a bitmap at a time, 32 keys each
-BLOCK = 1024  # ids of a row at a time
-PART = 256  # words at a time
+BLOCK = 2048  # ids of a row at a time
+PART = 128  # words at a time
+REGISTERS = 64  # of a thread: two programs of 16 warps a multiprocessor hide each other's waits
 
 
 def group_queries(ids: Tensor, group: int) -> Plan:
@@ -24,15 +25,17 @@ def group_queries(ids: Tensor, group: int) -> Plan:
     bits = torch.empty(batch, groups, group * k, dtype=torch.uint8, device=device)
     if not ids.numel():
         return Plan(union.fill_(-1), bits.zero_(), count.zero_(), group)
-    programs = min(batch * groups, 2 * SETTINGS.workers)
     rest = (union, bits, count, queries, groups, batch * groups)
     if k >= LONG:
+        programs = min(batch * groups, 2 * SETTINGS.workers)
         work = torch.zeros(programs, group, WORDS, dtype=torch.int32, device=device)
-        plan.unite[(programs,)](ids, work, *rest, GROUP=group, K=k, BLOCK=BLOCK, PART=PART, WORDS=WORDS, num_warps=8)
+        constants = {"GROUP": group, "K": k, "BLOCK": BLOCK, "PART": PART, "WORDS": WORDS}
+        plan.unite[(programs,)](ids, work, *rest, **constants, num_warps=16, maxnreg=REGISTERS)
     else:
-        ranks = torch.empty(programs, group, k + 1, dtype=torch.int16, device=device)
+        programs = min(batch * groups, 4 * SETTINGS.workers)
+        ranks = torch.empty(programs, group, k + 1, dtype=torch.int32, device=device)
         block = power(k, 16)
-        constants = {"GROUP": group, "K": k, "BLOCK": block, "STEPS": k.bit_length(), "num_warps": min(max(block // 128, 4), 16)}
         search = plan.search(k) if k == block >= 512 and not interpreted() else None
-        plan.join[(programs,)](ids, ranks, *rest, SEARCH=search, **constants)
+        constants = {"GROUP": group, "K": k, "BLOCK": block, "STEPS": k.bit_length(), "SEARCH": search}
+        plan.join[(programs,)](ids, ranks, *rest, **constants, num_warps=min(max(block // 128, 4), 16), maxnreg=REGISTERS)
     return Plan(union, bits, count, group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from indexcache.ops.bits import ones, put
+from indexcache.ops.bits import ones, put, take
 
 
 def search(k: int) -> str:
@@ -41,7 +41,7 @@ def _stand(p_list, x, K: tl.constexpr, STEPS: tl.constexpr, SEARCH: tl.constexpr
         has = tl.load(p_list + below, mask=below < K, other=-2) == x
     else:
         p = p_list.to(tl.int64) + tl.zeros_like(x)
-        found = tl.inline_asm_elementwise(SEARCH, "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [p, x], dtype=tl.int32, is_pure=True, pack=4)
+        found = tl.inline_asm_elementwise(SEARCH, "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [p, x], dtype=tl.int32, is_pure=False, pack=4)
         below, has = found & 0xFFFF, found >> 16 != 0
     return below, ((x >= 0) & has).to(tl.int32)
 
@@ -62,7 +62,7 @@ def join(
     GROUP: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """grid (programs,), which share the groups of all batch entries. K <= BLOCK, K < 4096, GROUP <= 8. p_work [programs, GROUP, K + 1]
-    int16: how many ids each row owns before each place.
+    int32: how many ids each row owns before each place.
 
     From the search to the use an id keeps a word for each two other rows, cyclically: 12 bits for its place in each; the last word has
     its bits on top, 0 where another row owns it.
@@ -75,10 +75,13 @@ def join(
         n_rows = n_queries - i_first
         p_rows = p_ids + ((i_at // n_groups).to(tl.int64) * n_queries + i_first) * K
         i_out = tl.full((), GROUP * K, tl.int64) * i_at
-        words = ()
+        ids, words = (), ()
         total = 0
+        for i in tl.static_range(GROUP):  # all at once: a search among rows that are still on their way waits in every step
+            x = take(p_rows + i * K + o, (o < K) & (i < n_rows))
+            ids = ids + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no star here
         for i in tl.static_range(GROUP):
-            x = tl.load(p_rows + i * K + o, mask=(o < K) & (i < n_rows), other=-1)
+            x = ids[i]
             owned = x >= 0
             bits = tl.full((BLOCK,), 1 << i, tl.int32)
             word = tl.zeros_like(x)
@@ -91,22 +94,22 @@ def join(
                 if (i + n) % GROUP < i:
                     owned = owned & (has == 0)
                 if n % 2 == 0 and n < GROUP - 1:
-                    words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no star here
+                    words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005
                     word = tl.zeros_like(x)
             words = words + (word | (tl.where(owned, bits, 0) << 24),)  # type: ignore[assignment]  # noqa: RUF005
             count = owned.to(tl.int32)
-            tl.store(p_work + i * (K + 1) + o, (tl.cumsum(count, 0) - count).to(tl.int16), mask=o < K)
+            put(p_work + i * (K + 1) + o, tl.cumsum(count, 0) - count, o < K)
             owns = tl.sum(count, 0)
-            tl.store(p_work + i * (K + 1) + K, owns.to(tl.int16))
+            tl.store(p_work + i * (K + 1) + K, owns)
             total += owns
         tl.debug_barrier()  # other threads read them
         for i in tl.static_range(GROUP):
             bits = (words[i * PAIRS + PAIRS - 1] >> 24) & 255
-            x = tl.load(p_rows + i * K + o, mask=bits != 0, other=-1)
-            slot = tl.load(p_work + i * (K + 1) + o, mask=bits != 0, other=0).to(tl.int32)
+            x = take(p_rows + i * K + o, bits != 0)
+            slot = take(p_work + i * (K + 1) + o, bits != 0)
             for n in tl.static_range(1, GROUP):
                 at = (words[i * PAIRS + (n - 1) // 2] >> (n - 1) % 2 * 12) & 4095
-                slot += tl.load(p_work + (i + n) % GROUP * (K + 1) + at, mask=bits != 0, other=0).to(tl.int32)
+                slot += take(p_work + (i + n) % GROUP * (K + 1) + at, bits != 0)
             put(p_union + (i_out + slot), x, bits != 0)
             put(p_bits + (i_out + slot), bits, bits != 0)
         tl.store(p_count + i_at, total)
@@ -142,10 +145,14 @@ def unite(
             top = tl.full((BLOCK,), -1, tl.int32)
             for i in tl.static_range(GROUP):
                 if i_first + i < n_queries:
+                    p_row = p_rows + i * K + o_block - 32
+                    next_x = tl.load(p_row, mask=(o_block >= 32) & (o_block < K + 32), other=-1)
+                    next_after = tl.load(p_row + 1, mask=(o_block >= 31) & (o_block < K + 31), other=-1)
                     for base in range(0, K, BLOCK - 32):
-                        o = base - 32 + o_block
-                        x = tl.load(p_rows + i * K + o, mask=(o >= 0) & (o < K), other=-1)
-                        after = tl.load(p_rows + i * K + o + 1, mask=(o >= -1) & (o < K - 1), other=-1)
+                        x, after = next_x, next_after
+                        o = base + (BLOCK - 64) + o_block  # of the next block, which is on its way meanwhile
+                        next_x = tl.load(p_row + base + (BLOCK - 32), mask=o < K, other=-1)
+                        next_after = tl.load(p_row + base + (BLOCK - 31), mask=o < K - 1, other=-1)
                         word = x >> 5
                         _, bits = tl.associative_scan((word, 1 << (x & 31)), 0, _runs)
                         whole = (x >= 0) & (word != after >> 5) & (o_block >= 32)
