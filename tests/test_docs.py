@@ -83,6 +83,28 @@ def test_speed_tables_are_the_results():
         assert line in README or name == "1/2"
 
 
+def test_peer_and_batch_tables_are_the_results():
+    long = (ROOT / "docs/long-context.md").read_text(encoding="utf-8")
+    for r in (rows := read_json(ROOT / "benchmarks/results/vllm_h100.json")["rows"]):
+        first, rate = r["peer_ttft_s"] / r["ttft_s"], r["decode_tok_s"] / r["peer_decode_tok_s"]
+        line = (f"| {r['context'] // 1000}K | {r['name']} ({r['full']}/47; {r['peer_full']}/47) | {r['ttft_s']:.3g} | {r['peer_ttft_s']:.3g} "
+                f"| {first:.2f} | {r['decode_tok_s']:.0f} | {r['peer_decode_tok_s']:.0f} | {rate:.2f} |")  # fmt: skip
+        assert line in long
+        assert min(first, rate) > 1
+    assert len(rows) == 8
+    h200 = read_json(ROOT / "benchmarks/results/glm-4.7-flash-dsa_h200.json")["rows"]
+    filled = [r for r in h200 if r["batch"] > 1]
+    for r in filled:
+        known = r["published"]["decode_total_tok_s"]
+        line = (f"| {r['batch']} x 200K | {r['name']} ({r['full']}/47) | {r['decode_total_tok_s']:.0f} ({known}) "
+                f"| {r['speedup']['decode']:.2f} | {r['cache_gb']:.0f} GB | {r['peak_gb']:.0f} GB |")  # fmt: skip
+        assert line in long
+    assert len(filled) == 2
+    pools, full = (next(r for r in h200 if r["batch"] == 1 and r["name"] == name) for name in ("1/8+R", "all"))
+    assert f"{pools['ttft_s']:.1f} s where all full take {full['ttft_s']:.1f}" in long
+    assert f"{pools['decode_tok_s']:.0f} tokens/s where all full decode {full['decode_tok_s']:.0f}" in long
+
+
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
