@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,17 @@ def group_queries(ids: Tensor, group: int) -> Plan:
     if not ids.numel():
         return Plan(union.fill_(-1), bits.zero_(), count.zero_(), group)
     rest = (union, bits, count, queries, groups, batch * groups)
+    constants: dict[str, Any] = {"GROUP": group, "K": k, "maxnreg": REGISTERS}
     if k >= LONG:
         programs = min(batch * groups, 2 * SETTINGS.workers)
         work = torch.zeros(programs, group, WORDS, dtype=torch.int32, device=device)
-        constants = {"GROUP": group, "K": k, "BLOCK": BLOCK, "PART": PART, "WORDS": WORDS}
-        plan.unite[(programs,)](ids, work, *rest, **constants, num_warps=16, maxnreg=REGISTERS)
+        constants |= {"BLOCK": BLOCK, "PART": PART, "WORDS": WORDS, "num_warps": 16}
+        plan.unite[(programs,)](ids, work, *rest, **constants)
     else:
         programs = min(batch * groups, 4 * SETTINGS.workers)
         ranks = torch.empty(programs, group, k + 1, dtype=torch.int32, device=device)
         block = power(k, 16)
         search = plan.search(k) if k == block >= 512 and not interpreted() else None
-        constants = {"GROUP": group, "K": k, "BLOCK": block, "STEPS": k.bit_length(), "SEARCH": search}
-        plan.join[(programs,)](ids, ranks, *rest, **constants, num_warps=min(max(block // 128, 4), 16), maxnreg=REGISTERS)
+        constants |= {"BLOCK": block, "STEPS": k.bit_length(), "SEARCH": search, "num_warps": min(max(block // 128, 4), 16)}
+        plan.join[(programs,)](ids, ranks, *rest, **constants)
     return Plan(union, bits, count, group)

@@ -97,7 +97,7 @@ def join(
                     words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005
                     word = tl.zeros_like(x)
             words = words + (word | (tl.where(owned, bits, 0) << 24),)  # type: ignore[assignment]  # noqa: RUF005
-            count = owned.to(tl.int32)
+            count = tl.where(owned, 1, 0)
             put(p_work + i * (K + 1) + o, tl.cumsum(count, 0) - count, o < K)
             owns = tl.sum(count, 0)
             tl.store(p_work + i * (K + 1) + K, owns)
