@@ -93,6 +93,11 @@ def test_peer_and_batch_tables_are_the_results():
         assert line in long
         assert min(first, rate) > 1
     assert len(rows) == 8
+    full, quarter = (next(r for r in rows if r["context"] == 200_000 and r["name"] == name) for name in ("all", "1/4"))
+    assert (f"at 200K: {full['peer_ttft_s']:.1f} s with all layers full and {quarter['peer_ttft_s']:.1f} s with one in four, "
+            f"where this took {full['ttft_s']:.1f} and {quarter['ttft_s']:.1f}; {full['peer_decode_tok_s']:.0f} and "
+            f"{quarter['peer_decode_tok_s']:.0f} tokens/s where this decoded {full['decode_tok_s']:.0f} and "
+            f"{quarter['decode_tok_s']:.0f}.") in README  # fmt: skip
     h200 = read_json(ROOT / "benchmarks/results/glm-4.7-flash-dsa_h200.json")["rows"]
     filled = [r for r in h200 if r["batch"] > 1]
     for r in filled:
@@ -101,6 +106,8 @@ def test_peer_and_batch_tables_are_the_results():
                 f"| {r['speedup']['decode']:.2f} | {r['cache_gb']:.0f} GB | {r['peak_gb']:.0f} GB |")  # fmt: skip
         assert line in long
     assert len(filled) == 2
+    all_full, quarter = (r["decode_total_tok_s"] for r in filled)
+    assert f"on an H200: {all_full:.0f} tokens/s with all layers full, {quarter:.0f} with one in four" in README
     pools, full = (next(r for r in h200 if r["batch"] == 1 and r["name"] == name) for name in ("1/8+R", "all"))
     assert f"{pools['ttft_s']:.1f} s where all full take {full['ttft_s']:.1f}" in long
     assert f"{pools['decode_tok_s']:.0f} tokens/s where all full decode {full['decode_tok_s']:.0f}" in long
