@@ -392,9 +392,15 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     ways = {"untouched", "own", "multi", "multi, sparse", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
+    packed = {("full, 8 bits", 1), ("multi, 4 bits", 4)}  # of seed 0
+    grid |= packed
     assert set(found) == {(*way, domain) for way in grid for domain in domains}
     assert all(r["delta_loss"] == r["ci_low"] == r["ci_high"] == 0 for (w, *_), r in found.items() if w == "full")
-    assert all(r["seeds"] == (1 if w == "dense" else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"] for (w, *_), r in found.items())
+    assert all(
+        r["seeds"] == (1 if w == "dense" or (w, k) in packed else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"]
+        for (w, k, _), r in found.items()
+    )
+    assert 0 < abs(found["full, 8 bits", 1, "all"]["delta_loss"]) < 0.1
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     one, full = (next(r for r in lines if (r["seed"], r["method"], r["kept"]) == (0, *w)) for w in (("own", 4), ("full", 1)))
     want = sum(a[2] - b[2] for a, b in zip(one["documents"], full["documents"], strict=True)) / sum(d[3] for d in full["documents"])

@@ -30,6 +30,7 @@ from indexcache.pattern import Pattern
 FORMAT = "indexcache-delta-1"
 GROUP = 32  # weights with one scale
 SUFFIXES = ("codes", "scales", "rows")
+PACKED = ("wq_b.weight", "wk.weight")  # the rest is kept as it is
 
 
 def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def pack(delta: Path, checkpoint: Path, out: Path, bits: int) -> int:
         raise ValueError(f"{delta}: the delta belongs to another checkpoint ({metadata.get('base')}) than {checkpoint}.")
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name.endswith(("wq_b.weight", "wk.weight")):
+        if name.endswith(PACKED):
             stored |= {f"{name}.{s}": v for s, v in pack_matrix(value, bits).items()}
         else:
             stored[name] = value

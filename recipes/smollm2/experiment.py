@@ -9,7 +9,8 @@
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
-               8 k; the share of attention that selections keep and what layers select in common, of the first seed
+               8 k; seed 0's full in 8 bits and its multi at 1/4 in 4, as apply_delta.py packs them; the share of attention that
+               selections keep and what layers select in common, of the first seed
     table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain. Untouched has
                `more` steps fewer than the others and than full: start against full is what those steps give
 
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from apply_delta import PACKED, pack_matrix, unpack_matrix
 from check import dense
 from tasks import logits_of, score
 
@@ -55,6 +57,7 @@ POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
 SAVE = 50  # steps between states
+BITS = {"full, 8 bits": 8, "multi, 4 bits": 4}
 
 
 class Experiment:
@@ -110,14 +113,17 @@ class Experiment:
         print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
 
     @torch.no_grad()
-    def take(self, seed: int, *names: str | None) -> None:
-        """The checkpoint's own indexers, then those of the deltas, one after the other."""
+    def take(self, seed: int, name: str | None, bits: int = 16) -> None:
+        """The checkpoint's own indexers, then those of a delta, through its packed form where that has fewer bits."""
         for indexer, own in zip(indexers(self.model), self.own, strict=True):
-            for name, p in indexer.named_parameters():
-                p.copy_(own[name])
-        for name in names:
-            if name is not None:
-                apply_delta(self.model, self.delta(seed, name))
+            for key, p in indexer.named_parameters():
+                p.copy_(own[key])
+        if name is not None:
+            apply_delta(self.model, self.delta(seed, name))
+        for indexer in indexers(self.model) if bits < 16 else ():
+            for key, p in indexer.named_parameters():
+                if key in PACKED:
+                    p.copy_(unpack_matrix(pack_matrix(p.cpu(), bits), len(p)))
 
     def search(self) -> None:
         # one domain: a few sequences need not cover all sources
@@ -141,6 +147,9 @@ class Experiment:
         """(method, kept, delta, pattern)"""
         yield "full", 1, "full", self.full
         yield "start", 1, "start", self.full
+        if seed == 0:
+            yield "full, 8 bits", 1, "full", self.full
+            yield "multi, 4 bits", 4, "multi-4", self.uniform(4)
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
@@ -163,7 +172,7 @@ class Experiment:
         for seed in o.seeds:
             for method, kept, delta, pattern in self.ways(seed):
                 if (seed, method, kept) not in done:
-                    self.take(seed, delta)
+                    self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, tasks, pattern)
                     if method in ("full", "own", "multi") and seed == o.seeds[0]:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
