@@ -150,7 +150,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),
-        "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 1, 128, dtype=torch.bfloat16), True, angle, angle, True),
+        "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16), True, angle, angle, True),
         "distill warm-up": lambda: warm_up((9, 256), 9, 256),
         "distill warm-up fp32": lambda: warm_up((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),

@@ -15,10 +15,11 @@ from indexcache.data import make_batches
 from indexcache.models import fast as fast_path
 from indexcache.models import layer as layer_of_fast_path
 from indexcache.models.cache import FastCache
-from indexcache.models.family import decoder_layers, indexers
+from indexcache.models.family import decoder_layers, family_of, indexers
 from indexcache.models.fast import accelerate, padding_of
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.prefix import PrefixCache
+from indexcache.ops import reference
 
 
 def both(model, call, pattern=None):
@@ -177,6 +178,22 @@ def test_shared_layers_read_the_plan_of_their_source(model, ids, monkeypatch):
             assert len(made) == plans
             assert len({id(p) for p in used}) == plans
             assert len(used) == 6
+
+
+def test_rope_with_the_quantisation_is_the_indexers(model):
+    family, indexer = family_of(model), indexers(model)[1]
+    x, q_resid = torch.randn(1, 9, SHAPE["hidden_size"]), torch.randn(1, 9, SHAPE["q_lora_rank"])
+    angles = torch.rand(1, 9, indexer.qk_rope_head_dim // 2) * 6
+    rope = tuple(torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+    with torch.no_grad():
+        q, k, w = family.project(indexer, x, q_resid, rope)
+        plain_q, plain_k, plain_w = family.project(indexer, x, q_resid, None)
+    assert torch.equal(w, plain_w)
+    for got, want, cos, sin in ((plain_q, q, angles.cos()[:, :, None], angles.sin()[:, :, None]), (plain_k, k, angles.cos(), angles.sin())):
+        turned = reference.rope(got, cos, sin, interleaved=family.interleaved)
+        turned = reference.half_split(turned, angles.shape[-1]) if family.interleaved else turned
+        assert relative(turned, want) < 1e-6
+        assert relative(got, want) > 1e-2
 
 
 def test_what_only_a_gpu_gets(model, ids, monkeypatch):

@@ -125,13 +125,17 @@ def test_backward(heads, deterministic, monkeypatch):
 
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("interleaved", [None, False, True])
-def test_quantize(rotate, interleaved):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize(rotate, interleaved, dtype):
     k, angle = torch.randn(2, 9, 32, device=DEVICE), torch.randn(2, 9, 8, device=DEVICE)
     k[0, 3], k[1, 4, 5] = 0, torch.nan
+    k[0, :3] *= torch.tensor([1e-33, 1e30, 3e4], device=DEVICE)[:, None]
+    k = k.to(dtype)
     turn = {} if interleaved is None else {"cos_BTr": angle.cos(), "sin_BTr": angle.sin(), "interleaved": interleaved}
     got, scale = ops.quantize_index_keys(k, rotate=rotate, backend="triton", **turn)
     want, want_scale = ops.quantize_index_keys(k, rotate=rotate, backend="torch", **turn)
-    torch.testing.assert_close(scale, want_scale, rtol=1e-3, atol=0, equal_nan=True)
+    rounded = dtype == torch.bfloat16 and interleaved is not None  # after RoPE: a number between two may go to the other
+    torch.testing.assert_close(scale, want_scale, rtol=8e-3 if rounded else 1e-3, atol=0, equal_nan=True)
     got, want = got.float(), want.float()
     got[1, 4] = want[1, 4] = 0
     if not GPU:  # the interpreter loses the carry when a mantissa rounds up to the next power of two

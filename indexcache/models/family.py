@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from indexcache.pattern import Pattern
 
-Projection = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]
+Projection = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,30 @@ class Family:
         model_type: as in config.json.
         native_sharing: stock transformers reads `indexer_types` for it.
         project: (indexer, hidden [B, S, E], q_resid [B, S, Q], (cos, sin)) -> q [B, S, H, D], k [B, S, D] with RoPE
-            applied, and w fp32 [B, S, H] with both scales (H^-0.5 and D^-0.5) in it; the arithmetic of the stock indexer.
+            applied, and w fp32 [B, S, H] with both scales (H^-0.5 and D^-0.5) in it; the arithmetic of the stock indexer. Given
+            None for (cos, sin), q and k come without RoPE.
+        interleaved: the indexer's RoPE turns neighbouring dims together, not dims half of the rotary part apart.
         rotate: RoPE of the attention's queries and shared key, transformers' own function (q, k, cos, sin, unsqueeze_dim=).
     """
 
     model_type: str
     native_sharing: bool
     project: Projection
+    interleaved: bool
     rotate: Callable[..., tuple[Tensor, Tensor]]
 
 
 def project_with(
-    rotate: Callable[..., tuple[Tensor, Tensor]], indexer: Any, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor]
+    rotate: Callable[..., tuple[Tensor, Tensor]], indexer: Any, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The released indexer's projections; families differ in the layout of RoPE, which `rotate` applies."""
     heads, dim, rotated = indexer.n_heads, indexer.head_dim, indexer.qk_rope_head_dim
     q = indexer.wq_b(q_resid).unflatten(-1, (heads, dim))
-    k = indexer.k_norm(indexer.wk(x)).unsqueeze(2)
-    q_rot, k_rot = rotate(q[..., :rotated], k[..., :rotated], *rope, unsqueeze_dim=2)
-    q = torch.cat([q_rot, q[..., rotated:]], dim=-1)
-    k = torch.cat([k_rot, k[..., rotated:]], dim=-1).squeeze(2)
+    k = indexer.k_norm(indexer.wk(x))
+    if rope is not None:
+        q_rot, k_rot = rotate(q[..., :rotated], k[..., None, :rotated], *rope, unsqueeze_dim=2)
+        q = torch.cat([q_rot, q[..., rotated:]], dim=-1)
+        k = torch.cat([k_rot.squeeze(2), k[..., rotated:]], dim=-1)
     w = indexer.weights_proj(x.to(indexer.weights_proj.weight.dtype)).float() * (heads**-0.5 * indexer.softmax_scale)
     return q, k, w
 

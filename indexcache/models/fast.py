@@ -52,6 +52,7 @@ class FastSelector(StockSelector):
         self.index_dtype = index_dtype
         self.project, self.project_one = turn(self.family.project), step_turn(self.family.project)
         self.pools = Plans()  # of the pool that several layers select from
+        self._turned: tuple[Tensor, Tensor, Tensor] | None = None  # the cos given, then cos and sin as `_turn` returns them
         # given out in the place of what a prefill selects and publishes, for timing: ids int32 [T, k], and `rows(start, end)` of pools
         self.stand_in: Tensor | None = None
         self.stand_in_pool: Any = None
@@ -66,8 +67,10 @@ class FastSelector(StockSelector):
     def _select(self, layer, indexer, x, q_resid, rope, mask: Padding, cache, pool: int, candidates: Tensor | None = None):
         with part("indexer"):
             project = self.project_one if x.shape[:2] == (1, 1) else self.project
-            q, k, w = project(indexer, x, q_resid, rope)
-            k, scale, q, w, decoding = self._keys(layer, k, q, w, cache)
+            # RoPE goes with the quantisation where the keys need not be kept without
+            turn = self._turn(indexer, rope) if self.index_dtype == "fp8" and (cache is None or isinstance(cache, FastCache)) else None
+            q, k, w = project(indexer, x, q_resid, None if turn else rope)
+            k, scale, q, w, decoding = self._keys(layer, k, q, w, cache, turn)
         parts = []
         for rows, left in mask.groups(x.shape[0]):
             inner = None if candidates is None else _shift(candidates[rows], -left)
@@ -90,14 +93,28 @@ class FastSelector(StockSelector):
             return parts[0][0], parts[0][1] if pool else None
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if pool else None
 
-    def _keys(self, layer: int, k: Tensor, q: Tensor, w: Tensor, cache: Any):
+    def clear(self) -> None:
+        """Forget what belongs to one forward pass."""
+        self.pools.clear()
+        self._turned = None
+
+    def _turn(self, indexer: Any, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, r] as the quantisation takes them, made once for all layers of a forward pass."""
+        if self._turned is None or self._turned[0] is not rope[0]:
+            cos, sin = (t[..., : indexer.qk_rope_head_dim // 2].float().contiguous() for t in rope)
+            self._turned = rope[0], cos, sin
+        return self._turned[1:]
+
+    def _keys(self, layer: int, k: Tensor, q: Tensor, w: Tensor, cache: Any, turn: tuple[Tensor, Tensor] | None):
         """(keys of all tokens, their scales or None, queries and weights to match, positions [B] in a step of a `Decoder`)."""
         fast = isinstance(cache, FastCache)
         if cache is not None and not fast:
             k = cache.update_indexer(k, layer)  # unquantised: a cache that is not ours has no place for scales
         scale = None
         if self.index_dtype == "fp8":
-            (q, w), (k, scale) = ops.quantize_index_queries(q, w, rotate=True), ops.quantize_index_keys(k, rotate=True)
+            cos, sin = turn or (None, None)
+            q, w = ops.quantize_index_queries(q, w, rotate=True, cos_BSr=cos, sin_BSr=sin, interleaved=self.family.interleaved)
+            k, scale = ops.quantize_index_keys(k, rotate=True, cos_BTr=cos, sin_BTr=sin, interleaved=self.family.interleaved)
         elif self.index_dtype == "bf16":
             q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
         else:
@@ -248,7 +265,7 @@ def _model_forward(model: Any, plans: Plans, selector: FastSelector):
             return stock(input_ids, dict.fromkeys(names, padding), position_ids, past_key_values, *args, **kwargs)
         finally:
             plans.clear()
-            selector.pools.clear()
+            selector.clear()
 
     return forward
 

@@ -157,6 +157,8 @@ def quantize_index_keys(
 ) -> tuple[Tensor, Tensor]:
     """Indexer keys for the cache: `rope` where cos and sin are given, Hadamard where asked, then `reference.quantize_fp8`, in one pass.
 
+    Interleaved dims leave RoPE half-split, as transformers does it, so that what is rotated there and what is rotated here agree.
+
     Returns:
         e4m3 [B, T, D] and fp32 scales [B, T].
     """
@@ -192,7 +194,9 @@ def _quantize(
         with _at(x_BSHD):
             return _kernels().quantize(x_BSHD, rotate, cos, sin, interleaved)
     if cos is not None and sin is not None:
-        x_BSHD = reference.rope(x_BSHD.float(), cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved)
+        x_BSHD = reference.rope(x_BSHD, cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved)
+        if interleaved:
+            x_BSHD = reference.half_split(x_BSHD, cos.shape[-1])
     return reference.quantize_fp8(x_BSHD, rotate=rotate)
 
 

@@ -9,8 +9,10 @@ import triton
 from torch import Tensor
 
 from indexcache.ops import quantize as kernel
-from indexcache.ops.reference import FP8, hadamard
+from indexcache.ops.reference import FP8, hadamard, half_split
 from indexcache.ops.settings import SETTINGS
+
+BLOCK = 64  # rows of a program at a time: what a product of one warpgroup has; of few rows 32
 
 
 def refuse(x: Tensor) -> str | None:
@@ -19,8 +21,10 @@ def refuse(x: Tensor) -> str | None:
 
 
 @functools.cache
-def _signs(dim: int, device: torch.device) -> Tensor:
-    return hadamard(torch.eye(dim, device=device)).sign().half()
+def _signs(dim: int, paired: int, device: torch.device) -> Tensor:
+    """Of the Hadamard matrix, its first 2 `paired` rows in the order of interleaved dims that are half-split afterwards."""
+    order = half_split(torch.arange(dim, device=device), paired).argsort()
+    return hadamard(torch.eye(dim, device=device)).sign().half()[order].contiguous()
 
 
 def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -35,11 +39,12 @@ def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | Non
         half = cos.shape[-1]
         cos, sin = (t.float().expand(batch, tokens, half).contiguous() for t in (cos, sin))
     rows = batch * tokens * heads
-    kernel.quantize[(min(triton.cdiv(rows, 32), 4 * SETTINGS.workers),)](
+    block = BLOCK if rows >= BLOCK * SETTINGS.workers else BLOCK // 2
+    kernel.quantize[(min(triton.cdiv(rows, block), 2 * SETTINGS.workers),)](
         x,
         scale if cos is None else cos,
         scale if sin is None else sin,
-        _signs(dim, x.device) if rotate else scale,
+        _signs(dim, half if interleaved else 0, x.device) if rotate else scale,
         out,
         scale,
         rows,
@@ -49,7 +54,7 @@ def quantize(x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | Non
         INTERLEAVED=interleaved,
         ROTATE=rotate,
         NORM=dim**-0.5,
-        BLOCK=32,
+        BLOCK=block,
         num_warps=4,
         num_stages=1,
     )

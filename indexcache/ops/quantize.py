@@ -38,6 +38,7 @@ def quantize(
     """grid (workers,), blocks of rows in turn: the signs are read once a worker.
 
     Rows are (batch, token, head); cos and sin fp32 [batch, tokens, r]; r = 0: no RoPE. p_signs [D, D] fp16: +-1, NORM = D^-0.5.
+    Interleaved dims leave half-split.
     """
     o_d = tl.arange(0, D)
     if ROTATE:
@@ -49,18 +50,27 @@ def quantize(
         x = tl.load(p_x + at, mask=m, other=0.0).to(tl.float32)
         if r > 0:
             x = _turned(x, p_x, p_cos, p_sin, o_row, m, n_heads, D, r, INTERLEAVED, BLOCK)
+            x = x.to(p_x.dtype.element_ty).to(tl.float32)  # as transformers leaves it
         amax = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
         if ROTATE:
-            # signs are exact in fp16, and a number between -1 and 1 is two halves to 22 bits: two products instead of a slow fp32 one
-            unit = tl.where((amax > 0.0) & (amax < float("inf")), amax, 1.0)
-            y = x / unit[:, None]
+            # signs are exact in fp16, and so is a bf16 number over a power of two (below 2^-14 of the largest to 2^-24 of it); an fp32
+            # number is two halves to 22 bits: a product or two instead of a slow one in fp32
+            up = (amax.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the next power of two, as bits
+            up = tl.minimum(tl.maximum(up, 0x00800000), 0x7E000000)
+            down = 0x7F000000 - up
+            y = x * down.to(tl.float32, bitcast=True)[:, None]
             high = y.to(tl.float16)
-            low = (y - high.to(tl.float32)).to(tl.float16)
-            x = tl.dot(low, signs, tl.dot(high, signs)) * (unit[:, None] * NORM)
+            x = tl.dot(high, signs)
+            if p_x.dtype.element_ty != tl.bfloat16:
+                low = (y - high.to(tl.float32)).to(tl.float16)
+                x = tl.dot(low, signs, x)
+            x *= (up.to(tl.float32, bitcast=True) * NORM)[:, None]
             amax = tl.where(amax < float("inf"), tl.max(tl.abs(x), 1), amax)
         scale = tl.where(amax == 0.0, 1.0, amax / 448.0)
         scale = tl.where(amax == float("inf"), float("nan"), scale)
         y = tl.maximum(x / scale[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
         y = tl.minimum(y, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERLEAVED and not ROTATE:  # else the signs are in this order
+            at = o_row.to(tl.int64)[:, None] * D + tl.where(o_d < 2 * r, o_d % 2 * r + o_d // 2, o_d)[None, :]
         tl.store(p_out + at, y.to(tl.float8e4nv), mask=m)
         tl.store(p_scale + o_row, scale, mask=o_row < n_rows)

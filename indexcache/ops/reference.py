@@ -224,6 +224,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     return torch.cat([out.to(x.dtype), rest], dim=-1)
 
 
+def half_split(x: Tensor, half: int) -> Tensor:
+    """The first 2 half dims of x [..., D], interleaved pairs, as all first ones and then all second ones."""
+    return torch.cat([x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]], dim=-1)
+
+
 def quantize_fp8(x: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (e4m3 [..., D], fp32 scale [...]) with x ~ e4m3 * scale; one scale a vector, amax / 448.
 

@@ -8,8 +8,8 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_
 from indexcache.models.family import Family, project_with
 
 
-def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     return project_with(apply_rotary_pos_emb, indexer, x, q_resid, rope)
 
 
-FAMILY = Family(model_type="deepseek_v32", native_sharing=False, project=project, rotate=apply_rotary_pos_emb_interleave)
+FAMILY = Family(model_type="deepseek_v32", native_sharing=False, project=project, interleaved=False, rotate=apply_rotary_pos_emb_interleave)
