@@ -138,6 +138,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "pool H=64": topk(index(64), candidates=pool),
         "pool bf16": topk(index(kind=torch.bfloat16), candidates=pool),
         "decode": topk(index(queries=1)),
+        "decode in a pool": topk(index(queries=1), candidates=pool[:, :1]),
         "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
         "attention 20": mla(20, 264),
         "attention 64": mla(64, 264),

@@ -229,9 +229,13 @@ def test_select_grid(keys, topk, deviations, monkeypatch):
     for name, row in hard_rows(keys, topk).items():
         got = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
         launch_select.launch_grid(launch_select.Rows(row[None], None, 1, None), got, 2048 if GPU else launch_select.power(keys, 16))
-        assert torch.equal(got, reference.select(row[None], torch.ones_like(row[None], dtype=torch.bool), topk)), name
+        want = reference.select(row[None], torch.ones_like(row[None], dtype=torch.bool), topk)
+        assert torch.equal(got, want), name
         bins = work[-1][0, select_grid.COUNTS.value :].view(select_grid.ROUNDS.value, -1)
         rounds[name] = int(bins.any(-1).sum())
+        ids = torch.arange(keys, dtype=torch.int32, device=DEVICE)[None] * 3 + 1
+        launch_select.launch_grid(launch_select.Rows(row[None], None, 1, ids), got, 2048 if GPU else launch_select.power(keys, 16))
+        assert torch.equal(got, torch.where(want < 0, -1, 3 * want + 1)), name
     if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
         assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
         assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
@@ -249,6 +253,10 @@ def test_select_grid_of_many(rows, keys, monkeypatch):
     for topk in (5, 2048):
         check(*inputs(rows, 1, keys, 32, 128, torch.float8_e4m3fn), topk, lengths - 1)
         hard = torch.stack([*hard_rows(keys, topk).values()])
+        if rows < 8:  # pools of one query, of unequal lengths
+            pool = torch.rand(rows, 1, 3 * keys, device=DEVICE).topk(keys, -1).indices.sort(-1).values.int()
+            pool = torch.where(torch.arange(keys, device=DEVICE) < lengths.clamp(min=0)[:, None, None], pool, -1)
+            check(*inputs(rows, 1, 3 * keys, 32, 128, torch.float8_e4m3fn), topk, 3 * keys - 1, pool)
         for x in hard.split(rows):
             for _ in range(3):  # a leftover of one call in its workspace would show in the next
                 got, _ = launch_select.topk_rows(x, topk)

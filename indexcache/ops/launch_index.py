@@ -156,7 +156,7 @@ def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None
             if candidates is not None:
                 ids = (candidates if b is None else candidates[b : b + 1, start:end]).int().reshape(-1, columns)
             keys = torch.empty(part.batch * part.queries, columns, dtype=torch.int32, device=out.device)
-            work = grid_work(len(keys), columns, out.device) if ids is None and pool is None else None
+            work = grid_work(len(keys), columns, out.device) if pool is None else None
             score_rows(part, ids, keys, work)
             topk_rows(
                 keys,

@@ -153,7 +153,7 @@ def topk_rows(
     if not rows or not length:
         return got.fill_(-1), None if wide is None else wide.fill_(-1)
     source = Rows(scores_RT, offset, queries, mapped_RT)
-    if wide is None and mapped_RT is None and (segment := grid_segment(rows, length, scores_RT.device)):
+    if wide is None and (segment := grid_segment(rows, length, scores_RT.device)):
         launch_grid(source, got, segment, work)
     elif length <= min(REGISTERS, 2 * SETTINGS.listed):
         _pick_row(source, got, wide)
@@ -195,11 +195,13 @@ def launch_grid(source: Rows, out: Tensor, segment: int, work: Tensor | None = N
     select_grid.select_grid[(programs, rows)](
         source.scores,
         source.offset_or_any,
+        source.map_or_any,
         torch.zeros(rows, select_grid.WORK.value, dtype=torch.int32, device=device) if work is None else work,
         torch.empty(rows, places, dtype=torch.int32, device=device),
         torch.empty(rows, select_grid.LIST.value, 2, dtype=torch.int32, device=device),
         out,
         source.scores.stride(0),
+        source.map_stride,
         source.queries,
         length,
         stride,
@@ -211,6 +213,7 @@ def launch_grid(source: Rows, out: Tensor, segment: int, work: Tensor | None = N
         SAMPLE=samples,
         FLOAT=source.floating,
         CAUSAL=source.offset is not None,
+        MAPPED=source.mapped is not None,
         num_warps=8,
         **({} if INTERPRETED.value else {"maxnreg": 128, "launch_cooperative_grid": True}),
     )

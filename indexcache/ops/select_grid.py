@@ -111,14 +111,14 @@ def _sampled(sample, rank, SAMPLE: tl.constexpr):
 
 @triton.jit
 def select_grid(
-    p_score, p_offset, p_work, p_count, p_list, p_out, s_row, n_queries, n_keys, stride, rank,
+    p_score, p_offset, p_map, p_work, p_count, p_list, p_out, s_row, s_map, n_queries, n_keys, stride, rank,
     TOPK: tl.constexpr, FILL: tl.constexpr, SEGMENT: tl.constexpr, PROGRAMS: tl.constexpr, SAMPLE: tl.constexpr,
-    FLOAT: tl.constexpr, CAUSAL: tl.constexpr,
+    FLOAT: tl.constexpr, CAUSAL: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """grid (segments, rows). Rows of fp32 or int32 keys. p_work [rows, WORK] holds zeros; p_count [rows, PROGRAMS]; p_list [rows, LIST, 2].
 
-    PROGRAMS: a power of two, at least the segments. Sample i is one of the keys from i * stride to (i + 1) * stride, a scattered one, so
-    that no period of the row misleads.
+    MAPPED: column c of a row has the id p_map[row, c]. PROGRAMS: a power of two, at least the segments. Sample i is one of the keys from
+    i * stride to (i + 1) * stride, a scattered one, so that no period of the row misleads.
     """
     i_seg, n_seg = tl.program_id(0), tl.num_programs(0)
     i_row = tl.program_id(1).to(tl.int64)
@@ -208,7 +208,11 @@ def select_grid(
     rank_both = tl.cumsum(tl.where(better_here, 65536, tl.where(equal_here, 1, 0)), 0)
     rank_equal = rank_both & 0xFFFF
     slot = better_before + tl.minimum(equal_before, missing) + (rank_both >> 16) + tl.minimum(rank_equal, left) - 1
-    put(p_out + i_row * TOPK + slot, o, better_here | (equal_here & (rank_equal <= left)))
+    taken = better_here | (equal_here & (rank_equal <= left))
+    ids = o
+    if MAPPED:
+        ids = tl.load(p_map + i_row * s_map + o, mask=taken, other=0)
+    put(p_out + i_row * TOPK + slot, ids, taken)
     if i_seg == 0:
         o_fill = tl.arange(0, FILL)
         tl.store(p_out + i_row * TOPK + o_fill, tl.full((FILL,), -1, tl.int32), mask=(o_fill >= above + wanted) & (o_fill < TOPK))
