@@ -166,9 +166,11 @@ def unite(
                 every = tl.zeros_like(o)
                 for i in tl.static_range(GROUP):
                     row = tl.load(p_work + i * WORDS + o, mask=o < words, other=0)
-                    tl.store(p_work + i * WORDS + o, tl.zeros_like(o), mask=o < words)
                     rows = rows + (row[:, None],)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no star here
                     every |= row
+                tl.debug_barrier()  # a word is read by several warps, and cleared by one
+                for i in tl.static_range(GROUP):
+                    tl.store(p_work + i * WORDS + o, tl.zeros_like(o), mask=o < words)
                 n = ones(every)
                 first = written + tl.cumsum(n, 0) - n
                 # a word's bits lie side by side in a warp, and so do the slots that they go to
