@@ -277,8 +277,8 @@ class TestGraph:
                     rows = (runs[1][:, b] - whole).float().norm(dim=-1) / whole.float().norm(dim=-1)
                     assert rows.median() < 0.1
 
-    @pytest.mark.parametrize(("index_dtype", "topk", "most"), [("auto", 64, 1.5), ("fp8", 64, 1.5), ("auto", 1024, 1.2)])
-    def test_compiled_step_of_one_sequence(self, large, index_dtype, topk, most):
+    @pytest.mark.parametrize(("index_dtype", "topk"), [("auto", 64), ("fp8", 64), ("auto", 1024)])
+    def test_compiled_step_of_one_sequence(self, large, index_dtype, topk):
         """As near to fp32 as the step that is not compiled, whose products round otherwise: rounding decides which experts a token goes
         to and, where k is less than the context, what is selected."""
         ids = torch.randint(0, SHAPE["vocab_size"], (4, 900), device="cuda")
@@ -297,7 +297,7 @@ class TestGraph:
 
         runs = [steps(large, False), steps(large, True), steps(copy.deepcopy(large).float(), False)]
         plain, compiled = ((run - runs[2]).norm(dim=-1).median() / runs[2].norm(dim=-1).median() for run in runs[:2])
-        assert compiled < most * plain
+        assert compiled < 1.2 * plain
 
     def test_tokens_are_read_while_the_next_step_runs(self, large):
         ids = torch.randint(0, SHAPE["vocab_size"], (2, 900), device="cuda")

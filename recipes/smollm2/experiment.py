@@ -9,9 +9,8 @@
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
-               8 k; seed 0's full in 8 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to be compared with
-               of_seeds of seed 0); the share of attention that
-               selections keep and what layers select in common, of the first seed
+               8 k; seed 0's full in 8 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
+               of_seeds); the share of attention that selections keep and what layers select in common, of the first seed
     table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain. Untouched has
                `more` steps fewer than the others and than full: start against full is what those steps give
 
