@@ -13,9 +13,9 @@ from indexcache.ops.settings import SETTINGS, power
 
 LONG = 4096  # lists from here on go through bitmaps
 WORDS = 8192  # of a bitmap at a time, 32 keys each
-BLOCK = 2048  # ids of a row at a time
-PART = 128  # words at a time
-REGISTERS = 64  # of a thread: two programs of 16 warps a multiprocessor hide each other's waits
+BLOCK = 1024  # ids of a row at a time
+PART = 64  # words at a time
+REGISTERS = 128  # of a thread in `unite`: four programs of 4 warps a multiprocessor hide each other's waits
 
 
 def group_queries(ids: Tensor, group: int) -> Plan:
@@ -28,14 +28,14 @@ def group_queries(ids: Tensor, group: int) -> Plan:
     if not ids.numel():
         return Plan(union.fill_(-1), bits.zero_(), count.zero_(), group)
     rest = (union, bits, count, queries, groups, batch * groups)
-    constants: dict[str, Any] = {"GROUP": group, "K": k, "maxnreg": REGISTERS}
+    constants: dict[str, Any] = {"GROUP": group, "K": k}
     if k >= LONG:
-        programs = min(batch * groups, 2 * SETTINGS.workers)
+        programs = min(batch * groups, 4 * SETTINGS.workers)
         work = torch.zeros(programs, group, WORDS, dtype=torch.int32, device=device)
-        constants |= {"BLOCK": BLOCK, "PART": PART, "WORDS": WORDS, "num_warps": 16}
+        constants |= {"BLOCK": BLOCK, "PART": PART, "WORDS": WORDS, "num_warps": 4, "maxnreg": REGISTERS}
         plan.unite[(programs,)](ids, work, *rest, **constants)
     else:
-        programs = min(batch * groups, 4 * SETTINGS.workers)
+        programs = min(batch * groups, 8 * SETTINGS.workers)
         ranks = torch.empty(programs, group, k + 1, dtype=torch.int32, device=device)
         block = power(k, 16)
         search = plan.search(k) if k == block >= 512 and not interpreted() else None
