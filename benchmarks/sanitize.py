@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck  python benchmarks/sanitize.py index
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py index     # then rows, pools, plain, gluon, distill
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py dispatch  # no kernel of the package: what it says of Triton's own code
 
 Exit code 1: a result is wrong, or a kernel of the task (KERNELS) was not launched.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 KERNELS = {
     "index": {"scores_hopper.scores_tiles", "scores.scores_tiles", "select.threshold", "select.pick", "scores.rescue_fused",
@@ -28,6 +29,7 @@ KERNELS = {
               "select.pick_row"},
     "plain": {"mla.attend", "mla.combine", "mla_backward.backward", "mla_backward.gather_rows", "plan.join"},
     "gluon": {"mla_hopper.attend", "plan.join"},
+    "dispatch": {"dispatch.start"},
     "distill": {"distill.normalise", "distill.teach", "distill.score", "distill.compare", "distill.grad_queries", "distill.grad_keys"},
 }  # fmt: skip
 
@@ -148,8 +150,15 @@ def distill() -> None:
     need(all(float((a - b).norm() / b.norm()) < 1e-3 for a, b in zip(*found, strict=True)), "a gradient")
 
 
+def dispatch() -> None:
+    import dispatch as control
+
+    need(control.run(), "the control kernel")
+
+
 TASKS: dict[str, Callable[[], None]] = {
     "index": index, "rows": rows, "pools": pools, "plain": lambda: attention(False), "gluon": lambda: attention(True), "distill": distill,
+    "dispatch": dispatch,
 }  # fmt: skip
 
 

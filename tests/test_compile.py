@@ -36,5 +36,5 @@ def test_the_sanitizer_is_given_every_kernel():
             if re.search(rf"\b(?:{file.stem}|kernel)\.{kernel}\[", LAUNCHES):
                 launched.add(f"{file.stem}.{kernel}")
     assert len(launched) > 20
-    assert set().union(*module.KERNELS.values()) == launched
+    assert set().union(*module.KERNELS.values()) == launched | {"dispatch.start"}  # a control, no kernel of the package
     assert set(module.TASKS) == set(module.KERNELS)

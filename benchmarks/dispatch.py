@@ -1,0 +1,45 @@
+"""A Gluon kernel that does nothing but start its partitions and let them wait at an mbarrier: what a sanitizer says of that alone.
+
+racecheck names "potential RAW hazards" in it, as in ops/mla_hopper.py: between the write of the partitions' numbers and their
+read, code that Triton makes for `gl.warp_specialize`. Without the mbarrier it names none. See docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+
+@gluon.jit
+def _wait(p_out, ready):
+    for turn in range(4):
+        mbarrier.arrive(ready.index(0), count=1)
+        mbarrier.wait(ready.index(0), turn & 1)
+
+
+@gluon.jit
+def _write(p_out, ready, W: gl.constexpr):
+    o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    for turn in range(4):
+        if W == 0:
+            mbarrier.arrive(ready.index(0), count=1)
+        mbarrier.wait(ready.index(0), turn & 1)
+    gl.store(p_out + gl.program_id(0) * 256 + W * 128 + o, o)
+
+
+@gluon.jit
+def start(p_out):
+    """grid (programs,). p_out int32 [programs, 2, 128]: 0..127 from each of two partitions."""
+    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready.index(0), count=2)
+    fence_async_shared()
+    gl.warp_specialize([(_wait, (p_out, ready)), (_write, (p_out, ready, 0)), (_write, (p_out, ready, 1))], [4, 4], [224, 224])
+
+
+def run(programs: int = 2000) -> bool:
+    """Launches it; whether it wrote what it should."""
+    out = torch.full((programs, 2, 128), -1, dtype=torch.int32, device="cuda")
+    start[(programs,)](out, num_warps=4, maxnreg=168)
+    return bool((out == torch.arange(128, device="cuda")).all())
