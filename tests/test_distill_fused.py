@@ -50,8 +50,11 @@ def relative(got, want):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"queries": 32, "keys": 64, "part": 16, "back": 32, "rows": 64}.items():
-        monkeypatch.setattr(fused.SETTINGS, name, value)
+    for name, value in vars(fused.SETTINGS).copy().items():
+        if isinstance(value, fused.Tile):
+            monkeypatch.setattr(fused.SETTINGS, name, fused.Tile(value.queries // 4, value.keys // 2))
+    monkeypatch.setattr(fused.SETTINGS, "part", 16)
+    monkeypatch.setattr(fused.SETTINGS, "rows", 64)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))  # nothing unwritten is read
 

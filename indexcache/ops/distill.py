@@ -76,19 +76,29 @@ def teach(
             p += tl.where(seen, tl.exp2(x - lse[:, None]), 0.0)
         p /= n_heads
         value = tl.sum(tl.sum(p * tl.log2(tl.where(p > 0, p, 1.0)), 1), 0) * LN2
-        p_at = p_target + o_m[:, None].to(tl.int64) * s_target + o_n[None, :]
+        p_at = _tile(p_target, i_m * BM, s_target, o_n, BM)
         p *= weight
         if ADD:
-            p += tl.load(p_at, mask=seen, other=0.0)
-        tl.store(p_at, p, mask=seen)
+            p += tl.load(p_at)
+        tl.store(p_at, p)
     tl.store(p_entropy + i_m * tl.num_programs(1) + i_n, value)
 
 
 @triton.jit
-def _rows(p, o, m, s, D: tl.constexpr, DP: tl.constexpr):
-    """Rows of D numbers [.., DP], zeros after them."""
-    o_d = tl.arange(0, DP)
-    return tl.load(p + o[:, None].to(tl.int64) * s + o_d[None, :], mask=m[:, None] & (o_d < D)[None, :], other=0.0)
+def _rows(p, first, stop, s, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The rows first..first + N of D numbers [N, DP], zeros after D and from `stop` on."""
+    o_n, o_d = tl.arange(0, N), tl.arange(0, DP)
+    at = p + tl.cast(first, tl.int64) * s + o_n[:, None] * s + o_d[None, :]
+    keep = (first + o_n < stop)[:, None]
+    if D < DP:
+        keep = keep & (o_d < D)[None, :]
+    return tl.load(at, mask=keep, other=0.0)
+
+
+@triton.jit
+def _tile(p, first, s, o_n, BM: tl.constexpr):
+    """Pointers to the rows first..first + BM and the columns o_n of a matrix in memory."""
+    return p + tl.cast(first, tl.int64) * s + tl.arange(0, BM)[:, None] * s + o_n[None, :]
 
 
 @triton.jit
@@ -101,46 +111,54 @@ def score(
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = start + o_m < stop, o_n < stop
     if i_n * BN < start + (i_m + 1) * BM:
-        k = _rows(p_k, o_n, m_n, s_kt, D, DP)
+        k = _rows(p_k, i_n * BN, stop, s_kt, BN, D, DP)
         total = tl.zeros((BM, BN), tl.float32)
         for i_h in range(n_heads):
             w = tl.load(p_w + o_m * s_w + i_h, mask=m_m, other=0.0)
-            x = tl.dot(_rows(p_q + i_h * s_qh, o_m, m_m, s_qt, D, DP), tl.trans(k), input_precision="ieee")
+            x = tl.dot(_rows(p_q + i_h * s_qh, i_m * BM, stop - start, s_qt, BM, D, DP), tl.trans(k), input_precision="ieee")
             total += tl.maximum(x, 0.0) * w[:, None]
-        tl.store(p_score + o_m[:, None].to(tl.int64) * s_score + o_n[None, :], total, mask=m_m[:, None] & m_n[None, :])
+        tl.store(_tile(p_score, i_m * BM, s_score, o_n, BM), total)
 
 
 @triton.jit
-def compare(p_score, p_target, p_value, s_score, s_target, start, MULTI: tl.constexpr, BN: tl.constexpr):
-    """grid (queries of the chunk,). p_value fp32 [queries]: the loss less what `teach` adds for MULTI."""
-    i_m = tl.program_id(0).to(tl.int64)
-    p_score += i_m * s_score
-    p_target += i_m * s_target
-    end = start + tl.program_id(0) + 1
-    top = tl.full((), float("-inf"), tl.float32)
-    sums = tl.zeros((BN,), tl.float32)
-    mass = tl.zeros((BN,), tl.float32)
-    for base in range(0, end, BN):
-        o_n = base + tl.arange(0, BN)
-        x = tl.load(p_score + o_n, mask=o_n < end, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(x, 0))
-        sums = sums * tl.exp2((top - higher) * LOG2E) + tl.exp2((x - higher) * LOG2E)
-        mass += tl.load(p_target + o_n, mask=o_n < end, other=0.0)
-        top = higher
-    norm = top + tl.log2(tl.sum(sums, 0)) * LN2
-    whole = tl.sum(mass, 0)
-    value = tl.zeros((BN,), tl.float32)
-    for base in range(0, end, BN):
-        o_n = base + tl.arange(0, BN)
-        log_q = tl.load(p_score + o_n, mask=o_n < end, other=float("-inf")) - norm
-        target = tl.load(p_target + o_n, mask=o_n < end, other=0.0)
-        some = target > 0
-        inside = tl.where(some, -log_q, 0.0)
-        if not MULTI:
-            inside += tl.log2(tl.where(some, target, 1.0)) * LN2
-        value += target * inside
-        tl.store(p_score + o_n, tl.exp2(log_q * LOG2E) * whole - target, mask=o_n < end)
-    tl.store(p_value + i_m, tl.sum(value, 0))
+def compare(
+    p_score, p_target, p_value, s_score, s_target, start, n_queries, far, MULTI: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """grid (rows,). p_value fp32 [queries]: the loss less what `teach` adds for MULTI. d is zero for `far` columns after the last visible
+    key, and in whole rows after the last query, so that tiles of gradients need no masks. Rows are s_score and s_target long."""
+    i_m = tl.program_id(0)
+    p_score += i_m.to(tl.int64) * s_score
+    p_target += i_m.to(tl.int64) * s_target
+    end = start + i_m + 1
+    if i_m < n_queries:
+        top = tl.full((), float("-inf"), tl.float32)
+        sums = tl.zeros((BN,), tl.float32)
+        mass = tl.zeros((BN,), tl.float32)
+        for base in range(0, end, BN):
+            o_n = base + tl.arange(0, BN)
+            x = tl.where(o_n < end, tl.load(p_score + o_n, mask=o_n < s_score), float("-inf"))
+            higher = tl.maximum(top, tl.max(x, 0))
+            sums = sums * tl.exp2((top - higher) * LOG2E) + tl.exp2((x - higher) * LOG2E)
+            mass += tl.where(o_n < end, tl.load(p_target + o_n, mask=o_n < s_target), 0.0)
+            top = higher
+        norm = top + tl.log2(tl.sum(sums, 0)) * LN2
+        whole = tl.sum(mass, 0)
+        value = tl.zeros((BN,), tl.float32)
+        for base in range(0, tl.minimum(end + far, s_score), BN):
+            o_n = base + tl.arange(0, BN)
+            log_q = tl.where(o_n < end, tl.load(p_score + o_n, mask=o_n < s_score) - norm, float("-inf"))
+            target = tl.where(o_n < end, tl.load(p_target + o_n, mask=o_n < s_target), 0.0)
+            some = target > 0
+            inside = tl.where(some, -log_q, 0.0)
+            if not MULTI:
+                inside += tl.log2(tl.where(some, target, 1.0)) * LN2
+            value += target * inside
+            tl.store(p_score + o_n, tl.exp2(log_q * LOG2E) * whole - target, mask=o_n < s_score)
+        tl.store(p_value + i_m, tl.sum(value, 0))
+    else:
+        for base in range(0, s_score, BN):
+            o_n = base + tl.arange(0, BN)
+            tl.store(p_score + o_n, tl.zeros((BN,), tl.float32), mask=o_n < s_score)
 
 
 @triton.jit
@@ -152,19 +170,18 @@ def grad_queries(
     i_m, i_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     o_m, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, DP)
     m_m = start + o_m < stop
-    q = _rows(p_q + i_h * s_qh, o_m, m_m, s_qt, D, DP)
+    q = _rows(p_q + i_h * s_qh, i_m * BM, stop - start, s_qt, BM, D, DP)
     w = tl.load(p_w + o_m * s_w + i_h, mask=m_m, other=0.0)
     dq = tl.zeros((BM, DP), tl.float32)
     dw = tl.zeros((BM,), tl.float32)
     for base in range(0, tl.minimum(start + (i_m + 1) * BM, stop), BN):
         o_n = base + tl.arange(0, BN)
-        k = _rows(p_k, o_n, o_n < stop, s_kt, D, DP)
-        seen = (o_n[None, :] <= start + o_m[:, None]) & m_m[:, None]
-        d = tl.load(p_d + o_m[:, None].to(tl.int64) * s_d + o_n[None, :], mask=seen, other=0.0)
+        k = _rows(p_k, base, stop, s_kt, BN, D, DP)
+        d = tl.load(_tile(p_d, i_m * BM, s_d, o_n, BM))
         x = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dw += tl.sum(tl.maximum(x, 0.0) * d, 1)
-        back = tl.where(x > 0, d * w[:, None], 0.0).to(k.dtype)
-        dq = tl.dot(back, k, dq, input_precision="ieee")
+        d = tl.where(x > 0, d, 0.0)
+        dw += tl.sum(x * d, 1)
+        dq = tl.dot((d * w[:, None]).to(k.dtype), k, dq, input_precision="ieee")
     at = (o_m[:, None].to(tl.int64) * n_heads + i_h) * D + o_d[None, :]
     tl.store(p_dq + at, dq, mask=m_m[:, None] & (o_d < D)[None, :])
     tl.store(p_dw + o_m * s_dw + i_h, dw, mask=m_m)
@@ -181,20 +198,19 @@ def grad_keys(
     p_dk += tl.program_id(1).to(tl.int64) * stop * D
     o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, DP)
     m_n = o_n < stop
-    k = _rows(p_k, o_n, m_n, s_kt, D, DP)
+    k = _rows(p_k, i_n * BN, stop, s_kt, BN, D, DP)
     dk = tl.zeros((BN, DP), tl.float32)
     first = tl.maximum(i_n * BN - start, 0) // BM * BM
-    blocks = tl.cdiv(stop - start - first, BM)
-    for i in range(tl.minimum(n_each, n_heads - i_first) * blocks):
-        i_h = i_first + i // blocks
-        o_m = first + i % blocks * BM + tl.arange(0, BM)
-        m_m = start + o_m < stop
-        q = _rows(p_q + i_h * s_qh, o_m, m_m, s_qt, D, DP)
-        seen = (o_n[None, :] <= start + o_m[:, None]) & m_m[:, None]
-        d = tl.load(p_d + o_m[:, None].to(tl.int64) * s_d + o_n[None, :], mask=seen, other=0.0)
-        w = tl.load(p_w + o_m * s_w + i_h, mask=m_m, other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee")
-        back = tl.where(x > 0, d * w[:, None], 0.0).to(q.dtype)
-        dk = tl.dot(tl.trans(back), q, dk, input_precision="ieee")
+    i_h, base = i_first, first
+    for _ in range(tl.minimum(n_each, n_heads - i_first) * tl.cdiv(stop - start - first, BM)):
+        o_m = base + tl.arange(0, BM)
+        q = _rows(p_q + i_h * s_qh, base, stop - start, s_qt, BM, D, DP)
+        d = tl.trans(tl.load(_tile(p_d, base, s_d, o_n, BM)))
+        w = tl.load(p_w + o_m * s_w + i_h, mask=start + o_m < stop, other=0.0)
+        x = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dk = tl.dot(tl.where(x > 0, d * w[None, :], 0.0).to(q.dtype), q, dk, input_precision="ieee")
+        base += BM
+        i_h += tl.where(start + base < stop, 0, 1)
+        base = tl.where(start + base < stop, base, first)
     p_at = p_dk + o_n[:, None].to(tl.int64) * D + o_d[None, :]
     tl.store(p_at, dk, mask=m_n[:, None] & (o_d < D)[None, :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,16 +16,37 @@ LOG2E = distill.LOG2E.value
 Taught = tuple[Tensor, Callable[[], Tensor], float]  # of a layer: queries [S, H, n], its keys [T, H, n] or [T, 1, n], scale
 
 
+class Tile(NamedTuple):
+    """Queries and keys of a kernel's tile, and how many steps ahead it loads."""
+
+    queries: int
+    keys: int
+    stages: int = 2
+
+    def options(self, own: int, less: int) -> dict[str, int]:
+        """Launch options; `less` times smaller in both directions, four warps for 64 rows of the side that a program has to itself."""
+        tile = {"BM": max(self.queries // less, 32), "BN": max(self.keys // less, 32)}
+        return tile | {"num_warps": min(max(own // less // 16, 4), 8), "num_stages": self.stages}
+
+
 @dataclass
 class Settings:
-    """What the speed depends on and the result does not."""
+    """What the speed depends on and the result does not. `wide`: more dims than 192 (teachers), than 128 (the indexer)."""
 
-    queries: int = 128  # of a tile of scores
-    keys: int = 128
+    normalise: Tile = Tile(128, 128)
+    normalise_wide: Tile = Tile(128, 64)  # two stages of a query and a key tile fill the shared memory
+    teach: Tile = Tile(128, 128)
+    teach_wide: Tile = Tile(128, 64)
+    score: Tile = Tile(128, 128)
+    queries: Tile = Tile(128, 64)  # of grad_queries
+    keys: Tile = Tile(64, 128)  # of grad_keys
+    keys_wide: Tile = Tile(32, 128)  # 64 queries spill 280 bytes
     part: int = 64  # dims of a teacher's product at a time
-    back: int = 64  # queries or keys of a tile of gradients
-    rows: int = 2048  # most queries of a chunk
+    rows: int = 8192  # most queries of a chunk
     programs: int = 264  # that fill a device: short documents share the heads of a block of keys among several
+
+    def largest(self) -> int:
+        return max(max(t[:2]) for t in vars(self).values() if isinstance(t, Tile))
 
 
 SETTINGS = Settings()
@@ -47,48 +69,57 @@ def warm_up(
     q, k, w = q_SJD.contiguous(), k_TD.contiguous(), w_SJ.float().contiguous()
     length, heads, dim = q.shape
     s, device = SETTINGS, q.device
-    rows = min(max(block_bytes // (8 * length) // s.queries, 1) * s.queries, s.rows)
-    # rows begin at multiples of 64 bytes
-    target, scores = (torch.empty(min(rows, length), -(-length // 16) * 16, dtype=torch.float32, device=device) for _ in range(2))
+    whole = s.largest()
+    rows = min(max(block_bytes // (8 * length) // whole, 1) * whole, s.rows)
+    padded = [triton.cdiv(n, whole) * whole for n in (min(rows, length), length)]  # tiles are written and read whole
+    target, scores = (torch.empty(padded, dtype=torch.float32, device=device) for _ in range(2))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    less = 2 if q.dtype == torch.float32 else 1  # twice the bytes
-    tile = {"BM": s.queries // less, "BN": s.keys // less, "num_warps": 8 // less, "num_stages": 2}
+    # fp32 has twice the bytes; its gradients of wider tiles do not fit the registers
+    less, least = (2, 4) if q.dtype == torch.float32 else (1, 1)
     wide = {"D": dim, "DP": max(triton.next_power_of_2(dim), 16)}
-    # copies ahead of narrow tiles make ptxas wait for every wgmma (C7515)
-    back = {"BM": s.back // less, "BN": s.back // less, "num_warps": 8 // less, "num_stages": 2 if dim > 128 else 1}
+    by_queries = s.queries.options(s.queries.queries, least)
+    keys_tile = s.keys_wide if dim > 128 else s.keys
+    by_keys = keys_tile.options(keys_tile.keys, least)
+    far = max(x["BM"] + x["BN"] for x in (by_queries, by_keys))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        tiles = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
         for i, ((queries, keys_of, scale), weight) in enumerate(zip(layers, weights, strict=True)):
             some, keys, each = queries[start:stop].contiguous(), keys_of().contiguous(), queries.shape[1]
-            scale2 = scale * LOG2E
-            shape = {"E": some.shape[2], "BE": s.part, **tile}
-            if some.shape[2] > 192:  # two stages of a query and a key tile fill the shared memory
-                shape["BN"] //= 2
-            entropy = torch.empty(tiles[0], triton.cdiv(stop, shape["BN"]), dtype=torch.float32, device=device)
+            dims, scale2 = {"E": some.shape[2], "BE": s.part}, scale * LOG2E
+            first, second = (s.normalise_wide, s.teach_wide) if some.shape[2] > 192 else (s.normalise, s.teach)
             lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)
             steps = (some.stride(0), some.stride(1), keys.stride(0), 0 if keys.shape[1] == 1 else keys.stride(1))
-            distill.normalise[(tiles[0], each)](some, keys, lse, scale2, *steps, start, stop, each, **shape)
-            distill.teach[entropy.shape](
-                some, keys, lse, target, entropy, scale2, weight, *steps, target.stride(0), start, stop, each, ADD=i > 0, **shape
+            tile = first.options(first.queries, less)
+            distill.normalise[(triton.cdiv(stop - start, tile["BM"]), each)](
+                some, keys, lse, scale2, *steps, start, stop, each, **dims, **tile
+            )
+            tile = second.options(second.queries, less)
+            grid = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
+            entropy = torch.empty(grid, dtype=torch.float32, device=device)
+            distill.teach[grid](
+                some, keys, lse, target, entropy, scale2, weight, *steps, target.stride(0), start, stop, each, ADD=i > 0, **dims, **tile
             )
             if multi:
                 total += weight * entropy.sum(dtype=torch.float64)
         inputs = (q[start:], k, w[start:])
         strides = (q.stride(0), q.stride(1), k.stride(0), w.stride(0), scores.stride(0))
-        distill.score[tiles](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
+        tile = s.score.options(s.score.queries, less)
+        grid = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
+        distill.score[grid](*inputs, scores, *strides, start, stop, heads, **wide, **tile)
         value = torch.empty(stop - start, dtype=torch.float32, device=device)
-        distill.compare[(stop - start,)](
-            scores, target, value, scores.stride(0), target.stride(0), start, MULTI=multi, BN=1024, num_warps=4
+        last = triton.cdiv(stop - start, whole) * whole  # rows that tiles of gradients read
+        distill.compare[(last,)](
+            scores, target, value, scores.stride(0), target.stride(0), start, stop - start, far, MULTI=multi, BN=1024, num_warps=4
         )
         total += value.sum(dtype=torch.float64)
         if grads is not None:
             dq, dk, dw = grads
-            grid = triton.cdiv(stop - start, back["BM"]), heads
-            distill.grad_queries[grid](*inputs, scores, dq[start:], dw[start:], *strides, dw.stride(0), start, stop, heads, **wide, **back)
-            blocks = triton.cdiv(stop, back["BN"])
+            grid = triton.cdiv(stop - start, by_queries["BM"]), heads
+            rest = *strides, dw.stride(0), start, stop, heads
+            distill.grad_queries[grid](*inputs, scores, dq[start:], dw[start:], *rest, **wide, **by_queries)
+            blocks = triton.cdiv(stop, by_keys["BN"])
             each = triton.cdiv(heads, min(triton.cdiv(s.programs, blocks), heads))  # heads of a program
             parts = torch.empty(triton.cdiv(heads, each), stop, dim, dtype=torch.float32, device=device)
-            distill.grad_keys[(blocks, len(parts))](*inputs, scores, parts, *strides, start, stop, heads, each, **wide, **back)
+            distill.grad_keys[(blocks, len(parts))](*inputs, scores, parts, *strides, start, stop, heads, each, **wide, **by_keys)
             dk[:stop] += parts.sum(0)
     return total
