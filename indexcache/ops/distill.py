@@ -109,7 +109,7 @@ def score(
     """grid as `teach`. p_q and p_w begin at `start`. D numbers in a row, DP a power of two."""
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
-    m_m, m_n = start + o_m < stop, o_n < stop
+    m_m = start + o_m < stop
     if i_n * BN < start + (i_m + 1) * BM:
         k = _rows(p_k, i_n * BN, stop, s_kt, BN, D, DP)
         total = tl.zeros((BM, BN), tl.float32)

@@ -1,5 +1,6 @@
 """Host side of ops/distill.py: the warm-up's loss and gradients of one indexer on one document."""
 
+# ruff: noqa: RUF009 - tiles are tuples
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

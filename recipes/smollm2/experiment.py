@@ -48,6 +48,7 @@ from indexcache.models.loading import Loaded, fingerprint, load_model
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, open_run
+from indexcache.report.heatmap import draw_overlap
 from indexcache.search.run import SearchSettings, search_pattern
 from indexcache.search.select import choose
 
@@ -218,6 +219,10 @@ class Experiment:
             "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] in (first, None)}, "overlap": overlap,
         }  # fmt: skip
         self.run.save("result.json", result)
+        try:
+            draw_overlap(overlap, self.out / "overlap.png", title=f"SmolLM2-DSA, k = {overlap['topk']}: shared part of the selections")
+        except ValueError as error:
+            print(error, file=sys.stderr)
         for r in result["rows"]:  # type: ignore[union-attr]
             if r["domain"] == "all":
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
