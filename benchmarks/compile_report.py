@@ -125,7 +125,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         q, k, w = (torch.zeros(*s, dtype=kind) for s in ((length, *index), (length, index[1]), (length, index[0])))
         x = torch.zeros(length, heads, dims, dtype=kind)
         grads = [torch.zeros(t.shape) for t in (q, k, w)]
-        launch.warm_up(q, k, w, [(x, lambda: x, 0.1)] * 2, [0.5, 0.5], True, grads, 1 << 30)
+        launch.warm_up(q, k, w, [(x, lambda: x, 0.1, None)] * 2, [0.5, 0.5], True, grads, 1 << 30)
 
     angle = torch.zeros(1, 4096, 32)
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)

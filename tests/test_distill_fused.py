@@ -113,6 +113,43 @@ def test_half_precision(small, monkeypatch):
         assert relative(a, c) < 1.1 * relative(b, c) + 1e-3
 
 
+def with_sums(teacher):
+    """The teacher with the log-sum-exp of its logits, as an attention kernel would give it."""
+    logits = torch.einsum("she,te->hst", teacher.queries(slice(None)), teacher.latent_TE).float() * teacher.scale
+    hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu_(1)
+    return teacher._replace(lse_SH=logits.masked_fill(hidden, -torch.inf).logsumexp(-1).T)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_sums_that_are_known_are_not_computed_again(small, monkeypatch, absorbed):
+    q, k, w, teachers = case(97, 2, absorbed=absorbed)
+    (loss, want), _ = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+    monkeypatch.setattr(fused.distill, "normalise", None)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
+    found = distill_loss(*leaves, [with_sums(t) for t in teachers])
+    assert relative(found.detach(), loss) < 1e-5
+    assert all(relative(a, b) < 2e-5 for a, b in zip(torch.autograd.grad(found, leaves), want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="flash attention runs on a GPU")
+@pytest.mark.parametrize("width", [24, 192, 256])
+def test_flash_attention_gives_the_sums(width):
+    from indexcache.distill.attention import _causal
+
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 517, width, generator=g, device="cuda").bfloat16() for _ in range(3))
+    with torch.no_grad():
+        out, lse = _causal(q, k, v, 0.3)
+    plain, none = _causal(q.requires_grad_(), k, v, 0.3)
+    hidden = torch.ones(517, 517, dtype=torch.bool, device="cuda").triu_(1)
+    want = (q.float() @ k.float().mT * 0.3).masked_fill(hidden, -torch.inf).logsumexp(-1)
+    assert none is None and lse is not None
+    assert torch.equal(out, plain)
+    assert float((lse - want).abs().max()) < 1e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from indexcache import ops
@@ -171,10 +172,11 @@ def _attention_forward(a: Any, layer: int, lesson: Lesson, rotate: Any, returns_
         w_k, w_v = weight.split([a.qk_nope_head_dim, a.v_head_dim], 1)
         if lesson.sparse:
             out = _sparse(a, torch.cat([torch.einsum("bthm,hmc->bthc", q_nope, w_k), q_rot], -1), latent, k_rot, w_v, lesson.ids(layer))
+            lse = None
         else:
-            out = _dense(a, torch.cat([q_nope, q_rot], -1), latent, k_rot, lesson.cuts)
+            out, lse = _dense(a, torch.cat([q_nope, q_rot], -1), latent, k_rot, lesson.cuts)
         if lesson.learning:
-            lesson.teach(layer, _teacher(a, q_nope, q_rot, latent, k_rot, w_k))
+            lesson.teach(layer, _teacher(a, q_nope, q_rot, latent, k_rot, w_k, lse))
         out = a.o_proj(out.flatten(2))
         return (out, None, None) if returns_ids else (out, None)
 
@@ -182,11 +184,11 @@ def _attention_forward(a: Any, layer: int, lesson: Lesson, rotate: Any, returns_
 
 
 @torch.no_grad()
-def _teacher(a: Any, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, w_k: Tensor) -> Teacher:
+def _teacher(a: Any, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, w_k: Tensor, lse: Tensor | None) -> Teacher:
     if not a.qk_nope_head_dim:
-        return Teacher(q_rot[0].detach(), k_rot[0].detach(), None, a.scaling)
+        return Teacher(q_rot[0].detach(), k_rot[0].detach(), None, a.scaling, lse)
     q, keys = torch.cat([q_nope, q_rot], -1)[0].detach(), torch.cat([latent, k_rot], -1)[0].detach()
-    return Teacher(q, keys, w_k.detach().clone(), a.scaling)  # a copy: sharded weights are gone when the group ends
+    return Teacher(q, keys, w_k.detach().clone(), a.scaling, lse)  # a copy: sharded weights are gone when the group ends
 
 
 def _sparse(a: Any, q_BSHE: Tensor, latent: Tensor, k_rot: Tensor, w_v: Tensor, ids: list[Tensor]) -> Tensor:
@@ -199,12 +201,22 @@ def _sparse(a: Any, q_BSHE: Tensor, latent: Tensor, k_rot: Tensor, w_v: Tensor, 
     return torch.einsum("bthc,hvc->bthv", torch.cat(outs, 1), w_v)
 
 
-def _dense(a: Any, q_BTHD: Tensor, latent: Tensor, k_rot: Tensor, cuts: tuple[tuple[int, int], ...]) -> Tensor:
-    """Causal attention within each document, by torch's fused kernels, which hold no [T, T] tensor: [1, T, H, v]."""
+def _dense(a: Any, q_BTHD: Tensor, latent: Tensor, k_rot: Tensor, cuts: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor | None]:
+    """Causal attention within each document, by torch's fused kernels, which hold no [T, T] tensor: [1, T, H, v]; and the log-sum-exp
+    of each query's logits, fp32 [T, H], where they give it."""
     k_nope, v = a.kv_b_proj(latent).unflatten(-1, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], -1)
     k = torch.cat([k_nope, k_rot[:, :, None].expand(-1, -1, a.num_heads, -1)], -1)
     width = max(q_BTHD.shape[-1], a.v_head_dim)  # those kernels want one width for q, k and v
     q, k, v = (F.pad(t, (0, width - t.shape[-1])).transpose(1, 2) for t in (q_BTHD, k, v))
+    outs, sums = zip(*(_causal(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], a.scaling) for i, j in cuts), strict=True)
+    lse = None if any(x is None for x in sums) else torch.cat(sums, 2)[0].T
+    return torch.cat(outs, 2).transpose(1, 2)[..., : a.v_head_dim], lse
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Attention of one document [1, H, n, width], and its log-sum-exp [1, H, n] where nothing needs a gradient and flash attention runs."""
+    known = q.is_cuda and q.shape[-1] % 8 == 0 and not (torch.is_grad_enabled() and q.requires_grad)
+    if known and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, True, False)):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]  # type: ignore[no-any-return]
     with sdpa_kernel(LINEAR) if q.is_cuda else nullcontext():
-        outs = [F.scaled_dot_product_attention(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], is_causal=True, scale=a.scaling) for i, j in cuts]
-    return torch.cat(outs, 2).transpose(1, 2)[..., : a.v_head_dim]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None

@@ -34,16 +34,19 @@ class Teacher(NamedTuple):
 
     q_SHn: queries with RoPE applied. latent_TE: keys that all heads read. absorb_Hmc: turns the first m dims of a query into
     the first c of the latent (MLA's kv_b_proj, key part); None where queries compare with the keys as they are (n = E).
+    lse_SH: fp32, the logarithm of each softmax's denominator, where the attention's kernel gave it; only the fused warm-up reads it.
     """
 
     q_SHn: Tensor
     latent_TE: Tensor
     absorb_Hmc: Tensor | None
     scale: float
+    lse_SH: Tensor | None = None
 
     def cut(self, start: int, stop: int) -> Teacher:
         """The same for the tokens start..stop - 1 alone."""
-        return self._replace(q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop])
+        lse = None if self.lse_SH is None else self.lse_SH[start:stop]
+        return self._replace(q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop], lse_SH=lse)
 
     def keys(self) -> Tensor:
         """What the queries compare with as they are: [T, H, n], or [T, 1, E] where all heads read the same."""
@@ -126,7 +129,7 @@ class _Streamed(torch.autograd.Function):
         grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w)] if wanted else None
         value = None
         if ids is None:
-            layers = [(t.q_SHn, t.keys, t.scale) for t in teachers]
+            layers = [(t.q_SHn, t.keys, t.scale, t.lse_SH) for t in teachers]
             value = ops.warm_up(q, k, w, layers, weights, kind == "multi", grads, size, backend=BACKEND)
         if value is None:
             value = q.new_zeros((), dtype=torch.float64)

@@ -204,7 +204,7 @@ def warm_up(
     q_SJD: Tensor,
     k_TD: Tensor,
     w_SJ: Tensor,
-    layers: Sequence[tuple[Tensor, Callable[[], Tensor], float]],
+    layers: Sequence[tuple[Tensor, Callable[[], Tensor], float, Tensor | None]],
     weights: Sequence[float],
     multi: bool,
     grads: list[Tensor] | None,
@@ -216,7 +216,8 @@ def warm_up(
 
     Args:
         q_SJD, k_TD, w_SJ: the indexer's queries, keys and head weights.
-        layers: of each, its queries [S, H, n], how to get its keys [T, H, n] or [T, 1, n], and the scale of the logits.
+        layers: of each, its queries [S, H, n], how to get its keys [T, H, n] or [T, 1, n], the scale of the logits, and where it is
+            known the log-sum-exp of the visible logits, fp32 [S, H].
         weights: of the layers, summing to 1.
         multi: L_multi, else L_avg (method.md section 4).
         grads: fp32 zeros, contiguous, in the shapes of q, k and w: filled in.

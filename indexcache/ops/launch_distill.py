@@ -14,7 +14,8 @@ from torch import Tensor
 from indexcache.ops import distill
 
 LOG2E = distill.LOG2E.value
-Taught = tuple[Tensor, Callable[[], Tensor], float]  # of a layer: queries [S, H, n], its keys [T, H, n] or [T, 1, n], scale
+# of a layer: queries [S, H, n], its keys [T, H, n] or [T, 1, n], scale, log-sum-exp [S, H] where it is known
+Taught = tuple[Tensor, Callable[[], Tensor], float, Tensor | None]
 
 
 class Tile(NamedTuple):
@@ -84,16 +85,19 @@ def warm_up(
     far = max(x["BM"] + x["BN"] for x in (by_queries, by_keys))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        for i, ((queries, keys_of, scale), weight) in enumerate(zip(layers, weights, strict=True)):
+        for i, ((queries, keys_of, scale, known), weight) in enumerate(zip(layers, weights, strict=True)):
             some, keys, each = queries[start:stop].contiguous(), keys_of().contiguous(), queries.shape[1]
             dims, scale2 = {"E": some.shape[2], "BE": s.part}, scale * LOG2E
             first, second = (s.normalise_wide, s.teach_wide) if some.shape[2] > 192 else (s.normalise, s.teach)
-            lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)
             steps = (some.stride(0), some.stride(1), keys.stride(0), 0 if keys.shape[1] == 1 else keys.stride(1))
-            tile = first.options(first.queries, less)
-            distill.normalise[(triton.cdiv(stop - start, tile["BM"]), each)](
-                some, keys, lse, scale2, *steps, start, stop, each, **dims, **tile
-            )
+            if known is None:
+                lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)
+                tile = first.options(first.queries, less)
+                distill.normalise[(triton.cdiv(stop - start, tile["BM"]), each)](
+                    some, keys, lse, scale2, *steps, start, stop, each, **dims, **tile
+                )
+            else:
+                lse = (known[start:stop] * LOG2E).contiguous()
             tile = second.options(second.queries, less)
             grid = triton.cdiv(stop - start, tile["BM"]), triton.cdiv(stop, tile["BN"])
             entropy = torch.empty(grid, dtype=torch.float32, device=device)
