@@ -137,17 +137,21 @@ def attention(hopper: bool) -> None:
 def distill() -> None:
     from indexcache.distill import loss
     from indexcache.distill.loss import Teacher, distill_loss
+    from indexcache.ops.launch_distill import SETTINGS
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda") * 0.1
 
     teachers = [Teacher(some(150, 3, 256), some(150, 448), some(3, 64, 256), 0.06) for _ in range(2)]
     inputs = some(150, 4, 256), some(150, 256), some(150, 4)
-    found = []
-    for loss.BACKEND in ("triton", "torch"):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        found.append(torch.autograd.grad(distill_loss(*leaves, teachers), leaves))
-    need(all(float((a - b).norm() / b.norm()) < 1e-3 for a, b in zip(*found, strict=True)), "a gradient")
+    SETTINGS.rows = 128  # a second chunk, which is not whole
+    for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
+        teachers = [Teacher(*(x.to(dtype) if isinstance(x, Tensor) else x for x in t)) for t in teachers]
+        found = []
+        for loss.BACKEND in ("triton", "torch"):
+            leaves = [x.to(dtype).requires_grad_() for x in (i.clone() for i in inputs)]
+            found.append(torch.autograd.grad(distill_loss(*leaves, teachers), leaves))
+        need(all(float((a - b).norm() / b.norm()) < limit for a, b in zip(*found, strict=True)), f"a gradient in {dtype}")
 
 
 def dispatch() -> None:

@@ -71,6 +71,20 @@ def test_small(small, monkeypatch, length, layers, absorbed, kind):
         assert float((a - b).norm()) <= 2e-5 * float(b.norm()) + 1e-6
 
 
+@pytest.mark.parametrize(("queries", "keys"), [((64, 32), (32, 64)), ((64, 32), (64, 64)), ((32, 64), (64, 32))])
+def test_tiles_of_gradients_that_are_not_square(small, monkeypatch, queries, keys):
+    """Several chunks, the last of them not whole, in half precision, where tiles keep their sizes."""
+    for name, value in {"queries": queries, "keys": keys, "keys_wide": keys}.items():
+        monkeypatch.setattr(fused.SETTINGS, name, fused.Tile(*value))
+    q, k, w, teachers = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)
+    for rows in (64, 128):
+        monkeypatch.setattr(fused.SETTINGS, "rows", rows)
+        (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+        limit = 2e-2 if GPU else 3e-3
+        assert relative(got_loss, loss) < limit
+        assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
+
+
 def test_weights_of_layers_and_blocks_of_rows(small, monkeypatch):
     q, k, w, teachers = case(70, 2, dim=24)
     for rows, programs in ((33, 264), (64, 264), (64, 5)):  # chunks of 32 and 64; the heads of a block of keys apart, and in parts

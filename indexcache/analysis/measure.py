@@ -301,8 +301,8 @@ class GraphTimer(PartTimer):
 
 
 def _decode_parts(s: Subject, cache: FastCache, tokens: Tensor, step_ms: float) -> dict[str, float]:
-    """Milliseconds of each part of one step. On a GPU they are timed in a graph of their own, whose marks cost about a microsecond
-    each; rest is what they leave of the step without marks."""
+    """Milliseconds of each part of one step. On a GPU they are timed in a graph of their own, whose marks cost a microsecond
+    or two each; rest is what they leave of the step without marks."""
     if not s.cuda:
         decoder = Decoder(s.model, cache)
         tokens = _steps(decoder, tokens, 1)

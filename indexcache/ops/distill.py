@@ -3,7 +3,7 @@
 Queries come in chunks of R rows against the N keys before the chunk's end; two fp32 matrices [R, N] are held, and one teacher's
 keys at a time.
 
-  normalise    a teacher's log-sum-exp of each query and head
+  normalise    a teacher's log-sum-exp of each query and head, where the attention's own kernel did not give it
   teach        target += weight * p, p = mean_h exp(logit - normaliser), and the sum of p log p
   score        the student's scores I
   compare      a row at a time: log q = I - logsumexp I, the loss, and d = q - target in the place of I
