@@ -119,3 +119,14 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_the_rewriting_is_as_exact_as_its_readme_says():
+    *each, total = read_json(ROOT / "benchmarks/results/smollm2_check.json")["rows"]
+    text = (ROOT / "recipes/smollm2/README.md").read_text(encoding="utf-8")
+    assert len(each) == total["documents"] == 20
+    assert min(r["agreement"] for r in each) == 1.0
+    assert f"by {total['relative']:.1e} (relative; {max(r['relative'] for r in each):.1e} in the worst".replace("e-0", "e-") in text
+    assert f"all {total['tokens']:,} positions" in text
+    assert f"is {total['perplexity_llama']:.4f} for both" in text.replace("\n", " ")
+    assert f"{total['perplexity_dsa']:.4f}" == f"{total['perplexity_llama']:.4f}"
