@@ -1,7 +1,7 @@
 """A Gluon kernel that does nothing but start its partitions and let them wait at an mbarrier: what a sanitizer says of that alone.
 
-racecheck names "potential RAW hazards" in it, as in ops/mla_hopper.py: between the write of the partitions' numbers and their
-read, code that Triton makes for `gl.warp_specialize`. Without the mbarrier it names none. See docs/kernels.md.
+racecheck names "potential RAW hazards" in such a kernel, as in ops/mla_hopper.py: between the write of the partitions' numbers and
+their read, code that Triton makes for `gl.warp_specialize`. docs/kernels.md says what was run.
 """
 
 from __future__ import annotations

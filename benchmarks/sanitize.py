@@ -149,7 +149,7 @@ def distill() -> None:
         teachers = [Teacher(*(x.to(dtype) if isinstance(x, Tensor) else x for x in t)) for t in teachers]
         found = []
         for loss.BACKEND in ("triton", "torch"):
-            leaves = [x.to(dtype).requires_grad_() for x in (i.clone() for i in inputs)]
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
             found.append(torch.autograd.grad(distill_loss(*leaves, teachers), leaves))
         need(all(float((a - b).norm() / b.norm()) < limit for a, b in zip(*found, strict=True)), f"a gradient in {dtype}")
 

@@ -215,8 +215,8 @@ def _dense(a: Any, q_BTHD: Tensor, latent: Tensor, k_rot: Tensor, cuts: tuple[tu
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Attention of one document [1, H, n, width], and its log-sum-exp [1, H, n] where nothing needs a gradient and flash attention runs."""
-    known = q.is_cuda and q.shape[-1] % 8 == 0 and not (torch.is_grad_enabled() and q.requires_grad)
-    if known and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, True, False)):
+    plain = q.is_cuda and q.shape[-1] % 8 == 0 and not torch.is_grad_enabled()
+    if plain and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, True, False)):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]  # type: ignore[no-any-return]
     with sdpa_kernel(LINEAR) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None

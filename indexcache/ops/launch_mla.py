@@ -53,9 +53,9 @@ def refuse(q: Tensor, latent: Tensor | Fp8Latent, value_dim: int) -> str | None:
     return None
 
 
-def best_group(heads: int) -> int:
-    """How many neighbouring queries fill the rows of a program."""
-    return min(max(SETTINGS.rows // heads, 1), 8)
+def best_group(heads: int, rows: int | None = None) -> int:
+    """How many neighbouring queries fill the rows of a program (default: those of bf16)."""
+    return min(max((rows or SETTINGS.rows) // heads, 1), 8)
 
 
 def tile(dtype: torch.dtype, keys: int) -> tuple[int, int]:
@@ -207,7 +207,7 @@ def backward(
         each = [backward(q[:, :, p], latent, ids, out[:, :, p], lse[:, :, p], grad[:, :, p], scale, None, deterministic) for p in parts]
         return torch.cat([dq for dq, _ in each], dim=2), sum(dl for _, dl in each)  # type: ignore[return-value]
     if plan_ is None or plan_.group * heads > rows:
-        plan_ = group_queries(_ascending(ids), min(max(rows // heads, 1), 8))
+        plan_ = group_queries(_ascending(ids), best_group(heads, rows))
     q, out, lse, grad, latent = (t.contiguous() for t in (q, out, lse, grad, latent))
     dq = torch.empty_like(q)
     groups, slots = plan_.union_BGU.shape[1:]
