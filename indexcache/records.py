@@ -49,13 +49,7 @@ class Run:
         if len(whole) < len(raw):
             with open(path, "r+b") as f:
                 f.truncate(len(whole))
-        try:
-            entries = [json.loads(line) for line in whole.splitlines()]
-        except (ValueError, RecursionError):
-            entries = [None]
-        if not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder.")
-        return entries
+        return _entries(path, whole)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and force it to the disk before returning."""
@@ -71,6 +65,31 @@ class Run:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
+    try:
+        entries = [json.loads(line) for line in lines.splitlines()]
+    except (ValueError, RecursionError):
+        entries = [None]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder.")
+    return entries
+
+
+def finished_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal of a run that has its result.
+
+    Raises:
+        ValueError: the folder has none, or the journal cannot be read.
+    """
+    path = folder / "journal.jsonl"
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder}: there is no finished run in this folder.")
+    try:
+        return _entries(path, path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
 
 
 @contextmanager

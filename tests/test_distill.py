@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model, refused
 from safetensors.torch import load_file
+from test_distill_worker import dense, row_of
 
 from indexcache import Pattern, use_pattern
 from indexcache.cli import main
 from indexcache.data import Document
-from indexcache.distill import DistillSettings, Row, apply_delta, distill_pattern, measure_kept, pack_rows
+from indexcache.distill import DistillSettings, Row, apply_delta, distill_pattern, engine, pack_rows
 from indexcache.distill.attention import Lesson, run_decoder, served_layers, teaching
 from indexcache.distill.rows import check_beyond, rows_of_step
 from indexcache.distill.student import make_students
@@ -36,18 +37,6 @@ FAMILIES = ("glm_moe_dsa", "deepseek_v32")
 def steps(folder):
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     return [e for e in lines if "loss" in e], [e for e in lines if "held_out" in e]
-
-
-def row_of(length, seed=0):
-    return Row.whole(np.random.default_rng(seed).integers(0, 128, length))
-
-
-def dense(model):
-    """The stock model with a selection of everything."""
-    model = copy.deepcopy(model)
-    for layer in decoder_layers(model):
-        layer.self_attn.indexer.index_topk = 4096
-    return model
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
@@ -213,6 +202,9 @@ def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
         assert torch.equal(own[name], alone[name])
         assert torch.equal(multi[name], avg[name])
     assert any(not torch.equal(own[name], multi[name]) for name in own)
+    same = delta("same", "FSSFSS", layer_weights=(2.0,) * 6)
+    first = delta("first", "FSSFSS", layer_weights=(1.0, 1e-9, 1e-9, 3.0, 1e-9, 1e-9))
+    assert all(torch.equal(same[name], multi[name]) and torch.allclose(first[name], own[name], atol=1e-6) for name in own)
 
 
 def test_evaluation_is_that_of_the_stock_model(tmp_path):
@@ -222,28 +214,6 @@ def test_evaluation_is_that_of_the_stock_model(tmp_path):
     for (ids,), wanted in (((worker.held_out()[0].ids,), held["best"]),):
         with use_pattern(model, worker.PATTERN):
             assert float(token_losses(model, hidden_states(model, ids), ids).mean()) == pytest.approx(wanted, abs=1e-5)
-
-
-@pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS"])
-def test_attention_kept_is_that_of_stock_attention(pattern):
-    """Against transformers' own attention weights and its own selection, over the queries beyond k."""
-    model, row = make_model("glm_moe_dsa").requires_grad_(False), row_of(40)
-    ids = torch.from_numpy(row.ids)[None]
-    eager = dense(model)
-    eager.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = [a[0].mean(0) for a in eager(ids, output_attentions=True).attentions]
-        chosen = {}
-        for i, layer in enumerate(decoder_layers(eager)):
-            layer.self_attn.indexer.register_forward_hook(lambda m, a, out, i=i: chosen.__setitem__(i, out[0]))
-            layer.self_attn.indexer.index_topk = 4096
-        eager(ids)
-    kept = measure_kept(model, pattern, [row])
-    for i, p in enumerate(weights):
-        order = chosen[Pattern(pattern).source(i)].long()  # all keys, the best first
-        share = [float(p[t, [int(s) for s in order[t] if s <= t][:8]].sum()) for t in range(8, 40)]
-        assert kept[i] == pytest.approx(np.mean(share), abs=2e-3)  # zero scores tie
-    refused(lambda: measure_kept(model, pattern, [Row(np.arange(40), tuple((a, a + 8) for a in range(0, 40, 8)))]), "No query")
 
 
 def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
@@ -325,6 +295,25 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
                         assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])
 
 
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(engine.dist, "init_process_group", lambda *_, **__: None)
+    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+        assert world.device == torch.device("cuda", 0) and chosen == [world.device]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on the CPU is tested above")
+def test_the_whole_model_on_a_gpu(tmp_path):
+    rows, settings = [row_of(96, i) for i in range(4)], DistillSettings(stage="sparse", steps=3, rows=2, eval_every=0)
+    for device in ("cpu", "cuda"):
+        distill_pattern(make_model("glm_moe_dsa"), worker.PATTERN, rows, tmp_path / device, settings, device=device)
+    for a, b in zip(*(steps(tmp_path / device)[0] for device in ("cpu", "cuda")), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["lm_loss"] == pytest.approx(a["lm_loss"], rel=1e-3)
+
+
 # -- what cannot work ---------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +326,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 
 
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
+    refused(lambda: worker.train(tmp_path / "w", "warmup", layer_weights=(1.0, 2.0)), "2 layer weights for 6 layers")
+    refused(lambda: DistillSettings(layer_weights=(1.0, 0.0)).check(), "above 0")
     model, rows = make_model("glm_moe_dsa"), pack_rows(worker.documents(), 96)
     out = tmp_path / "run"
 

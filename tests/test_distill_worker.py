@@ -1,4 +1,4 @@
-"""What test_distill runs in other processes: two under torchrun, or one that is killed on the way."""
+"""What test_distill runs in other processes: two under torchrun, or one that is killed on the way; and what its tests share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from conftest import make_model
 
 from indexcache.data import Batch, Document
-from indexcache.distill import DistillSettings, distill_pattern, pack_rows
-from indexcache.models.family import indexers
+from indexcache.distill import DistillSettings, Row, distill_pattern, pack_rows
+from indexcache.models.family import decoder_layers, indexers
 from indexcache.records import Run
 
 PATTERN = "FSFRSS@2"
@@ -24,6 +24,18 @@ MODES = {
     "full": {"stage": "sparse", "backbone_lr": 1e-3},
     "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1},
 }
+
+
+def row_of(length, seed=0):
+    return Row.whole(np.random.default_rng(seed).integers(0, 128, length))
+
+
+def dense(model):
+    """The stock model with a selection of everything."""
+    model = copy.deepcopy(model)
+    for layer in decoder_layers(model):
+        layer.self_attn.indexer.index_topk = 4096
+    return model
 
 
 def documents():

@@ -376,8 +376,6 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
             "2",
             "--more",
             "1",
-            "--sparse",
-            "1",
             "--rows",
             "1",
         ]
@@ -387,17 +385,20 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         return json.loads((folder / "result.json").read_text())
 
     run(out, "--seeds", "1")
+    run(out, "--seeds", "0", "--stage", "train", "search", "vary")
     result = run(out, "--seeds", "0", "1")
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
-    ways = {"untouched", "own", "multi", "multi, sparse", "searched", "searched+R4", "searched+R8"}
+    ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
-    packed = {("full, 8 bits", 1), ("multi, 4 bits", 4)}  # of seed 0
-    grid |= packed
+    zero = {("full, 8 bits", 1), ("multi, 4 bits", 4), *(("multi, weighted", k) for k in (2, 4, 8))}  # of seed 0
+    zero |= {(f"multi, {name}", 4) for name in experiment.VARIED}
+    none = {("dense", 1), *(("best", k) for k in (1, 2, 4, 8))}
+    grid |= zero | none
     assert set(found) == {(*way, domain) for way in grid for domain in domains}
     assert all(r["delta_loss"] == r["ci_low"] == r["ci_high"] == 0 for (w, *_), r in found.items() if w == "full")
     assert all(
-        r["seeds"] == (1 if w == "dense" or (w, k) in packed else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"]
+        r["seeds"] == (1 if (w, k) in zero | none else 2) and r["ci_low"] <= r["delta_loss"] <= r["ci_high"]
         for (w, k, _), r in found.items()
     )
     assert 0 < abs(found["full, 8 bits", 1, "all"]["delta_loss"]) < 0.1

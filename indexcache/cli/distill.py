@@ -35,6 +35,9 @@ class Settings:
     freeze_backbone: bool = flag(False, "train nothing but the indexers in the sparse stage too")
     loss: str = flag("multi", "multi, avg: an indexer learns all layers it serves (the same gradient); own: its own layer alone",
                      choices=("multi", "avg", "own"))  # fmt: skip
+    layer_weights: str | None = flag(None, "how much each layer counts in what its indexer learns: numbers with commas, or the folder of a "
+                                     "finished search, for what sharing that layer alone cost there (default: all the same)",
+                                     metavar="LIST|DIR")  # fmt: skip
     keep_zeros: bool = flag(False, "rows of the indexers' matrices that are all zero stay so, and take no room in a packed delta")
     steps: int = flag(1000, "optimizer steps")
     lr: float = flag(2e-3, "peak learning rate of the indexers; it rises linearly, then falls as a cosine")
@@ -64,6 +67,7 @@ def run(s: Settings) -> int:
     from indexcache.models.family import indexers
     from indexcache.models.loading import fingerprint, resolve
     from indexcache.report.table import table
+    from indexcache.search.costs import layer_weights
     from indexcache.search.select import choose
 
     out, device, first = Path(s.out), own_device(s.device), os.environ.get("RANK", "0") == "0"
@@ -88,9 +92,11 @@ def run(s: Settings) -> int:
         raise ValueError(
             f"A step has a whole number of rows: --batch-tokens must be a multiple of the {length} tokens of a row, not {tokens}."
         )
+    weights = None if s.layer_weights is None else tuple(layer_weights(s.layer_weights, len(pattern)))
     settings = DistillSettings(
-        stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, keep_zeros=s.keep_zeros, steps=s.steps, rows=tokens // length,
-        lr=s.lr, backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every, save_every=s.save_every, seed=s.seed,
+        stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, layer_weights=weights, keep_zeros=s.keep_zeros, steps=s.steps,
+        rows=tokens // length, lr=s.lr, backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every,
+        save_every=s.save_every, seed=s.seed,
     )  # fmt: skip
     settings.check()
     training, held = _documents(s, loaded)
@@ -100,11 +106,11 @@ def run(s: Settings) -> int:
         batches = make_batches(held, length=length, sequences=s.eval_sequences, seed=s.seed)
     base = {"base": loaded.path.name, "base_digest": fingerprint(loaded.path)}
     result = distill_pattern(loaded.model, pattern, rows, out, settings, held_out=batches, base=base, device=device)
-    weights = result.pop("weights", None)
+    trained = result.pop("weights", None)
     if not first:
         return 0
     if s.whole or not frozen:
-        files = _write_whole(s, loaded, pattern, weights)
+        files = _write_whole(s, loaded, pattern, trained)
         result["checkpoint"] = files
     print(table(["layer", "serves", "KL, nats a token"], _served(result)))
     if result["held_out"]:

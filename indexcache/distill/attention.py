@@ -9,7 +9,7 @@ taken at once, so that what is held is one group's queries and latents, never an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -37,14 +37,20 @@ class Lesson:
         students: by layer number, `indexcache.distill.student.make_students`.
         sparse: attention over the selection (sparse stage) instead of over everything (warm-up).
         kind: "multi" or "avg" (each F or R layer learns all layers it serves), or "own" (its own attention alone).
+        weights: how much each layer of the model counts in its group; None: all the same.
     """
 
-    def __init__(self, model: nn.Module, pattern: Pattern, students: nn.ModuleDict, *, sparse: bool, kind: str = "multi"):
+    def __init__(
+        self, model: nn.Module, pattern: Pattern, students: nn.ModuleDict, *, sparse: bool, kind: str = "multi",
+        weights: Sequence[float] | None = None,
+    ):  # fmt: skip
         self.pattern, self.students, self.sparse, self.kind = pattern, students, sparse, kind
         self.topk = int(model.config.index_topk)  # type: ignore[union-attr, arg-type]
         self.publishers = pattern.publishers()
         self.groups = served_layers(pattern, own=kind == "own")
         self.owner = {i: layer for layer, group in self.groups.items() for i in group}
+        each = [1.0] * len(pattern) if weights is None else weights
+        self.weights = {layer: [each[i] / sum(each[j] for j in group) for i in group] for layer, group in self.groups.items()}
         self.learning = False  # between `row` and the end of the forward pass; a recomputation in backward comes after
         self.cuts: tuple[tuple[int, int], ...] = ()
         self.factor = 1.0  # of the gradients
@@ -104,14 +110,18 @@ class Lesson:
         self._teachers.setdefault(owner, []).append(teacher)
         if layer != self.groups[owner][-1]:
             return
-        teachers, (q, k, w) = self._teachers.pop(owner), self._projected.pop(owner)
+        self._learn(owner, self._teachers.pop(owner))
+
+    def _learn(self, owner: int, teachers: list[Teacher]) -> None:
+        """The loss of the indexer of layer `owner` on its group's attention, and its gradients."""
+        q, k, w = self._projected.pop(owner)
         with torch.enable_grad(), _own_graph():
             parts = []
             for i, (a, b) in enumerate(self.cuts):
                 ids = self._selected[owner][i][0] if self.sparse else None
                 cut = [t.cut(a, b) for t in teachers]
                 kind = "avg" if self.kind == "avg" else "multi"
-                parts.append(distill_loss(q[0, a:b], k[0, a:b], w[0, a:b], cut, kind=kind, ids_SK=ids))
+                parts.append(distill_loss(q[0, a:b], k[0, a:b], w[0, a:b], cut, self.weights[owner], kind=kind, ids_SK=ids))
             loss = torch.stack(parts).sum() / q.shape[1]
             (loss * self.factor).backward()
         self.losses[owner] = loss.detach()

@@ -60,6 +60,8 @@ def own_device(device: str) -> str:
 @contextmanager
 def open_world(device: torch.device, sharded: bool) -> Iterator[World]:
     """The processes that torchrun started, or this one alone; `sharded` asks for a process group even then."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # FSDP2 and set_device want its number
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
     begun = dist.is_initialized()
     if (size > 1 or sharded) and not begun:

@@ -120,6 +120,18 @@ def attention_kept(q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, teacher: Teacher, 
     return total.float()
 
 
+@torch.no_grad()
+def mean_attention(teachers: Sequence[Teacher], block_bytes: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """(queries, fp32 [t, N]) block by block: the mean over the layers of their attention, zero where a key is not visible."""
+    q = teachers[0].q_SHn
+    for rows in _blocks(q, teachers, None, block_bytes or BLOCK_BYTES.get(q.device.type, BLOCK_BYTES["cpu"])):
+        block = _Block(rows, None)
+        total = _attention(block, teachers[0])
+        for teacher in teachers[1:]:
+            total += _attention(block, teacher)
+        yield rows, total / len(teachers)
+
+
 class _Streamed(torch.autograd.Function):
     """(q, k, w, teachers) to the loss and the gradients of q, k and w, block by block; in ops/distill.py where that runs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class DistillSettings:
     stage: "warmup" (dense attention, KL over all visible keys, only indexers train) or "sparse" (attention and KL over the selection).
     freeze_backbone: in the sparse stage too, only indexers train; otherwise the language-modelling loss trains the rest.
     loss: "multi" or "avg" (each F and R layer learns all layers it serves), or "own" (its own attention alone).
+    layer_weights: how much each layer of the model counts where several learn from one indexer ("multi", "avg"), relative to the
+        others of its group; None: all the same, as the paper has it.
     keep_zeros: rows of the indexers' matrices that hold nothing but zeros are no parameters: they stay zero.
     rows: packed rows of a step, all processes together.
     clip: of the gradient norm, of each indexer and of the rest apart. warmup: fraction of the steps over which the learning rate rises.
@@ -36,6 +39,7 @@ class DistillSettings:
     stage: str = "warmup"
     freeze_backbone: bool = False
     loss: str = "multi"
+    layer_weights: tuple[float, ...] | None = None
     keep_zeros: bool = False
     steps: int = 1000
     rows: int = 4
@@ -67,6 +71,8 @@ class DistillSettings:
 
     def check(self) -> None:
         """Raises ValueError for values that mean nothing."""
+        if any(not 0 < x < math.inf for x in self.layer_weights or ()):
+            raise ValueError(f"The layers' weights must be above 0, not {min(self.layer_weights or (), default=0)}.")
         for name, choices in (("stage", STAGES), ("loss", LOSSES), ("compute_dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -80,12 +86,13 @@ class DistillSettings:
             raise ValueError(f"warmup lies in 0..1 and weight_decay is not negative, got {self.warmup} and {self.weight_decay}.")
 
 
-def check_model(model: Any, pattern: Pattern, length: int) -> None:
+def check_model(model: Any, pattern: Pattern, length: int, weights: Sequence[float] | None = None) -> None:
     """Refuse what cannot be distilled.
 
     Raises:
         ValueError: unknown family, no latent queries, a pattern of another length or with F or R on a layer that has no
-            indexer, a model under a pattern or on the fast path, rows that are too short for k or longer than the context.
+            indexer, a model under a pattern or on the fast path, layer weights of another number, rows that are too short for k
+            or longer than the context.
     """
     family_of(model)
     missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
@@ -94,6 +101,8 @@ def check_model(model: Any, pattern: Pattern, length: int) -> None:
         raise ValueError("Distillation needs queries from a latent (q_lora_rank); this model has none.")
     if in_force(model) or any("forward" in layer.self_attn.__dict__ for layer in decoder_layers(model)):
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
+    if weights is not None and len(weights) != len(pattern):
+        raise ValueError(f"There are {len(weights)} layer weights for {len(pattern)} layers.")
     context = int(model.config.max_position_embeddings)
     if length > context:
         raise ValueError(f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length.")

@@ -77,7 +77,7 @@ def distill_pattern(
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):
         raise ValueError("The training rows are all of one length, and there is at least one.")
-    check_model(model, pattern, length)
+    check_model(model, pattern, length, settings.layer_weights)
     beyond = check_beyond(rows, int(model.config.index_topk))  # type: ignore[union-attr, arg-type]
     if settings.eval_every and not held_out:
         raise ValueError("There is no held-out text to evaluate on; give some, or set eval_every to 0.")
@@ -130,7 +130,7 @@ class Trainer:
                     indexer.requires_grad_(False)
             shard_model(self.causal, world, dtype)
             self.trained["backbone"] = (self.causal, self._optimizer(self.causal, settings.backbone_lr))
-        self.lesson = Lesson(model, pattern, self.students, sparse=settings.sparse, kind=settings.loss)
+        self.lesson = Lesson(model, pattern, self.students, sparse=settings.sparse, kind=settings.loss, weights=settings.layer_weights)
         self.exam = Lesson(model, pattern, self.students, sparse=True)
 
     def _optimizer(self, module: nn.Module, lr: float) -> torch.optim.AdamW:

@@ -36,13 +36,12 @@ class Settings:
     """What the speed depends on and the result does not. `wide`: more dims than 192 (teachers), than 128 (the indexer)."""
 
     normalise: Tile = Tile(128, 128)
-    normalise_wide: Tile = Tile(128, 64)  # two stages of a query and a key tile fill the shared memory
     teach: Tile = Tile(128, 128)
     teach_wide: Tile = Tile(128, 64)
     score: Tile = Tile(128, 128)
     queries: Tile = Tile(128, 64)  # of grad_queries
     keys: Tile = Tile(64, 128)  # of grad_keys
-    keys_wide: Tile = Tile(32, 128)  # 64 queries spill 280 bytes
+    keys_wide: Tile = Tile(32, 128, 3)  # 64 queries spill 280 bytes
     part: int = 64  # dims of a teacher's product at a time
     rows: int = 8192  # most queries of a chunk
     programs: int = 264  # that fill a device: short documents share the heads of a block of keys among several
@@ -88,7 +87,7 @@ def warm_up(
         for i, ((queries, keys_of, scale, known), weight) in enumerate(zip(layers, weights, strict=True)):
             some, keys, each = queries[start:stop].contiguous(), keys_of().contiguous(), queries.shape[1]
             dims, scale2 = {"E": some.shape[2], "BE": s.part}, scale * LOG2E
-            first, second = (s.normalise_wide, s.teach_wide) if some.shape[2] > 192 else (s.normalise, s.teach)
+            first, second = s.normalise, s.teach_wide if some.shape[2] > 192 else s.teach
             steps = (some.stride(0), some.stride(1), keys.stride(0), 0 if keys.shape[1] == 1 else keys.stride(1))
             if known is None:
                 lse = torch.empty(stop - start, each, dtype=torch.float32, device=device)

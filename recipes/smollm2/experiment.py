@@ -4,9 +4,13 @@
 
     train      a seed: all indexers in the warm-up, each on its own layer ("start"); from there, with as many further steps on the
                text packed anew, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve
-               ("multi"); with --sparse, from multi steps on the selection alone ("sparse")
+               ("multi")
     search     a seed: greedy search over the layers with full's indexers, on training text
-    evaluate   held-out loss of every document, and the long-range tasks: the dense model; start; full; start's indexers under the
+    vary       (only if asked for) a seed: multi at 1/4 with four times the steps ("long"), a third and three times the learning rate
+               ("slow", "fast"), and with as many steps on the selection alone after it ("sparse"); and at every fraction with layers
+               that count as much as sharing them alone cost in the search ("weighted")
+    evaluate   held-out loss of every document, and the long-range tasks: the dense model; the best selection that the layers of the
+               uniform patterns could share, without indexers ("best"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
                8 k; seed 0's full in 8 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
@@ -38,7 +42,7 @@ from tasks import logits_of, score
 
 from indexcache.analysis.overlap import measure_overlap
 from indexcache.data import Batch, Document, load_documents, make_batches
-from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, pack_rows
+from indexcache.distill import DistillSettings, apply_delta, best_states, distill_pattern, measure_kept, pack_rows
 from indexcache.distill.rows import Row
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import indexers
@@ -49,14 +53,18 @@ from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, open_run
 from indexcache.report.heatmap import draw_overlap
+from indexcache.search.costs import sharing_costs, weights_of_costs
 from indexcache.search.run import SearchSettings, search_pattern
 from indexcache.search.select import choose
 
-STAGES = ("train", "search", "evaluate", "table")
+STAGES = ("train", "search", "vary", "evaluate", "table")
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
+VARIED: dict[str, dict[str, Any]] = {  # of multi at 1/4
+    "long": {"steps": 4}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0}, "sparse": {"stage": "sparse"},
+}  # fmt: skip
 SAVE = 50  # steps between states
 BITS = {"full, 8 bits": 8, "multi, 4 bits": 4}
 
@@ -72,7 +80,7 @@ class Experiment:
         self.own = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in indexers(self.model)]
 
     def uniform(self, kept: int) -> Pattern:
-        return choose(f"uniform:1/{kept}", self.layers).pattern
+        return choose(f"uniform:1/{kept}", self.layers).pattern if kept > 1 else self.full
 
     def folder(self, seed: int, name: str) -> Path:
         return self.out / f"seed{seed}" / name
@@ -96,20 +104,27 @@ class Experiment:
             self.distill(seed, "full", "start", self.full, later, o.more)
             for kept in KEPT:
                 self.distill(seed, f"multi-{kept}", "start", self.uniform(kept), later, o.more)
-            last = pack_rows(documents, o.length, seed + 2 * LATER) if o.sparse else []
-            for kept in KEPT if o.sparse else ():
-                self.distill(seed, f"sparse-{kept}", f"multi-{kept}", self.uniform(kept), last, o.sparse, stage="sparse")
 
-    def distill(
-        self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, stage: str = "warmup"
-    ) -> None:
+    def vary(self) -> None:
+        o, documents = self.o, self.read("train")
+        for seed in o.seeds:
+            later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
+            weights = tuple(weights_of_costs(sharing_costs(self.folder(seed, "search"), self.layers)))
+            for kept in KEPT:
+                self.distill(seed, f"multi-{kept}-weighted", "start", self.uniform(kept), later, o.more, layer_weights=weights)
+            for name, v in VARIED.items():
+                start, rows = ("multi-4", last) if "stage" in v else ("start", later)
+                lr = (SPARSE_LR if "stage" in v else o.lr) * v.get("lr", 1)
+                changes = {"stage": v.get("stage", "warmup"), "lr": lr}
+                self.distill(seed, f"multi-4-{name}", start, self.uniform(4), rows, o.more * v.get("steps", 1), **changes)
+
+    def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
         folder = self.folder(seed, name)
         if (folder / "result.json").is_file():
             return
         self.take(seed, start)
-        lr = SPARSE_LR if stage == "sparse" else self.o.lr
-        settings = DistillSettings(stage=stage, freeze_backbone=True, keep_zeros=True, steps=steps, rows=self.o.rows, lr=lr, eval_every=0,
-                                   save_every=SAVE, seed=seed)  # fmt: skip
+        settings = DistillSettings(**{"stage": "warmup", "freeze_backbone": True, "keep_zeros": True, "steps": steps, "rows": self.o.rows,
+                                      "lr": self.o.lr, "eval_every": 0, "save_every": SAVE, "seed": seed} | changes)  # fmt: skip
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
         print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
 
@@ -155,8 +170,9 @@ class Experiment:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
-            if self.o.sparse:
-                yield "multi, sparse", kept, f"sparse-{kept}", self.uniform(kept)
+            for name in ("weighted", *(VARIED if kept == 4 else ())):
+                if (self.folder(seed, f"multi-{kept}-{name}") / "result.json").is_file():
+                    yield f"multi, {name}", kept, f"multi-{kept}-{name}", self.uniform(kept)
             found = self.searched(seed, kept)
             yield "searched", kept, "full", found
             for pool in POOLS:
@@ -168,13 +184,14 @@ class Experiment:
         with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
             tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
         done = {(r["seed"], r["method"], r["kept"]) for r in self.run.journal}
-        if (None, "dense", 1) not in done:
-            self.note(None, "dense", 1, self.full, self.measure(held_out, tasks, None))
+        for method, kept in (("dense", 1), *(("best", kept) for kept in (1, *KEPT))):
+            if (None, method, kept) not in done:
+                self.note(None, method, kept, self.uniform(kept), self.measure(held_out, tasks, self.uniform(kept), method))
         for seed in o.seeds:
             for method, kept, delta, pattern in self.ways(seed):
                 if (seed, method, kept) not in done:
                     self.take(seed, delta, bits=BITS.get(method, 16))
-                    facts = self.measure(held_out, tasks, pattern)
+                    facts = self.measure(held_out, tasks, pattern, method)
                     if method in ("full", "own", "multi") and seed == o.seeds[0]:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
@@ -184,20 +201,30 @@ class Experiment:
                     self.note(seed, method, kept, pattern, facts)
 
     @torch.no_grad()
-    def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern | None) -> dict[str, Any]:
-        """Loss of each document, a sum over its tokens, and the tasks' scores; of the dense model without a pattern."""
+    def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern, method: str) -> dict[str, Any]:
+        """Loss of each document, a sum over its tokens, and the tasks' scores."""
         sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-        with self.under(pattern):
+
+        def best(ids: torch.Tensor) -> torch.Tensor:
+            return torch.cat([best_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
+
+        def stock(ids: torch.Tensor) -> torch.Tensor:
+            return hidden_states(self.model, ids)
+
+        states = best if method == "best" else stock
+        with self.under(pattern, method):
             for b in batches:
-                losses = token_losses(self.model, hidden_states(self.model, b.ids), b.ids).double()
+                losses = token_losses(self.model, states(b.ids), b.ids).double()
                 for name, each in zip(b.units, losses, strict=True):
                     sums[b.domain, name][0] += float(each.sum())
                     sums[b.domain, name][1] += each.numel()
-            return {"documents": [[*key, *s] for key, s in sums.items()], "tasks": score(tasks, logits_of(self.model))}
+            return {"documents": [[*key, *s] for key, s in sums.items()], "tasks": score(tasks, logits_of(self.model, states))}
 
     @contextmanager
-    def under(self, pattern: Pattern | None) -> Iterator[None]:
-        if pattern is None:
+    def under(self, pattern: Pattern, method: str) -> Iterator[None]:
+        if method == "best":
+            yield
+        elif method == "dense":
             with dense(self.model):
                 yield
         else:
@@ -232,7 +259,7 @@ class Experiment:
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     """What all pieces of an --out share."""
-    names = ("length", "steps", "more", "sparse", "rows", "lr", "calibration", "documents", "tasks", "dtype")
+    names = ("length", "steps", "more", "rows", "lr", "calibration", "documents", "tasks", "dtype")
     return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
 
 
@@ -272,12 +299,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="what rewrite.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s != "vary"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
     parser.add_argument("--more", type=int, default=100, help="steps after it")
-    parser.add_argument("--sparse", type=int, default=0, help="steps of the sparse stage after multi (0: none)")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration", type=int, default=2, help="sequences of the search")

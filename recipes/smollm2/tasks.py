@@ -122,13 +122,13 @@ def score(rows: Iterable[dict[str, Any]], logits: Callable[[Any, list[int]], Any
     ]
 
 
-def logits_of(model: Any) -> Callable[[Any, list[int]], Any]:
-    """How `score` asks a loaded transformers model, in whatever pattern it is."""
+def logits_of(model: Any, states: Callable[[Any], Any] | None = None) -> Callable[[Any, list[int]], Any]:
+    """How `score` asks a loaded transformers model, in whatever pattern it is. `states`: ids [1, T] -> final hidden states [1, T, E]."""
     from indexcache.models.lm import hidden_states
 
     def logits(ids: Any, positions: list[int]) -> Any:
-        head = model.get_output_embeddings()
-        return head(hidden_states(model, ids)[0, positions].to(head.weight.device)).detach()
+        head, hidden = model.get_output_embeddings(), states(ids) if states else hidden_states(model, ids)
+        return head(hidden[0, positions].to(head.weight.device)).detach()
 
     return logits
 

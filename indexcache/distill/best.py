@@ -1,0 +1,64 @@
+"""What sharing itself costs, whatever the indexers: a model that attends over the best selection that its layers could share.
+
+Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The best such set for a query, as far as
+attention can tell, holds the k keys that the mean of these layers' dense attention gives most: the target of L_multi (method.md,
+section 4), selected from without an indexer in between. What a trained indexer loses beyond this is its own error; what this
+loses is the pattern's, and no training of indexers alone takes it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indexcache.distill.attention import Lesson, run_decoder, teaching
+from indexcache.distill.loss import Teacher, mean_attention
+from indexcache.distill.rows import Row
+from indexcache.distill.settings import check_model
+from indexcache.pattern import Pattern
+
+
+class _Best(Lesson):
+    """A dense pass that keeps each group's best selection, then a sparse one over these. No indexer takes part."""
+
+    def __init__(self, model: nn.Module, pattern: Pattern):
+        super().__init__(model, pattern, nn.ModuleDict(), sparse=False)
+
+    def index(self, *_: Any) -> None:
+        pass
+
+    def _learn(self, owner: int, teachers: Sequence[Teacher]) -> None:
+        self._selected[owner] = [self._choose([t.cut(a, b) for t in teachers])[None] for a, b in self.cuts]
+
+    def _choose(self, teachers: Sequence[Teacher]) -> Tensor:
+        """int32 [S, k] of one document, ascending, -1 for none."""
+        length = len(teachers[0].q_SHn)
+        ids = torch.full((length, self.topk), -1, dtype=torch.int32, device=teachers[0].q_SHn.device)
+        for rows, p_tN in mean_attention(teachers):
+            best = p_tN.topk(min(self.topk, p_tN.shape[1]), -1)
+            found = best.indices.masked_fill_(best.indices > torch.arange(rows.start, rows.stop, device=ids.device)[:, None], length)
+            found = found.sort(-1).values.int()
+            ids[rows, : found.shape[1]] = found.masked_fill_(found == length, -1)
+        return ids
+
+
+@torch.no_grad()
+def best_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
+    """Final hidden states [1, T, E] of one row where every group of layers that shares a selection has the best one.
+
+    Raises:
+        ValueError: as `check_model`; a pattern with R layers, whose selections are their own.
+    """
+    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    if "R" in pattern.roles:
+        raise ValueError(f"What the layers of a group could share at best is asked; in {pattern} R layers select for themselves.")
+    check_model(model, pattern, len(row.ids))
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
+    best = _Best(model, pattern)
+    with teaching(model, best), best.row(row, learn=True):
+        run_decoder(model, row, weight.device)
+        best.learning, best.sparse = False, True
+        return run_decoder(model, row, weight.device)
