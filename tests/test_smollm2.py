@@ -351,6 +351,7 @@ def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
 def test_experiment(saved, tmp_path, monkeypatch, capsys):
     """Every stage at its smallest; what is there is not done again, seeds know nothing of each other, other settings are refused."""
     import experiment
+    from report import report
 
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"
@@ -391,7 +392,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
-    zero = {("full, 8 bits", 1), ("multi, 4 bits", 4), *(("multi, weighted", k) for k in (2, 4, 8))}  # of seed 0
+    zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, weighted", k) for k in (2, 4, 8))}  # of seed 0
     zero |= {(f"multi, {name}", 4) for name in experiment.VARIED}
     none = {("dense", 1), *(("best", k) for k in (1, 2, 4, 8))}
     grid |= zero | none
@@ -408,6 +409,15 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     assert want in [pytest.approx(x, abs=1e-6) for x in found["own", 4, "all"]["of_seeds"]]
     assert np.array(result["overlap"]["overlap"]).shape == (3, 3)
     assert len(result["mass_kept"]["full 1/1"]) == 3 and all(0 < x <= 1 for x in result["mass_kept"]["full 1/1"])
+
+    (task,) = (t for t in result["tasks"] if (t["method"], t["kept"]) == ("multi", 8))
+    assert task["seeds"] == 2 and task["accuracy"] == pytest.approx(found["multi", 8, "all"]["retrieval"])
+
+    shown = report(result)
+    row = found["multi, weighted", 4, "d2"]
+    assert f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" in shown
+    assert all(line.startswith("|") == line.endswith("|") for line in shown.splitlines())
+    assert "| multi, long | 1/4 |" in shown and "| own | 1/8 |" in shown and "2 seeds" in shown
 
     run(tmp_path / "alone", "--seeds", "0")  # the same as after seed 1
     for name in ("start", "full", "multi-4"):

@@ -13,7 +13,7 @@
                uniform patterns could share, without indexers ("best"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
-               8 k; seed 0's full in 8 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
+               8 k; seed 0's full in 8 and 4 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
                of_seeds); the share of attention that selections keep and what layers select in common, of the first seed
     table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain. Untouched has
                `more` steps fewer than the others and than full: start against full is what those steps give
@@ -66,7 +66,7 @@ VARIED: dict[str, dict[str, Any]] = {  # of multi at 1/4
     "long": {"steps": 4}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0}, "sparse": {"stage": "sparse"},
 }  # fmt: skip
 SAVE = 50  # steps between states
-BITS = {"full, 8 bits": 8, "multi, 4 bits": 4}
+BITS = {"full, 8 bits": 8, "full, 4 bits": 4, "multi, 4 bits": 4}
 
 
 class Experiment:
@@ -165,6 +165,7 @@ class Experiment:
         yield "start", 1, "start", self.full
         if seed == 0:
             yield "full, 8 bits", 1, "full", self.full
+            yield "full, 4 bits", 1, "full", self.full
             yield "multi, 4 bits", 4, "multi-4", self.uniform(4)
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
@@ -192,7 +193,7 @@ class Experiment:
                 if (seed, method, kept) not in done:
                     self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, tasks, pattern, method)
-                    if method in ("full", "own", "multi") and seed == o.seeds[0]:
+                    if method in ("full", "own", "multi", "multi, weighted") and seed == o.seeds[0]:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
                     if method == "full" and seed == o.seeds[0]:
@@ -243,7 +244,7 @@ class Experiment:
             "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
             "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines),
             "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r},
-            "tasks": {f"{r['method']} 1/{r['kept']}": r["tasks"] for r in lines if r["seed"] in (first, None)}, "overlap": overlap,
+            "tasks": tasks_of(lines), "overlap": overlap,
         }  # fmt: skip
         self.run.save("result.json", result)
         try:
@@ -266,6 +267,21 @@ def settings_of(o: argparse.Namespace) -> dict[str, Any]:
 def accuracy(lines: list[dict[str, Any]], what: str = "accuracy") -> float:
     """Mean over tasks and lengths; "loss": of the answers, nats a token."""
     return float(np.mean([t[what] for r in lines for t in r["tasks"]]))
+
+
+def tasks_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every way, task and length, the seeds averaged; all have the same rows."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for r in lines:
+        for t in r["tasks"]:
+            found[r["method"], r["kept"], t["task"], t["length"]].append(t)
+    names = ("method", "kept", "task", "length")
+    return [
+        dict(zip(names, key, strict=True))
+        | {what: float(np.mean([t[what] for t in each])) for what in ("accuracy", "loss")}
+        | {"answers": each[0]["answers"], "seeds": len(each)}
+        for key, each in found.items()
+    ]
 
 
 def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""Tables of an experiment's result.json, in Markdown: what docs/smollm2.md shows.
+
+python recipes/smollm2/report.py [benchmarks/results/smollm2_training_aware.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "smollm2_training_aware.json"
+KEPT = (2, 4, 8)
+GRID = ("untouched", "own", "multi", "multi, weighted", "searched", "searched+R4", "searched+R8", "best")
+MASS = (("full", 1), ("own", 4), ("multi", 4), ("multi, weighted", 4))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+
+
+def report(result: dict[str, Any]) -> str:
+    """All tables, each under a line that says what it shows."""
+    rows = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
+    ways = [w for w in GRID if any((w, k, "all") in rows for k in KEPT)]
+    domains = sorted({r["domain"] for r in result["rows"]} - {"all"})
+    full, dense = rows["full", 1, "all"], rows["dense", 1, "all"]
+    fractions = [f"1/{k}" for k in KEPT]
+    seeds = f"{full['seeds']} seed" + "s" * (full["seeds"] > 1)
+    above = 100 * (full["loss"] / dense["loss"] - 1)
+    parts = [
+        f"{result['device']}, {result['date']}, {seeds}. Loss with dense attention {dense['loss']:.4f}, with all indexers "
+        f"{full['loss']:.4f} ({above:+.2f} %).",
+        "Loss above that of all indexers, five domains together:",
+        table(["", *fractions], ([w, *(cell(rows.get((w, k, "all"))) for k in KEPT)] for w in ways)),
+    ]
+    for k in KEPT:
+        parts += [f"At 1/{k}, by domain:", table(["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways))]
+    shown = {(w, k) for w in GRID for k in KEPT} | {("full", 1), ("dense", 1)}
+    others = sorted((k, m) for m, k, d in rows if d == "all" and (m, k) not in shown)
+    if others:
+        found = [(m, k, rows[m, k, "all"]) for k, m in others]
+        parts += [
+            "Other ways:",
+            table(["", "kept", "above all indexers", "seeds"], ([m, f"1/{k}", cell(r), str(r["seeds"])] for m, k, r in found)),
+        ]
+    each = {w: [rows.get((w, k, "all"), {}).get("of_seeds", []) for k in KEPT] for w in ways if w != "best"}
+    parts += [
+        "Seed by seed, five domains together:",
+        table(["", *fractions], ([w, *(", ".join(f"{x:+.4f}" for x in found) for found in of_seeds)] for w, of_seeds in each.items())),
+    ]
+    tasks = {(t["method"], t["kept"], t["task"], t["length"]): t for t in result["tasks"]}
+    kinds = sorted({key[2:] for key in tasks})
+    grid = [("dense", 1), ("full", 1), *((w, k) for k in KEPT for w in ways if (w, k, *kinds[0]) in tasks)]
+    parts += ["Answers found:", table(["", "kept", *(f"{task} {length}" for task, length in kinds)], (
+        [w, f"1/{k}", *(f"{tasks[w, k, *kind]['accuracy']:.2f}" for kind in kinds)] for w, k in grid
+    ))]  # fmt: skip
+    kept = {w: result["mass_kept"][f"{w[0]} 1/{w[1]}"] for w in MASS if f"{w[0]} 1/{w[1]}" in result["mass_kept"]}
+    layers = range(len(next(iter(kept.values()))))
+    mass = [[str(i), *(f"{m[i]:.3f}" for m in kept.values())] for i in layers]
+    mass.append(["mean", *(f"{sum(m) / len(m):.3f}" for m in kept.values())])
+    parts += ["Share of each layer's attention on its selection:", table(["layer", *(f"{w}, 1/{k}" for w, k in kept)], mass)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, nargs="?", default=RESULT)
+    print(report(json.loads(parser.parse_args().result.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
