@@ -29,7 +29,7 @@ KERNELS = {
               "select.pick_row"},
     "plain": {"mla.attend", "mla.combine", "mla_backward.backward", "mla_backward.gather_rows", "plan.join"},
     "gluon": {"mla_hopper.attend", "plan.join"},
-    "dispatch": {"dispatch.start"},
+    "dispatch": {"dispatch.start"}, "dispatch-all": {"dispatch.start"},
     "distill": {"distill.normalise", "distill.teach", "distill.score", "distill.compare", "distill.grad_queries", "distill.grad_keys"},
 }  # fmt: skip
 
@@ -154,15 +154,15 @@ def distill() -> None:
         need(all(float((a - b).norm() / b.norm()) < limit for a, b in zip(*found, strict=True)), f"a gradient in {dtype}")
 
 
-def dispatch() -> None:
+def dispatch(every: bool) -> None:
     import dispatch as control
 
-    need(control.run(), "the control kernel")
+    need(control.run(every), "the control kernel")
 
 
 TASKS: dict[str, Callable[[], None]] = {
     "index": index, "rows": rows, "pools": pools, "plain": lambda: attention(False), "gluon": lambda: attention(True), "distill": distill,
-    "dispatch": dispatch,
+    "dispatch": lambda: dispatch(False), "dispatch-all": lambda: dispatch(True),
 }  # fmt: skip
 
 

@@ -191,17 +191,23 @@ def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
 
 
 def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
-    def delta(name, pattern, **changes):
-        worker.train(tmp_path / name, "warmup", pattern=pattern, steps=3, eval_every=0, clip=0.01, **changes)  # each is clipped alone
+    def delta(name, pattern, mode="warmup", **changes):
+        worker.train(tmp_path / name, mode, pattern=pattern, steps=3, eval_every=0, clip=0.01, **changes)  # each is clipped alone
         return load_file(tmp_path / name / "delta.safetensors")
 
     alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", loss="own")
     multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", loss="avg")
+    uneven = {"layer_weights": (1.0, 5.0, 2.0, 3.0, 1.0, 0.5)}
+    other, of_avg = delta("other", "FSSFSS", **uneven), delta("of avg", "FSSFSS", loss="avg", **uneven)
+    assert all(torch.equal(other[name], of_avg[name]) for name in own)
+    assert any(not torch.equal(other[name], multi[name]) for name in own)
     assert len(alone) == 3 * len(own) == 3 * len(multi) == 30
     for name in own:
         assert torch.equal(own[name], alone[name])
         assert torch.equal(multi[name], avg[name])
     assert any(not torch.equal(own[name], multi[name]) for name in own)
+    sparse, weighed = (delta(f"sparse {w}", "FSSFSS", "frozen", layer_weights=w) for w in (None, uneven["layer_weights"]))
+    assert any(not torch.equal(sparse[name], weighed[name]) for name in own)
     same = delta("same", "FSSFSS", layer_weights=(2.0,) * 6)
     first = delta("first", "FSSFSS", layer_weights=(1.0, 1e-9, 1e-9, 3.0, 1e-9, 1e-9))
     assert all(torch.equal(same[name], multi[name]) and torch.allclose(first[name], own[name], atol=1e-6) for name in own)
@@ -295,13 +301,17 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
                         assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])
 
 
-def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+def test_a_gpu_without_a_number_is_the_current_one_or_this_processs_own(monkeypatch):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(engine.dist, "init_process_group", lambda *_, **__: None)
     with engine.open_world(torch.device("cuda"), sharded=True) as world:
-        assert world.device == torch.device("cuda", 0) and chosen == [world.device]
+        assert world.device == torch.device("cuda", 3) and chosen == [world.device]
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "6"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+        assert world.device == torch.device("cuda", 2) and chosen[1:] == [world.device]
 
 
 @pytest.mark.gpu
@@ -328,6 +338,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     refused(lambda: worker.train(tmp_path / "w", "warmup", layer_weights=(1.0, 2.0)), "2 layer weights for 6 layers")
     refused(lambda: DistillSettings(layer_weights=(1.0, 0.0)).check(), "above 0")
+    refused(lambda: DistillSettings(layer_weights=(1.0, 1e308)).check(), "at most 1e+30")
+    refused(lambda: DistillSettings(layer_weights=(1.0, 1.0), loss="own").check(), "loss own")
+    refused(lambda: worker.train(tmp_path / "w", "warmup", pattern="FFFFFF", layer_weights=(1.0,) * 6), "no two layers")
     model, rows = make_model("glm_moe_dsa"), pack_rows(worker.documents(), 96)
     out = tmp_path / "run"
 
@@ -371,7 +384,7 @@ SMALL = ["--length", "64", "--batch-tokens", "128", "--steps", "3", "--eval-ever
 def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, tmp_path, capsys):
     import transformers
 
-    more = ["--whole"] if stage == "warmup" else ["--backbone-lr", "1e-3"]
+    more = ["--whole", "--layer-weights", "1,1,6,1,1,6"] if stage == "warmup" else ["--backbone-lr", "1e-3"]
     command = [
         "distill",
         checkpoint,
@@ -388,8 +401,10 @@ def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, t
         "--json",
     ]
     assert main([str(a) for a in command]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
     assert result["pattern"] == "FSSFSS"
+    assert ("3 4 5  0.12 0.12 0.75" in out) == (stage == "warmup")
     assert (tmp_path / "r" / "delta.safetensors").exists() == (stage == "warmup")
     folder = tmp_path / "r" / "checkpoint" / "transformers"
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -433,6 +448,8 @@ def test_command_refuses(checkpoint, text, tmp_path, capsys):
     says("no such checkpoint folder", *base, model=tmp_path / "nowhere")
     says("stage is one of", *base, "--stage", "dense")
     says("steps must be at least 1", *base, "--steps", "0")
+    says("at most 1e+30, not nan", *base, "--layer-weights", "1,1,1,1,1,nan")
+    says("no finished run", *base, "--layer-weights", tmp_path)
     assert not (tmp_path / "r").exists()
     assert main([str(a) for a in ("distill", checkpoint, "--out", tmp_path / "r", *base)]) == 0
     capsys.readouterr()

@@ -353,6 +353,8 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     import experiment
     from report import report
 
+    from indexcache.search.costs import sharing_costs, weights_of_costs
+
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"
     for i in range(12):  # two sources, more than the search has sequences
@@ -394,7 +396,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
     zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, weighted", k) for k in (2, 4, 8))}  # of seed 0
     zero |= {(f"multi, {name}", 4) for name in experiment.VARIED}
-    none = {("dense", 1), *(("best", k) for k in (1, 2, 4, 8))}
+    none = {("dense", 1), *(("oracle", k) for k in (1, 2, 4, 8))}
     grid |= zero | none
     assert set(found) == {(*way, domain) for way in grid for domain in domains}
     assert all(r["delta_loss"] == r["ci_low"] == r["ci_high"] == 0 for (w, *_), r in found.items() if w == "full")
@@ -406,9 +408,28 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     one, full = (next(r for r in lines if (r["seed"], r["method"], r["kept"]) == (0, *w)) for w in (("own", 4), ("full", 1)))
     want = sum(a[2] - b[2] for a, b in zip(one["documents"], full["documents"], strict=True)) / sum(d[3] for d in full["documents"])
-    assert want in [pytest.approx(x, abs=1e-6) for x in found["own", 4, "all"]["of_seeds"]]
+    assert list(found["own", 4, "all"]["of_seeds"]) == ["0", "1"]  # though seed 1 came first
+    assert found["own", 4, "all"]["of_seeds"]["0"] == pytest.approx(want, abs=1e-6)
     assert np.array(result["overlap"]["overlap"]).shape == (3, 3)
-    assert len(result["mass_kept"]["full 1/1"]) == 3 and all(0 < x <= 1 for x in result["mass_kept"]["full 1/1"])
+    mass = result["mass_kept"]
+    assert mass["seed"] == 1 and set(mass["of"]) == {"full 1/1", *(f"{w} 1/{k}" for w in ("own", "multi") for k in (2, 4, 8))}
+    assert len(mass["of"]["full 1/1"]) == 3 and all(0 < x <= 1 for x in mass["of"]["full 1/1"])
+
+    trained = {
+        name: json.loads((out / "seed0" / f"multi-4-{name}" / "settings.json").read_text()) for name in ("weighted", *experiment.VARIED)
+    }
+    facts = {name: (t["stage"], t["steps"], t["lr"]) for name, t in trained.items()}
+    plain = ("warmup", 1, 2e-3)
+    assert facts == {
+        "weighted": plain,
+        "long": ("warmup", 4, 2e-3),
+        "slow": ("warmup", 1, pytest.approx(2e-3 / 3)),
+        "fast": ("warmup", 1, pytest.approx(6e-3)),
+        "sparse": ("sparse", 1, 5e-4),
+    }
+    weights = trained["weighted"].pop("layer_weights")
+    assert len(weights) == 3 and weights == weights_of_costs(sharing_costs(out / "seed0" / "search", 3))
+    assert all(t["layer_weights"] is None and t["pattern"] == "FSS" for name, t in trained.items() if name != "weighted")
 
     (task,) = (t for t in result["tasks"] if (t["method"], t["kept"]) == ("multi", 8))
     assert task["seeds"] == 2 and task["accuracy"] == pytest.approx(found["multi", 8, "all"]["retrieval"])

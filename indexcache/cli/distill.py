@@ -92,7 +92,8 @@ def run(s: Settings) -> int:
         raise ValueError(
             f"A step has a whole number of rows: --batch-tokens must be a multiple of the {length} tokens of a row, not {tokens}."
         )
-    weights = None if s.layer_weights is None else tuple(layer_weights(s.layer_weights, len(pattern)))
+    digest = fingerprint(loaded.path)
+    weights = None if s.layer_weights is None else tuple(layer_weights(s.layer_weights, len(pattern), digest))
     settings = DistillSettings(
         stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, layer_weights=weights, keep_zeros=s.keep_zeros, steps=s.steps,
         rows=tokens // length, lr=s.lr, backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every,
@@ -104,7 +105,7 @@ def run(s: Settings) -> int:
     batches: list[Batch] = []
     if s.eval_every:
         batches = make_batches(held, length=length, sequences=s.eval_sequences, seed=s.seed)
-    base = {"base": loaded.path.name, "base_digest": fingerprint(loaded.path)}
+    base = {"base": loaded.path.name, "base_digest": digest}
     result = distill_pattern(loaded.model, pattern, rows, out, settings, held_out=batches, base=base, device=device)
     trained = result.pop("weights", None)
     if not first:
@@ -112,7 +113,7 @@ def run(s: Settings) -> int:
     if s.whole or not frozen:
         files = _write_whole(s, loaded, pattern, trained)
         result["checkpoint"] = files
-    print(table(["layer", "serves", "KL, nats a token"], _served(result)))
+    print(table(["layer", "serves", *(["counting"] if weights else []), "KL, nats a token"], _served(result, weights)))
     if result["held_out"]:
         h = result["held_out"]
         print(f"\nheld-out loss under {pattern}: {h['first']:.4f} before, {h['best']:.4f} at step {h['best_step']} (the one kept), "
@@ -141,12 +142,15 @@ def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Docume
     return found, held
 
 
-def _served(result: dict[str, Any]) -> list[list[str]]:
+def _served(result: dict[str, Any], weights: tuple[float, ...] | None) -> list[list[str]]:
     from indexcache.distill.attention import served_layers
     from indexcache.pattern import Pattern
 
-    groups = served_layers(Pattern(result["pattern"]), own=result["loss"] == "own")
-    return [[str(i), " ".join(map(str, group)), f"{result['kl'][str(i)]:.4f}"] for i, group in groups.items()]
+    rows = []
+    for i, group in served_layers(Pattern(result["pattern"]), own=result["loss"] == "own").items():
+        shares = [] if weights is None else [" ".join(f"{weights[j] / sum(weights[n] for n in group):.2f}" for j in group)]
+        rows.append([str(i), " ".join(map(str, group)), *shares, f"{result['kl'][str(i)]:.4f}"])
+    return rows
 
 
 def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, Any] | None) -> str:

@@ -1,8 +1,8 @@
 """Training-aware sharing: indexers that learn the attention of every layer they serve (method: multi-layer distillation)."""
 
-from indexcache.distill.best import best_states
 from indexcache.distill.kept import measure_kept
 from indexcache.distill.loss import attention_kept, distill_loss
+from indexcache.distill.oracle import oracle_states
 from indexcache.distill.output import apply_delta
 from indexcache.distill.rows import Row, pack_rows
 from indexcache.distill.settings import DistillSettings
@@ -13,7 +13,7 @@ __all__ = [
     "Row",
     "apply_delta",
     "attention_kept",
-    "best_states",
+    "oracle_states",
     "distill_loss",
     "distill_pattern",
     "measure_kept",

@@ -60,9 +60,9 @@ def own_device(device: str) -> str:
 @contextmanager
 def open_world(device: torch.device, sharded: bool) -> Iterator[World]:
     """The processes that torchrun started, or this one alone; `sharded` asks for a process group even then."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # FSDP2 and set_device want its number
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
+    if device.type == "cuda" and device.index is None:  # FSDP2 and set_device want its number
+        device = torch.device(own_device("cuda") if size > 1 else f"cuda:{torch.cuda.current_device()}")
     begun = dist.is_initialized()
     if (size > 1 or sharded) and not begun:
         if device.type == "cuda":

@@ -17,6 +17,7 @@ from indexcache.pattern import Pattern
 
 STAGES = ("warmup", "sparse")
 LOSSES = ("multi", "avg", "own")
+MOST_WEIGHT = 1e30  # of a layer: those of a group can be summed
 FLOOR = 0.05  # of the peak learning rate, at the end
 
 
@@ -71,8 +72,11 @@ class DistillSettings:
 
     def check(self) -> None:
         """Raises ValueError for values that mean nothing."""
-        if any(not 0 < x < math.inf for x in self.layer_weights or ()):
-            raise ValueError(f"The layers' weights must be above 0, not {min(self.layer_weights or (), default=0)}.")
+        for x in self.layer_weights or ():
+            if not 0 < x <= MOST_WEIGHT:
+                raise ValueError(f"A layer's weight must be above 0 and at most {MOST_WEIGHT:g}, not {x}.")
+        if self.layer_weights and self.loss == "own":
+            raise ValueError("With the loss own an indexer learns one layer alone, so layers have no weights; leave them out.")
         for name, choices in (("stage", STAGES), ("loss", LOSSES), ("compute_dtype", tuple(DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -103,6 +107,8 @@ def check_model(model: Any, pattern: Pattern, length: int, weights: Sequence[flo
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
     if weights is not None and len(weights) != len(pattern):
         raise ValueError(f"There are {len(weights)} layer weights for {len(pattern)} layers.")
+    if weights is not None and "S" not in pattern.roles:
+        raise ValueError(f"Under {pattern} no two layers learn from one indexer, so layers have no weights; leave them out.")
     context = int(model.config.max_position_embeddings)
     if length > context:
         raise ValueError(f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length.")

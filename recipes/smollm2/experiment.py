@@ -9,8 +9,8 @@
     vary       (only if asked for) a seed: multi at 1/4 with four times the steps ("long"), a third and three times the learning rate
                ("slow", "fast"), and with as many steps on the selection alone after it ("sparse"); and at every fraction with layers
                that count as much as sharing them alone cost in the search ("weighted")
-    evaluate   held-out loss of every document, and the long-range tasks: the dense model; the best selection that the layers of the
-               uniform patterns could share, without indexers ("best"); start; full; start's indexers under the
+    evaluate   held-out loss of every document, and the long-range tasks: the dense model; layers that share what an
+               oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
                8 k; seed 0's full in 8 and 4 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
@@ -42,7 +42,7 @@ from tasks import logits_of, score
 
 from indexcache.analysis.overlap import measure_overlap
 from indexcache.data import Batch, Document, load_documents, make_batches
-from indexcache.distill import DistillSettings, apply_delta, best_states, distill_pattern, measure_kept, pack_rows
+from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, oracle_states, pack_rows
 from indexcache.distill.rows import Row
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import indexers
@@ -109,7 +109,7 @@ class Experiment:
         o, documents = self.o, self.read("train")
         for seed in o.seeds:
             later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
-            weights = tuple(weights_of_costs(sharing_costs(self.folder(seed, "search"), self.layers)))
+            weights = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
             for kept in KEPT:
                 self.distill(seed, f"multi-{kept}-weighted", "start", self.uniform(kept), later, o.more, layer_weights=weights)
             for name, v in VARIED.items():
@@ -154,10 +154,14 @@ class Experiment:
                 search_pattern(self.model, batches, self.folder(seed, "search"), settings, identity=self.base | {"seed": seed})
 
     def searched(self, seed: int, kept: int) -> Pattern:
-        path, wanted = self.folder(seed, "search") / "result.json", full_count(self.layers, 1 / kept)
-        if not path.is_file():
-            raise SystemExit(f"{path} is missing: run the stage search first.")
+        path, wanted = self.search_of(seed) / "result.json", full_count(self.layers, 1 / kept)
         return next(Pattern(r["pattern"]) for r in json.loads(path.read_text())["frontier"] if r["full"] == wanted)
+
+    def search_of(self, seed: int) -> Path:
+        folder = self.folder(seed, "search")
+        if not (folder / "result.json").is_file():
+            raise SystemExit(f"{folder} has no result: run the stage search first.")
+        return folder
 
     def ways(self, seed: int) -> Iterator[tuple[str, int, str, Pattern]]:
         """(method, kept, delta, pattern)"""
@@ -185,18 +189,19 @@ class Experiment:
         with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
             tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
         done = {(r["seed"], r["method"], r["kept"]) for r in self.run.journal}
-        for method, kept in (("dense", 1), *(("best", kept) for kept in (1, *KEPT))):
+        for method, kept in (("dense", 1), *(("oracle", kept) for kept in (1, *KEPT))):
             if (None, method, kept) not in done:
                 self.note(None, method, kept, self.uniform(kept), self.measure(held_out, tasks, self.uniform(kept), method))
         for seed in o.seeds:
             for method, kept, delta, pattern in self.ways(seed):
                 if (seed, method, kept) not in done:
+                    first = next((r["seed"] for r in self.run.journal if r["seed"] is not None), seed)
                     self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, tasks, pattern, method)
-                    if method in ("full", "own", "multi", "multi, weighted") and seed == o.seeds[0]:
+                    if method in ("full", "own", "multi", "multi, weighted") and seed == first:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
-                    if method == "full" and seed == o.seeds[0]:
+                    if method == "full" and seed == first:
                         with accelerate(self.model):
                             facts["overlap"] = measure_overlap(self.model, held_out[:: max(len(held_out) // 3, 1)])
                     self.note(seed, method, kept, pattern, facts)
@@ -206,13 +211,13 @@ class Experiment:
         """Loss of each document, a sum over its tokens, and the tasks' scores."""
         sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
 
-        def best(ids: torch.Tensor) -> torch.Tensor:
-            return torch.cat([best_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
+        def oracle(ids: torch.Tensor) -> torch.Tensor:
+            return torch.cat([oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
 
         def stock(ids: torch.Tensor) -> torch.Tensor:
             return hidden_states(self.model, ids)
 
-        states = best if method == "best" else stock
+        states = oracle if method == "oracle" else stock
         with self.under(pattern, method):
             for b in batches:
                 losses = token_losses(self.model, states(b.ids), b.ids).double()
@@ -223,7 +228,7 @@ class Experiment:
 
     @contextmanager
     def under(self, pattern: Pattern, method: str) -> Iterator[None]:
-        if method == "best":
+        if method == "oracle":
             yield
         elif method == "dense":
             with dense(self.model):
@@ -240,11 +245,11 @@ class Experiment:
     def table(self) -> None:
         o, lines = self.o, self.run.journal
         first, overlap = next((r["seed"], r["overlap"]) for r in lines if r["method"] == "full" and "overlap" in r)
+        mass = {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r}
         result = {
             "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
             "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines),
-            "mass_kept": {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r},
-            "tasks": tasks_of(lines), "overlap": overlap,
+            "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines), "overlap": overlap,
         }  # fmt: skip
         self.run.save("result.json", result)
         try:
@@ -294,6 +299,7 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ways[r["method"], r["kept"]].append(r)
     rows = []
     for (method, kept), found in ways.items():
+        found.sort(key=lambda r: -1 if r["seed"] is None else r["seed"])
         documents = {d[1]: d for d in found[0]["documents"]}
         for domain in ["all", *sorted({d[0] for d in documents.values()})]:
             names = [n for n, d in documents.items() if domain in ("all", d[0])]
@@ -302,10 +308,11 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
             low, high = bootstrap_interval(sums, tokens)
             loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
+            of_seeds = {str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6) for r, s in zip(found, per_seed, strict=True)}
             rows.append({
                 "kept": kept, "method": method, "domain": domain, "delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high,
                 "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "seeds": len(found),
-                "of_seeds": [round(sum(s[n] for n in names) / sum(tokens), 6) for s in per_seed],
+                "of_seeds": of_seeds,
             })  # fmt: skip
     return rows
 

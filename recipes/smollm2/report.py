@@ -1,4 +1,4 @@
-"""Tables of an experiment's result.json, in Markdown: what docs/smollm2.md shows.
+"""Tables of an experiment's result.json, in Markdown.
 
 python recipes/smollm2/report.py [benchmarks/results/smollm2_training_aware.json]
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "smollm2_training_aware.json"
 KEPT = (2, 4, 8)
-GRID = ("untouched", "own", "multi", "multi, weighted", "searched", "searched+R4", "searched+R8", "best")
+GRID = ("untouched", "own", "multi", "multi, weighted", "searched", "searched+R4", "searched+R8", "oracle")
 MASS = (("full", 1), ("own", 4), ("multi", 4), ("multi, weighted", 4))
 
 
@@ -38,13 +38,13 @@ def report(result: dict[str, Any]) -> str:
     above = 100 * (full["loss"] / dense["loss"] - 1)
     parts = [
         f"{result['device']}, {result['date']}, {seeds}. Loss with dense attention {dense['loss']:.4f}, with all indexers "
-        f"{full['loss']:.4f} ({above:+.2f} %).",
-        "Loss above that of all indexers, five domains together:",
+        f"{full['loss']:.4f} ({above:+.2f} %), with an oracle in each layer {rows['oracle', 1, 'all']['loss']:.4f}.",
+        f"Loss above that of all indexers, {len(domains)} domains together:",
         table(["", *fractions], ([w, *(cell(rows.get((w, k, "all"))) for k in KEPT)] for w in ways)),
     ]
     for k in KEPT:
         parts += [f"At 1/{k}, by domain:", table(["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways))]
-    shown = {(w, k) for w in GRID for k in KEPT} | {("full", 1), ("dense", 1)}
+    shown = {(w, k) for w in GRID for k in KEPT} | {("full", 1), ("dense", 1), ("oracle", 1)}
     others = sorted((k, m) for m, k, d in rows if d == "all" and (m, k) not in shown)
     if others:
         found = [(m, k, rows[m, k, "all"]) for k, m in others]
@@ -52,29 +52,34 @@ def report(result: dict[str, Any]) -> str:
             "Other ways:",
             table(["", "kept", "above all indexers", "seeds"], ([m, f"1/{k}", cell(r), str(r["seeds"])] for m, k, r in found)),
         ]
-    each = {w: [rows.get((w, k, "all"), {}).get("of_seeds", []) for k in KEPT] for w in ways if w != "best"}
-    parts += [
-        "Seed by seed, five domains together:",
-        table(["", *fractions], ([w, *(", ".join(f"{x:+.4f}" for x in found) for found in of_seeds)] for w, of_seeds in each.items())),
-    ]
+    each = {w: [rows.get((w, k, "all"), {}).get("of_seeds", {}) for k in KEPT] for w in ways if w != "oracle"}
+    seed_by_seed = ([w, *(", ".join(f"{n}: {x:+.4f}" for n, x in found.items()) for found in of_seeds)] for w, of_seeds in each.items())
+    parts += ["Seed by seed:", table(["", *fractions], seed_by_seed)]
     tasks = {(t["method"], t["kept"], t["task"], t["length"]): t for t in result["tasks"]}
     kinds = sorted({key[2:] for key in tasks})
-    grid = [("dense", 1), ("full", 1), *((w, k) for k in KEPT for w in ways if (w, k, *kinds[0]) in tasks)]
-    parts += ["Answers found:", table(["", "kept", *(f"{task} {length}" for task, length in kinds)], (
-        [w, f"1/{k}", *(f"{tasks[w, k, *kind]['accuracy']:.2f}" for kind in kinds)] for w, k in grid
+    grid = [("dense", 1), ("oracle", 1), ("full", 1), *((w, k) for k in KEPT for w in ways if (w, k, *kinds[0]) in tasks)]
+    parts += ["Answers found:", table(["", "kept", "seeds", *(f"{task} {length}" for task, length in kinds)], (
+        [w, f"1/{k}", str(tasks[w, k, *kinds[0]]["seeds"]), *(f"{tasks[w, k, *kind]['accuracy']:.2f}" for kind in kinds)] for w, k in grid
     ))]  # fmt: skip
-    kept = {w: result["mass_kept"][f"{w[0]} 1/{w[1]}"] for w in MASS if f"{w[0]} 1/{w[1]}" in result["mass_kept"]}
+    found = result["mass_kept"]["of"]
+    kept = {(w, k): found[f"{w} 1/{k}"] for w, k in MASS if f"{w} 1/{k}" in found}
     layers = range(len(next(iter(kept.values()))))
     mass = [[str(i), *(f"{m[i]:.3f}" for m in kept.values())] for i in layers]
     mass.append(["mean", *(f"{sum(m) / len(m):.3f}" for m in kept.values())])
-    parts += ["Share of each layer's attention on its selection:", table(["layer", *(f"{w}, 1/{k}" for w, k in kept)], mass)]
+    parts += [
+        f"Share of each layer's attention on its selection, seed {result['mass_kept']['seed']}:",
+        table(["layer", *(f"{w}, 1/{k}" for w, k in kept)], mass),
+    ]
     return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path, nargs="?", default=RESULT)
-    print(report(json.loads(parser.parse_args().result.read_text(encoding="utf-8"))))
+    path = parser.parse_args().result
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; experiment.py writes result.json into its --out.")
+    print(report(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What sharing itself costs, whatever the indexers: a model that attends over the best selection that its layers could share.
+"""What sharing itself costs, apart from the indexers: a model whose layers share the selection that an oracle makes for them.
 
-Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The best such set for a query, as far as
-attention can tell, holds the k keys that the mean of these layers' dense attention gives most: the target of L_multi (method.md,
-section 4), selected from without an indexer in between. What a trained indexer loses beyond this is its own error; what this
-loses is the pattern's, and no training of indexers alone takes it away.
+Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The oracle takes, for each query, the k keys
+that the mean of these layers' dense attention gives most: the target of L_multi (method.md, section 4), selected from without an
+indexer in between. Its loss under a pattern less its loss under all F is what sharing costs where selections are as good as that
+target; it is a reference and no bound, since attention is not loss, and other weights of the layers make another target.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from indexcache.distill.settings import check_model
 from indexcache.pattern import Pattern
 
 
-class _Best(Lesson):
-    """A dense pass that keeps each group's best selection, then a sparse one over these. No indexer takes part."""
+class _Oracle(Lesson):
+    """A dense pass that keeps each group's selection, then a sparse one over these. No indexer takes part."""
 
     def __init__(self, model: nn.Module, pattern: Pattern):
         super().__init__(model, pattern, nn.ModuleDict(), sparse=False)
@@ -46,19 +46,19 @@ class _Best(Lesson):
 
 
 @torch.no_grad()
-def best_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
-    """Final hidden states [1, T, E] of one row where every group of layers that shares a selection has the best one.
+def oracle_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
+    """Final hidden states [1, T, E] of one row where the oracle selects for every group of layers that shares a selection.
 
     Raises:
         ValueError: as `check_model`; a pattern with R layers, whose selections are their own.
     """
     pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
     if "R" in pattern.roles:
-        raise ValueError(f"What the layers of a group could share at best is asked; in {pattern} R layers select for themselves.")
+        raise ValueError(f"The oracle selects for layers that share a selection; in {pattern} R layers select for themselves.")
     check_model(model, pattern, len(row.ids))
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
-    best = _Best(model, pattern)
-    with teaching(model, best), best.row(row, learn=True):
+    oracle = _Oracle(model, pattern)
+    with teaching(model, oracle), oracle.row(row, learn=True):
         run_decoder(model, row, weight.device)
-        best.learning, best.sparse = False, True
+        oracle.learning, oracle.sparse = False, True
         return run_decoder(model, row, weight.device)
