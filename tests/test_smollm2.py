@@ -388,7 +388,9 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         return json.loads((folder / "result.json").read_text())
 
     run(out, "--seeds", "1")
-    run(out, "--seeds", "0", "--stage", "train", "search", "vary")
+    run(out, "--seeds", "0", "--stage", "train", "search", "vary", "--vary", "weighted")
+    assert sorted(p.name for p in (out / "seed0").glob("multi-*-*")) == [f"multi-{k}-weighted" for k in (2, 4, 8)]
+    run(out, "--seeds", "0", "--stage", "vary")
     result = run(out, "--seeds", "0", "1")
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
     ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}

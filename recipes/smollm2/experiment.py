@@ -69,6 +69,9 @@ SAVE = 50  # steps between states
 BITS = {"full, 8 bits": 8, "full, 4 bits": 4, "multi, 4 bits": 4}
 
 
+WAYS = ("weighted", *VARIED)
+
+
 class Experiment:
     def __init__(self, o: argparse.Namespace, run: Run):
         self.o, self.out, self.run = o, o.out, run
@@ -110,9 +113,9 @@ class Experiment:
         for seed in o.seeds:
             later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
             weights = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
-            for kept in KEPT:
+            for kept in KEPT if "weighted" in o.vary else ():
                 self.distill(seed, f"multi-{kept}-weighted", "start", self.uniform(kept), later, o.more, layer_weights=weights)
-            for name, v in VARIED.items():
+            for name, v in ((name, v) for name, v in VARIED.items() if name in o.vary):
                 start, rows = ("multi-4", last) if "stage" in v else ("start", later)
                 lr = (SPARSE_LR if "stage" in v else o.lr) * v.get("lr", 1)
                 changes = {"stage": v.get("stage", "warmup"), "lr": lr}
@@ -175,7 +178,7 @@ class Experiment:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
-            for name in ("weighted", *(VARIED if kept == 4 else ())):
+            for name in WAYS if kept == 4 else ("weighted",):
                 if (self.folder(seed, f"multi-{kept}-{name}") / "result.json").is_file():
                     yield f"multi, {name}", kept, f"multi-{kept}-{name}", self.uniform(kept)
             found = self.searched(seed, kept)
@@ -323,6 +326,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s != "vary"])
+    parser.add_argument("--vary", nargs="*", choices=WAYS, default=WAYS, help="what the stage vary trains")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
