@@ -388,15 +388,15 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         return json.loads((folder / "result.json").read_text())
 
     run(out, "--seeds", "1")
-    run(out, "--seeds", "0", "--stage", "train", "search", "vary", "--vary", "weighted")
-    assert sorted(p.name for p in (out / "seed0").glob("multi-*-*")) == [f"multi-{k}-weighted" for k in (2, 4, 8)]
+    run(out, "--seeds", "0", "--stage", "train", "search", "vary", "--vary", "long")
+    assert sorted(p.name for p in (out / "seed0").glob("multi-*-*")) == [f"multi-{k}-long" for k in (2, 4, 8)]
     run(out, "--seeds", "0", "--stage", "vary")
     result = run(out, "--seeds", "0", "1")
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
     ways = {"untouched", "own", "multi", "searched", "searched+R4", "searched+R8"}
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
-    zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, weighted", k) for k in (2, 4, 8))}  # of seed 0
+    zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, long", k) for k in (2, 4, 8))}  # of seed 0
     zero |= {(f"multi, {name}", 4) for name in experiment.VARIED}
     none = {("dense", 1), *(("oracle", k) for k in (1, 2, 4, 8))}
     grid |= zero | none
@@ -425,6 +425,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     assert facts == {
         "weighted": plain,
         "long": ("warmup", 4, 2e-3),
+        "longest": ("warmup", 16, 2e-3),
         "slow": ("warmup", 1, pytest.approx(2e-3 / 3)),
         "fast": ("warmup", 1, pytest.approx(6e-3)),
         "sparse": ("sparse", 1, 5e-4),
@@ -437,10 +438,10 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     assert task["seeds"] == 2 and task["accuracy"] == pytest.approx(found["multi", 8, "all"]["retrieval"])
 
     shown = report(result)
-    row = found["multi, weighted", 4, "d2"]
+    row = found["multi, long", 4, "d2"]
     assert f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" in shown
     assert all(line.startswith("|") == line.endswith("|") for line in shown.splitlines())
-    assert "| multi, long | 1/4 |" in shown and "| own | 1/8 |" in shown and "2 seeds" in shown
+    assert "| multi, weighted | 1/4 |" in shown and "| own | 1/8 |" in shown and "2 seeds" in shown
 
     run(tmp_path / "alone", "--seeds", "0")  # the same as after seed 1
     for name in ("start", "full", "multi-4"):

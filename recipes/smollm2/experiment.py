@@ -6,9 +6,9 @@
                text packed anew, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve
                ("multi")
     search     a seed: greedy search over the layers with full's indexers, on training text
-    vary       (only if asked for) a seed: multi at 1/4 with four times the steps ("long"), a third and three times the learning rate
-               ("slow", "fast"), and with as many steps on the selection alone after it ("sparse"); and at every fraction with layers
-               that count as much as sharing them alone cost in the search ("weighted")
+    vary       (only if asked for) a seed: multi at 1/4 with 16 times the steps ("longest"), a third and three times the learning rate
+               ("slow", "fast"), as many steps on the selection alone after it ("sparse"), layers that count as much as sharing them
+               alone cost in the search ("weighted"); and at every fraction with four times the steps ("long")
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; layers that share what an
                oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
@@ -62,14 +62,12 @@ KEPT = (2, 4, 8)
 POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
-VARIED: dict[str, dict[str, Any]] = {  # of multi at 1/4
-    "long": {"steps": 4}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0}, "sparse": {"stage": "sparse"},
+VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
+    "long": {"steps": 4, "kept": KEPT}, "longest": {"steps": 16}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0},
+    "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
 }  # fmt: skip
 SAVE = 50  # steps between states
 BITS = {"full, 8 bits": 8, "full, 4 bits": 4, "multi, 4 bits": 4}
-
-
-WAYS = ("weighted", *VARIED)
 
 
 class Experiment:
@@ -112,14 +110,13 @@ class Experiment:
         o, documents = self.o, self.read("train")
         for seed in o.seeds:
             later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
-            weights = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
-            for kept in KEPT if "weighted" in o.vary else ():
-                self.distill(seed, f"multi-{kept}-weighted", "start", self.uniform(kept), later, o.more, layer_weights=weights)
-            for name, v in ((name, v) for name, v in VARIED.items() if name in o.vary):
-                start, rows = ("multi-4", last) if "stage" in v else ("start", later)
-                lr = (SPARSE_LR if "stage" in v else o.lr) * v.get("lr", 1)
-                changes = {"stage": v.get("stage", "warmup"), "lr": lr}
-                self.distill(seed, f"multi-4-{name}", start, self.uniform(4), rows, o.more * v.get("steps", 1), **changes)
+            for name, v in VARIED.items():
+                start, rows, lr = ("multi-4", last, SPARSE_LR) if "stage" in v else ("start", later, o.lr)
+                changes = {"stage": v.get("stage", "warmup"), "lr": lr * v.get("lr", 1)}
+                if "weights" in v:
+                    changes["layer_weights"] = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
+                for kept in v.get("kept", (4,)) if name in o.vary else ():
+                    self.distill(seed, f"multi-{kept}-{name}", start, self.uniform(kept), rows, o.more * v.get("steps", 1), **changes)
 
     def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
         folder = self.folder(seed, name)
@@ -178,7 +175,7 @@ class Experiment:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
-            for name in WAYS if kept == 4 else ("weighted",):
+            for name in VARIED:
                 if (self.folder(seed, f"multi-{kept}-{name}") / "result.json").is_file():
                     yield f"multi, {name}", kept, f"multi-{kept}-{name}", self.uniform(kept)
             found = self.searched(seed, kept)
@@ -201,7 +198,7 @@ class Experiment:
                     first = next((r["seed"] for r in self.run.journal if r["seed"] is not None), seed)
                     self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, tasks, pattern, method)
-                    if method in ("full", "own", "multi", "multi, weighted") and seed == first:
+                    if method in ("full", "own", "multi", "multi, long") and seed == first:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
                     if method == "full" and seed == first:
@@ -326,7 +323,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s != "vary"])
-    parser.add_argument("--vary", nargs="*", choices=WAYS, default=WAYS, help="what the stage vary trains")
+    parser.add_argument("--vary", nargs="*", choices=VARIED, default=list(VARIED), help="what the stage vary trains")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")

@@ -13,8 +13,8 @@ from typing import Any
 
 RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "smollm2_training_aware.json"
 KEPT = (2, 4, 8)
-GRID = ("untouched", "own", "multi", "multi, weighted", "searched", "searched+R4", "searched+R8", "oracle")
-MASS = (("full", 1), ("own", 4), ("multi", 4), ("multi, weighted", 4))
+GRID = ("untouched", "own", "multi", "multi, long", "searched", "searched+R4", "searched+R8", "oracle")
+MASS = (("full", 1), ("own", 4), ("multi", 4), ("multi, long", 4))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
