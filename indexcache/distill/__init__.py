@@ -13,9 +13,9 @@ __all__ = [
     "Row",
     "apply_delta",
     "attention_kept",
-    "oracle_states",
     "distill_loss",
     "distill_pattern",
     "measure_kept",
+    "oracle_states",
     "pack_rows",
 ]

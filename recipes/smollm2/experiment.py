@@ -31,6 +31,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,7 @@ class Experiment:
         def oracle(ids: torch.Tensor) -> torch.Tensor:
             return torch.cat([oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
 
-        def stock(ids: torch.Tensor) -> torch.Tensor:
-            return hidden_states(self.model, ids)
-
-        states = oracle if method == "oracle" else stock
+        states = oracle if method == "oracle" else partial(hidden_states, self.model)
         with self.under(pattern, method):
             for b in batches:
                 losses = token_losses(self.model, states(b.ids), b.ids).double()
