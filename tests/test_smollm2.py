@@ -389,7 +389,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
 
     run(out, "--seeds", "1")
     run(out, "--seeds", "0", "--stage", "train", "search", "vary", "--vary", "long")
-    assert sorted(p.name for p in (out / "seed0").glob("multi-*-*")) == [f"multi-{k}-long" for k in (2, 4, 8)]
+    assert sorted(p.name for p in (out / "seed0").glob("*-long")) == ["full-long", *(f"multi-{k}-long" for k in (2, 4, 8))]
     run(out, "--seeds", "0", "--stage", "vary")
     result = run(out, "--seeds", "0", "1")
     found = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
@@ -397,7 +397,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
     zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, long", k) for k in (2, 4, 8))}  # of seed 0
-    zero |= {(f"multi, {name}", 4) for name in experiment.VARIED}
+    zero |= {("full, long", 1), *((f"multi, {name}", 4) for name in experiment.VARIED)}
     none = {("dense", 1), *(("oracle", k) for k in (1, 2, 4, 8))}
     grid |= zero | none
     assert set(found) == {(*way, domain) for way in grid for domain in domains}

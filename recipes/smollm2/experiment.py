@@ -8,7 +8,7 @@
     search     a seed: greedy search over the layers with full's indexers, on training text
     vary       (only if asked for) a seed: multi at 1/4 with 16 times the steps ("longest"), a third and three times the learning rate
                ("slow", "fast"), as many steps on the selection alone after it ("sparse"), layers that count as much as sharing them
-               alone cost in the search ("weighted"); and at every fraction with four times the steps ("long")
+               alone cost in the search ("weighted"); and at every fraction, full too, with four times the steps ("long")
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; layers that share what an
                oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
@@ -64,7 +64,7 @@ POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
 VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
-    "long": {"steps": 4, "kept": KEPT}, "longest": {"steps": 16}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0},
+    "long": {"steps": 4, "kept": (4, 8, 1, 2)}, "longest": {"steps": 16}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0},
     "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
 }  # fmt: skip
 SAVE = 50  # steps between states
@@ -117,7 +117,7 @@ class Experiment:
                 if "weights" in v:
                     changes["layer_weights"] = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
                 for kept in v.get("kept", (4,)) if name in o.vary else ():
-                    self.distill(seed, f"multi-{kept}-{name}", start, self.uniform(kept), rows, o.more * v.get("steps", 1), **changes)
+                    self.distill(seed, varied(kept, name), start, self.uniform(kept), rows, o.more * v.get("steps", 1), **changes)
 
     def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
         folder = self.folder(seed, name)
@@ -172,13 +172,13 @@ class Experiment:
             yield "full, 8 bits", 1, "full", self.full
             yield "full, 4 bits", 1, "full", self.full
             yield "multi, 4 bits", 4, "multi-4", self.uniform(4)
+        for kept, name in ((kept, name) for kept in (1, *KEPT) for name in VARIED):
+            if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
+                yield f"{'full' if kept == 1 else 'multi'}, {name}", kept, varied(kept, name), self.uniform(kept)
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
             yield "multi", kept, f"multi-{kept}", self.uniform(kept)
-            for name in VARIED:
-                if (self.folder(seed, f"multi-{kept}-{name}") / "result.json").is_file():
-                    yield f"multi, {name}", kept, f"multi-{kept}-{name}", self.uniform(kept)
             found = self.searched(seed, kept)
             yield "searched", kept, "full", found
             for pool in POOLS:
@@ -259,6 +259,11 @@ class Experiment:
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
                 tasks = f"tasks {r['retrieval']:.3f}, their answers' loss {r['retrieval_loss']:.3f}"
                 print(f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}")
+
+
+def varied(kept: int, name: str) -> str:
+    """Folder of what the stage vary trains."""
+    return f"full-{name}" if kept == 1 else f"multi-{kept}-{name}"
 
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
