@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,36 @@ def write_json(path: Path, value: Any) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What libraries raise where the system refuses to write below `path` (safetensors and torch wrap it), as the OSError it is."""
+    try:
+        yield
+    except (OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        number = _refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _refusal(error: BaseException) -> int | None:
+    """The number of the OSError behind an exception; None where there is none."""
+    waiting: list[BaseException] = [error]
+    seen: set[int] = set()
+    while waiting:
+        e = waiting.pop()
+        seen.add(id(e))
+        if isinstance(e, OSError) and e.errno:
+            return e.errno
+        if said := re.search(r"\(os error (\d+)\)", str(e)):  # as Rust says it
+            return int(said[1])
+        failures = [x for x, _ in getattr(e, "failures", {}).values()]  # CheckpointException: {rank: (exception, traceback)}
+        waiting += [x for x in (*failures, e.__cause__, e.__context__) if x is not None and id(x) not in seen]
+    return None
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ def dense(model):
     for layer in decoder_layers(model):
         layer.self_attn.indexer.index_topk = 4096
     return model
+
+
+def steps(folder: Path):
+    """(lines of the steps, lines of the evaluations) of a run's journal."""
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [e for e in lines if "loss" in e], [e for e in lines if "held_out" in e]
 
 
 def documents():

@@ -397,7 +397,11 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     domains = {"all", "d0", "d1", "d2", "d3", "d4"}
     grid = {(w, k) for w in ways for k in (2, 4, 8)} | {("full", 1), ("start", 1), ("dense", 1)}
     zero = {("full, 8 bits", 1), ("full, 4 bits", 1), ("multi, 4 bits", 4), *(("multi, long", k) for k in (2, 4, 8))}  # of seed 0
-    zero |= {("full, long", 1), *((f"multi, {name}", 4) for name in experiment.VARIED)}
+    zero |= {
+        ("full, long", 1),
+        *((f"{w}, long", k) for w in ("own", "searched") for k in (2, 4, 8)),
+        *((f"multi, {name}", 4) for name in experiment.VARIED),
+    }
     none = {("dense", 1), *(("oracle", k) for k in (1, 2, 4, 8))}
     grid |= zero | none
     assert set(found) == {(*way, domain) for way in grid for domain in domains}
@@ -407,6 +411,17 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         for (w, k, _), r in found.items()
     )
     assert 0 < abs(found["full, 8 bits", 1, "all"]["delta_loss"]) < 0.1
+    pairs = {(p["method"], p["against"], p["kept"]): p for p in result["pairs"]}
+    assert set(pairs) == {(*p, k) for p in experiment.PAIRS for k in ((1,) if p[0] == "full, long" else (2, 4, 8))}
+    for (method, other, kept), p in pairs.items():
+        one, two = found[method, kept, "all"], found[other, kept, "all"]
+        assert p["ci_low"] <= p["delta_loss"] <= p["ci_high"] and p["seeds"] == min(one["seeds"], two["seeds"])
+        of_seed = (one["of_seeds"]["0"] - two["of_seeds"]["0"]) if p["seeds"] == 1 else one["delta_loss"] - two["delta_loss"]
+        assert p["delta_loss"] == pytest.approx(of_seed, abs=2e-6)
+    refused(lambda: run(tmp_path / "none", "--documents", "1"), "at least two documents")
+    refused(lambda: run(tmp_path / "none", "--length", "64"), "0 tasks of at most 64 tokens")
+    assert not (tmp_path / "none").exists()
+    refused(lambda: run(tmp_path / "none", "--seeds", "0", "--stage", "evaluate"), "run the stage")
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     one, full = (next(r for r in lines if (r["seed"], r["method"], r["kept"]) == (0, *w)) for w in (("own", 4), ("full", 1)))
     want = sum(a[2] - b[2] for a, b in zip(one["documents"], full["documents"], strict=True)) / sum(d[3] for d in full["documents"])

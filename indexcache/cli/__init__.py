@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from indexcache.cli.flags import build_parser, parse
 
@@ -15,9 +15,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from indexcache.cli import bench, distill, evaluate, export, generate, inspect, overlap, plan, profile, search
 
     verbs = {v.Settings.verb: v for v in (inspect, overlap, search, evaluate, distill, export, bench, profile, generate, plan)}
-    try:
+
+    def call() -> int:
         verb, settings = parse(build_parser(verbs), verbs, sys.argv[1:] if argv is None else list(argv))
         return verbs[verb].run(settings)
+
+    return guarded(call)
+
+
+def guarded(call: Callable[[], int | None]) -> int:
+    """The exit code of `call`, None being 0, with one sentence on stderr for what is the user's or the machine's; see `main`."""
+    try:
+        return call() or 0
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -31,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"The disk is full ({error.filename or 'while writing'}); free space and run the same command again.")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-            return _fail(f"{error.filename or 'A file'}: {error.strerror}.")
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                           errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):  # fmt: skip
+            return _fail(f"{error.filename or 'A file'!s:.120}: {error.strerror}.")
         raise
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):

@@ -58,6 +58,7 @@ class Settings:
 
 def run(s: Settings) -> int:
     import os
+    import sys
     from pathlib import Path
 
     from indexcache.data import check_context, make_batches
@@ -65,7 +66,7 @@ def run(s: Settings) -> int:
     from indexcache.distill.engine import own_device
     from indexcache.inputs import load_model
     from indexcache.models.family import indexers
-    from indexcache.models.loading import fingerprint, resolve
+    from indexcache.models.loading import check_device, fingerprint, resolve
     from indexcache.report.table import table
     from indexcache.search.costs import layer_weights
     from indexcache.search.select import choose
@@ -76,14 +77,19 @@ def run(s: Settings) -> int:
     if s.device == "cpu":
         keep_freed_memory()
     resolve(s.model)
+    check_device(device)  # in full mode the model itself is loaded on the host
     frozen = s.freeze_backbone or s.stage == "warmup"
     loaded = load_model(s.model, dtype=s.dtype if frozen else "float32", device=device if frozen else "cpu",
                         trust_remote_code=s.trust_remote_code)  # fmt: skip
-    if s.delta is not None:
-        apply_delta(loaded.model, s.delta, base=loaded.path)
     pattern = choose(s.pattern, len(indexers(loaded.model))).pattern
+    if s.delta is not None:
+        begun = apply_delta(loaded.model, s.delta, base=loaded.path)
+        new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]
+        if new and first:
+            print(f"indexcache: note: {s.delta} has no indexer of the layers {', '.join(new)}; they begin with the checkpoint's.",
+                  file=sys.stderr)  # fmt: skip
     context = int(loaded.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-    length = s.length or min(max(4 * loaded.topk, 1024), context)
+    length = min(max(4 * loaded.topk, 1024), context) if s.length is None else s.length
     check_context(length, loaded.topk)
     if length > context:
         raise ValueError(f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length.")

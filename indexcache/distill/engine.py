@@ -42,6 +42,14 @@ class World:
             values /= self.size
         return values
 
+    def agree(self, refusal: Exception | None) -> None:
+        """Raise on every process what the first one refuses; the others' argument does not count."""
+        box = [refusal]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        if box[0] is not None:
+            raise box[0]
+
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -17,6 +17,7 @@ from indexcache.distill.student import indexer_names
 from indexcache.models.family import indexers
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
+from indexcache.records import writing
 
 FORMAT = "indexcache-delta-1"
 
@@ -49,7 +50,8 @@ def apply_delta(model: nn.Module, path: str | Path, *, base: str | Path | None =
         base: the folder the model was loaded from; when given, it must be the checkpoint that the delta belongs to.
 
     Raises:
-        ValueError: no such delta, another base, or tensors that are not indexers of this model. Nothing is changed then.
+        ValueError: no such delta, another base, tensors that are not the indexers of the pattern's F and R layers in this model, or
+            values that are not finite. Nothing is changed then.
     """
     path = Path(path)
     try:
@@ -73,6 +75,12 @@ def apply_delta(model: nn.Module, path: str | Path, *, base: str | Path | None =
     for name, value in tensors.items():
         if name not in targets or targets[name].shape != value.shape:
             raise ValueError(f"{path}: the tensor {name:.120} has no place in this model's indexers (shape {tuple(value.shape)}).")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: the tensor {name:.120} has values that are not finite.")
+    kept = {i for i, role in enumerate(pattern.roles) if role != "S"}
+    found = {i for i in kept if indexers(model)[i] is not None and set(indexer_names(model, i).values()) <= set(tensors)}
+    if found != kept:
+        raise ValueError(f"{path}: the delta is for {pattern}, but has no whole indexer of this model's layer {min(kept - found)}.")
     for name, value in tensors.items():
         targets[name].copy_(value)
     return pattern
@@ -81,7 +89,8 @@ def apply_delta(model: nn.Module, path: str | Path, *, base: str | Path | None =
 def save_whole(model: Any, weights: dict[str, Any], folder: Path, source: Path) -> None:
     """A complete checkpoint: `weights` under the names of the checkpoint it came from, tokenizer and the like from `source`."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=weights)
+    with writing(folder):
+        model.save_pretrained(folder, state_dict=weights)
     for path in source.iterdir():
         kind = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
         if path.is_file() and kind and not (folder / path.name).exists():

@@ -17,7 +17,7 @@ from indexcache.pattern import Pattern
 
 STAGES = ("warmup", "sparse")
 LOSSES = ("multi", "avg", "own")
-MOST_WEIGHT = 1e30  # of a layer: those of a group can be summed
+MOST = 1e30  # of a learning rate or a layer's weight: sums and products of some are finite in fp32
 FLOOR = 0.05  # of the peak learning rate, at the end
 
 
@@ -73,8 +73,8 @@ class DistillSettings:
     def check(self) -> None:
         """Raises ValueError for values that mean nothing."""
         for x in self.layer_weights or ():
-            if not 0 < x <= MOST_WEIGHT:
-                raise ValueError(f"A layer's weight must be above 0 and at most {MOST_WEIGHT:g}, not {x}.")
+            if not 0 < x <= MOST:
+                raise ValueError(f"A layer's weight must be above 0 and at most {MOST:g}, not {x}.")
         if self.layer_weights and self.loss == "own":
             raise ValueError("With the loss own an indexer learns one layer alone, so layers have no weights; leave them out.")
         for name, choices in (("stage", STAGES), ("loss", LOSSES), ("compute_dtype", tuple(DTYPES))):
@@ -84,8 +84,8 @@ class DistillSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         for name in ("lr", "backbone_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= MOST:
+                raise ValueError(f"{name} must be above 0 and at most {MOST:g}, not {getattr(self, name)}.")
         if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"warmup lies in 0..1 and weight_decay is not negative, got {self.warmup} and {self.weight_decay}.")
 

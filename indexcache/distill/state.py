@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from indexcache.distill.engine import World
+from indexcache.records import writing
 
 Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> what trains and what trains it
 
@@ -32,14 +34,23 @@ def save_state(
     """Write `folder/KIND-STEP` and remove earlier ones of that kind. Every process must call it.
 
     The folder is written under another name, forced to the disk and renamed: a kill at any moment leaves the old or the new one.
+
+    Raises:
+        OSError: it cannot be written, e.g. the disk is full; on every process. The old one stays.
+        ValueError: it cannot be written for another reason.
     """
     part, whole = folder / f"{kind}.part", folder / f"{kind}-{step:08d}"
     if world.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
     world.wait()
     values = {name: _values(*pair, optimizers) for name, pair in trained.items()}
-    with _quiet():
-        dcp.save({**values, "facts": {"step": step, **facts}, "rng": torch.get_rng_state()}, checkpoint_id=part, no_dist=world.size == 1)
+    state = {**values, "facts": {"step": step, **facts}, "rng": torch.get_rng_state()}
+    try:
+        with _quiet(), writing(part):
+            dcp.save(state, checkpoint_id=part, no_dist=world.size == 1)
+    except CheckpointException as error:
+        why = "; ".join(str(e) for e, _ in error.failures.values())
+        raise ValueError(f"{whole}: this checkpoint cannot be written ({' '.join(why.split()):.200}).") from None
     world.wait()
     if world.rank == 0:
         for path in part.iterdir():
@@ -70,8 +81,9 @@ def load_state(path: Path, trained: Trained, facts: dict[str, Any], world: World
         with _quiet():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:  # whatever its parts raise on a damaged file; the latter is no Exception
-        raise ValueError(f"{path}: this checkpoint cannot be read ({' '.join(str(error).split())[:200]}); remove it to go on from "
-                         "an earlier one.") from None  # fmt: skip
+        why = "; ".join(str(e) for e, _ in error.failures.values()) if isinstance(error, CheckpointException) else str(error)
+        raise ValueError(f"{path}: this checkpoint cannot be read ({' '.join(why.split()):.200}); without it the run begins again: "
+                         "remove the run folder, or choose another --out.") from None  # fmt: skip
     for name, (module, optimizer) in trained.items():
         set_model_state_dict(module, state[name]["model"])
         if optimizers:
@@ -89,10 +101,15 @@ def _values(module: nn.Module, optimizer: torch.optim.Optimizer, optimizers: boo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a process alone is meant to be alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    """Without the warning that a process alone is meant to be alone, and without the tracebacks that torch logs beside raising."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _sync(path: Path) -> None:

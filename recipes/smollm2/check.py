@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from rewrite import load_llama
 from torch import nn
 
+from indexcache.cli import guarded
 from indexcache.data import load_documents, make_batches
 from indexcache.inputs import shipped_text
 from indexcache.models.family import indexers
@@ -118,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from weights import download, make_tokenizer, read_gguf
 
+from indexcache.cli import guarded
 from indexcache.inputs import shipped_text
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tiny"))
@@ -294,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -13,10 +13,12 @@
                oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
-               8 k; seed 0's full in 8 and 4 bits and its multi at 1/4 in 4, as apply_delta.py packs them (to compare with seed 0 in
-               of_seeds); the share of attention that selections keep and what layers select in common, of the first seed
-    table      differences to full in loss, paired by document, with intervals; one row a way, fraction and domain. Untouched has
-               `more` steps fewer than the others and than full: start against full is what those steps give
+               8 k; where they were trained, long's too; seed 0's full in 8 and 4 bits and its multi at 1/4 in 4, as apply_delta.py packs
+               them (to compare with seed 0 in of_seeds); the share of attention that selections keep and what layers select in common,
+               of the first seed
+    table      differences to full in loss, paired by document, with intervals over the documents, seeds averaged first; one row a
+               way, fraction and domain, and of some ways to each other ("pairs"). Untouched has `more` steps fewer than the others
+               and than full: start against full is what those steps give
 
 Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out.
 """
@@ -42,6 +44,7 @@ from check import dense
 from tasks import logits_of, score
 
 from indexcache.analysis.overlap import measure_overlap
+from indexcache.cli import guarded
 from indexcache.data import Batch, Document, load_documents, make_batches
 from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, oracle_states, pack_rows
 from indexcache.distill.rows import Row
@@ -68,12 +71,16 @@ VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi a
     "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
 }  # fmt: skip
 SAVE = 50  # steps between states
+PAIRS = (  # what is compared with what, at each fraction that has both
+    ("own", "untouched"), ("multi", "own"), ("searched", "multi"), ("searched+R4", "searched"), ("searched+R8", "searched+R4"),
+    ("multi, long", "multi"), ("multi, long", "own, long"), ("searched, long", "multi, long"), ("full, long", "full"),
+)  # fmt: skip
 BITS = {"full, 8 bits": 8, "full, 4 bits": 4, "multi, 4 bits": 4}
 
 
 class Experiment:
-    def __init__(self, o: argparse.Namespace, run: Run):
-        self.o, self.out, self.run = o, o.out, run
+    def __init__(self, o: argparse.Namespace, tasks: list[dict[str, Any]], run: Run):
+        self.o, self.out, self.tasks, self.run = o, o.out, tasks, run
         self.loaded: Loaded = load_model(o.checkpoint, dtype=o.dtype, device=o.device)
         self.model: Any = self.loaded.model
         self.layers = int(self.model.config.num_hidden_layers)
@@ -90,7 +97,7 @@ class Experiment:
     def delta(self, seed: int, name: str) -> Path:
         path = self.folder(seed, name) / "delta.safetensors"
         if not path.is_file():
-            raise SystemExit(f"{path} is missing: run the stage train first.")
+            raise ValueError(f"{path} is missing: run the stage train first.")
         return path
 
     def read(self, name: str) -> list[Document]:
@@ -111,12 +118,12 @@ class Experiment:
         o, documents = self.o, self.read("train")
         for seed in o.seeds:
             later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
-            for name, v in VARIED.items():
+            for name, v in ((name, VARIED[name]) for name in o.vary):
                 start, rows, lr = ("multi-4", last, SPARSE_LR) if "stage" in v else ("start", later, o.lr)
                 changes = {"stage": v.get("stage", "warmup"), "lr": lr * v.get("lr", 1)}
                 if "weights" in v:
                     changes["layer_weights"] = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
-                for kept in v.get("kept", (4,)) if name in o.vary else ():
+                for kept in v.get("kept", (4,)):
                     self.distill(seed, varied(kept, name), start, self.uniform(kept), rows, o.more * v.get("steps", 1), **changes)
 
     def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
@@ -161,7 +168,7 @@ class Experiment:
     def search_of(self, seed: int) -> Path:
         folder = self.folder(seed, "search")
         if not (folder / "result.json").is_file():
-            raise SystemExit(f"{folder} has no result: run the stage search first.")
+            raise ValueError(f"{folder} has no result: run the stage search first.")
         return folder
 
     def ways(self, seed: int) -> Iterator[tuple[str, int, str, Pattern]]:
@@ -175,6 +182,9 @@ class Experiment:
         for kept, name in ((kept, name) for kept in (1, *KEPT) for name in VARIED):
             if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
                 yield f"{'full' if kept == 1 else 'multi'}, {name}", kept, varied(kept, name), self.uniform(kept)
+        for kept in KEPT if (self.folder(seed, "full-long") / "result.json").is_file() else ():
+            yield "own, long", kept, "full-long", self.uniform(kept)
+            yield "searched, long", kept, "full-long", self.searched(seed, kept)
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
@@ -187,18 +197,16 @@ class Experiment:
     def evaluate(self) -> None:
         o = self.o
         held_out = make_batches(self.read("heldout.jsonl"), length=o.length, sequences=o.documents * 5, seed=0)
-        with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
-            tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
         done = {(r["seed"], r["method"], r["kept"]) for r in self.run.journal}
         for method, kept in (("dense", 1), *(("oracle", kept) for kept in (1, *KEPT))):
             if (None, method, kept) not in done:
-                self.note(None, method, kept, self.uniform(kept), self.measure(held_out, tasks, self.uniform(kept), method))
+                self.note(None, method, kept, self.uniform(kept), self.measure(held_out, self.tasks, self.uniform(kept), method))
         for seed in o.seeds:
             for method, kept, delta, pattern in self.ways(seed):
                 if (seed, method, kept) not in done:
                     first = next((r["seed"] for r in self.run.journal if r["seed"] is not None), seed)
                     self.take(seed, delta, bits=BITS.get(method, 16))
-                    facts = self.measure(held_out, tasks, pattern, method)
+                    facts = self.measure(held_out, self.tasks, pattern, method)
                     if method in ("full", "own", "multi", "multi, long") and seed == first:
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
@@ -246,7 +254,7 @@ class Experiment:
         mass = {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r}
         result = {
             "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
-            "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines),
+            "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines), "pairs": pairs_of(lines),
             "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines), "overlap": overlap,
         }  # fmt: skip
         self.run.save("result.json", result)
@@ -264,6 +272,16 @@ class Experiment:
 def varied(kept: int, name: str) -> str:
     """Folder of what the stage vary trains."""
     return f"full-{name}" if kept == 1 else f"multi-{kept}-{name}"
+
+
+def tasks_for(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the long-range tasks that are asked for. Raises ValueError where there is too little to evaluate on."""
+    with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
+        tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
+    if not tasks or o.documents < 2:
+        raise ValueError(f"An evaluation needs at least two documents of a domain and one task: --documents is {o.documents}, and "
+                         f"{o.data / 'tasks.jsonl'} has {len(tasks)} tasks of at most {o.length} tokens.")  # fmt: skip
+    return tasks
 
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
@@ -308,16 +326,34 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             names = [n for n, d in documents.items() if domain in ("all", d[0])]
             tokens = [documents[n][3] for n in names]
             per_seed = [{d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found]
-            sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
-            low, high = bootstrap_interval(sums, tokens)
             loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
             of_seeds = {str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6) for r, s in zip(found, per_seed, strict=True)}
             rows.append({
-                "kept": kept, "method": method, "domain": domain, "delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high,
-                "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "seeds": len(found),
-                "of_seeds": of_seeds,
+                "kept": kept, "method": method, "domain": domain, **paired(per_seed, names, tokens),
+                "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "of_seeds": of_seeds,
             })  # fmt: skip
     return rows
+
+
+def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]) -> dict[str, Any]:
+    """Of differences by document (sums over its tokens), one dict a seed: their mean in nats a token, and its interval."""
+    sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
+    low, high = bootstrap_interval(sums, tokens)
+    return {"delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high, "seeds": len(per_seed)}
+
+
+def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`PAIRS`, each way less the other over the seeds that have both, all domains together."""
+    losses = {(r["method"], r["kept"], r["seed"]): {d[1]: d for d in r["documents"]} for r in lines}
+    found = []
+    for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in (1, *KEPT)):
+        both = [(losses[m, k, s], losses[other, k, s]) for m, k, s in losses if (m, k) == (method, kept) and (other, k, s) in losses]
+        if both:
+            names = list(both[0][0])
+            per_seed = [{n: a[n][2] - b[n][2] for n in names} for a, b in both]
+            row = paired(per_seed, names, [both[0][0][n][3] for n in names])
+            found.append({"kept": kept, "method": method, "against": other, **row})
+    return found
 
 
 def main() -> None:
@@ -339,8 +375,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
+    tasks = tasks_for(o)
     with open_run(o.out, settings_of(o)) as run:
-        experiment = Experiment(o, run)
+        experiment = Experiment(o, tasks, run)
         for stage in STAGES:
             if stage in o.stage:
                 print(f"-- {stage}", file=sys.stderr, flush=True)
@@ -348,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from indexcache.cli import guarded
+
 RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "smollm2_training_aware.json"
 KEPT = (2, 4, 8)
-GRID = ("untouched", "own", "multi", "multi, long", "searched", "searched+R4", "searched+R8", "oracle")
+GRID = (
+    "untouched", "own", "multi", "searched", "searched+R4", "searched+R8", "own, long", "multi, long", "searched, long", "oracle",
+)  # fmt: skip
 MASS = (("full", 1), ("own", 4), ("multi", 4), ("multi, long", 4))
 
 
@@ -41,6 +46,12 @@ def report(result: dict[str, Any]) -> str:
         f"{full['loss']:.4f} ({above:+.2f} %), with an oracle in each layer {rows['oracle', 1, 'all']['loss']:.4f}.",
         f"Loss above that of all indexers, {len(domains)} domains together:",
         table(["", *fractions], ([w, *(cell(rows.get((w, k, "all"))) for k in KEPT)] for w in ways)),
+    ]
+    of_pairs = {(p["method"], p["against"], p["kept"]): p for p in result["pairs"]}
+    names = list(dict.fromkeys((a, b) for a, b, _ in of_pairs))
+    parts += [
+        "One way less another, document by document:",
+        table(["", "all", *fractions], ([f"{a} - {b}", *(cell(of_pairs.get((a, b, k))) for k in (1, *KEPT))] for a, b in names)),
     ]
     for k in KEPT:
         parts += [f"At 1/{k}, by domain:", table(["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways))]
@@ -78,9 +89,9 @@ def main() -> None:
     parser.add_argument("result", type=Path, nargs="?", default=RESULT)
     path = parser.parse_args().result
     if not path.is_file():
-        raise SystemExit(f"{path}: no such file; experiment.py writes result.json into its --out.")
+        raise ValueError(f"{path}: no such file; experiment.py writes result.json into its --out.")
     print(report(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from weights import PACKAGE, download, llama_settings, llama_weights, make_tokenizer, read_gguf
+
+from indexcache.cli import guarded
 
 TOPK = 256
 RIDGE = 1e-3  # of the regression, as a share of the mean square
@@ -263,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from indexcache.cli import guarded
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tiny"))
 from retrieval import Retrieval
 
@@ -163,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

