@@ -351,7 +351,7 @@ def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
 def test_experiment(saved, tmp_path, monkeypatch, capsys):
     """Every stage at its smallest; what is there is not done again, seeds know nothing of each other, other settings are refused."""
     import experiment
-    from report import report
+    from report import insert, report
 
     from indexcache.search.costs import sharing_costs, weights_of_costs
 
@@ -443,6 +443,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         "longest": ("warmup", 16, 2e-3),
         "slow": ("warmup", 1, pytest.approx(2e-3 / 3)),
         "fast": ("warmup", 1, pytest.approx(6e-3)),
+        "longfast": ("warmup", 4, pytest.approx(6e-3)),
         "sparse": ("sparse", 1, 5e-4),
     }
     weights = trained["weighted"].pop("layer_weights")
@@ -453,6 +454,9 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     assert task["seeds"] == 2 and task["accuracy"] == pytest.approx(found["multi", 8, "all"]["retrieval"])
 
     shown = report(result)
+    page = insert(shown, "# A\n<!-- tables -->\nold\n<!-- end of tables -->\nB\n")
+    assert page == f"# A\n<!-- tables -->\n\n{shown}\n\n<!-- end of tables -->\nB\n" == insert(shown, page)
+    refused(lambda: insert(shown, "<!-- end of tables --> <!-- tables -->"), "in this order")
     row = found["multi, long", 4, "d2"]
     assert f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]" in shown
     assert all(line.startswith("|") == line.endswith("|") for line in shown.splitlines())

@@ -7,8 +7,9 @@
                ("multi")
     search     a seed: greedy search over the layers with full's indexers, on training text
     vary       (only if asked for) a seed: multi at 1/4 with 16 times the steps ("longest"), a third and three times the learning rate
-               ("slow", "fast"), as many steps on the selection alone after it ("sparse"), layers that count as much as sharing them
-               alone cost in the search ("weighted"); and at every fraction, full too, with four times the steps ("long")
+               ("slow", "fast"), four times the steps at three times the rate ("longfast"), as many steps on the selection alone
+               after it ("sparse"), layers that count as much as sharing them alone cost in the search ("weighted"); and at every
+               fraction, full too, with four times the steps ("long")
     evaluate   held-out loss of every document, and the long-range tasks: the dense model; layers that share what an
                oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
@@ -68,7 +69,7 @@ LATER = 1000  # added to the seed of the rows after the start, twice that for th
 SPARSE_LR = 5e-4
 VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
     "long": {"steps": 4, "kept": (4, 8, 1, 2)}, "longest": {"steps": 16}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0},
-    "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
+    "longfast": {"steps": 4, "lr": 3.0}, "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
 }  # fmt: skip
 SAVE = 50  # steps between states
 PAIRS = (  # what is compared with what, at each fraction that has both

@@ -1,6 +1,6 @@
 """Tables of an experiment's result.json, in Markdown.
 
-python recipes/smollm2/report.py [benchmarks/results/smollm2_training_aware.json]
+python recipes/smollm2/report.py [benchmarks/results/smollm2_training_aware.json] [--into docs/smollm2.md]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from indexcache.cli import guarded
 
 RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "smollm2_training_aware.json"
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 KEPT = (2, 4, 8)
 GRID = (
     "untouched", "own", "multi", "searched", "searched+R4", "searched+R8", "own, long", "multi, long", "searched, long", "oracle",
@@ -84,13 +85,26 @@ def report(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def insert(tables: str, page: str) -> str:
+    """The page with the tables between its two marks. Raises ValueError where it has not just these."""
+    parts = [page.split(mark) for mark in MARKS]
+    if any(len(p) != 2 for p in parts) or len(parts[1][0]) < len(parts[0][0]):
+        raise ValueError(f"The page needs the lines {' and '.join(MARKS)}, once each and in this order.")
+    return f"{parts[0][0]}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{parts[1][1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path, nargs="?", default=RESULT)
-    path = parser.parse_args().result
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; experiment.py writes result.json into its --out.")
-    print(report(json.loads(path.read_text(encoding="utf-8"))))
+    parser.add_argument("--into", type=Path, help="write them into this page, between the lines " + " and ".join(MARKS))
+    o = parser.parse_args()
+    if not o.result.is_file():
+        raise ValueError(f"{o.result}: no such file; experiment.py writes result.json into its --out.")
+    tables = report(json.loads(o.result.read_text(encoding="utf-8")))
+    if o.into is None:
+        print(tables)
+    else:
+        o.into.write_text(insert(tables, o.into.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
