@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -37,17 +38,20 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)  # of what is written
+
+
 def _refusal(error: BaseException) -> int | None:
-    """The number of the OSError behind an exception; None where there is none."""
+    """The number of the OSError of `REFUSALS` behind an exception; None where there is none."""
     waiting: list[BaseException] = [error]
     seen: set[int] = set()
     while waiting:
         e = waiting.pop()
         seen.add(id(e))
-        if isinstance(e, OSError) and e.errno:
-            return e.errno
-        if said := re.search(r"\(os error (\d+)\)", str(e)):  # as Rust says it
-            return int(said[1])
+        said = re.search(r"\(os error (\d+)\)", str(e))  # as Rust says it
+        number = e.errno if isinstance(e, OSError) else int(said[1]) if said else None
+        if number in REFUSALS:
+            return number
         failures = [x for x, _ in getattr(e, "failures", {}).values()]  # CheckpointException: {rank: (exception, traceback)}
         waiting += [x for x in (*failures, e.__cause__, e.__context__) if x is not None and id(x) not in seen]
     return None
