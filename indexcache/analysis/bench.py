@@ -170,8 +170,8 @@ def _result(subject: Subject, settings: Mapping[str, Any], journal: Sequence[Map
         full = next((r for r in rows if (r["context"], r["asked"]) == (row["context"], row["asked"]) and set(r["pattern"]) == {"F"}), None)
         if full and not full.get("error"):
             row["speedup"] = {
-                "ttft": round(full["ttft_s"] / row["ttft_s"], 3) if row["ttft_s"] and full["ttft_s"] else None,
-                "decode": round(row["decode_total_tok_s"] / full["decode_total_tok_s"], 3),
+                "ttft": round(full["ttft_s"] / row["ttft_s"], 6) if row["ttft_s"] and full["ttft_s"] else None,
+                "decode": round(row["decode_total_tok_s"] / full["decode_total_tok_s"], 6),
             }
         row["indexer_share"] = index_share(row)
         if found := _published_row(table, row):

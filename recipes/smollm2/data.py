@@ -7,8 +7,8 @@ documents, each at least 8192 tokens long), `tasks.jsonl` (long-range tasks in t
 licence, digest, split of every document). `--unpack` turns the training tokens into files that `distill` reads. How text is had from a
 package is `recipes/tiny/corpus.py`; it needs the same tools.
 
-Held-out code and documentation come from packages that give no training text, held-out drama and all but two novels too; speeches
-and novels are split by document. A document most of whose lines stand in one before it is dropped; held-out ones come first.
+Held-out code and documentation come from packages that give no training text; of the package of the held-out drama only Milton
+trains; speeches and novels (two train) are split by document. A document most of whose lines stand in one before it is dropped; held-out ones come first.
 """
 
 from __future__ import annotations
