@@ -8,7 +8,8 @@ licence, digest, split of every document). `--unpack` turns the training tokens 
 package is `recipes/tiny/corpus.py`; it needs the same tools.
 
 Held-out code and documentation come from packages that give no training text; of the package of the held-out drama only Milton
-trains; speeches and novels (two train) are split by document. A document most of whose lines stand in one before it is dropped; held-out ones come first.
+trains; speeches and novels (two train) are split by document. A document most of whose lines stand in one before it is dropped;
+held-out ones come first.
 """
 
 from __future__ import annotations
