@@ -41,7 +41,7 @@ def guarded(call: Callable[[], int | None]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"The disk is full ({error.filename or 'while writing'}); free space and run the same command again.")
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-                           errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO):  # fmt: skip
+                           errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):  # fmt: skip
             return _fail(f"{error.filename or 'A file'!s:.120}: {error.strerror}.")
         raise
     except RuntimeError as error:
