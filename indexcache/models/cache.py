@@ -198,7 +198,7 @@ class FastLayer(CacheLayerMixin):
 class FastCache(Cache):
     """Latents of all layers, and indexer keys of those that run their indexer in the pattern under which it is filled.
 
-    It goes wherever transformers takes `past_key_values`, on an accelerated model. It refuses to be continued under a pattern
+    It goes wherever transformers takes a cache, on an accelerated model. It refuses to be continued under a pattern
     that needs indexer keys it does not hold.
 
     Args:

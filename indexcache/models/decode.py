@@ -117,7 +117,7 @@ class Decoder:
     def _forward(self) -> Tensor:
         with self.cache.at(self.positions_B):
             out = self.model.model(  # type: ignore[operator, union-attr]
-                input_ids=self.tokens_B1, position_ids=self.positions_B[:, None], past_key_values=self.cache, use_cache=True
+                self.tokens_B1, None, self.positions_B[:, None], self.cache, use_cache=True
             )
         with part("head"):
             return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]

@@ -83,6 +83,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.model.layers  # type: ignore[union-attr, return-value]
 
 
+def either(cache: Any, past_key_values: Any) -> Any:
+    """The cache that transformers hands over: its name is `cache` from 5.24 on, `past_key_values` before."""
+    return past_key_values if cache is None else cache
+
+
 def native_pattern(model: nn.Module) -> Pattern:
     """What the model does by itself: F where a layer has an indexer, S where it has none."""
     return Pattern("".join("S" if indexer is None else "F" for indexer in indexers(model)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from indexcache import ops
 from indexcache.models.cache import FastCache
-from indexcache.models.family import decoder_layers, family_of, indexers
+from indexcache.models.family import decoder_layers, either, family_of, indexers
 from indexcache.models.layer import (
     Padding,
     Plans,
@@ -253,16 +253,17 @@ def _model_forward(model: Any, plans: Plans, selector: FastSelector):
     """The decoder's forward with a `Padding` in the place of the dense causal mask."""
     stock, names = model.model.forward, set(model.config.layer_types) | {"indexed_attention"}
 
-    def forward(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, *args: Any, **kwargs: Any):
+    def forward(input_ids=None, attention_mask=None, position_ids=None, cache=None, *args: Any, past_key_values=None, **kwargs: Any):
+        cache = either(cache, past_key_values)
         if model.training or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())):
             raise ValueError("The fast path is for inference: call model.eval() and use torch.no_grad().")
         padding = padding_of(attention_mask)
-        if isinstance(past_key_values, FastCache):
+        if isinstance(cache, FastCache):
             given = input_ids if input_ids is not None else kwargs.get("inputs_embeds", args[0] if args else None)
-            past_key_values.check_room(0 if given is None else given.shape[1])
-            past_key_values.padded |= padding.left is not None
+            cache.check_room(0 if given is None else given.shape[1])
+            cache.padded |= padding.left is not None
         try:
-            return stock(input_ids, dict.fromkeys(names, padding), position_ids, past_key_values, *args, **kwargs)
+            return stock(input_ids, dict.fromkeys(names, padding), position_ids, cache, *args, **kwargs)
         finally:
             plans.clear()
             selector.clear()
@@ -290,7 +291,7 @@ def padding_of(mask: Any) -> Padding:
 
 
 def _indexer_forward(selector: FastSelector, layer: int, indexer: Any):
-    def forward(x: Tensor, q_resid: Tensor, rope, mask: Padding, position_ids=None, past_key_values=None) -> Tensor:
-        return selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, past_key_values)[0]
+    def forward(x: Tensor, q_resid: Tensor, rope, mask: Padding, position_ids=None, cache=None, past_key_values=None) -> Tensor:
+        return selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, either(cache, past_key_values))[0]
 
     return forward

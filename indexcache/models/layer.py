@@ -21,6 +21,7 @@ from torch import Tensor
 
 from indexcache import ops
 from indexcache.models.cache import FastCache
+from indexcache.models.family import either
 from indexcache.models.parts import part
 
 Turn = Callable[[Any], Any]  # a function into what runs in its place
@@ -119,16 +120,18 @@ def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Pl
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Padding,
-        past_key_values: Any = None,
+        cache: Any = None,
         position_ids: Tensor | None = None,
         prev_topk_indices: Tensor | None = None,
+        past_key_values: Any = None,
         **_: Any,
     ):
+        cache = either(cache, past_key_values)
         batch, queries, _width = hidden_states.shape
         with part("linears"):
             q_resid, q, q_rot, latent, k_rot = project(a, hidden_states, position_embeddings)
-            latents = _cached(past_key_values, a, latent, k_rot)
-        ids = _selected(a, hidden_states, q_resid, position_embeddings, attention_mask, position_ids, past_key_values, prev_topk_indices)
+            latents = _cached(cache, a, latent, k_rot)
+        ids = _selected(a, hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache, prev_topk_indices)
         plan = plans.of(ids, group_size(ids, a.num_heads))
         with part("linears"):
             w_k, w_v = _absorbed(a)
@@ -151,7 +154,7 @@ def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Pl
 def _selected(a: Any, x: Tensor, q_resid: Tensor, rope, padding: Padding, position_ids, cache: Any, before: Tensor | None) -> Tensor:
     """The ids of a layer: its indexer's, or those that the layer before it passed on."""
     if a.indexer is not None:
-        return a.indexer(x, q_resid, rope, padding, position_ids, past_key_values=cache)
+        return a.indexer(x, q_resid, rope, padding, position_ids, cache)
     if before is None:
         raise ValueError("A shared layer needs the selection of a full layer before it.")
     return before
@@ -259,7 +262,7 @@ def layer_forward(layer: Any, returns_ids: bool, step: Step):
     a, stock = layer.self_attn, layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any):
-        cache = kwargs.get("past_key_values")
+        cache = either(kwargs.get("cache"), kwargs.get("past_key_values"))
         if args or hidden_states.shape[:2] != (1, 1) or not isinstance(cache, FastCache):
             return stock(hidden_states, *args, **kwargs)
         rope = kwargs["position_embeddings"]

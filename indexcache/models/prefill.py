@@ -80,7 +80,7 @@ def prefill(
                 if end < start + ids.shape[1]:  # what stands there need not be a token
                     ids = ids.clone()
                     ids[b, max(end - start, 0) :] = 0
-            out = model.model(input_ids=ids, past_key_values=cache, use_cache=True)  # type: ignore[operator, union-attr]
+            out = model.model(ids, None, None, cache, use_cache=True)  # type: ignore[operator, union-attr]
             for b, end in enumerate(ends):
                 if start < end <= start + ids.shape[1]:
                     last[b] = out.last_hidden_state[b, end - 1 - start].clone()

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
-from indexcache.models.family import family_of, indexers, native_pattern
+from indexcache.models.family import either, family_of, indexers, native_pattern
 from indexcache.models.selector import StockSelector, selector_of
 from indexcache.pattern import Pattern
 
@@ -86,28 +86,28 @@ class Seam:
         return ids
 
     def _full(self, layer: int, indexer: Any, publishes: bool):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
             pool = indexer.index_topk * self.pattern.pool_factor if publishes else 0
-            ids, found = self.selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, past_key_values, pool)
+            ids, found = self.selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, either(cache, past_key_values), pool)
             self.pool = found if publishes else self.pool
             return self._publish(layer, ids)
 
         return forward
 
     def _shared(self):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
-            if past_key_values is not None:
-                self._filled.add(past_key_values)
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
+            if (given := either(cache, past_key_values)) is not None:
+                self._filled.add(given)
             assert self.ids is not None and self.ids.shape[:2] == x.shape[:2]
             return self.ids.to(x.device)
 
         return forward
 
     def _reindex(self, layer: int, indexer: Any):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, past_key_values=None) -> Tensor:
+        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
             assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]
-            pool = self.pool.to(x.device)
-            return self._publish(layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, past_key_values, pool))
+            pool, given = self.pool.to(x.device), either(cache, past_key_values)
+            return self._publish(layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, given, pool))
 
         return forward
 
@@ -175,7 +175,7 @@ def _guard(model: nn.Module, caches: WeakSet[Any]) -> None:
 
 
 def _cache_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+    return args[3] if len(args) > 3 else either(kwargs.get("cache"), kwargs.get("past_key_values"))
 
 
 def _refuse_lacking(cache: Any, pattern: Pattern) -> None:

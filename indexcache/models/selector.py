@@ -31,11 +31,11 @@ class StockSelector:
         """(ids of the top k, ids of the top `pool` or None) over all keys."""
         stock = self.stock[layer]
         if not pool:
-            return stock(x, q_resid, rope, mask, positions, past_key_values=cache), None
+            return stock(x, q_resid, rope, mask, positions, cache), None
         topk = indexer.index_topk
         try:  # the same pass gives the pool: top-(c k) in falling order begins with the top-k (at equal scores, with one of them)
             indexer.index_topk = pool
-            candidates = stock(x, q_resid, rope, mask, positions, past_key_values=cache)
+            candidates = stock(x, q_resid, rope, mask, positions, cache)
         finally:
             indexer.index_topk = topk
         return candidates[..., :topk].contiguous(), candidates
