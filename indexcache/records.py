@@ -112,19 +112,29 @@ def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
     return entries
 
 
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal of a run, which may be writing it now: a line without its end is left out.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = folder / "journal.jsonl"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    return _entries(path, raw[: raw.rfind(b"\n") + 1])
+
+
 def finished_journal(folder: Path) -> list[dict[str, Any]]:
     """The journal of a run that has its result.
 
     Raises:
         ValueError: the folder has none, or the journal cannot be read.
     """
-    path = folder / "journal.jsonl"
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder}: there is no finished run in this folder.")
-    try:
-        return _entries(path, path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    return read_journal(folder)
 
 
 @contextmanager
@@ -136,30 +146,35 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
             running now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(settings))
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder}: another process is writing this run; wait for it or choose another --out.") from None
-        path = folder / "settings.json"
-        if path.exists():
-            before = read_json(path)
-            if not isinstance(before, dict):
-                raise ValueError(f"{path}: is not a JSON object, so it was changed by hand; choose another --out.")
-            changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-            if changed:
-                what = "; ".join(f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed)
-                raise ValueError(f"{folder}: this run was begun with other settings ({what}); choose another --out.")
-        else:
-            if (folder / "journal.jsonl").exists():
-                raise ValueError(f"{folder}: there is a journal but no settings.json; choose another --out.")
-            write_json(path, settings)
+        claim(folder, settings)
         run = Run(folder)
         try:
             yield run
         finally:
             run.close()
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make `settings` those of a folder that has none. Raises ValueError where it has others (each difference is named)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if path.exists():
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: is not a JSON object, so it was changed by hand; choose another --out.")
+        changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+        if changed:
+            what = "; ".join(f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed)
+            raise ValueError(f"{folder}: this run was begun with other settings ({what}); choose another --out.")
+    else:
+        if (folder / "journal.jsonl").exists():
+            raise ValueError(f"{folder}: there is a journal but no settings.json; choose another --out.")
+        write_json(path, settings)
 
 
 def _short(value: Any) -> str:

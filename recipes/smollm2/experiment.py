@@ -6,22 +6,24 @@
                text packed anew, all of them as before ("full") and the kept ones of the uniform patterns on all layers they serve
                ("multi")
     search     a seed: greedy search over the layers with full's indexers, on training text
-    vary       (only if asked for) a seed: multi at 1/4 with 16 times the steps ("longest"), a third and three times the learning rate
-               ("slow", "fast"), four times the steps at three times the rate ("longfast"), as many steps on the selection alone
-               after it ("sparse"), layers that count as much as sharing them alone cost in the search ("weighted"); and at every
-               fraction, full too, with four times the steps ("long")
-    evaluate   held-out loss of every document, and the long-range tasks: the dense model; layers that share what an
-               oracle selects for them, without indexers ("oracle"); start; full; start's indexers under the
+    vary       (only if asked for) a seed: multi at 1/4 with a fifth of the steps ("short", full too) and four times as many ("long", full
+               too), a third and three times the learning rate ("slow", "fast"), as many steps on the selection alone after it
+               ("sparse"), layers that count as much as sharing them alone cost in the search ("weighted"); with layer 1 full as
+               well, as the engines' own rule has it ("offset2"); under the pattern that the search found ("found")
+    reference  the dense model; layers that share what an oracle selects for them, without indexers ("oracle")
+    evaluate   a seed: held-out loss of every document, and the long-range tasks: start; full; start's indexers under the
                uniform pattern (untouched), full's (own: in a warm-up each indexer learns apart from the others, so full holds what
                the kept ones learn alone), multi's; full's under the searched pattern, and with R in its other layers, pool 4 k and
-               8 k; where they were trained, long's too; seed 0's full in 8 and 4 bits and its multi at 1/4 in 4, as apply_delta.py packs
-               them (to compare with seed 0 in of_seeds); the share of attention that selections keep and what layers select in common,
-               of the first seed
+               8 k; what vary has trained so far; seed 0's full in 8 and 4 bits and its multi at 1/4 in both, as apply_delta.py packs
+               them (to compare with seed 0 in of_seeds); the share of attention that selections keep and what layers select in common
+    groups     (only if asked for) a seed: held-out loss where one group of uniform 1/4 alone shares a selection, the others being
+               full: own and multi, document by document
     table      differences to full in loss, paired by document, with intervals over the documents, seeds averaged first; one row a
-               way, fraction and domain, and of some ways to each other ("pairs"). Untouched has `more` steps fewer than the others
-               and than full: start against full is what those steps give
+               way, fraction and domain, and of some ways to each other ("pairs"); see compare.py. Untouched has `more` steps fewer
+               than the others and than full: start against full is what those steps give
 
-Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out.
+Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out. Several processes
+may work in one --out, each on stages of a seed that no other works on; one of them starts first.
 """
 
 from __future__ import annotations
@@ -31,63 +33,78 @@ import dataclasses
 import datetime
 import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from apply_delta import PACKED, pack_matrix, unpack_matrix
 from check import dense
+from compare import accuracy, groups_of, pairs_of, rows_of, tasks_of
 from tasks import logits_of, score
 
 from indexcache.analysis.overlap import measure_overlap
 from indexcache.cli import guarded
 from indexcache.data import Batch, Document, load_documents, make_batches
 from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, oracle_states, pack_rows
+from indexcache.distill.attention import served_layers
 from indexcache.distill.rows import Row
-from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import indexers
 from indexcache.models.fast import accelerate
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.loading import Loaded, fingerprint, load_model
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
-from indexcache.records import Run, open_run
+from indexcache.records import Run, claim, open_run, read_journal, write_json
 from indexcache.report.heatmap import draw_overlap
 from indexcache.search.costs import sharing_costs, weights_of_costs
 from indexcache.search.run import SearchSettings, search_pattern
 from indexcache.search.select import choose
 
-STAGES = ("train", "search", "vary", "evaluate", "table")
+STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")
+ASKED = ("vary", "groups")  # for no less than their names
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
+FEWER = {"steps": 0.2, "kept": (4, 1)}
 VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
-    "long": {"steps": 4, "kept": (4, 8, 1, 2)}, "longest": {"steps": 16}, "slow": {"lr": 1 / 3}, "fast": {"lr": 3.0},
-    "longfast": {"steps": 4, "lr": 3.0}, "sparse": {"stage": "sparse"}, "weighted": {"weights": True},
+    "short": FEWER, "offset2": {"pattern": "uniform:1/4:2"}, "found": {"pattern": "searched"}, "sparse": {"stage": "sparse"},
+    "fast": {"lr": 3.0}, "weighted": {"weights": True}, "slow": {"lr": 1 / 3}, "long": FEWER | {"steps": 4},
 }  # fmt: skip
-SAVE = 50  # steps between states
-PAIRS = (  # what is compared with what, at each fraction that has both
-    ("own", "untouched"), ("multi", "own"), ("searched", "multi"), ("searched+R4", "searched"), ("searched+R8", "searched+R4"),
-    ("multi, long", "multi"), ("multi, long", "own, long"), ("searched, long", "multi, long"), ("full, long", "full"),
-)  # fmt: skip
-BITS = {"full, 8 bits": 8, "full, 4 bits": 4, "multi, 4 bits": 4}
+SAVE = 100  # steps between states
+BITS = {f"{way}, {bits} bits": bits for way in ("full", "multi") for bits in (8, 4)}
 
 
 class Experiment:
-    def __init__(self, o: argparse.Namespace, tasks: list[dict[str, Any]], run: Run):
-        self.o, self.out, self.tasks, self.run = o, o.out, tasks, run
-        self.loaded: Loaded = load_model(o.checkpoint, dtype=o.dtype, device=o.device)
-        self.model: Any = self.loaded.model
-        self.layers = int(self.model.config.num_hidden_layers)
-        self.full = Pattern("F" * self.layers)
+    def __init__(self, o: argparse.Namespace, tasks: list[dict[str, Any]]):
+        self.o, self.out, self.tasks = o, o.out, tasks
         self.base = {"base": o.checkpoint.name, "base_digest": fingerprint(o.checkpoint)}
-        self.own = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in indexers(self.model)]
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        return load_model(self.o.checkpoint, dtype=self.o.dtype, device=self.o.device)
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @cached_property
+    def own(self) -> list[dict[str, torch.Tensor]]:
+        """The checkpoint's own indexers."""
+        return [{name: p.detach().clone() for name, p in m.named_parameters()} for m in indexers(self.model)]
+
+    @cached_property
+    def layers(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def full(self) -> Pattern:
+        return Pattern.full(self.layers)
 
     def uniform(self, kept: int) -> Pattern:
         return choose(f"uniform:1/{kept}", self.layers).pattern if kept > 1 else self.full
@@ -125,7 +142,14 @@ class Experiment:
                 if "weights" in v:
                     changes["layer_weights"] = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
                 for kept in v.get("kept", (4,)):
-                    self.distill(seed, varied(kept, name), start, self.uniform(kept), rows, o.more * v.get("steps", 1), **changes)
+                    steps = max(round(o.more * v.get("steps", 1)), 1)
+                    self.distill(seed, varied(kept, name), start, self.varied_pattern(seed, kept, name), rows, steps, **changes)
+
+    def varied_pattern(self, seed: int, kept: int, name: str) -> Pattern:
+        spec = VARIED[name].get("pattern")
+        if spec is None:
+            return self.uniform(kept)
+        return self.searched(seed, kept) if spec == "searched" else choose(spec, self.layers).pattern
 
     def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
         folder = self.folder(seed, name)
@@ -135,7 +159,16 @@ class Experiment:
         settings = DistillSettings(**{"stage": "warmup", "freeze_backbone": True, "keep_zeros": True, "steps": steps, "rows": self.o.rows,
                                       "lr": self.o.lr, "eval_every": 0, "save_every": SAVE, "seed": seed} | changes)  # fmt: skip
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
-        print(json.dumps({"seed": seed, "name": name, "kl": round(sum(result["kl"].values()) / len(result["kl"]), 4)}), flush=True)
+        said(f"seed {seed} {name}: KL {sum(result['kl'].values()) / len(result['kl']):.4f}")
+
+    @torch.no_grad()
+    def take_one(self, seed: int, layer: int, name: str) -> None:
+        """Full's indexers, but that of one layer, which is another delta's."""
+        self.take(seed, name)
+        other = {key: p.clone() for key, p in indexers(self.model)[layer].named_parameters()}
+        self.take(seed, "full")
+        for key, p in indexers(self.model)[layer].named_parameters():
+            p.copy_(other[key])
 
     @torch.no_grad()
     def take(self, seed: int, name: str | None, bits: int = 16) -> None:
@@ -176,16 +209,6 @@ class Experiment:
         """(method, kept, delta, pattern)"""
         yield "full", 1, "full", self.full
         yield "start", 1, "start", self.full
-        if seed == 0:
-            yield "full, 8 bits", 1, "full", self.full
-            yield "full, 4 bits", 1, "full", self.full
-            yield "multi, 4 bits", 4, "multi-4", self.uniform(4)
-        for kept, name in ((kept, name) for kept in (1, *KEPT) for name in VARIED):
-            if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
-                yield f"{'full' if kept == 1 else 'multi'}, {name}", kept, varied(kept, name), self.uniform(kept)
-        for kept in KEPT if (self.folder(seed, "full-long") / "result.json").is_file() else ():
-            yield "own, long", kept, "full-long", self.uniform(kept)
-            yield "searched, long", kept, "full-long", self.searched(seed, kept)
         for kept in KEPT:
             yield "untouched", kept, "start", self.uniform(kept)
             yield "own", kept, "full", self.uniform(kept)
@@ -194,27 +217,57 @@ class Experiment:
             yield "searched", kept, "full", found
             for pool in POOLS:
                 yield f"searched+R{pool}", kept, "full", Pattern(str(found).replace("S", "R") + f"@{pool}")
+        for method, bits in BITS.items() if seed == 0 else ():
+            yield method, *((1, "full", self.full) if method == f"full, {bits} bits" else (4, "multi-4", self.uniform(4)))
+        for kept, name in ((kept, name) for name in VARIED for kept in (4, 1)):
+            if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
+                pattern = self.varied_pattern(seed, kept, name)
+                yield f"{'full' if kept == 1 else 'multi'}, {name}", kept, varied(kept, name), pattern
+                if name == "offset2":
+                    yield f"untouched, {name}", kept, "start", pattern
+                    yield f"own, {name}", kept, "full", pattern
+
+    def held_out(self) -> list[Batch]:
+        return make_batches(self.read("heldout.jsonl"), length=self.o.length, sequences=self.o.documents * 5, seed=0)
+
+    def reference(self) -> None:
+        held_out = self.held_out()
+        with open_run(self.out / "reference", settings_of(self.o)) as run:
+            for method, kept in (("dense", 1), *(("oracle", kept) for kept in (1, *KEPT))):
+                if (method, kept) not in {(r["method"], r["kept"]) for r in run.journal}:
+                    self.note(run, None, method, kept, self.uniform(kept), self.measure(held_out, self.tasks, self.uniform(kept), method))
 
     def evaluate(self) -> None:
-        o = self.o
-        held_out = make_batches(self.read("heldout.jsonl"), length=o.length, sequences=o.documents * 5, seed=0)
-        done = {(r["seed"], r["method"], r["kept"]) for r in self.run.journal}
-        for method, kept in (("dense", 1), *(("oracle", kept) for kept in (1, *KEPT))):
-            if (None, method, kept) not in done:
-                self.note(None, method, kept, self.uniform(kept), self.measure(held_out, self.tasks, self.uniform(kept), method))
-        for seed in o.seeds:
-            for method, kept, delta, pattern in self.ways(seed):
-                if (seed, method, kept) not in done:
-                    first = next((r["seed"] for r in self.run.journal if r["seed"] is not None), seed)
+        held_out = self.held_out()
+        for seed in self.o.seeds:
+            with open_run(self.folder(seed, "evaluated"), settings_of(self.o)) as run:
+                done = {(r["method"], r["kept"]) for r in run.journal}
+                for method, kept, delta, pattern in self.ways(seed):
+                    if (method, kept) in done:
+                        continue
                     self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, self.tasks, pattern, method)
-                    if method in ("full", "own", "multi", "multi, long") and seed == first:
+                    if method in ("full", "own", "multi"):
                         rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
                         facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
-                    if method == "full" and seed == first:
+                    if method == "full":
                         with accelerate(self.model):
                             facts["overlap"] = measure_overlap(self.model, held_out[:: max(len(held_out) // 3, 1)])
-                    self.note(seed, method, kept, pattern, facts)
+                    self.note(run, seed, method, kept, pattern, facts)
+
+    def groups(self) -> None:
+        held_out, groups = self.held_out(), served_layers(self.uniform(4))
+        for seed in self.o.seeds:
+            with open_run(self.folder(seed, "groups"), settings_of(self.o)) as run:
+                done = {(r["method"], *r["layers"]) for r in run.journal}
+                for source, group in groups.items():
+                    pattern = Pattern("".join("S" if i in group and i != source else "F" for i in range(self.layers)))
+                    for method, delta in (("own", "full"), ("multi", "multi-4")):
+                        if len(group) > 1 and (method, *group) not in done:
+                            self.take_one(seed, source, delta)
+                            facts = self.measure(held_out, [], pattern, method)
+                            run.append({"seed": seed, "method": method, "layers": list(group), "documents": facts["documents"]})
+                            said(f"seed {seed} {method}, layers {group} alone")
 
     @torch.no_grad()
     def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern, method: str) -> dict[str, Any]:
@@ -244,30 +297,47 @@ class Experiment:
             with accelerate(self.model), use_pattern(self.model, pattern):
                 yield
 
-    def note(self, seed: int | None, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
-        self.run.append({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts)
+    def note(self, run: Run, seed: int | None, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
+        run.append({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts)
         mean = sum(d[2] for d in facts["documents"]) / sum(d[3] for d in facts["documents"])
-        print(f"seed {seed} {method} 1/{kept}: loss {mean:.4f}, tasks {accuracy([facts]):.3f}", flush=True)
+        said(f"seed {seed} {method} 1/{kept}: loss {mean:.4f}, tasks {accuracy([facts]):.3f}")
 
     def table(self) -> None:
-        o, lines = self.o, self.run.journal
-        first, overlap = next((r["seed"], r["overlap"]) for r in lines if r["method"] == "full" and "overlap" in r)
+        lines = self.lines("evaluated")
+        fulls = [r for r in lines if r["method"] == "full"]
+        if not (self.out / "reference").is_dir() or not fulls:
+            raise ValueError(
+                f"{self.out} has no evaluation of all indexers and the dense model: run the stages reference and evaluate first."
+            )
+        lines, first = read_journal(self.out / "reference") + lines, fulls[0]["seed"]
         mass = {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r}
         result = {
-            "device": torch.cuda.get_device_name() if o.device.startswith("cuda") else o.device,
-            "date": datetime.date.today().isoformat(), "settings": settings_of(o), "rows": rows_of(lines), "pairs": pairs_of(lines),
-            "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines), "overlap": overlap,
+            "device": torch.cuda.get_device_name() if self.o.device.startswith("cuda") else self.o.device,
+            "date": datetime.date.today().isoformat(), "settings": settings_of(self.o), "rows": rows_of(lines), "pairs": pairs_of(lines),
+            "patterns": {f"{r['method']} 1/{r['kept']}, seed {r['seed']}": r["pattern"] for r in lines if r["method"] == "searched"},
+            "groups": groups_of(self.lines("groups"), lines), "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines),
+            "overlap": fulls[0]["overlap"],
         }  # fmt: skip
-        self.run.save("result.json", result)
+        write_json(self.out / "result.json", result)
         try:
-            draw_overlap(overlap, self.out / "overlap.png", title=f"SmolLM2-DSA, k = {overlap['topk']}: shared part of the selections")
+            title = f"SmolLM2-DSA, k = {fulls[0]['overlap']['topk']}: shared part of the selections"
+            draw_overlap(fulls[0]["overlap"], self.out / "overlap.png", title=title)
         except ValueError as error:
             print(error, file=sys.stderr)
-        for r in result["rows"]:  # type: ignore[union-attr]
+        for r in result["rows"]:
             if r["domain"] == "all":
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
                 tasks = f"tasks {r['retrieval']:.3f}, their answers' loss {r['retrieval_loss']:.3f}"
-                print(f"{r['method']:13s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}")
+                print(f"{r['method']:17s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Of all seeds, in their order, what is in the journals of these runs."""
+        folders = sorted(self.out.glob(f"seed*/{name}"), key=lambda f: int(f.parent.name.removeprefix("seed")))
+        return [line for folder in folders for line in read_journal(folder)]
+
+
+def said(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def varied(kept: int, name: str) -> str:
@@ -291,98 +361,32 @@ def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
 
 
-def accuracy(lines: list[dict[str, Any]], what: str = "accuracy") -> float:
-    """Mean over tasks and lengths; "loss": of the answers, nats a token."""
-    return float(np.mean([t[what] for r in lines for t in r["tasks"]]))
-
-
-def tasks_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every way, task and length, the seeds averaged; all have the same rows."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for r in lines:
-        for t in r["tasks"]:
-            found[r["method"], r["kept"], t["task"], t["length"]].append(t)
-    names = ("method", "kept", "task", "length")
-    return [
-        dict(zip(names, key, strict=True))
-        | {what: float(np.mean([t[what] for t in each])) for what in ("accuracy", "loss")}
-        | {"answers": each[0]["answers"], "seeds": len(each)}
-        for key, each in found.items()
-    ]
-
-
-def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled. The dense
-    model, which has no seed, is compared with the mean of all."""
-    losses: dict[Any, dict[str, float]] = {r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in lines if r["method"] == "full"}
-    losses[None] = {name: float(np.mean([full[name] for full in losses.values()])) for name in next(iter(losses.values()))}
-    ways: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for r in lines:
-        ways[r["method"], r["kept"]].append(r)
-    rows = []
-    for (method, kept), found in ways.items():
-        found.sort(key=lambda r: -1 if r["seed"] is None else r["seed"])
-        documents = {d[1]: d for d in found[0]["documents"]}
-        for domain in ["all", *sorted({d[0] for d in documents.values()})]:
-            names = [n for n, d in documents.items() if domain in ("all", d[0])]
-            tokens = [documents[n][3] for n in names]
-            per_seed = [{d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found]
-            loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
-            of_seeds = {str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6) for r, s in zip(found, per_seed, strict=True)}
-            rows.append({
-                "kept": kept, "method": method, "domain": domain, **paired(per_seed, names, tokens),
-                "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "of_seeds": of_seeds,
-            })  # fmt: skip
-    return rows
-
-
-def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]) -> dict[str, Any]:
-    """Of differences by document (sums over its tokens), one dict a seed: their mean in nats a token, and its interval."""
-    sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
-    low, high = bootstrap_interval(sums, tokens)
-    return {"delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high, "seeds": len(per_seed)}
-
-
-def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`PAIRS`, each way less the other over the seeds that have both, all domains together."""
-    losses = {(r["method"], r["kept"], r["seed"]): {d[1]: d for d in r["documents"]} for r in lines}
-    found = []
-    for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in (1, *KEPT)):
-        both = [(losses[m, k, s], losses[other, k, s]) for m, k, s in losses if (m, k) == (method, kept) and (other, k, s) in losses]
-        if both:
-            names = list(both[0][0])
-            per_seed = [{n: a[n][2] - b[n][2] for n in names} for a, b in both]
-            row = paired(per_seed, names, [both[0][0][n][3] for n in names])
-            found.append({"kept": kept, "method": method, "against": other, **row})
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="what rewrite.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s != "vary"])
+    parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s not in ASKED])
     parser.add_argument("--vary", nargs="*", choices=VARIED, default=list(VARIED), help="what the stage vary trains")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
-    parser.add_argument("--more", type=int, default=100, help="steps after it")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=250, help="of the warm-up of all indexers")
+    parser.add_argument("--more", type=int, default=500, help="steps after it")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration", type=int, default=2, help="sequences of the search")
-    parser.add_argument("--documents", type=int, default=8, help="held-out documents of a domain, at least 2")
-    parser.add_argument("--tasks", type=int, default=10, help="rows of each task and length")
+    parser.add_argument("--documents", type=int, default=10, help="held-out documents of a domain, at least 2")
+    parser.add_argument("--tasks", type=int, default=20, help="rows of each task and length")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
     tasks = tasks_for(o)
-    with open_run(o.out, settings_of(o)) as run:
-        experiment = Experiment(o, tasks, run)
-        for stage in STAGES:
-            if stage in o.stage:
-                print(f"-- {stage}", file=sys.stderr, flush=True)
-                getattr(experiment, stage)()
+    claim(o.out, settings_of(o))
+    experiment = Experiment(o, tasks)
+    for stage in STAGES:
+        if stage in o.stage:
+            print(f"-- {stage}", file=sys.stderr, flush=True)
+            getattr(experiment, stage)()
 
 
 if __name__ == "__main__":
