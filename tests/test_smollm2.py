@@ -419,6 +419,11 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
         assert p["ci_low"] <= p["delta_loss"] <= p["ci_high"] and p["seeds"] == min(one["seeds"], two["seeds"])
         of_seed = (one["of_seeds"]["0"] - two["of_seeds"]["0"]) if p["seeds"] == 1 else one["delta_loss"] - two["delta_loss"]
         assert p["delta_loss"] == pytest.approx(of_seed, abs=2e-6)
+    closed = {(c["method"], c["of"], c["kept"]): c for c in result["closed"]}
+    assert set(closed) == {(a, b, k) for a, b in compare.CLOSED for k in ((4,) if "," in a else (2, 4, 8))}
+    c, multi, untouched = closed["multi", "untouched", 4], found["multi", 4, "all"], found["untouched", 4, "all"]
+    assert c["share"] == pytest.approx(1 - multi["delta_loss"] / untouched["delta_loss"]) and c["ci_low"] <= c["share"] <= c["ci_high"]
+    assert result["sharing_costs"]["0"] == sharing_costs(out / "seed0" / "search", 3) and set(result["sharing_costs"]) == {"0", "1"}
     groups = {g["method"]: g for g in result["groups"]}  # uniform 1/4 of three layers is one group, which is all there is to share
     assert set(groups) == {"own", "multi"} and all(g["layers"] == [0, 1, 2] and g["seeds"] == 1 for g in groups.values())
     assert all(g["delta_loss"] == pytest.approx(found[w, 4, "all"]["of_seeds"]["0"], abs=1e-5) for w, g in groups.items())

@@ -10,13 +10,13 @@ RESAMPLES = 4000
 
 
 def bootstrap_interval(
-    sums: Sequence[float], counts: Sequence[int], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    sums: Sequence[float], counts: Sequence[float], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of sum(sums) / sum(counts), resampling the documents.
 
     Args:
         sums: per document, the sum of a paired per-token difference.
-        counts: per document, its tokens.
+        counts: per document, its tokens, or whatever else the sums are divided by.
 
     Returns:
         (low, high); (nan, nan) for fewer than two documents, which say nothing about a spread.

@@ -20,6 +20,10 @@ PAIRS = (  # what is compared with what, at each fraction that has both
     ("full", "full, short"), ("full, long", "full"), ("full, 8 bits", "full"), ("full, 4 bits", "full"), ("multi, 8 bits", "multi"),
     ("multi, 4 bits", "multi"),
 )  # fmt: skip
+CLOSED = (  # how much of the loss of untouched indexers training closes
+    *((m, "untouched") for m in ("own", "multi", *(f"multi, {v}" for v in ("short", "long", "slow", "fast", "sparse", "weighted")))),
+    ("own, offset2", "untouched, offset2"), ("multi, offset2", "untouched, offset2"),
+)  # fmt: skip
 ALL = (1, 2, 4, 8)  # fractions: one in so many
 
 
@@ -64,6 +68,7 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append({
                 "kept": kept, "method": method, "domain": domain, **paired(per_seed, names, tokens),
                 "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "of_seeds": of_seeds,
+                "retrieval_of_seeds": {str(r["seed"]): round(accuracy([r]), 6) for r in found},
             })  # fmt: skip
     return rows
 
@@ -75,9 +80,34 @@ def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]
     return {"delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high, "seeds": len(per_seed)}
 
 
+def by_way(lines: list[dict[str, Any]]) -> dict[tuple[str, int, int | None], dict[str, list[Any]]]:
+    """(method, kept, seed) -> the documents by name."""
+    return {(r["method"], r["kept"], r["seed"]): {d[1]: d for d in r["documents"]} for r in lines}
+
+
+def closed_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`CLOSED`: of what the other way loses to full, the share that a way does not lose, over the seeds that have both; documents are
+    resampled for the interval, both losses of one together."""
+    losses, found = by_way(lines), []
+    for (method, other), kept in ((pair, kept) for pair in CLOSED for kept in ALL):
+        three = [
+            (losses[method, kept, s], losses[other, kept, s], full)
+            for (w, _, s), full in losses.items()
+            if w == "full" and (method, kept, s) in losses and (other, kept, s) in losses
+        ]
+        if three:
+            names = list(three[0][0])
+            gains = [float(np.mean([b[n][2] - a[n][2] for a, b, _ in three])) for n in names]
+            gaps = [float(np.mean([b[n][2] - full[n][2] for _, b, full in three])) for n in names]
+            low, high = bootstrap_interval(gains, gaps)
+            share = {"share": sum(gains) / sum(gaps), "ci_low": low, "ci_high": high, "seeds": len(three)}
+            found.append({"kept": kept, "method": method, "of": other, **share})
+    return found
+
+
 def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`PAIRS`, each way less the other over the seeds that have both, all domains together."""
-    losses = {(r["method"], r["kept"], r["seed"]): {d[1]: d for d in r["documents"]} for r in lines}
+    losses = by_way(lines)
     found = []
     for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in ALL):
         both = [(losses[m, k, s], losses[other, k, s]) for m, k, s in losses if (m, k) == (method, kept) and (other, k, s) in losses]

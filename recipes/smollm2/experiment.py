@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from apply_delta import PACKED, pack_matrix, unpack_matrix
 from check import dense
-from compare import accuracy, groups_of, pairs_of, rows_of, tasks_of
+from compare import accuracy, closed_of, groups_of, pairs_of, rows_of, tasks_of
 from tasks import logits_of, score
 
 from indexcache.analysis.overlap import measure_overlap
@@ -140,7 +140,7 @@ class Experiment:
                 start, rows, lr = ("multi-4", last, SPARSE_LR) if "stage" in v else ("start", later, o.lr)
                 changes = {"stage": v.get("stage", "warmup"), "lr": lr * v.get("lr", 1)}
                 if "weights" in v:
-                    changes["layer_weights"] = tuple(weights_of_costs(sharing_costs(self.search_of(seed), self.layers)))
+                    changes["layer_weights"] = tuple(weights_of_costs(self.costs(seed, self.layers)))
                 for kept in v.get("kept", (4,)):
                     steps = max(round(o.more * v.get("steps", 1)), 1)
                     self.distill(seed, varied(kept, name), start, self.varied_pattern(seed, kept, name), rows, steps, **changes)
@@ -198,6 +198,9 @@ class Experiment:
     def searched(self, seed: int, kept: int) -> Pattern:
         path, wanted = self.search_of(seed) / "result.json", full_count(self.layers, 1 / kept)
         return next(Pattern(r["pattern"]) for r in json.loads(path.read_text())["frontier"] if r["full"] == wanted)
+
+    def costs(self, seed: int, layers: int) -> list[float | None]:
+        return sharing_costs(self.search_of(seed), layers)
 
     def search_of(self, seed: int) -> Path:
         folder = self.folder(seed, "search")
@@ -314,9 +317,10 @@ class Experiment:
         result = {
             "device": torch.cuda.get_device_name() if self.o.device.startswith("cuda") else self.o.device,
             "date": datetime.date.today().isoformat(), "settings": settings_of(self.o), "rows": rows_of(lines), "pairs": pairs_of(lines),
+            "closed": closed_of(lines),
             "patterns": {f"{r['method']} 1/{r['kept']}, seed {r['seed']}": r["pattern"] for r in lines if r["method"] == "searched"},
             "groups": groups_of(self.lines("groups"), lines), "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines),
-            "overlap": fulls[0]["overlap"],
+            "overlap": fulls[0]["overlap"], "sharing_costs": {str(r["seed"]): self.costs(r["seed"], len(r["pattern"])) for r in fulls},
         }  # fmt: skip
         write_json(self.out / "result.json", result)
         try:

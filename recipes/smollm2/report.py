@@ -31,6 +31,10 @@ def cell(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
 
 
+def share(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['share']:.1%} [{row['ci_low']:.1%}, {row['ci_high']:.1%}]"
+
+
 def report(result: dict[str, Any]) -> str:
     """All tables, each under a line that says what it shows."""
     rows = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
@@ -51,6 +55,12 @@ def report(result: dict[str, Any]) -> str:
     parts += [
         "One way less another, document by document:",
         table(["", "all", *fractions], ([f"{a} - {b}", *(cell(of_pairs.get((a, b, k))) for k in (1, *KEPT))] for a, b in names)),
+    ]
+    of_closed = {(c["method"], c["kept"]): c for c in result["closed"]}
+    names = list(dict.fromkeys(m for m, _ in of_closed))
+    parts += [
+        "Share of what untouched indexers lose (those of the same pattern) that training closes:",
+        table(["", *fractions], ([m, *(share(of_closed.get((m, k))) for k in KEPT)] for m in names)),
     ]
     for k in KEPT:
         parts += [f"At 1/{k}, by domain:", table(["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways))]
@@ -82,11 +92,13 @@ def report(result: dict[str, Any]) -> str:
     found = result["mass_kept"]["of"]
     kept = {(w, k): found[f"{w} 1/{k}"] for w, k in MASS if f"{w} 1/{k}" in found}
     layers = range(len(next(iter(kept.values()))))
-    mass = [[str(i), *(f"{m[i]:.3f}" for m in kept.values())] for i in layers]
-    mass.append(["mean", *(f"{sum(m) / len(m):.3f}" for m in kept.values())])
+    costs = result["sharing_costs"]
+    mass = [[str(i), *(f"{m[i]:.3f}" for m in kept.values()), *(f"{c[i]:+.4f}" if i else "" for c in costs.values())] for i in layers]
+    mass.append(["mean", *(f"{sum(m) / len(m):.3f}" for m in kept.values()), *("" for _ in costs)])
     parts += [
-        f"Share of each layer's attention on its selection, seed {result['mass_kept']['seed']}:",
-        table(["layer", *(f"{w}, 1/{k}" for w, k in kept)], mass),
+        f"Share of each layer's attention on its selection, seed {result['mass_kept']['seed']}; and the loss where that layer alone reads "
+        "the selection of the one before it, on each seed's calibration text, as the search's first step found it:",
+        table(["layer", *(f"{w}, 1/{k}" for w, k in kept), *(f"alone, seed {s}" for s in costs)], mass),
     ]
     return "\n\n".join(parts)
 
