@@ -119,11 +119,15 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         ValueError: it cannot be read.
     """
     path = folder / "journal.jsonl"
+    raw = _read(path)
+    return _entries(path, raw[: raw.rfind(b"\n") + 1])
+
+
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from None
-    return _entries(path, raw[: raw.rfind(b"\n") + 1])
 
 
 def finished_journal(folder: Path) -> list[dict[str, Any]]:
@@ -132,9 +136,10 @@ def finished_journal(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the folder has none, or the journal cannot be read.
     """
+    path = folder / "journal.jsonl"
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder}: there is no finished run in this folder.")
-    return read_journal(folder)
+    return _entries(path, _read(path))
 
 
 @contextmanager
@@ -151,7 +156,7 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder}: another process is writing this run; wait for it or choose another --out.") from None
-        claim(folder, settings)
+        _claim(folder, settings)
         run = Run(folder)
         try:
             yield run
@@ -160,8 +165,15 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `settings` those of a folder that has none. Raises ValueError where it has others (each difference is named)."""
+    """Make `settings` those of a folder that has none, without opening a run; processes that do it together wait for each other.
+    For a folder of several runs, each in a folder of its own. Raises ValueError where it has others (each difference is named)."""
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _claim(folder, settings)
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if path.exists():
         before = read_json(path)

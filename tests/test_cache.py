@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from conftest import SHAPE, make_model, refused
 from test_seam import PATTERNS, logits, relative
+from transformers import DynamicCache
 
 from indexcache import use_pattern
 from indexcache.models.cache import FastCache
@@ -264,6 +267,42 @@ def test_a_cache_is_not_continued_without_its_indexer_keys(fast, ids, after):
     with use_pattern(fast, "FSSFSS"):
         got = logits(fast, ids[:, 50:60], past_key_values=cache)
         assert relative(got, logits(fast, ids[:, :60])[:, 50:]) < 1e-5
+
+
+def by_place(model, ids, cache):
+    return model.model(ids, None, None, cache)
+
+
+def by_name(name):
+    return lambda model, ids, cache: model.model(input_ids=ids, **{name: cache})
+
+
+@pytest.mark.parametrize("name", [None, "past_key_values", "cache"])
+def test_a_cache_may_come_by_any_name(model, ids, name):
+    """What transformers calls `past_key_values` until 5.23, and for some families `cache` after; on the fast path both always do."""
+    give = by_name(name) if name else by_place
+    stock = name != "cache" or "cache" in inspect.signature(type(model.model).forward).parameters
+    with torch.no_grad():
+        whole = model.model(ids[:, :60]).last_hidden_state
+        with accelerate(model):
+            cache = FastCache(model, 96, 2)
+            got = torch.cat([give(model, part, cache).last_hidden_state for part in (ids[:, :50], ids[:, 50:60])], 1)
+            assert relative(got, whole) < 1e-5
+            assert [layer.length for layer in cache.layers] == [60] * 6
+            with use_pattern(model, "FSSFSS"):
+                give(model, ids[:, 60:61], cache)
+            refused(lambda: give(model, ids[:, 61:62], cache), "runs its indexer now")
+        if stock:
+            cache = DynamicCache(config=model.config)
+            with use_pattern(model, "FSSFSS"):
+                give(model, ids[:, :50], cache)
+                give(model, ids[:, 50:51], cache)
+            assert cache.get_seq_length() == 51
+            refused(lambda: give(model, ids[:, 51:52], cache), "runs its indexer now")
+            with use_pattern(model, "FRRFRR@2"):
+                cache = DynamicCache(config=model.config)
+                parts = [give(model, part, cache).last_hidden_state for part in (ids[:, :50], ids[:, 50:60])]
+                assert relative(torch.cat(parts, 1), model.model(ids[:, :60]).last_hidden_state) < 1e-5
 
 
 def test_full_to_shared_and_back(fast, ids):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from indexcache import records
-from indexcache.records import open_run, read_json, write_json
+from indexcache.records import finished_journal, open_run, read_journal, read_json, write_json
 
 ENTRIES = [{"pattern": "FFF", "loss": 1.25}, {"pattern": "FSF", "loss": 0.1}, {"pattern": "F\u00e9\r\nS", "deep": {"a": [1, None, True]}}]
 SETTINGS = {"keep": 0.25, "stages": 1, "names": ["a", "b"]}
@@ -47,6 +47,47 @@ def test_journal_comes_back(tmp_path):
         assert [json.loads(line) for line in on_disk] == ENTRIES  # before the run is closed
     with open_run(tmp_path / "a" / "run", SETTINGS) as run:
         assert run.journal == ENTRIES
+
+
+def test_a_journal_is_read_while_it_is_written(tmp_path):
+    lines = [json.dumps(e).encode() + b"\n" for e in ENTRIES]
+    path = journal_of(tmp_path, b"".join(lines)[:-5])
+    assert read_journal(tmp_path) == ENTRIES[:-1]
+    assert path.read_bytes() == b"".join(lines)[:-5]  # left as it is for its writer
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        finished_journal(tmp_path)  # what is finished has no half lines
+    one_line(error, "changed by hand")
+    path.unlink()
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_journal(tmp_path)
+    one_line(error, "journal.jsonl", "cannot be read")
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from indexcache.records import claim
+while not Path(sys.argv[2]).exists():
+    pass
+try:
+    claim(Path(sys.argv[1]), {"a": int(sys.argv[3])})
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_processes_that_claim_a_folder_together(tmp_path):
+    """The settings of one are kept; those who have the same go on, the others are told the difference."""
+    for turn in range(3):
+        folder, go = tmp_path / f"{turn}", tmp_path / f"go{turn}"
+        command = [sys.executable, "-c", CLAIM, str(folder), str(go)]
+        started = [subprocess.Popen([*command, a], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for a in "112"]
+        go.touch()
+        said = [p.communicate(timeout=60)[0] for p in started]
+        kept = read_json(folder / "settings.json")["a"]
+        assert [bool(x) for x in said] == [a != str(kept) for a in "112"], said
+        assert all("begun with other settings (a was" in x for x in said if x)
 
 
 def test_cut_at_every_byte_of_the_last_line(tmp_path):

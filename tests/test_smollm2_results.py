@@ -58,7 +58,8 @@ def test_what_came_out_is_in_the_file():
     assert above["full"] < 1
     said(
         f"lose {above['full']:.2f} % to dense attention, an oracle in each layer {above['oracle']:.2f} %; the selections keep "
-        f"{100 * sum(mass) / len(mass):.0f} % of the attention",
+        f"{100 * sum(mass) / len(mass):.0f} % of the attention (seed {RESULT['mass_kept']['seed']}, five documents; layer 0 "
+        f"{100 * mass[0]:.0f} %, every other layer at least {100 * min(mass[1:]):.0f} %)",
     )
     four = closed["multi", 4]
     at_4, low, high, at_8, at_2 = (f"{100 * x:.0f}" for x in (
@@ -77,20 +78,30 @@ def test_what_came_out_is_in_the_file():
         f"400 steps of the sparse stage behind it {d['multi, sparse', 4]}",
         f"from the search's first step) {d['multi, weighted', 4]},",
         f"and loses {d['multi, offset2', 4]} with L_multi, {d['own, offset2', 4]} with each layer alone",
-        f"an oracle under the same pattern loses {d['oracle', 4]}",
     )
     share = {w: f"{100 * r['retrieval']:.0f} %" for w, r in ROWS.items()}
     said(
         f"At 1/4 uniform with L_multi finds {share['multi', 4]} of the answers, untouched {share['untouched', 4]}, searched "
         f"{share['searched', 4]}, full {share['full', 1]}.",
-        f"{share['searched+R4', 8]} and {share['searched+R8', 8]} of the answers",
+        f"with L_multi, {d['own, offset2', 4]} with each layer alone; it finds {share['multi, offset2', 4]} of the answers",
+        f"of each group loses {d['oracle', 4]} under the same pattern and finds {share['oracle', 4]} of the answers",
     )
+    one, *others = (RESULT["patterns"][f"searched 1/8, seed {s}"] for s in range(3))
+    assert [i for i, c in enumerate(one) if c == "F"] == [0, 3, 7, 17]
+    assert all([i for i, c in enumerate(p) if c == "F"] == [0, 3, 12, 17] for p in others)
+    a, b, c = (f"{100 * ROWS['searched', 8]['retrieval_of_seeds'][s]:.0f} %" for s in "012")
+    said(f"finds {a} of the answers, the two others keep 12 and find {b} and {c}")
+    for way, form in (("searched+R4", "Recall at 1/8 is {}, {} and {} seed by seed at pool 4 k"), ("searched+R8", "{}, {} and {} at 8 k")):
+        said(form.format(*(f"{100 * x:.0f} %" for x in ROWS[way, 8]["retrieval_of_seeds"].values())))
+    novels = {p["kept"]: p for p in RESULT["pairs"] if (p["method"], p["against"], p["domain"]) == ("searched", "multi", "novels")}
+    assert novels[4]["ci_low"] > 0 and novels[8]["ci_low"] > 0
+    said(f"on novels L_multi is ahead, by {novels[4]['delta_loss']:.3f} at 1/4 and {novels[8]['delta_loss']:.3f} at 1/8")
     assert all(abs(ROWS[f"searched+R{pool}", 4]["delta_loss"]) < 5e-4 for pool in (4, 8))
     seeds = {w: list(r["of_seeds"].values()) for w, r in ROWS.items() if r["seeds"] == 3}
     spread = {w: max(x) - min(x) for w, x in seeds.items()}
     assert max(spread["multi", k] for k in (2, 4, 8)) < 0.0012
     assert max(spread[w, k] for w in ("untouched", "own") for k in (2, 4, 8)) < 0.005
-    said("at 1/8 " + ", ".join(f"{x:.3f}" for x in seeds["searched", 8][:2]) + f" and {seeds['searched', 8][2]:.3f}")
+    said("with the lower loss (" + ", ".join(f"{x:.3f}" for x in seeds["searched", 8][:2]) + f" and {seeds['searched', 8][2]:.3f})")
 
 
 def test_where_it_is_lost_is_in_the_file():
@@ -99,30 +110,32 @@ def test_where_it_is_lost_is_in_the_file():
     said(f"layers 16 to 19 alone lose {worst:.3f} and 4 to 7 another {next_:.3f}; the six others {sum(lost.values()):.3f} together.")
     assert len(lost) == 6
     for costs in RESULT["sharing_costs"].values():
-        best = sorted(range(1, 30), key=lambda i: -costs[i])
-        assert {7, 12, 20} < set(best[:4]) and 17 in best[:5]
+        assert set(sorted(range(1, 30), key=lambda i: -costs[i])[:4]) == {7, 12, 17, 20}
     patterns = [p for name, p in RESULT["patterns"].items() if "1/4" in name]
     assert len(patterns) == 3 and all(p[i] == "F" for p in patterns for i in (7, 12, 17, 20))
     found, searched = ROWS["multi, found", 4], ROWS["searched", 4]
     said(
-        f"takes its loss from {searched['of_seeds']['0']:.3f} to {found['delta_loss']:.3f} (seed 0), but its recall from "
+        f"takes its loss from {searched['of_seeds']['0']:.3f} to {found['delta_loss']:.3f} (seed 0) and its answers from "
         f"{100 * searched['retrieval_of_seeds']['0']:.0f} % to {100 * found['retrieval']:.0f} %"
     )
     overlap = torch.tensor(RESULT["overlap"]["overlap"])
     adjacent = overlap.diagonal(1)
-    said(f"share {adjacent.min() - 0.005:.2f} to {adjacent.max():.2f} of their selections (mean {adjacent.mean():.2f})")
+    said(f"share {adjacent.min():.2f} to {adjacent.max():.2f} of their selections (mean {adjacent.mean():.2f};")
 
 
 def test_the_readme_table_is_the_measured_one():
     for name, way in (
-        ("uniform, untouched", "untouched"),
+        ("uniform, each layer trained alone", "own"),
         ("uniform, trained with L_multi", "multi"),
-        ("searched, untrained", "searched"),
+        ("searched, not trained for sharing", "searched"),
         ("searched, R elsewhere (pool 8 k)", "searched+R8"),
     ):
-        cells = [f"{ROWS[way, k]['delta_loss']:+.3f}" for k in (2, 4, 8)]
-        assert f"| {name} | {' | '.join(cells)} | {100 * ROWS[way, 4]['retrieval']:.0f} % |" in README
-    assert f"(all layers full: {100 * ROWS['full', 1]['retrieval']:.0f} %)" in README
+        cells = [f"{ROWS[way, k]['delta_loss']:+.3f}".replace("-0.000", "0.000") for k in (2, 4, 8)]
+        cells += [f"{100 * ROWS[way, k]['retrieval']:.0f} %" for k in (4, 8)]
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    assert f"All layers full find {100 * ROWS['full', 1]['retrieval']:.0f} %." in README
+    a, b, c = (f"{100 * ROWS['searched', 8]['retrieval_of_seeds'][s]:.0f}" for s in "012")
+    assert f"({a}, {b} and {c} %)" in README
 
 
 def test_the_shipped_indexers_are_whole():

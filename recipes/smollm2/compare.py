@@ -106,16 +106,17 @@ def closed_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`PAIRS`, each way less the other over the seeds that have both, all domains together."""
+    """`PAIRS`, each way less the other over the seeds that have both; all domains together and each alone."""
     losses = by_way(lines)
     found = []
     for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in ALL):
         both = [(losses[m, k, s], losses[other, k, s]) for m, k, s in losses if (m, k) == (method, kept) and (other, k, s) in losses]
-        if both:
-            names = list(both[0][0])
-            per_seed = [{n: a[n][2] - b[n][2] for n in names} for a, b in both]
-            row = paired(per_seed, names, [both[0][0][n][3] for n in names])
-            found.append({"kept": kept, "method": method, "against": other, **row})
+        per_seed = [{n: a[n][2] - b[n][2] for n in a} for a, b in both]
+        documents = both[0][0] if both else {}
+        for domain in ["all", *sorted({d[0] for d in documents.values()})] if both else ():
+            names = [n for n, d in documents.items() if domain in ("all", d[0])]
+            row = paired(per_seed, names, [documents[n][3] for n in names])
+            found.append({"kept": kept, "method": method, "against": other, "domain": domain, **row})
     return found
 
 

@@ -1,4 +1,4 @@
-"""The paper's comparison on SmolLM2-DSA: kept 1/2, 1/4, 1/8 of the indexers by five ways, several seeds, held-out text.
+"""The paper's comparison on SmolLM2-DSA: kept 1/2, 1/4, 1/8 of the indexers by six ways, several seeds, held-out text.
 
     python recipes/smollm2/experiment.py CHECKPOINT --data work/smollm2/data --out work/smollm2/experiment [--stage train search ..]
 
@@ -23,7 +23,8 @@
                than the others and than full: start against full is what those steps give
 
 Every finished piece is kept in --out; the same command goes on, with more seeds too. Other settings need another --out. Several processes
-may work in one --out, each on stages of a seed that no other works on; one of them starts first.
+may work in one --out, each on its GPU (--device cuda:1): a training, a search, the evaluations of a seed are each one process's, and
+another that comes to the same piece meanwhile is refused.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -66,15 +67,15 @@ from indexcache.search.run import SearchSettings, search_pattern
 from indexcache.search.select import choose
 
 STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")
-ASKED = ("vary", "groups")  # for no less than their names
+ASKED = ("vary", "groups")  # done only where they are named
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
 LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
 SPARSE_LR = 5e-4
-FEWER = {"steps": 0.2, "kept": (4, 1)}
 VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
-    "short": FEWER, "offset2": {"pattern": "uniform:1/4:2"}, "found": {"pattern": "searched"}, "sparse": {"stage": "sparse"},
-    "fast": {"lr": 3.0}, "weighted": {"weights": True}, "slow": {"lr": 1 / 3}, "long": FEWER | {"steps": 4},
+    "short": {"steps": 0.2, "kept": (4, 1)}, "offset2": {"pattern": "uniform:1/4:2"}, "found": {"pattern": "searched"},
+    "sparse": {"stage": "sparse"},
+    "fast": {"lr": 3.0}, "weighted": {"weights": True}, "slow": {"lr": 1 / 3}, "long": {"steps": 4, "kept": (4, 1)},
 }  # fmt: skip
 SAVE = 100  # steps between states
 BITS = {f"{way}, {bits} bits": bits for way in ("full", "multi") for bits in (8, 4)}
@@ -275,7 +276,7 @@ class Experiment:
     @torch.no_grad()
     def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern, method: str) -> dict[str, Any]:
         """Loss of each document, a sum over its tokens, and the tasks' scores."""
-        sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+        documents: list[list[Any]] = []  # named by their place among the held-out ones, whose text is part of the settings
 
         def oracle(ids: torch.Tensor) -> torch.Tensor:
             return torch.cat([oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
@@ -284,10 +285,8 @@ class Experiment:
         with self.under(pattern, method):
             for b in batches:
                 losses = token_losses(self.model, states(b.ids), b.ids).double()
-                for name, each in zip(b.units, losses, strict=True):
-                    sums[b.domain, name][0] += float(each.sum())
-                    sums[b.domain, name][1] += each.numel()
-            return {"documents": [[*key, *s] for key, s in sums.items()], "tasks": score(tasks, logits_of(self.model, states))}
+                documents += [[b.domain, f"{len(documents) + i}", float(each.sum()), each.numel()] for i, each in enumerate(losses)]
+            return {"documents": documents, "tasks": score(tasks, logits_of(self.model, states))}
 
     @contextmanager
     def under(self, pattern: Pattern, method: str) -> Iterator[None]:
@@ -308,11 +307,11 @@ class Experiment:
     def table(self) -> None:
         lines = self.lines("evaluated")
         fulls = [r for r in lines if r["method"] == "full"]
-        if not (self.out / "reference").is_dir() or not fulls:
-            raise ValueError(
-                f"{self.out} has no evaluation of all indexers and the dense model: run the stages reference and evaluate first."
-            )
-        lines, first = read_journal(self.out / "reference") + lines, fulls[0]["seed"]
+        references = self.lines("reference", "")
+        if not fulls or not {("dense", 1), ("oracle", 1)} <= {(r["method"], r["kept"]) for r in references}:
+            raise ValueError(f"{self.out} lacks evaluations of all indexers, the dense model or the oracle: run the stages reference and "
+                             "evaluate first.")  # fmt: skip
+        lines, first = references + lines, fulls[0]["seed"]
         mass = {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r}
         result = {
             "device": torch.cuda.get_device_name() if self.o.device.startswith("cuda") else self.o.device,
@@ -334,9 +333,10 @@ class Experiment:
                 tasks = f"tasks {r['retrieval']:.3f}, their answers' loss {r['retrieval_loss']:.3f}"
                 print(f"{r['method']:17s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}")
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """Of all seeds, in their order, what is in the journals of these runs."""
-        folders = sorted(self.out.glob(f"seed*/{name}"), key=lambda f: int(f.parent.name.removeprefix("seed")))
+    def lines(self, name: str, seeds: str = "seed*/") -> list[dict[str, Any]]:
+        """What is in the journals of these runs, the seeds in their order."""
+        found = [path.parent for path in self.out.glob(f"{seeds}{name}/journal.jsonl")]
+        folders = sorted(found, key=lambda f: int(f.parent.name.removeprefix("seed")) if seeds else 0)
         return [line for folder in folders for line in read_journal(folder)]
 
 
@@ -362,7 +362,8 @@ def tasks_for(o: argparse.Namespace) -> list[dict[str, Any]]:
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     """What all pieces of an --out share."""
     names = ("length", "steps", "more", "rows", "lr", "calibration", "documents", "tasks", "dtype")
-    return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint)}
+    text = {name: hashlib.sha256((o.data / name).read_bytes()).hexdigest() for name in ("heldout.jsonl", "tasks.jsonl")}
+    return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint), **text}
 
 
 def main() -> None:

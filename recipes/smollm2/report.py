@@ -50,17 +50,20 @@ def report(result: dict[str, Any]) -> str:
         f"Loss above that of all indexers, {len(domains)} domains together:",
         table(["", *fractions], ([w, *(cell(rows.get((w, k, "all"))) for k in KEPT)] for w in ways)),
     ]
-    of_pairs = {(p["method"], p["against"], p["kept"]): p for p in result["pairs"]}
-    names = list(dict.fromkeys((a, b) for a, b, _ in of_pairs))
-    parts += [
-        "One way less another, document by document:",
-        table(["", "all", *fractions], ([f"{a} - {b}", *(cell(of_pairs.get((a, b, k))) for k in (1, *KEPT))] for a, b in names)),
-    ]
+    of_pairs = {(p["method"], p["against"], p["kept"], p["domain"]): p for p in result["pairs"]}
+    names = list(dict.fromkeys((a, b, p["seeds"]) for (a, b, *_), p in of_pairs.items()))
+    every = ([f"{a} - {b}", str(n), *(cell(of_pairs.get((a, b, k, "all"))) for k in (1, *KEPT))] for a, b, n in names)
+    parts += ["One way less another, document by document:", table(["", "seeds", "all", *fractions], every)]
+    two = ("searched", "multi")
+    cells = ([f"1/{k}", *(cell(of_pairs.get((*two, k, d))) for d in domains)] for k in KEPT)
+    parts += [f"{two[0]} - {two[1]} by domain:", table(["", *domains], cells)]
     of_closed = {(c["method"], c["kept"]): c for c in result["closed"]}
     names = list(dict.fromkeys(m for m, _ in of_closed))
     parts += [
         "Share of what untouched indexers lose (those of the same pattern) that training closes:",
-        table(["", *fractions], ([m, *(share(of_closed.get((m, k))) for k in KEPT)] for m in names)),
+        table(
+            ["", "seeds", *fractions], ([m, str(of_closed[m, 4]["seeds"]), *(share(of_closed.get((m, k))) for k in KEPT)] for m in names)
+        ),
     ]
     for k in KEPT:
         parts += [f"At 1/{k}, by domain:", table(["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways))]
@@ -70,7 +73,10 @@ def report(result: dict[str, Any]) -> str:
         found = [(m, k, rows[m, k, "all"]) for k, m in others]
         parts += [
             "Other ways:",
-            table(["", "kept", "above all indexers", "seeds"], ([m, f"1/{k}", cell(r), str(r["seeds"])] for m, k, r in found)),
+            table(
+                ["", "kept", "seeds", "above all indexers", "answers found"],
+                ([m, f"1/{k}", str(r["seeds"]), cell(r), f"{r['retrieval']:.3f}"] for m, k, r in found),
+            ),
         ]
     if result["groups"]:
         groups = {(g["method"], *g["layers"]): g for g in result["groups"]}
@@ -82,7 +88,13 @@ def report(result: dict[str, Any]) -> str:
         ]
     each = {w: [rows.get((w, k, "all"), {}).get("of_seeds", {}) for k in KEPT] for w in ways if w != "oracle"}
     seed_by_seed = ([w, *(", ".join(f"{n}: {x:+.4f}" for n, x in found.items()) for found in of_seeds)] for w, of_seeds in each.items())
-    parts += ["Seed by seed:", table(["", *fractions], seed_by_seed)]
+    answers = {w: [rows.get((w, k, "all"), {}).get("retrieval_of_seeds", {}) for k in KEPT] for w in each}
+    parts += [
+        "Seed by seed, loss above all indexers:",
+        table(["", *fractions], seed_by_seed),
+        "Seed by seed, answers found:",
+        table(["", *fractions], ([w, *(", ".join(f"{n}: {x:.3f}" for n, x in a.items()) for a in found)] for w, found in answers.items())),
+    ]
     tasks = {(t["method"], t["kept"], t["task"], t["length"]): t for t in result["tasks"]}
     kinds = sorted({key[2:] for key in tasks})
     grid = [("dense", 1), ("oracle", 1), ("full", 1), *((w, k) for k in KEPT for w in ways if (w, k, *kinds[0]) in tasks)]
