@@ -124,6 +124,18 @@ def test_where_it_is_lost_is_in_the_file():
     said(f"share {adjacent.min():.2f} to {adjacent.max():.2f} of their selections (mean {adjacent.mean():.2f};")
 
 
+def test_what_an_indexer_one_layer_early_misses():
+    rows = read_json(ROOT / "benchmarks" / "results" / "smollm2_reasons_cpu.json")["rows"]
+    d = {(r["way"], len(r["served"])): f"{r['delta_loss']:.3f}" for r in rows}
+    own16, own17, itself = "layer 16's own", "layer 17's own", "layer 17's own, for itself"
+    said(
+        f"Layer 16's as it is loses {d[own16, 3]}, after 240 steps of L_multi {d['16, L_multi', 3]}; with 27 heads in the place of "
+        f"nine {d['16, 27 heads, L_multi', 3]}; layer 17's as it is {d[own17, 3]}, with L_multi {d['17, L_multi', 3]}.",
+        f"{d[own16, 1]} as it is, {d['16, L_multi', 1]} with L_multi, {d['16, layer 17 alone', 1]} when that one layer is all it "
+        f"learns, {d[itself, 1]} with layer 17's own",
+    )
+
+
 def test_the_readme_table_is_the_measured_one():
     for name, way in (
         ("uniform, each layer trained alone", "own"),
