@@ -221,8 +221,8 @@ class Experiment:
             yield "searched", kept, "full", found
             for pool in POOLS:
                 yield f"searched+R{pool}", kept, "full", Pattern(str(found).replace("S", "R") + f"@{pool}")
-        for method, bits in BITS.items() if seed == 0 else ():
-            yield method, *((1, "full", self.full) if method == f"full, {bits} bits" else (4, "multi-4", self.uniform(4)))
+        for method in BITS if seed == 0 else ():
+            yield method, *((1, "full", self.full) if method.startswith("full") else (4, "multi-4", self.uniform(4)))
         for kept, name in ((kept, name) for name in VARIED for kept in (4, 1)):
             if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
                 pattern = self.varied_pattern(seed, kept, name)
