@@ -38,7 +38,8 @@ COUNTED |= {"LDS", "STS", "LDL", "STL", "SHFL", "VOTE", "BAR"}
 @contextmanager
 def caught() -> Iterator[dict[str, Any]]:
     """Within, a launch compiles for sm_90 and runs nothing. Yields name and constants -> compiled kernel, in order of launch."""
-    from indexcache.ops import launch_select, settings
+    from indexcache.ops import tuning as settings
+    from indexcache.ops.index import topk_host as launch_select
 
     found: dict[str, Any] = {}
     run = JITFunction.run
@@ -48,7 +49,11 @@ def caught() -> Iterator[dict[str, Any]]:
         shown = " ".join(f"{k}={v}" for k, v in options.items() if k.isupper() and v is not False)
         found.setdefault(f"{self.__name__} {shown}", kernel)
 
-    driver, gluon, limited = triton.runtime.driver._active, settings.gluon_runs, launch_select._limited
+    driver, gluon, limited = (
+        triton.runtime.driver._active,
+        settings.gluon_runs,
+        launch_select._limited,
+    )
     fake = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -68,8 +73,15 @@ def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        sass = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(kernel.asm["ptx"].encode())
         file.flush()
@@ -78,7 +90,10 @@ def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:
     if sass_file:
         sass_file.write_text(sass)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    count = collections.Counter(m.group(1) for m in re.finditer(r"^\s+/\*\w+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", sass, re.MULTILINE))
+    count = collections.Counter(
+        m.group(1)
+        for m in re.finditer(r"^\s+/\*\w+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", sass, re.MULTILINE)
+    )
     return {
         "regs": int(used["REG"]),
         "stack": int(used["STACK"]),
@@ -91,16 +106,29 @@ def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:
     }
 
 
-def index(heads: int = 32, queries: int = 512, keys: int = 200_000, kind: torch.dtype = torch.float8_e4m3fn) -> tuple:
+def index(
+    heads: int = 32,
+    queries: int = 512,
+    keys: int = 200_000,
+    kind: torch.dtype = torch.float8_e4m3fn,
+) -> tuple:
     q, k = torch.zeros(1, queries, heads, 128, dtype=kind), torch.zeros(1, keys, 128, dtype=kind)
-    return q, k, torch.zeros(1, queries, heads), torch.zeros(1, keys) if kind == torch.float8_e4m3fn else None
+    return (
+        q,
+        k,
+        torch.zeros(1, queries, heads),
+        torch.zeros(1, keys) if kind == torch.float8_e4m3fn else None,
+    )
 
 
 def attention(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> tuple:
     from indexcache import ops
 
     latent = torch.zeros(1, 4096, dims, dtype=torch.bfloat16)
-    q, ids = torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16), torch.zeros(1, queries, 2048, dtype=torch.int32)
+    q, ids = (
+        torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16),
+        torch.zeros(1, queries, 2048, dtype=torch.int32),
+    )
     return q, ops.quantize_latent(latent) if fp8 else latent, ids
 
 
@@ -109,20 +137,40 @@ def calls() -> dict[str, Callable[[], Any]]:
     from indexcache.ops import launch
 
     def topk(inputs: tuple, **options: Any) -> Callable[[], Any]:
-        return lambda: launch.index_topk(*inputs, 2048, 199_000, options.get("candidates"), pool=options.get("pool", 0), plan=None)
+        return lambda: launch.index_topk(
+            *inputs,
+            2048,
+            199_000,
+            options.get("candidates"),
+            pool=options.get("pool", 0),
+            plan=None,
+        )
 
     def mla(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> Callable[[], Any]:
         x = attention(heads, queries, fp8, dims)
-        return lambda: launch.sparse_mla(*x, 0.06, value_dim=512 if dims == 576 else 256, plan=None, deterministic=False)
+        return lambda: launch.sparse_mla(
+            *x, 0.06, value_dim=512 if dims == 576 else 256, plan=None, deterministic=False
+        )
 
     def backward(deterministic: bool, kind: torch.dtype = torch.bfloat16) -> Any:
         q, latent, ids = (x.to(kind) if x.is_floating_point() else x for x in attention(20, 264))
         q.requires_grad_(), latent.requires_grad_()
-        out, _ = launch.sparse_mla(q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic)
+        out, _ = launch.sparse_mla(
+            q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic
+        )
         out.sum().backward()
 
-    def warm_up(index: tuple[int, int], heads: int, dims: int, length: int = 4096, kind: torch.dtype = torch.bfloat16) -> None:
-        q, k, w = (torch.zeros(*s, dtype=kind) for s in ((length, *index), (length, index[1]), (length, index[0])))
+    def warm_up(
+        index: tuple[int, int],
+        heads: int,
+        dims: int,
+        length: int = 4096,
+        kind: torch.dtype = torch.bfloat16,
+    ) -> None:
+        q, k, w = (
+            torch.zeros(*s, dtype=kind)
+            for s in ((length, *index), (length, index[1]), (length, index[0]))
+        )
         x = torch.zeros(length, heads, dims, dtype=kind)
         grads = [torch.zeros(t.shape) for t in (q, k, w)]
         launch.warm_up(q, k, w, [(x, lambda: x, 0.1, None)] * 2, [0.5, 0.5], True, grads, 1 << 30)
@@ -151,7 +199,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),
-        "quantize": lambda: launch.quantize(torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16), True, angle, angle, True),
+        "quantize": lambda: launch.quantize(
+            torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16), True, angle, angle, True
+        ),
         "distill warm-up": lambda: warm_up((9, 256), 9, 256),
         "distill warm-up fp32": lambda: warm_up((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),
@@ -182,12 +232,15 @@ def main() -> int:
             if name in seen:
                 continue
             seen.add(name)
-            r = resources(kernel, arguments.sass / f"{len(seen):02}.{name.split()[0]}.sass" if arguments.sass else None)
+            r = resources(
+                kernel,
+                arguments.sass / f"{len(seen):02}.{name.split()[0]}.sass"
+                if arguments.sass
+                else None,
+            )
             failed += bool(r["warnings"]) or r["smem"] > SHARED
             mix = " ".join(f"{k}={v}" for k, v in r["mix"].items())
-            sizes = (
-                f"{r['warps']:2} warps {r['regs']:3} registers {r['stack']:4} stack {r['smem']:6} shared {r['instructions']:5} instructions"
-            )
+            sizes = f"{r['warps']:2} warps {r['regs']:3} registers {r['stack']:4} stack {r['smem']:6} shared {r['instructions']:5} instructions"
             print(f"{name}\n    {sizes}  {' '.join([*r['warnings'], mix])}", flush=True)
     print(f"{len(seen)} kernels, {failed} failed")
     return int(failed > 0)

@@ -27,7 +27,15 @@ from indexcache import accelerate, load_model  # noqa: E402
 from indexcache.inputs import Text, make_inputs, shipped_text  # noqa: E402
 from indexcache.models.lm import hidden_states, token_losses  # noqa: E402
 
-CASES = [(1024, "stock"), (1024, "fast"), (2048, "stock"), (2048, "fast"), (4096, "stock"), (4096, "fast"), (16384, "fast")]
+CASES = [
+    (1024, "stock"),
+    (1024, "fast"),
+    (2048, "stock"),
+    (2048, "fast"),
+    (4096, "stock"),
+    (4096, "fast"),
+    (16384, "fast"),
+]
 
 
 def one(length: int, path: str) -> None:
@@ -41,17 +49,29 @@ def one(length: int, path: str) -> None:
         began = time.time()
         assert hidden_states(model, ids).isfinite().all()
     seconds, after = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": round(seconds, 2), "added_mb": round((after - before) / 1024), "peak_mb": round(after / 1024)}))
+    print(
+        json.dumps(
+            {
+                "seconds": round(seconds, 2),
+                "added_mb": round((after - before) / 1024),
+                "peak_mb": round(after / 1024),
+            }
+        )
+    )
 
 
 def check() -> float:
     """The largest difference of a mean loss between the paths on held-out text; raises when it is not rounding."""
     loaded = load_model("tiny")
     worst = 0.0
-    for batch in make_inputs(loaded, Text(source=shipped_text("heldout"), length=1024, sequences=3)):
+    for batch in make_inputs(
+        loaded, Text(source=shipped_text("heldout"), length=1024, sequences=3)
+    ):
         stock = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
         with accelerate(loaded.model):
-            fast = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
+            fast = token_losses(
+                loaded.model, hidden_states(loaded.model, batch.ids), batch.ids
+            ).mean()
         worst = max(worst, abs(float(stock - fast)))
     if worst > 1e-4:
         raise SystemExit(f"the paths differ by {worst} nats: nothing is timed")
@@ -60,8 +80,15 @@ def check() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tiny_cpu.json")
-    parser.add_argument("--one", nargs=2, metavar=("LENGTH", "PATH"), help="one measurement, for this script's own use")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "tiny_cpu.json"
+    )
+    parser.add_argument(
+        "--one",
+        nargs=2,
+        metavar=("LENGTH", "PATH"),
+        help="one measurement, for this script's own use",
+    )
     o = parser.parse_args()
     if o.one:
         one(int(o.one[0]), o.one[1])
@@ -69,7 +96,12 @@ def main() -> None:
     difference, rows = check(), []
     print(f"paths differ by {difference:.1e} nats at most")
     for length, path in CASES:
-        done = subprocess.run([sys.executable, __file__, "--one", str(length), path], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(length), path],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         heads = 16
         row = {
             "context": length,
@@ -79,8 +111,13 @@ def main() -> None:
         }
         rows.append(row)
         print(row, flush=True)
-    result = {"device": f"cpu, {torch.get_num_threads()} threads", "date": str(datetime.date.today()), "torch": torch.__version__,
-              "largest_loss_difference": difference, "rows": rows}  # fmt: skip
+    result = {
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "largest_loss_difference": difference,
+        "rows": rows,
+    }
     o.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,15 @@ def start(p_out, ALL: gl.constexpr):
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=3 if ALL else 2)
     fence_async_shared()
-    gl.warp_specialize([(_wait, (p_out, ready)), (_write, (p_out, ready, 0, ALL)), (_write, (p_out, ready, 1, ALL))], [4, 4], [224, 224])
+    gl.warp_specialize(
+        [
+            (_wait, (p_out, ready)),
+            (_write, (p_out, ready, 0, ALL)),
+            (_write, (p_out, ready, 1, ALL)),
+        ],
+        [4, 4],
+        [224, 224],
+    )
 
 
 def run(every: bool = False, programs: int = 2000) -> bool:

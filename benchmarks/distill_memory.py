@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache import Pattern, load_model  # noqa: E402
-from indexcache.distill.attention import Lesson, run_decoder, teaching  # noqa: E402
+from indexcache.distill.forward import Lesson, run_decoder, teaching  # noqa: E402
+from indexcache.distill.indexers import make_students  # noqa: E402
 from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distill.rows import Row  # noqa: E402
-from indexcache.distill.student import make_students  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # as tiny
@@ -35,13 +35,25 @@ HELD_UP_TO = 2048
 
 def inputs(length: int, device: str):
     g = torch.Generator().manual_seed(0)
-    q, k, w = (torch.randn(s, generator=g) for s in ((length, INDEX_HEADS, INDEX_DIM), (length, INDEX_DIM), (length, INDEX_HEADS)))
+    q, k, w = (
+        torch.randn(s, generator=g)
+        for s in ((length, INDEX_HEADS, INDEX_DIM), (length, INDEX_DIM), (length, INDEX_HEADS))
+    )
     teachers = [
-        Teacher(torch.randn(length, HEADS, WIDTH, generator=g).to(device), torch.randn(length, WIDTH, generator=g).to(device), None, 0.1)
+        Teacher(
+            torch.randn(length, HEADS, WIDTH, generator=g).to(device),
+            torch.randn(length, WIDTH, generator=g).to(device),
+            None,
+            0.1,
+        )
         for _ in range(LAYERS)
     ]
     positions = torch.arange(length)[:, None]
-    ids = torch.where(positions < K, torch.arange(K), (torch.rand(length, K, generator=g) * (positions // K)).long() * K + torch.arange(K))
+    ids = torch.where(
+        positions < K,
+        torch.arange(K),
+        (torch.rand(length, K, generator=g) * (positions // K)).long() * K + torch.arange(K),
+    )
     ids = torch.where(ids <= positions, ids, -1).int().to(device)
     return [x.to(device).requires_grad_() for x in (q, k, w * 0.05)], teachers, ids
 
@@ -53,7 +65,12 @@ def held(q, k, w, teachers):
     log_q = scores.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0)
     total = 0
     for t in teachers:
-        p = (torch.einsum("shd,td->hst", t.q_SHn, t.latent_TE) * t.scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+        p = (
+            (torch.einsum("shd,td->hst", t.q_SHn, t.latent_TE) * t.scale)
+            .masked_fill(hidden, -torch.inf)
+            .softmax(-1)
+            .mean(0)
+        )
         total = total + (torch.xlogy(p, p) - p * log_q).sum() / len(teachers)
     return total
 
@@ -63,7 +80,9 @@ def start(device: str) -> float:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident memory starts anew
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # Linux: the peak of the resident memory starts anew
     return status("VmRSS")
 
 
@@ -82,7 +101,9 @@ def one(what: str, length: int, device: str) -> None:
         model.config.max_position_embeddings = max(length, 4096)
         students = make_students(model, Pattern("FSSSFSSSFSSS"), torch.float32)
         lesson = Lesson(model, Pattern("FSSSFSSSFSSS"), students, sparse=False)
-        row = Row.whole(torch.randint(1, 4096, (length,), generator=torch.Generator().manual_seed(0)).numpy())
+        row = Row.whole(
+            torch.randint(1, 4096, (length,), generator=torch.Generator().manual_seed(0)).numpy()
+        )
     else:
         arguments, teachers, ids = inputs(length, device)
     before, began = start(device), time.perf_counter()
@@ -95,13 +116,23 @@ def one(what: str, length: int, device: str) -> None:
         distill_loss(*arguments, teachers, ids_SK=ids if what == "sparse" else None).backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "added_mb": round(peak(device) - before, 1)}))
+    print(
+        json.dumps(
+            {
+                "seconds": round(time.perf_counter() - began, 2),
+                "added_mb": round(peak(device) - before, 1),
+            }
+        )
+    )
 
 
 def check(device: str) -> float:
     """The largest relative difference of a gradient from autograd over whole matrices."""
     arguments, teachers, _ = inputs(512, device)
-    pairs = (torch.autograd.grad(loss, arguments) for loss in (distill_loss(*arguments, teachers), held(*arguments, teachers)))
+    pairs = (
+        torch.autograd.grad(loss, arguments)
+        for loss in (distill_loss(*arguments, teachers), held(*arguments, teachers))
+    )
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*pairs, strict=True))
     if worst > 1e-4:
         raise SystemExit(f"the gradients differ by {worst}: nothing is measured")
@@ -111,8 +142,15 @@ def check(device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "distill_memory.json")
-    parser.add_argument("--one", nargs=2, metavar=("WHAT", "LENGTH"), help="one measurement, for this script's own use")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "distill_memory.json"
+    )
+    parser.add_argument(
+        "--one",
+        nargs=2,
+        metavar=("WHAT", "LENGTH"),
+        help="one measurement, for this script's own use",
+    )
     o = parser.parse_args()
     if o.one:
         one(o.one[0], int(o.one[1]), o.device)
@@ -125,9 +163,15 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, "--device", o.device, "--one", what, str(length)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append({"what": what, "tokens": length, **json.loads(done.stdout.splitlines()[-1])})
+            rows.append(
+                {"what": what, "tokens": length, **json.loads(done.stdout.splitlines()[-1])}
+            )
             print(rows[-1], flush=True)
-    name = torch.cuda.get_device_name() if o.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if o.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     result = {
         "device": name,
         "date": str(datetime.date.today()),

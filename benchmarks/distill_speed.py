@@ -24,23 +24,43 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from indexcache.analysis.floors import DEVICES  # noqa: E402
+from indexcache.bench.floors import DEVICES  # noqa: E402
 from indexcache.distill import DistillSettings, distill_pattern  # noqa: E402
 from indexcache.distill import loss as loss_module  # noqa: E402
 from indexcache.distill.flops import flops_per_token  # noqa: E402
 from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distill.rows import Row  # noqa: E402
 from indexcache.models.shapes import Shape, random_model  # noqa: E402
-from indexcache.search.select import choose  # noqa: E402
+from indexcache.spec import choose  # noqa: E402
 
 SHAPE: dict[str, Any] = {
-    "model_type": "glm_moe_dsa", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 9, "q_lora_rank": 576, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 192, "v_head_dim": 64, "first_k_dense_replace": 30, "moe_intermediate_size": 16, "n_routed_experts": 2,
-    "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "index_topk": 256, "index_n_heads": 9,
-    "index_head_dim": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 9,
+    "q_lora_rank": 576,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 192,
+    "v_head_dim": 64,
+    "first_k_dense_replace": 30,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 2,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_topk": 256,
+    "index_n_heads": 9,
+    "index_head_dim": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-}  # fmt: skip
+}
 
 
 def check(length: int = 2048) -> float:
@@ -50,11 +70,18 @@ def check(length: int = 2048) -> float:
     def some(*shape: int, by: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, device="cuda") * by).bfloat16()
 
-    teachers = [Teacher(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625) for _ in range(2)]
+    teachers = [
+        Teacher(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625)
+        for _ in range(2)
+    ]
     found = []
     for way in ("torch", "triton"):
         loss_module.BACKEND = way
-        leaves = [some(length, 9, 256), some(length, 256, by=0.1), some(length, 9, by=0.1).float()] if not found else found[0][2]
+        leaves = (
+            [some(length, 9, 256), some(length, 256, by=0.1), some(length, 9, by=0.1).float()]
+            if not found
+            else found[0][2]
+        )
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         loss = distill_loss(*leaves, teachers)
         found.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
@@ -68,20 +95,29 @@ def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
     chosen = choose(pattern, SHAPE["num_hidden_layers"]).pattern
     rng = np.random.default_rng(0)
     rows = [Row.whole(rng.integers(0, SHAPE["vocab_size"], length)) for _ in range(steps)]
-    settings = DistillSettings(stage="warmup", freeze_backbone=True, steps=steps, rows=1, eval_every=0, save_every=steps)
+    settings = DistillSettings(
+        stage="warmup", freeze_backbone=True, steps=steps, rows=1, eval_every=0, save_every=steps
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as out:
         distill_pattern(model, chosen, rows, out, settings)
-        lines = [json.loads(line) for line in (Path(out) / "journal.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(out) / "journal.jsonl").read_text().splitlines()
+        ]
     rate = statistics.median(e["tokens_s"] for e in lines[2:])
     flop = flops_per_token(Shape.of(SHAPE), chosen, settings, length)
     device = next(d for name, d in DEVICES.items() if name in torch.cuda.get_device_name().split())
     return {
-        "length": length, "pattern": str(chosen), "tokens_s": rate, "tflops": round(rate * flop / 1e12, 1),
-        "floor_tokens_s": round(device.bf16 / flop, 1), "share_of_floor": round(rate * flop / device.bf16, 4), "mfu": lines[-1]["mfu"],
+        "length": length,
+        "pattern": str(chosen),
+        "tokens_s": rate,
+        "tflops": round(rate * flop / 1e12, 1),
+        "floor_tokens_s": round(device.bf16 / flop, 1),
+        "share_of_floor": round(rate * flop / device.bf16, 4),
+        "mfu": lines[-1]["mfu"],
         "added_gb": round((torch.cuda.max_memory_allocated() - before) / 1e9, 3),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -89,25 +125,39 @@ def main() -> int:
     parser.add_argument("--lengths", default="8192,65536")
     parser.add_argument("--pattern", default="uniform:1/4", help="as the command line takes it")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--plain", action="store_true", help="the loss in plain torch too, at the first length")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "distill_speed.json")
+    parser.add_argument(
+        "--plain", action="store_true", help="the loss in plain torch too, at the first length"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "distill_speed.json"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("a GPU is needed", file=sys.stderr)
         return 2
     error = check()
-    print(f"fused against plain torch, bf16, 2048 tokens: largest relative error {error:.1e}", flush=True)
+    print(
+        f"fused against plain torch, bf16, 2048 tokens: largest relative error {error:.1e}",
+        flush=True,
+    )
     if error > 2e-2:
         return 1
     rows = []
     lengths = [int(n) for n in arguments.lengths.split(",")]
-    for length, way in [(n, "fused") for n in lengths] + [(lengths[0], "plain torch")] * arguments.plain:
+    for length, way in [(n, "fused") for n in lengths] + [
+        (lengths[0], "plain torch")
+    ] * arguments.plain:
         loss_module.BACKEND = "triton" if way == "fused" else "torch"
         rows.append({"loss": way, **measure(length, arguments.pattern, arguments.steps)})
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "error": error, "rows": rows}
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "error": error,
+        "rows": rows,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -28,14 +28,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import selections  # noqa: E402
 
 from indexcache import ops  # noqa: E402
-from indexcache.analysis import recorded  # noqa: E402
-from indexcache.ops import launch_mla, launch_scores, launch_select, reference  # noqa: E402
-from indexcache.ops.settings import SETTINGS  # noqa: E402
+from indexcache.bench import recorded  # noqa: E402
+from indexcache.ops import reference  # noqa: E402
+from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
+from indexcache.ops.index import topk_host as launch_select  # noqa: E402
+from indexcache.ops.mla import host as launch_mla  # noqa: E402
+from indexcache.ops.tuning import SETTINGS  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
 GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
-FP8_PEAK, BF16_PEAK, COPY = 1450e12, 790e12, 3.02e12  # floors of docs/kernels.md: what tensor cores and memory can give
+FP8_PEAK, BF16_PEAK, COPY = (
+    1450e12,
+    790e12,
+    3.02e12,
+)  # floors of docs/kernels.md: what tensor cores and memory can give
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 11, graph: bool = False) -> float:
@@ -83,13 +90,33 @@ class Report:
         self.only, self.failed = only, 0
 
     def row(
-        self, op: str, shape: str, ms: float, *, flop: float = 0, floor_ms: float, peer: str | None = None, peer_ms: float | None = None
+        self,
+        op: str,
+        shape: str,
+        ms: float,
+        *,
+        flop: float = 0,
+        floor_ms: float,
+        peer: str | None = None,
+        peer_ms: float | None = None,
     ):
-        row = {"op": op, "shape": shape, "ms": round(ms, 4), "tflops": round(flop / ms / 1e9, 1) if flop else None}
-        row |= {"floor_ms": round(floor_ms, 4), "peer": peer, "peer_ms": None if peer_ms is None else round(peer_ms, 4)}
+        row = {
+            "op": op,
+            "shape": shape,
+            "ms": round(ms, 4),
+            "tflops": round(flop / ms / 1e9, 1) if flop else None,
+        }
+        row |= {
+            "floor_ms": round(floor_ms, 4),
+            "peer": peer,
+            "peer_ms": None if peer_ms is None else round(peer_ms, 4),
+        }
         self.rows.append(row)
         ratio = "" if peer_ms is None else f"  {peer} {peer_ms:.4f} ms, {peer_ms / ms:.2f} x"
-        print(f"{op:22} {shape:44} {ms:9.4f} ms {row['tflops'] or '':>7} floor {floor_ms / ms:5.2f}{ratio}", flush=True)
+        print(
+            f"{op:22} {shape:44} {ms:9.4f} ms {row['tflops'] or '':>7} floor {floor_ms / ms:5.2f}{ratio}",
+            flush=True,
+        )
 
     def section(self, call: Callable[[Report], None]) -> None:
         if self.only not in call.__name__ or (call is tune and self.only != "tune"):
@@ -98,7 +125,9 @@ class Report:
             call(self)
         except Exception as error:  # the other sections' figures are worth having
             self.failed += 1
-            print(f"FAILED {call.__name__}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+            print(
+                f"FAILED {call.__name__}: {type(error).__name__}: {str(error)[:1500]}", flush=True
+            )
         torch.cuda.empty_cache()
 
 
@@ -111,11 +140,16 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def index_inputs(queries: int, keys: int, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def index_inputs(
+    queries: int, keys: int, heads: int = HEADS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp8, with keys that random walks correlate: neighbouring keys score alike, as in text."""
     k = torch.randn(1, keys, DIM, device="cuda")
     k[:, 1:] += k[:, :-1].clone()
-    q, w = torch.randn(1, queries, heads, DIM, device="cuda"), torch.randn(1, queries, heads, device="cuda") * (heads * DIM) ** -0.5
+    q, w = (
+        torch.randn(1, queries, heads, DIM, device="cuda"),
+        torch.randn(1, queries, heads, device="cuda") * (heads * DIM) ** -0.5,
+    )
     (q8, w8), (k8, scale) = ops.quantize_index_queries(q, w), ops.quantize_index_keys(k)
     return q8, k8, w8, scale
 
@@ -127,7 +161,9 @@ def check_selection(ids: Tensor, scores_RT: Tensor, visible: Tensor, margin: flo
     need(bool(((ids[:, 1:] > ids[:, :-1]) | (ids[:, 1:] < 0)).all()), "ids are not ascending")
     columns = torch.arange(scores_RT.shape[1], device=ids.device)
     scores = scores_RT.masked_fill(columns >= visible[:, None], -torch.inf)
-    kth = scores.topk(min(ids.shape[-1], scores.shape[1]), dim=-1).values.gather(-1, (want - 1).clamp(min=0)[:, None])
+    kth = scores.topk(min(ids.shape[-1], scores.shape[1]), dim=-1).values.gather(
+        -1, (want - 1).clamp(min=0)[:, None]
+    )
     picked = scores.gather(-1, ids.clamp(min=0).long())
     good = (picked >= kth - margin * kth.abs()) | (ids < 0)
     return float(good.float().mean())
@@ -150,7 +186,12 @@ class Peer:
             from vllm.utils.deep_gemm import fp8_fp4_mqa_logits
             from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd
 
-            self.custom, self.logits, self.attend, self.ok = custom, fp8_fp4_mqa_logits, flash_mla_sparse_fwd, True
+            self.custom, self.logits, self.attend, self.ok = (
+                custom,
+                fp8_fp4_mqa_logits,
+                flash_mla_sparse_fwd,
+                True,
+            )
         except Exception as error:
             print(f"no peer: {type(error).__name__}: {error}", flush=True)
 
@@ -172,15 +213,23 @@ def scores(report: Report) -> None:
             SETTINGS.hopper = hopper
             launch_scores.score_tiles(x, out=rows)
 
-        calls: dict[str, Callable[[], Any]] = {"gluon": lambda: run(True), "triton": lambda: run(False)}
+        calls: dict[str, Callable[[], Any]] = {
+            "gluon": lambda: run(True),
+            "triton": lambda: run(False),
+        }
         for name, call in calls.items():
             rows.fill_(torch.nan)
             call()
             got = rows[sample]
             need(relative(got, want) < 5e-3, f"{name}: scores are off by {relative(got, want)}")
         if PEER.ok:
-            z, full = torch.zeros(queries, device="cuda", dtype=torch.int32), torch.full((queries,), keys, device="cuda", dtype=torch.int32)
-            calls["DeepGEMM"] = lambda: PEER.logits((q[0], None), (k[0], scale[0]), w[0], z, full, clean_logits=False)
+            z, full = (
+                torch.zeros(queries, device="cuda", dtype=torch.int32),
+                torch.full((queries,), keys, device="cuda", dtype=torch.int32),
+            )
+            calls["DeepGEMM"] = lambda: PEER.logits(
+                (q[0], None), (k[0], scale[0]), w[0], z, full, clean_logits=False
+            )
         times = side_by_side(calls, 21)
         SETTINGS.hopper = True
         for name in ("gluon", "triton"):
@@ -208,8 +257,16 @@ def tune(report: Report) -> None:
     for option in options:
         vars(s).update(before | option)
         try:
-            ms = milliseconds(lambda: launch_scores.score_tiles(launch_scores.Inputs(q, k, w, scale, keys), out=rows), 5)
-            print(f"tune {option}: {ms:.4f} ms, {2e-9 * queries * keys * HEADS * DIM / ms:.0f} TFLOP/s", flush=True)
+            ms = milliseconds(
+                lambda: launch_scores.score_tiles(
+                    launch_scores.Inputs(q, k, w, scale, keys), out=rows
+                ),
+                5,
+            )
+            print(
+                f"tune {option}: {ms:.4f} ms, {2e-9 * queries * keys * HEADS * DIM / ms:.0f} TFLOP/s",
+                flush=True,
+            )
         except Exception as error:
             print(f"tune {option}: {type(error).__name__} {str(error)[:200]}", flush=True)
     vars(s).update(before)
@@ -223,24 +280,41 @@ def selection(report: Report) -> None:
         def ours(x=x) -> Any:
             return launch_select.topk_rows(x, TOPK)
 
-        need(torch.equal(ours()[0], reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)), "selection differs")
+        need(
+            torch.equal(ours()[0], reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)),
+            "selection differs",
+        )
         calls: dict[str, Callable[[], Any]] = {"ours": ours}
         if PEER.ok:
             out = torch.full((queries, TOPK), -1, device="cuda", dtype=torch.int32)
             z = torch.zeros(queries, device="cuda", dtype=torch.int32)
-            full, work = torch.full_like(z, keys), torch.zeros(2**20, device="cuda", dtype=torch.uint8)
+            full, work = (
+                torch.full_like(z, keys),
+                torch.zeros(2**20, device="cuda", dtype=torch.uint8),
+            )
 
             def many(x=x, z=z, full=full, out=out) -> None:
-                PEER.custom.top_k_per_row_prefill(x, z, full, out, len(x), x.stride(0), x.stride(1), TOPK)
+                PEER.custom.top_k_per_row_prefill(
+                    x, z, full, out, len(x), x.stride(0), x.stride(1), TOPK
+                )
 
             def one(x=x, full=full, out=out, work=work) -> None:
                 torch.ops._C.cooperative_topk(x, full[:, None], out, work, TOPK, x.shape[1])
 
             calls["peer"] = many if queries > 1 else one
-        times = side_by_side(calls) if queries > 1 else {name: milliseconds(call, graph=True) for name, call in calls.items()}
-        name, shape = f"selection{' in one launch' if grid else ''}", f"[{queries}, {keys}] fp32 k={TOPK}"
+        times = (
+            side_by_side(calls)
+            if queries > 1
+            else {name: milliseconds(call, graph=True) for name, call in calls.items()}
+        )
+        name, shape = (
+            f"selection{' in one launch' if grid else ''}",
+            f"[{queries}, {keys}] fp32 k={TOPK}",
+        )
         floor = 4e3 * queries * keys / COPY
-        report.row(name, shape, times["ours"], floor_ms=floor, peer="vLLM top-k", peer_ms=times.get("peer"))
+        report.row(
+            name, shape, times["ours"], floor_ms=floor, peer="vLLM top-k", peer_ms=times.get("peer")
+        )
     SETTINGS.grid = GRID
 
 
@@ -254,7 +328,16 @@ def prefill(report: Report) -> None:
         def run(pool: int = 0, q=q, k=k, w=w, scale=scale) -> list[Any]:
             parts = [slice(n, min(n + chunk, LONG)) for n in range(0, LONG, chunk)]
             return [
-                ops.index_topk(q[:, p], k[:, : p.stop], w[:, p], scale[:, : p.stop], TOPK, p.start, pool=pool, backend="triton")
+                ops.index_topk(
+                    q[:, p],
+                    k[:, : p.stop],
+                    w[:, p],
+                    scale[:, : p.stop],
+                    TOPK,
+                    p.start,
+                    pool=pool,
+                    backend="triton",
+                )
                 for p in parts
             ]
 
@@ -266,10 +349,22 @@ def prefill(report: Report) -> None:
         need(torch.equal(ids, torch.cat(run(), dim=1)[0]), "two runs differ")
         flop = float(LONG) * LONG * heads * DIM
         ms = milliseconds(run, 3)
-        report.row("index_topk prefill", f"200000 causal H={heads} k={TOPK}", ms, flop=flop, floor_ms=flop / FP8_PEAK * 1e3)
+        report.row(
+            "index_topk prefill",
+            f"200000 causal H={heads} k={TOPK}",
+            ms,
+            flop=flop,
+            floor_ms=flop / FP8_PEAK * 1e3,
+        )
         if heads == HEADS:
             with_pool = milliseconds(lambda: run(16384), 3)
-            report.row("index_topk F with pool", f"200000 causal H={heads} k={TOPK}", with_pool, flop=flop, floor_ms=flop / FP8_PEAK * 1e3)
+            report.row(
+                "index_topk F with pool",
+                f"200000 causal H={heads} k={TOPK}",
+                with_pool,
+                flop=flop,
+                floor_ms=flop / FP8_PEAK * 1e3,
+            )
 
 
 def pools(report: Report) -> None:
@@ -290,22 +385,45 @@ def pools(report: Report) -> None:
         group = ops.pool_group(q, k)
 
         def plan(group=group) -> list[Any]:
-            return [ops.group_queries(pool[:, p], group, backend="triton") if group > 1 else None for p in parts]
+            return [
+                ops.group_queries(pool[:, p], group, backend="triton") if group > 1 else None
+                for p in parts
+            ]
 
         def inside(plans=plan()) -> list[Any]:
             return [
-                ops.index_topk(q[:, p], k[:, : p.stop], w[:, p], scale[:, : p.stop], TOPK, p.start, pool[:, p], plan=made, backend="triton")
+                ops.index_topk(
+                    q[:, p],
+                    k[:, : p.stop],
+                    w[:, p],
+                    scale[:, : p.stop],
+                    TOPK,
+                    p.start,
+                    pool[:, p],
+                    plan=made,
+                    backend="triton",
+                )
                 for p, made in zip(parts, plans, strict=True)
             ]
 
         found = torch.cat(inside(), dim=1)[0]
-        need(not bool(outside.gather(1, found[few].clamp(min=0).long())[found[few] >= 0].any()), "ids outside of the pool")
+        need(
+            not bool(outside.gather(1, found[few].clamp(min=0).long())[found[few] >= 0].any()),
+            "ids outside of the pool",
+        )
         share = check_selection(found[few], scored.masked_fill(outside, -torch.inf), few + 1)
         need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
         need(torch.equal(found, torch.cat(inside(), dim=1)[0]), "two runs differ")
-        slots = pairs if group == 1 else sum(int(made.count_BG.sum()) for made in plan())  # keys that are gathered
+        slots = (
+            pairs if group == 1 else sum(int(made.count_BG.sum()) for made in plan())
+        )  # keys that are gathered
         name = f"index_topk pool {wide}{f', {group} neighbours together' if grouped else ''}"
-        report.row(name, f"200000 causal H={HEADS} k={TOPK} {kind}", milliseconds(inside, 3), floor_ms=slots * 132 / 5.5e12 * 1e3)
+        report.row(
+            name,
+            f"200000 causal H={HEADS} k={TOPK} {kind}",
+            milliseconds(inside, 3),
+            floor_ms=slots * 132 / 5.5e12 * 1e3,
+        )
         if group > 1:
             shape = f"200000 causal k={wide} group {group} U={slots * group / pairs:.2f} {kind}"
             report.row("group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / COPY)
@@ -321,7 +439,9 @@ def decode(report: Report) -> None:
         got = ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton")
         share = check_selection(got[0], want, offset + 1)
         need(share >= 0.995, f"only {share} of the selection is within the margin")
-        ms = milliseconds(lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True)
+        ms = milliseconds(
+            lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True
+        )
         name = f"index_topk decode{', selection in one launch' if grid else ''}"
         report.row(name, f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / COPY)
     SETTINGS.grid = GRID
@@ -329,7 +449,9 @@ def decode(report: Report) -> None:
 
 def make_ids(queries: int, keys: int, layer: int = LAYER) -> tuple[Tensor, str]:
     """int32 ids [1, queries, 2048] of a trained model (benchmarks/selections.py), tiled."""
-    return selections.tile(selections.load(f"topk.{layer}").cuda(), TOPK, keys, queries)[None], f"ids of tiny's layer {layer}, tiled"
+    return selections.tile(selections.load(f"topk.{layer}").cuda(), TOPK, keys, queries)[
+        None
+    ], f"ids of tiny's layer {layer}, tiled"
 
 
 def mla(report: Report) -> None:
@@ -345,26 +467,54 @@ def mla(report: Report) -> None:
         got, _ = ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")
         part = slice(0, 65)
         want = reference.sparse_mla(q[:, part].float(), latent.float(), ids[:, part], scale)[0]
-        need(relative(got[:, part], want) < 1e-2, f"H={heads}: off by {relative(got[:, part], want)}")
-        calls: dict[str, Callable[[], Any]] = {"ours": lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")}
+        need(
+            relative(got[:, part], want) < 1e-2, f"H={heads}: off by {relative(got[:, part], want)}"
+        )
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")
+        }
         if PEER.ok:
             padded = torch.nn.functional.pad(q[0], (0, 0, 0, max(64 - heads, 0))).contiguous()
-            every, lists = torch.full((queries,), TOPK, device="cuda", dtype=torch.int32), ids[0, :, None].contiguous()
-            calls["FlashMLA"] = lambda: PEER.attend(padded, latent[0, :, None], lists, scale, topk_length=every)
+            every, lists = (
+                torch.full((queries,), TOPK, device="cuda", dtype=torch.int32),
+                ids[0, :, None].contiguous(),
+            )
+            calls["FlashMLA"] = lambda: PEER.attend(
+                padded, latent[0, :, None], lists, scale, topk_length=every
+            )
         times = side_by_side(calls, 7)
         flop = 2.0 * queries * heads * TOPK * 1088
         shape = f"8192 of 131072 H={heads} U={size:.2f} {kind}"
         floor = flop / BF16_PEAK * 1e3
-        report.row("sparse_mla prefill", shape, times["ours"], flop=flop, floor_ms=floor, peer="FlashMLA", peer_ms=times.get("FlashMLA"))
+        report.row(
+            "sparse_mla prefill",
+            shape,
+            times["ours"],
+            flop=flop,
+            floor_ms=floor,
+            peer="FlashMLA",
+            peer_ms=times.get("FlashMLA"),
+        )
         if plan is not None and layer == LAYER:
             ms = milliseconds(lambda: ops.group_queries(ids, group, backend="triton"), 5)
-            report.row("group_queries", f"8192 k={TOPK} group {group} {kind}", ms, floor_ms=8192 * TOPK * 9e3 / COPY)
+            report.row(
+                "group_queries",
+                f"8192 k={TOPK} group {group} {kind}",
+                ms,
+                floor_ms=8192 * TOPK * 9e3 / COPY,
+            )
     ids, kind = make_ids(LONG, LONG)
     q = torch.empty(1, LONG, 20, 576, device="cuda", dtype=torch.bfloat16).normal_(std=0.125)
     plan = ops.group_queries(ids, launch_mla.best_group(20), backend="triton")
     flop = 2.0 * LONG * 20 * TOPK * 1088
     ms = milliseconds(lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton"), 5)
-    report.row("sparse_mla prefill", f"200000 of 200000 H=20 {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3)
+    report.row(
+        "sparse_mla prefill",
+        f"200000 of 200000 H=20 {kind}",
+        ms,
+        flop=flop,
+        floor_ms=flop / BF16_PEAK * 1e3,
+    )
     ids, latent = ids[:, :1].contiguous(), latent[:, :keys]
     for heads in (20, 64):
         for fp8 in (False, True):
@@ -372,11 +522,22 @@ def mla(report: Report) -> None:
             cache = ops.quantize_latent(latent) if fp8 else latent
             got, _ = ops.sparse_mla(q, cache, ids[:, :1], scale, backend="triton")
             need(
-                relative(got, reference.sparse_mla(q.float(), cache if fp8 else cache.float(), ids[:, :1], scale)[0]) < 1e-2,
+                relative(
+                    got,
+                    reference.sparse_mla(
+                        q.float(), cache if fp8 else cache.float(), ids[:, :1], scale
+                    )[0],
+                )
+                < 1e-2,
                 "decode is off",
             )
             with torch.no_grad():
-                ms = milliseconds(lambda q=q, c=cache: ops.sparse_mla(q, c, ids[:, :1].contiguous(), scale, backend="triton"), graph=True)
+                ms = milliseconds(
+                    lambda q=q, c=cache: ops.sparse_mla(
+                        q, c, ids[:, :1].contiguous(), scale, backend="triton"
+                    ),
+                    graph=True,
+                )
             peer_ms = None
             if PEER.ok and not fp8:
                 padded, one = (
@@ -385,7 +546,10 @@ def mla(report: Report) -> None:
                 )
                 single = ids[0, :1, None].contiguous()
                 peer_ms = milliseconds(
-                    lambda p=padded, o=one, i=single: PEER.attend(p, latent[0, :, None], i, scale, topk_length=o), graph=True
+                    lambda p=padded, o=one, i=single: PEER.attend(
+                        p, latent[0, :, None], i, scale, topk_length=o
+                    ),
+                    graph=True,
                 )
             width = 656 if fp8 else 1152
             report.row(
@@ -409,26 +573,48 @@ def backward(report: Report) -> None:
     plan = ops.group_queries(ids, launch_mla.best_group(heads), backend="triton")
     few, grads = 96, []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
-        a, b = q[:, :few].detach().clone().to(dtype).requires_grad_(), latent.detach().clone().to(dtype).requires_grad_()
-        ops.sparse_mla(a, b, ids[:, :few].contiguous(), 0.06, backend=backend)[0].backward(grad[:, :few].to(dtype))
+        a, b = (
+            q[:, :few].detach().clone().to(dtype).requires_grad_(),
+            latent.detach().clone().to(dtype).requires_grad_(),
+        )
+        ops.sparse_mla(a, b, ids[:, :few].contiguous(), 0.06, backend=backend)[0].backward(
+            grad[:, :few].to(dtype)
+        )
         grads.append((a.grad, b.grad))
     for got, want in zip(*grads, strict=True):
         need(relative(got, want) < 2e-2, f"gradient off by {relative(got, want)}")
     out, lse = launch_mla.forward(q, latent, ids, 0.06, 512, plan)
     flop = 2.0 * queries * heads * TOPK * (576 * 3 + 512 * 2)
     for exact in (False, True):
-        ms = milliseconds(lambda e=exact: launch_mla.backward(q, latent, ids, out, lse, grad, 0.06, plan, e), 5)
+        ms = milliseconds(
+            lambda e=exact: launch_mla.backward(q, latent, ids, out, lse, grad, 0.06, plan, e), 5
+        )
         name = "sparse_mla backward" + (" deterministic" if exact else "")
-        report.row(name, f"2048 of 131072 H={heads} {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3)
+        report.row(
+            name, f"2048 of 131072 H={heads} {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3
+        )
 
 
 def quantize(report: Report) -> None:
-    k, angle = torch.randn(1, 131072, DIM, device="cuda").bfloat16(), torch.randn(1, 131072, 32, device="cuda")
+    k, angle = (
+        torch.randn(1, 131072, DIM, device="cuda").bfloat16(),
+        torch.randn(1, 131072, 32, device="cuda"),
+    )
     turn = {"cos_BTr": angle.cos(), "sin_BTr": angle.sin(), "interleaved": True, "rotate": True}
-    (got, scale), (want, wanted) = (ops.quantize_index_keys(k, backend=b, **turn) for b in ("triton", "torch"))
-    need(relative(got.float() * scale[..., None], want.float() * wanted[..., None]) < 1e-2, "quantisation differs")
+    (got, scale), (want, wanted) = (
+        ops.quantize_index_keys(k, backend=b, **turn) for b in ("triton", "torch")
+    )
+    need(
+        relative(got.float() * scale[..., None], want.float() * wanted[..., None]) < 1e-2,
+        "quantisation differs",
+    )
     ms = milliseconds(lambda: ops.quantize_index_keys(k, backend="triton", **turn))
-    report.row("quantize keys", "131072 x 128 rope+hadamard", ms, floor_ms=131072 * (256 + 128 + 4 + 256) * 1e3 / COPY)
+    report.row(
+        "quantize keys",
+        "131072 x 128 rope+hadamard",
+        ms,
+        floor_ms=131072 * (256 + 128 + 4 + 256) * 1e3 / COPY,
+    )
 
 
 SECTIONS = (quantize, scores, selection, decode, prefill, pools, mla, backward, tune)
@@ -438,8 +624,14 @@ def main() -> int:
     global PEER
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, help="the peer's folder, already sourced")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ops_h100.json")
-    parser.add_argument("--only", default="", help=f"sections whose name contains this: {', '.join(s.__name__ for s in SECTIONS)}")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "ops_h100.json"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"sections whose name contains this: {', '.join(s.__name__ for s in SECTIONS)}",
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("a GPU is needed", file=sys.stderr)
@@ -451,7 +643,12 @@ def main() -> int:
         report.section(section)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
-    arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "date": date, "rows": report.rows}, indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps(
+            {"device": torch.cuda.get_device_name(), "date": date, "rows": report.rows}, indent=1
+        )
+        + "\n"
+    )
     print(f"{len(report.rows)} rows, {report.failed} sections failed")
     return 1 if report.failed else 0
 

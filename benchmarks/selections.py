@@ -27,7 +27,12 @@ LENGTH, QUERIES, LAYERS, WIDER = 2048, 1024, (4, 8, 10), 8
 
 def union(ids_SK: Tensor, group: int) -> float:
     """Mean size of the union of `group` neighbouring queries' ids, in units of k."""
-    whole = ids_SK[: len(ids_SK) // group * group].reshape(-1, group * ids_SK.shape[1]).sort(dim=-1).values
+    whole = (
+        ids_SK[: len(ids_SK) // group * group]
+        .reshape(-1, group * ids_SK.shape[1])
+        .sort(dim=-1)
+        .values
+    )
     return float(((whole[:, 1:] != whole[:, :-1]).sum(-1) + 1).float().mean()) / ids_SK.shape[1]
 
 
@@ -54,10 +59,23 @@ def record() -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     select, turn = ops.index_topk, iter(range(1000))
 
-    def recording(q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, topk: int, offset: Any, *rest: Any, **options: Any):
+    def recording(
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        scale: Tensor | None,
+        topk: int,
+        offset: Any,
+        *rest: Any,
+        **options: Any,
+    ):
         layer = next(turn)
         if layer in LAYERS:
-            for name, ids in zip(("topk", "pool"), select(q, k, w, scale, topk, offset, pool=WIDER * topk), strict=True):
+            for name, ids in zip(
+                ("topk", "pool"),
+                select(q, k, w, scale, topk, offset, pool=WIDER * topk),
+                strict=True,
+            ):
                 found[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
         return select(q, k, w, scale, topk, offset, *rest, **options)
 
@@ -82,7 +100,12 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(found, out)
     for name, ids in found.items():
-        print(name, tuple(ids.shape), "union of 2, 3, 4, 8:", *(f"{union(ids, g):.2f}" for g in (2, 3, 4, 8)))
+        print(
+            name,
+            tuple(ids.shape),
+            "union of 2, 3, 4, 8:",
+            *(f"{union(ids, g):.2f}" for g in (2, 3, 4, 8)),
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def main() -> None:
     step("evaluate", "tiny", "--out", str(out / "evidence"), "--pattern", *patterns)
     shutil.rmtree(out / "export", ignore_errors=True)
     step("export", "tiny", "--pattern", f"{search}:1/4", "--out", str(out / "export"))
-    print(f"\nDone in {time.time() - began:.0f} s. The pattern that keeps the fewest full layers is in {best}; the rest is in {out}.")
+    print(
+        f"\nDone in {time.time() - began:.0f} s. The pattern that keeps the fewest full layers is in {best}; the rest is in {out}."
+    )
 
 
 if __name__ == "__main__":

@@ -11,26 +11,33 @@ from typing import TYPE_CHECKING, Any
 from indexcache.pattern import Pattern
 
 if TYPE_CHECKING:
-    from indexcache.analysis.overlap import measure_overlap
     from indexcache.evals.evaluate import evaluate_pattern
+    from indexcache.evals.overlap import measure_overlap
     from indexcache.export import export_pattern
-    from indexcache.models.fast import accelerate
+    from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
     from indexcache.search.run import SearchSettings, search_pattern
 
 __version__ = "0.1.0"
 __all__ = [
-    "Pattern", "SearchSettings", "accelerate", "evaluate_pattern", "export_pattern", "load_model", "measure_overlap",
-    "search_pattern", "use_pattern",
-]  # fmt: skip
+    "Pattern",
+    "SearchSettings",
+    "accelerate",
+    "evaluate_pattern",
+    "export_pattern",
+    "load_model",
+    "measure_overlap",
+    "search_pattern",
+    "use_pattern",
+]
 _HOME = {
     "SearchSettings": "indexcache.search.run",
-    "accelerate": "indexcache.models.fast",
+    "accelerate": "indexcache.models.fast.accelerate",
     "evaluate_pattern": "indexcache.evals.evaluate",
     "export_pattern": "indexcache.export",
     "load_model": "indexcache.models.loading",
-    "measure_overlap": "indexcache.analysis.overlap",
+    "measure_overlap": "indexcache.evals.overlap",
     "search_pattern": "indexcache.search.run",
     "use_pattern": "indexcache.models.seam",
 }

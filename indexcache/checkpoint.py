@@ -21,9 +21,21 @@ INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj")
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 # Matched from the start on purpose: `mtp.layers.0.self_attn.indexer..` is a multi-token-prediction layer, not decoder layer 0.
-_INDEXER_NAME = re.compile(r"(?:(?:model|language_model|text_model)\.)*layers\.(\d+)\.self_attn\.indexer\.(\w+)")
+_INDEXER_NAME = re.compile(
+    r"(?:(?:model|language_model|text_model)\.)*layers\.(\d+)\.self_attn\.indexer\.(\w+)"
+)
 
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 _BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
 _BITS |= {"U64": 64, "I64": 64, "F64": 64, "C64": 64}
 
@@ -59,7 +71,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such checkpoint folder; give a local folder with config.json and weights.")
+        raise ValueError(
+            f"{folder}: there is no such checkpoint folder; give a local folder with config.json and weights."
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: there is no config.json, so this is not a checkpoint folder.")
@@ -68,7 +82,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}.")
     layers = text_section(config).get("num_hidden_layers")
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"{path}: num_hidden_layers must be a positive whole number, found {layers!r:.60}.")
+        raise ValueError(
+            f"{path}: num_hidden_layers must be a positive whole number, found {layers!r:.60}."
+        )
     return config
 
 
@@ -98,10 +114,14 @@ def read_header(path: Path) -> Header:
             start = f.read(8)
             length = int.from_bytes(start, "little")
             if start.startswith(b"version "):
-                raise ValueError(f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull`.")
+                raise ValueError(
+                    f"{path}: this is a Git LFS pointer, not the weights; run `git lfs pull`."
+                )
             if size < 8 or length > size - 8 or length > MAX_HEADER:
-                raise ValueError(f"{path}: not a safetensors file, or cut off: the header should take {length} bytes, "
-                                 f"the file has {size}; fetch it again.")  # fmt: skip
+                raise ValueError(
+                    f"{path}: not a safetensors file, or cut off: the header should take {length} bytes, "
+                    f"the file has {size}; fetch it again."
+                )
             raw = f.read(length)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from None
@@ -110,17 +130,23 @@ def read_header(path: Path) -> Header:
         metadata = entries.pop("__metadata__", None) or {}
         tensors = {name: _stored(entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file: its header is not a table of tensors; fetch it again.") from None
+        raise ValueError(
+            f"{path}: not a safetensors file: its header is not a table of tensors; fetch it again."
+        ) from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     data, reached = size - 8 - length, 0
     for name, t in tensors.items():
         wrong = t.dtype in _BITS and prod(t.shape) * t.bits != 8 * (t.end - t.begin)
         if t.begin != reached or t.end < t.begin or wrong:
-            raise ValueError(f"{path}: the header is corrupt at tensor {name!r:.120}; fetch the file again.")
+            raise ValueError(
+                f"{path}: the header is corrupt at tensor {name!r:.120}; fetch the file again."
+            )
         reached = t.end
     if reached != data:
         what = "cut off" if reached > data else "longer than its tensors"
-        raise ValueError(f"{path}: the file is {what}: its tensors need {reached} bytes, it holds {data}; fetch it again.")
+        raise ValueError(
+            f"{path}: the file is {what}: its tensors need {reached} bytes, it holds {data}; fetch it again."
+        )
     return Header(tensors, metadata, 8 + length)
 
 
@@ -144,19 +170,31 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         if single.is_file():
             return None
         if any(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder}: there are safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}.")
-        raise ValueError(f"{folder}: there is no {SINGLE_NAME}; weights are read from safetensors only, not from .bin or .pt.")
+            raise ValueError(
+                f"{folder}: there are safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}."
+            )
+        raise ValueError(
+            f"{folder}: there is no {SINGLE_NAME}; weights are read from safetensors only, not from .bin or .pt."
+        )
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: there is no weight_map from tensor names to files.")
     for shard in weight_map.values():
         # A name that leads out of the folder would let an index read, and an export write, anywhere.
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{path}: weight_map names {shard!r:.120}, which is not a safetensors file of this folder.")
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or not shard.endswith(".safetensors")
+        ):
+            raise ValueError(
+                f"{path}: weight_map names {shard!r:.120}, which is not a safetensors file of this folder."
+            )
     if single.is_file() and SINGLE_NAME not in weight_map.values():
-        raise ValueError(f"{folder}: {SINGLE_NAME} and {INDEX_NAME} are both there and the index does not name that file, "
-                         "so it is unclear which weights count; remove the stale one.")  # fmt: skip
+        raise ValueError(
+            f"{folder}: {SINGLE_NAME} and {INDEX_NAME} are both there and the index does not name that file, "
+            "so it is unclear which weights count; remove the stale one."
+        )
     return index
 
 
@@ -173,11 +211,15 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     shards = sorted(set(index["weight_map"].values()))
     for shard in shards:
         if not (folder / shard).is_file():
-            raise ValueError(f"{folder}: the weight file {shard} is named in {INDEX_NAME} but is not there; fetch it.")
+            raise ValueError(
+                f"{folder}: the weight file {shard} is named in {INDEX_NAME} but is not there; fetch it."
+            )
     headers = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in index["weight_map"].items():
         if name not in headers[shard].tensors:
-            raise ValueError(f"{folder / shard}: the tensor {name!r:.120} should be here by {INDEX_NAME}, but is not.")
+            raise ValueError(
+                f"{folder / shard}: the tensor {name!r:.120} should be here by {INDEX_NAME}, but is not."
+            )
     return headers
 
 
@@ -186,7 +228,9 @@ def tensor_names(folder: str | Path) -> dict[str, str]:
 
     All headers are checked against the files' lengths. Raises ValueError as `read_headers` does.
     """
-    return {name: shard for shard, header in read_headers(folder).items() for name in header.tensors}
+    return {
+        name: shard for shard, header in read_headers(folder).items() for name in header.tensors
+    }
 
 
 def layers_without_indexer(folder: str | Path) -> tuple[int, ...]:

@@ -49,7 +49,9 @@ class Batch:
     digests: tuple[str, ...]
 
 
-def load_documents(source: str | Path, encode: Encode, vocabulary: int, domain: str = "text") -> list[Document]:
+def load_documents(
+    source: str | Path, encode: Encode, vocabulary: int, domain: str = "text"
+) -> list[Document]:
     """Read a file or a folder into documents, in a fixed order; exact repetitions are dropped.
 
     Args:
@@ -70,7 +72,9 @@ def load_documents(source: str | Path, encode: Encode, vocabulary: int, domain: 
         pairs = [(p, p.relative_to(root).parts[0] if p.parent != root else domain) for p in paths]
     elif root.is_file():
         if root.suffix not in SUFFIXES:
-            raise ValueError(f"{root}: text is read from {', '.join(SUFFIXES)} files, not from {root.suffix or 'this'}.")
+            raise ValueError(
+                f"{root}: text is read from {', '.join(SUFFIXES)} files, not from {root.suffix or 'this'}."
+            )
         pairs = [(root, domain)]
     else:
         raise ValueError(f"{root}: no such file or folder.")
@@ -78,7 +82,9 @@ def load_documents(source: str | Path, encode: Encode, vocabulary: int, domain: 
     for path, name in pairs:
         for ids, where, label in _read(path, encode, name):
             if label == ALL:
-                raise ValueError(f"{where}: the domain cannot be called {ALL!r}; results use that name for all domains together.")
+                raise ValueError(
+                    f"{where}: the domain cannot be called {ALL!r}; results use that name for all domains together."
+                )
             array = _ids(ids, vocabulary, where)
             digest = hashlib.sha256(array.tobytes()).hexdigest()
             if len(array):
@@ -113,16 +119,24 @@ def _load_array(path: Path) -> np.ndarray:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of a damaged header numpy raises what its parser happens to meet
-        raise ValueError(f"{path}: is not a .npy file of numbers ({' '.join(str(error).split())}).") from None
+        raise ValueError(
+            f"{path}: is not a .npy file of numbers ({' '.join(str(error).split())})."
+        ) from None
 
 
 def _row(line: str, where: str, encode: Encode, domain: str):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where}: is not JSON; every line of a .jsonl file is one JSON object.") from None
-    if not isinstance(row, dict) or not (isinstance(row.get("text"), str) or isinstance(row.get("ids"), list)):
-        raise ValueError(f"{where}: has neither a text field (a string) nor an ids field (a list of token ids).")
+        raise ValueError(
+            f"{where}: is not JSON; every line of a .jsonl file is one JSON object."
+        ) from None
+    if not isinstance(row, dict) or not (
+        isinstance(row.get("text"), str) or isinstance(row.get("ids"), list)
+    ):
+        raise ValueError(
+            f"{where}: has neither a text field (a string) nor an ids field (a list of token ids)."
+        )
     try:
         json.dumps([row.get("text"), row.get("domain")], ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -145,7 +159,9 @@ def _ids(ids, vocabulary: int, where: str) -> np.ndarray:
     array = array.astype(np.int64)
     if array.size and not (int(array.min()) >= 0 and int(array.max()) < vocabulary):
         bad = int(array.max() if array.max() >= vocabulary else array.min())
-        raise ValueError(f"{where}: token id {bad} is outside the model's vocabulary of {vocabulary}.")
+        raise ValueError(
+            f"{where}: token id {bad} is outside the model's vocabulary of {vocabulary}."
+        )
     return array
 
 
@@ -159,8 +175,10 @@ def split_documents(documents: Sequence[Document], split: str) -> list[Document]
     held_out = split == "heldout"
     chosen = [d for d in documents if (int(d.digest[:8], 16) % 2 == 1) == held_out]
     if not chosen:
-        raise ValueError(f"None of the {len(documents)} documents falls into the {split} half; give calibration and held-out "
-                         "text as two sources and use the split 'all' for each.")  # fmt: skip
+        raise ValueError(
+            f"None of the {len(documents)} documents falls into the {split} half; give calibration and held-out "
+            "text as two sources and use the split 'all' for each."
+        )
     return chosen
 
 
@@ -181,7 +199,9 @@ def check_context(length: int, topk: int) -> float:
     return beyond
 
 
-def make_batches(documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0) -> list[Batch]:
+def make_batches(
+    documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0
+) -> list[Batch]:
     """Cut documents into `sequences` sequences of `length` tokens, spread evenly over the domains, in batches of one
     domain each. A long document gives its first window before any gives its second; documents shorter than `length`
     are joined with others of their domain until the sequence is full.
@@ -198,7 +218,9 @@ def make_batches(documents: Sequence[Document], *, length: int, sequences: int, 
     if not domains:
         raise ValueError("There is no document to make sequences from.")
     if sequences < len(domains):
-        raise ValueError(f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); ask for more.")
+        raise ValueError(
+            f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); ask for more."
+        )
     import torch  # here, so that --help need not wait for it
 
     batches = []
@@ -207,28 +229,38 @@ def make_batches(documents: Sequence[Document], *, length: int, sequences: int, 
         rng = np.random.default_rng([seed, *domain.encode()])
         windows = _windows([d for d in documents if d.domain == domain], length, rng)
         if len(windows) < wanted:
-            raise ValueError(f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, but {wanted} are "
-                             "asked for; give more text, shorter sequences or fewer of them.")  # fmt: skip
+            raise ValueError(
+                f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, but {wanted} are "
+                "asked for; give more text, shorter sequences or fewer of them."
+            )
         for start in range(0, wanted, batch):
             part = windows[start : min(start + batch, wanted)]
             ids = torch.from_numpy(np.stack([w[0] for w in part]))
-            batches.append(Batch(ids, domain, tuple(w[1] for w in part), tuple(d for w in part for d in w[2])))
+            batches.append(
+                Batch(ids, domain, tuple(w[1] for w in part), tuple(d for w in part for d in w[2]))
+            )
     return batches
 
 
-def _windows(documents: list[Document], length: int, rng: np.random.Generator) -> list[tuple[np.ndarray, str, tuple[str, ...]]]:
+def _windows(
+    documents: list[Document], length: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, str, tuple[str, ...]]]:
     """(ids [length], unit, digests) of every full sequence of one domain, in the order they are taken."""
     documents = [documents[i] for i in rng.permutation(len(documents))]
     rounds: list[tuple[int, int, np.ndarray, str, tuple[str, ...]]] = []
     held: list[Document] = []
     for order, d in enumerate(documents):
         for turn in range(len(d.ids) // length):
-            rounds.append((turn, order, d.ids[turn * length : (turn + 1) * length], d.name, (d.digest,)))
+            rounds.append(
+                (turn, order, d.ids[turn * length : (turn + 1) * length], d.name, (d.digest,))
+            )
         if len(d.ids) < length:
             held.append(d)
             if sum(len(h.ids) for h in held) >= length:
                 ids = np.concatenate([h.ids for h in held])[:length]
-                rounds.append((0, order, ids, " + ".join(h.name for h in held), tuple(h.digest for h in held)))
+                rounds.append(
+                    (0, order, ids, " + ".join(h.name for h in held), tuple(h.digest for h in held))
+                )
                 held = []
     rounds.sort(key=lambda r: r[:2])
     return [r[2:] for r in rounds]

@@ -38,7 +38,9 @@ def text_for(model: str, source: str | None, split: str) -> tuple[Path, str]:
     if source is not None:
         return Path(source), split
     if model != "tiny":
-        raise ValueError("Give the text with --data: a .jsonl or text file, a folder of them, or token ids.")
+        raise ValueError(
+            "Give the text with --data: a .jsonl or text file, a folder of them, or token ids."
+        )
     return shipped_text("heldout" if split == "heldout" else "calibration"), "all"
 
 
@@ -52,20 +54,34 @@ def make_inputs(loaded: Loaded, text: Text) -> list[Batch]:
     context, topk = int(config.max_position_embeddings), loaded.topk  # type: ignore[union-attr, arg-type]
     length = text.length or min(max(4 * topk, 1024), context)
     if length > context:
-        raise ValueError(f"Sequences of {length} tokens are longer than the model's context of {context}.")
+        raise ValueError(
+            f"Sequences of {length} tokens are longer than the model's context of {context}."
+        )
     check_context(length, topk)
     assert text.source is not None
     vocabulary = int(config.vocab_size)  # type: ignore[union-attr, arg-type]
     documents = split_documents(load_documents(text.source, loaded.encode, vocabulary), text.split)
-    return make_batches(documents, length=length, sequences=text.sequences, batch=text.batch, seed=text.seed)
+    return make_batches(
+        documents, length=length, sequences=text.sequences, batch=text.batch, seed=text.seed
+    )
 
 
 def check_unseen(batches: Sequence[Batch], seen: Iterable[str]) -> None:
     """Raises ValueError when a document of these batches was calibration text of a search."""
     shared = {d for b in batches for d in b.digests} & set(seen)
     if shared:
-        raise ValueError(f"{len(shared)} of the held-out documents were calibration text of the search, so this would not be evidence; "
-                         "give other text, or use the split 'heldout' of the text the search took its 'calibration' from.")  # fmt: skip
+        raise ValueError(
+            f"{len(shared)} of the held-out documents were calibration text of the search, so this would not be evidence; "
+            "give other text, or use the split 'heldout' of the text the search took its 'calibration' from."
+        )
 
 
-__all__ = ["Loaded", "Text", "check_unseen", "load_model", "make_inputs", "shipped_text", "text_for"]
+__all__ = [
+    "Loaded",
+    "Text",
+    "check_unseen",
+    "load_model",
+    "make_inputs",
+    "shipped_text",
+    "text_for",
+]

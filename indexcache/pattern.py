@@ -47,19 +47,29 @@ class Pattern:
             roles = _roles_of_types(roles)
         roles, pool_factor = _split_pool(roles, pool_factor)
         if not roles:
-            raise ValueError("The pattern is empty: give one of F, R or S for every layer, e.g. FSSFSS.")
+            raise ValueError(
+                "The pattern is empty: give one of F, R or S for every layer, e.g. FSSFSS."
+            )
         if len(roles) > MAX_LAYERS:
-            raise ValueError(f"The pattern has {len(roles)} layers; at most {MAX_LAYERS} are supported.")
+            raise ValueError(
+                f"The pattern has {len(roles)} layers; at most {MAX_LAYERS} are supported."
+            )
         for i, role in enumerate(roles):
             if role not in ROLES:
                 hint = f" Write '{role.upper()}'." if role.upper() in ROLES else ""
-                raise ValueError(f"Layer {i} of the pattern has the role {role!r}; only F, R and S are known.{hint}")
+                raise ValueError(
+                    f"Layer {i} of the pattern has the role {role!r}; only F, R and S are known.{hint}"
+                )
         if roles[0] != "F":
-            raise ValueError(f"Layer 0 of the pattern is {roles[0]}, but it must be F: no layer before it has a selection.")
+            raise ValueError(
+                f"Layer 0 of the pattern is {roles[0]}, but it must be F: no layer before it has a selection."
+            )
         if "R" in roles:
             pool_factor = DEFAULT_POOL_FACTOR if pool_factor is None else pool_factor
         elif pool_factor is not None:
-            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
+            raise ValueError(
+                "A pool factor was given, but the pattern has no R layer that would use it."
+            )
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "pool_factor", pool_factor)
 
@@ -71,7 +81,15 @@ class Pattern:
         return cls("F" * _layer_count(layers))
 
     @classmethod
-    def uniform(cls, layers: int, freq: int, offset: int = 1, *, rest: str = "S", pool_factor: int | None = None) -> Pattern:
+    def uniform(
+        cls,
+        layers: int,
+        freq: int,
+        offset: int = 1,
+        *,
+        rest: str = "S",
+        pool_factor: int | None = None,
+    ) -> Pattern:
         """One full layer in `freq`: layer i is full where max(i - offset + 1, 0) % freq == 0, else `rest` (S or R).
 
         With offset 1 that is i % freq (FSSSFSSS); the engines' own default is 2 (FFSSSFSS).
@@ -79,13 +97,19 @@ class Pattern:
         Raises:
             ValueError: freq < 1, offset outside 1..layers, or rest not S or R.
         """
-        layers, freq, offset = _layer_count(layers), _integer("freq", freq, 1), _integer("offset", offset, 1)
+        layers, freq, offset = (
+            _layer_count(layers),
+            _integer("freq", freq, 1),
+            _integer("offset", offset, 1),
+        )
         if offset > layers:
             raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
         if rest not in ("S", "R"):
             raise ValueError(f"The layers between the full ones can be S or R, not {rest!r}.")
         if rest == "S" and pool_factor is not None:
-            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
+            raise ValueError(
+                "A pool factor was given, but the pattern has no R layer that would use it."
+            )
         roles = "".join("F" if max(i - offset + 1, 0) % freq == 0 else rest for i in range(layers))
         return cls(roles, pool_factor if "R" in roles else None)
 
@@ -100,23 +124,35 @@ class Pattern:
         """
         values = config.to_dict() if hasattr(config, "to_dict") else config
         if not isinstance(values, Mapping):
-            raise ValueError(f"A model config is a mapping of names to values, not {type(values).__name__}.")
+            raise ValueError(
+                f"A model config is a mapping of names to values, not {type(values).__name__}."
+            )
         if "num_hidden_layers" not in values and isinstance(values.get("text_config"), Mapping):
             values = values["text_config"]
         if "num_hidden_layers" not in values:
-            raise ValueError("The config has no num_hidden_layers, so the length of its pattern is not known.")
+            raise ValueError(
+                "The config has no num_hidden_layers, so the length of its pattern is not known."
+            )
         layers = _layer_count(values["num_hidden_layers"], "num_hidden_layers")
         for key in ("indexer_types", "index_topk_pattern"):
             if values.get(key) is not None:
                 found = values[key]
-                if not isinstance(found, (str, list, tuple)) or (key == "indexer_types" and isinstance(found, str)):
-                    raise ValueError(f"{key} of the config is {type(found).__name__}; expected one role per layer.")
+                if not isinstance(found, (str, list, tuple)) or (
+                    key == "indexer_types" and isinstance(found, str)
+                ):
+                    raise ValueError(
+                        f"{key} of the config is {type(found).__name__}; expected one role per layer."
+                    )
                 if not isinstance(found, str) and any(t not in TYPES.values() for t in found):
-                    raise ValueError(f"{key} of the config may hold only full and shared: engines take anything else for full.")
+                    raise ValueError(
+                        f"{key} of the config may hold only full and shared: engines take anything else for full."
+                    )
                 return cls(found).check(layers=layers, reindex=False)
         freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
         freq = 1 if freq is None else _integer("index_topk_freq", freq)
-        offset = DEFAULT_SKIP_OFFSET if offset is None else _integer("index_skip_topk_offset", offset)
+        offset = (
+            DEFAULT_SKIP_OFFSET if offset is None else _integer("index_skip_topk_offset", offset)
+        )
         freq = max(freq, 1)
         return cls("".join("S" if max(i - offset + 1, 0) % freq else "F" for i in range(layers)))
 
@@ -138,12 +174,18 @@ class Pattern:
             value = text
         try:
             if isinstance(value, Mapping):
-                return cls(value["pattern"]) if isinstance(value.get("pattern"), str) else cls.from_config(value)
+                return (
+                    cls(value["pattern"])
+                    if isinstance(value.get("pattern"), str)
+                    else cls.from_config(value)
+                )
             if isinstance(value, (str, list)):
                 return cls(value)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: expected a pattern string, a list of full/shared, or a config, found {type(value).__name__}.")
+        raise ValueError(
+            f"{path}: expected a pattern string, a list of full/shared, or a config, found {type(value).__name__}."
+        )
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -161,7 +203,11 @@ class Pattern:
     def to_config(self) -> dict[str, Any]:
         """The config keys on which all engines agree: `use_index_cache`, `index_topk_pattern`, `indexer_types`, and
         for a uniform pattern `index_topk_freq` with an explicit `index_skip_topk_offset`."""
-        keys: dict[str, Any] = {"use_index_cache": True, "index_topk_pattern": self.roles, "indexer_types": self.to_types()}
+        keys: dict[str, Any] = {
+            "use_index_cache": True,
+            "index_topk_pattern": self.roles,
+            "indexer_types": self.to_types(),
+        }
         if (rule := self.frequency()) is not None:
             keys |= {"index_topk_freq": rule[0], "index_skip_topk_offset": rule[1]}
         return keys
@@ -172,7 +218,11 @@ class Pattern:
 
     def facts(self) -> dict[str, Any]:
         """{"pattern", "layers", "full" (how many), "indexer_types" (patterns of F and S only)}, what a file holds."""
-        value: dict[str, Any] = {"pattern": str(self), "layers": len(self), "full": len(self.full_layers)}
+        value: dict[str, Any] = {
+            "pattern": str(self),
+            "layers": len(self),
+            "full": len(self.full_layers),
+        }
         if "R" not in self.roles:
             value["indexer_types"] = self.to_types()
         return value
@@ -215,7 +265,9 @@ class Pattern:
     def signature(self) -> tuple[tuple[str, int | None], ...]:
         """Per layer, all that decides what it computes: its role, and the pool factor where it publishes a pool."""
         pools = self.publishers()
-        return tuple((r, self.pool_factor if i in pools else None) for i, r in enumerate(self.roles))
+        return tuple(
+            (r, self.pool_factor if i in pools else None) for i, r in enumerate(self.roles)
+        )
 
     def frequency(self) -> tuple[int, int] | None:
         """(freq, offset) when the rule max(i - offset + 1, 0) % freq gives this pattern of F and S, else None.
@@ -245,7 +297,9 @@ class Pattern:
         if role not in ("S", "R"):
             raise ValueError(f"The layers between the full ones can be S or R, not {role!r:.60}.")
         if role == "S" and pool_factor is not None:
-            raise ValueError("A pool factor was given, but the pattern has no R layer that would use it.")
+            raise ValueError(
+                "A pool factor was given, but the pattern has no R layer that would use it."
+            )
         roles = "".join("F" if r == "F" else role for r in self.roles)
         return Pattern(roles, pool_factor if "R" in roles else None)
 
@@ -269,16 +323,24 @@ class Pattern:
             raise ValueError(f"The pattern has {len(self)} layers, but the model has {layers}.")
         for start in stages or ():
             if not 0 <= start < len(self):
-                raise ValueError(f"A pipeline stage begins at layer {start}, but the layers are 0 to {len(self) - 1}.")
+                raise ValueError(
+                    f"A pipeline stage begins at layer {start}, but the layers are 0 to {len(self) - 1}."
+                )
             if self.roles[start] != "F":
-                raise ValueError(f"A pipeline stage begins at layer {start}, which is {self.roles[start]}: it must be F, "
-                                 "because selections do not cross pipeline stages.")  # fmt: skip
+                raise ValueError(
+                    f"A pipeline stage begins at layer {start}, which is {self.roles[start]}: it must be F, "
+                    "because selections do not cross pipeline stages."
+                )
         if not reindex and "R" in self.roles:
-            raise ValueError(f"Layer {self.roles.index('R')} is R (re-index), but the engine knows only F and S.")
+            raise ValueError(
+                f"Layer {self.roles.index('R')} is R (re-index), but the engine knows only F and S."
+            )
         for layer in without_indexer:
             if layer < len(self) and self.roles[layer] != "S":
-                raise ValueError(f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it, "
-                                 "so it can only be S (trained with sharing, or pruned by an export).")  # fmt: skip
+                raise ValueError(
+                    f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it, "
+                    "so it can only be S (trained with sharing, or pruned by an export)."
+                )
         return self
 
 
@@ -289,7 +351,9 @@ def full_count(layers: int, keep: float) -> int:
         ValueError: keep is not in (0, 1].
     """
     if not 0 < keep <= 1:
-        raise ValueError(f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}.")
+        raise ValueError(
+            f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}."
+        )
     return max(int(layers * keep + 0.5), 1)
 
 
@@ -322,11 +386,15 @@ def _layer_count(value: Any, name: str = "layers") -> int:
 
 def _roles_of_types(types: Any) -> str:
     if not isinstance(types, Sequence):
-        raise ValueError(f"A pattern is a string of F, R and S or a list of full/shared, not {type(types).__name__}.")
+        raise ValueError(
+            f"A pattern is a string of F, R and S or a list of full/shared, not {type(types).__name__}."
+        )
     names = {"full": "F", "shared": "S", "F": "F", "S": "S", "R": "R"}
     for i, item in enumerate(types):
         if not isinstance(item, str) or item not in names:
-            raise ValueError(f"Layer {i} of the list is {item!r:.60}; only full and shared are known.")
+            raise ValueError(
+                f"Layer {i} of the list is {item!r:.60}; only full and shared are known."
+            )
     return "".join(names[t] for t in types)
 
 
@@ -336,8 +404,12 @@ def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
         if pool_factor is not None:
             raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
         if not (factor.isascii() and factor.isdigit() and len(factor) < 7):
-            raise ValueError(f"Behind the @ of a pattern stands its pool factor, a whole number, not {factor!r:.60}.")
+            raise ValueError(
+                f"Behind the @ of a pattern stands its pool factor, a whole number, not {factor!r:.60}."
+            )
         pool_factor = int(factor)
     if pool_factor is not None and _integer("The pool factor", pool_factor, 1) > MAX_POOL_FACTOR:
-        raise ValueError(f"The pool factor is {pool_factor}; at most {MAX_POOL_FACTOR} is supported.")
+        raise ValueError(
+            f"The pool factor is {pool_factor}; at most {MAX_POOL_FACTOR} is supported."
+        )
     return roles, pool_factor

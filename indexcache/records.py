@@ -38,7 +38,14 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # of what is written
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # of what is written
 
 
 def _refusal(error: BaseException) -> int | None:
@@ -52,8 +59,14 @@ def _refusal(error: BaseException) -> int | None:
         number = e.errno if isinstance(e, OSError) else int(said[1]) if said else None
         if number in REFUSALS:
             return number
-        failures = [x for x, _ in getattr(e, "failures", {}).values()]  # CheckpointException: {rank: (exception, traceback)}
-        waiting += [x for x in (*failures, e.__cause__, e.__context__) if x is not None and id(x) not in seen]
+        failures = [
+            x for x, _ in getattr(e, "failures", {}).values()
+        ]  # CheckpointException: {rank: (exception, traceback)}
+        waiting += [
+            x
+            for x in (*failures, e.__cause__, e.__context__)
+            if x is not None and id(x) not in seen
+        ]
     return None
 
 
@@ -108,7 +121,9 @@ def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         entries = [None]
     if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder.")
+        raise ValueError(
+            f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder."
+        )
     return entries
 
 
@@ -155,7 +170,9 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{folder}: another process is writing this run; wait for it or choose another --out.") from None
+            raise ValueError(
+                f"{folder}: another process is writing this run; wait for it or choose another --out."
+            ) from None
         _claim(folder, settings)
         run = Run(folder)
         try:
@@ -178,14 +195,22 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if path.exists():
         before = read_json(path)
         if not isinstance(before, dict):
-            raise ValueError(f"{path}: is not a JSON object, so it was changed by hand; choose another --out.")
+            raise ValueError(
+                f"{path}: is not a JSON object, so it was changed by hand; choose another --out."
+            )
         changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
         if changed:
-            what = "; ".join(f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed)
-            raise ValueError(f"{folder}: this run was begun with other settings ({what}); choose another --out.")
+            what = "; ".join(
+                f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed
+            )
+            raise ValueError(
+                f"{folder}: this run was begun with other settings ({what}); choose another --out."
+            )
     else:
         if (folder / "journal.jsonl").exists():
-            raise ValueError(f"{folder}: there is a journal but no settings.json; choose another --out.")
+            raise ValueError(
+                f"{folder}: there is a journal but no settings.json; choose another --out."
+            )
         write_json(path, settings)
 
 

@@ -17,19 +17,37 @@ LAYERS = 6
 PATTERN = "FSSFSF"  # of no frequency
 UNIFORM = ("FSFSFS", "FFSFSF", "FFSSSF", "FSSSSS", "FFFFFF")
 TINY: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
-    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_topk": 8, "index_head_dim": 16,
-    "index_n_heads": 16, "max_position_embeddings": 128, "first_k_dense_replace": 1,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 16,
+    "max_position_embeddings": 128,
+    "first_k_dense_replace": 1,
+}
 
 
 def _save(folder: Path, family: str, **save: Any) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**TINY)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with torch.no_grad():  # the stock initialisation leaves logits so small that layers hardly differ
+    with (
+        torch.no_grad()
+    ):  # the stock initialisation leaves logits so small that layers hardly differ
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(std=0.3)
@@ -67,7 +85,9 @@ def broken(glm_folder, tmp_path) -> Path:
 def edit_config(folder: Path, **changes: Any) -> Path:
     """Change keys of config.json; None removes one."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     return folder
 
 
@@ -87,7 +107,9 @@ def refused(call: Callable[[], Any], *words: str) -> None:
 
 
 def load(folder: Path, **config: Any):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **config)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, **config
+    )
     return model.eval(), info
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from indexcache.data import (
     make_batches,
     split_documents,
 )
+from tests.support import one_line, refused
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 VOCABULARY = 256
@@ -41,7 +41,9 @@ def load(source: Any, **more: Any) -> list[Document]:
 
 def jsonl(path: Path, *rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -69,7 +71,13 @@ def rows_of(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 def test_jsonl(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"text": "abc"}, "", {"ids": [1, 2, 255], "domain": "code"}, {"text": "é", "domain": "x", "more": 1})
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"text": "abc"},
+        "",
+        {"ids": [1, 2, 255], "domain": "code"},
+        {"text": "é", "domain": "x", "more": 1},
+    )
     got = load(path)
     assert [d.ids.tolist() for d in got] == [[97, 98, 99], [1, 2, 255], [195, 169]]
     assert [d.domain for d in got] == ["text", "code", "x"]
@@ -115,7 +123,13 @@ def test_folder(tmp_path):
 
 
 def test_repetitions_are_dropped(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "cd"}, {"ids": [97, 98], "domain": "other"}, {"text": "ab"})
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"text": "ab"},
+        {"text": "cd"},
+        {"ids": [97, 98], "domain": "other"},
+        {"text": "ab"},
+    )
     got = load(path)
     assert [(d.ids.tolist(), d.domain) for d in got] == [([97, 98], "text"), ([99, 100], "text")]
 
@@ -197,14 +211,21 @@ def npy_bytes(tmp_path: Path, array: np.ndarray) -> bytes:
 
 def test_npy_refusals(tmp_path):
     arrays = {
-        "floats": np.array([1.0, 2.0]), "two dims": np.ones((2, 3), np.int64), "no dims": np.array(3), "bools": np.array([True, False]),
-        "texts": np.array(["1"]), "fields": np.zeros(3, [("a", "i4")]), "dates": np.zeros(2, "datetime64[s]"),
-    }  # fmt: skip
+        "floats": np.array([1.0, 2.0]),
+        "two dims": np.ones((2, 3), np.int64),
+        "no dims": np.array(3),
+        "bools": np.array([True, False]),
+        "texts": np.array(["1"]),
+        "fields": np.zeros(3, [("a", "i4")]),
+        "dates": np.zeros(2, "datetime64[s]"),
+    }
     path = tmp_path / "a.npy"
     for array in arrays.values():
         path.write_bytes(npy_bytes(tmp_path, array))
         refused(lambda: load(path), str(path), "whole numbers")
-    path.write_bytes(npy_bytes(tmp_path, np.array([{"a": 1}], dtype=object)))  # a pickle inside is never run
+    path.write_bytes(
+        npy_bytes(tmp_path, np.array([{"a": 1}], dtype=object))
+    )  # a pickle inside is never run
     refused(lambda: load(path), str(path), ".npy")
     for value in (-1, 256):
         path.write_bytes(npy_bytes(tmp_path, np.array([0, value])))
@@ -216,7 +237,13 @@ def test_damaged_npy(tmp_path):
     whole = npy_bytes(tmp_path, np.arange(40))
     rng = random.Random(0)
     contents = [whole[:n] for n in range(len(whole))]
-    contents += [b"junkjunk", b"PK\x03\x04junk", b"\x93NUMPY\x01\x00\x04\x00{{{\n", b"\x80\x04K\x01.", b"\0" * 500]
+    contents += [
+        b"junkjunk",
+        b"PK\x03\x04junk",
+        b"\x93NUMPY\x01\x00\x04\x00{{{\n",
+        b"\x80\x04K\x01.",
+        b"\0" * 500,
+    ]
     for _ in range(100):
         broken = bytearray(whole)
         for _ in range(3):
@@ -250,22 +277,35 @@ def test_sources_refused(tmp_path):
 
 def test_halves_are_disjoint_complete_and_stable():
     documents = corpus({"a": [3] * 60, "b": [5] * 60})
-    halves = {s: [d.digest for d in split_documents(documents, s)] for s in ("calibration", "heldout", "all")}
+    halves = {
+        s: [d.digest for d in split_documents(documents, s)]
+        for s in ("calibration", "heldout", "all")
+    }
     assert not set(halves["calibration"]) & set(halves["heldout"])
     assert sorted(halves["calibration"] + halves["heldout"]) == sorted(halves["all"])
     assert halves["all"] == [d.digest for d in documents]
     assert 30 < len(halves["heldout"]) < 90
     rng = random.Random(0)
-    for _ in range(20):  # a document stays on its side, whatever is beside it, in which order and of which domain
-        some = [dataclasses.replace(d, domain="other", name="x") for d in rng.sample(documents, rng.randrange(10, 120))]
+    for _ in range(
+        20
+    ):  # a document stays on its side, whatever is beside it, in which order and of which domain
+        some = [
+            dataclasses.replace(d, domain="other", name="x")
+            for d in rng.sample(documents, rng.randrange(10, 120))
+        ]
         for side in ("calibration", "heldout"):
-            assert {d.digest for d in split_documents(some, side)} == {d.digest for d in some} & set(halves[side])
+            assert {d.digest for d in split_documents(some, side)} == {
+                d.digest for d in some
+            } & set(halves[side])
 
 
 def test_more_documents_move_none(tmp_path):
     rows = [{"text": f"document {i}"} for i in range(40)]
     jsonl(tmp_path / "a" / "a.jsonl", *rows)
-    before = {s: {d.digest for d in split_documents(load(tmp_path / "a"), s)} for s in ("calibration", "heldout")}
+    before = {
+        s: {d.digest for d in split_documents(load(tmp_path / "a"), s)}
+        for s in ("calibration", "heldout")
+    }
     jsonl(tmp_path / "a" / "0.jsonl", *({"text": f"new {i}", "domain": "new"} for i in range(40)))
     for side, digests in before.items():
         assert digests < {d.digest for d in split_documents(load(tmp_path / "a"), side)}
@@ -292,7 +332,13 @@ def test_split_refusals():
 def test_check_context(k):
     for length in (0, 1, k - 1, k, k + 1, 2 * k, 4 * k - 1):
         if length < 4 * k:
-            refused(lambda length=length: check_context(length, k), str(length), str(k), str(4 * k), "every pattern is the same")
+            refused(
+                lambda length=length: check_context(length, k),
+                str(length),
+                str(k),
+                str(4 * k),
+                "every pattern is the same",
+            )
     for length in (4 * k, 4 * k + 1, 8 * k, 100 * k):
         beyond = sum(t + 1 > k for t in range(length)) / length  # the query at t sees t + 1 tokens
         assert check_context(length, k) == pytest.approx(beyond)
@@ -374,14 +420,29 @@ def test_short_documents_are_joined():
         for name in unit.split(" + ")[:2]:  # whole documents, the last one cut
             whole = next(d for d in documents if d.name == name)
             assert set(whole.ids.tolist()) <= set(row)
-    refused(lambda: make_batches(documents, length=12, sequences=4), "'a'", "3 sequences of 12", "4")
+    refused(
+        lambda: make_batches(documents, length=12, sequences=4), "'a'", "3 sequences of 12", "4"
+    )
 
 
 def test_too_little_text():
-    refused(lambda: make_batches(corpus({"a": [15]}), length=16, sequences=1), "'a'", "0 sequences of 16")
+    refused(
+        lambda: make_batches(corpus({"a": [15]}), length=16, sequences=1),
+        "'a'",
+        "0 sequences of 16",
+    )
     assert rows_of(make_batches(corpus({"a": [16]}), length=16, sequences=1)) == [tuple(range(16))]
-    refused(lambda: make_batches(corpus({"a": [100], "b": [31]}), length=16, sequences=4), "'b'", "1 sequences")
-    refused(lambda: make_batches(corpus(SIZES), length=16, sequences=2), "2 sequences", "3 domains", "a, b, c")
+    refused(
+        lambda: make_batches(corpus({"a": [100], "b": [31]}), length=16, sequences=4),
+        "'b'",
+        "1 sequences",
+    )
+    refused(
+        lambda: make_batches(corpus(SIZES), length=16, sequences=2),
+        "2 sequences",
+        "3 domains",
+        "a, b, c",
+    )
     refused(lambda: make_batches([], length=16, sequences=2), "no document")
     for name in ("length", "sequences", "batch"):
         for bad in (0, -1):
@@ -396,13 +457,20 @@ def test_length_one():
 
 @QUICK
 @given(
-    st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(1, 40), min_size=1, max_size=8), min_size=1),
-    st.integers(1, 20), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**70),
-)  # fmt: skip
+    st.dictionaries(
+        st.sampled_from("abc"), st.lists(st.integers(1, 40), min_size=1, max_size=8), min_size=1
+    ),
+    st.integers(1, 20),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(0, 2**70),
+)
 def test_no_token_is_used_twice(sizes, length, sequences, batch, seed):
     documents = corpus(sizes)
     try:
-        batches = make_batches(documents, length=length, sequences=sequences, batch=batch, seed=seed)
+        batches = make_batches(
+            documents, length=length, sequences=sequences, batch=batch, seed=seed
+        )
     except ValueError as error:
         one_line(error, "sequences")
         return
@@ -411,7 +479,9 @@ def test_no_token_is_used_twice(sizes, length, sequences, batch, seed):
     owner = {t: d for d in documents for t in d.ids.tolist()}
     at = {t: int(np.searchsorted(d.ids, t)) for t, d in owner.items()}
     for row in rows_of(batches):
-        for a, b in itertools.pairwise(row):  # each sequence is running text: the next token, or the start of the next document
+        for a, b in itertools.pairwise(
+            row
+        ):  # each sequence is running text: the next token, or the start of the next document
             assert b == a + 1 or (at[b] == 0 and at[a] == len(owner[a].ids) - 1)
     assert {d for b in batches for d in b.digests} <= {d.digest for d in documents}
     assert set(sizes) == {b.domain for b in batches}
@@ -431,7 +501,9 @@ def test_digest_changes_with_any_change():
         for where in np.ndindex(*batch.ids.shape):
             ids = batch.ids.clone()
             ids[where] += 1
-            seen.add(digest_of([*batches[:b], dataclasses.replace(batch, ids=ids), *batches[b + 1 :]]))
+            seen.add(
+                digest_of([*batches[:b], dataclasses.replace(batch, ids=ids), *batches[b + 1 :]])
+            )
     assert len(seen) == 1 + 6 * 16
     changed = [
         batches[::-1],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import indexcache
 from indexcache.cli.common import ModelSettings
-from indexcache.export.doctor import ENGINES, MODEL_TYPES
+from indexcache.export.checks import ENGINES, MODEL_TYPES
 from indexcache.models.family import families
 from indexcache.models.loading import DTYPES
 
@@ -25,7 +25,11 @@ def imports(path: Path) -> set[str]:
 
 
 def users(library: str) -> set[str]:
-    return {p.relative_to(PACKAGE).parts[0] for p in PACKAGE.rglob("*.py") if any(m.split(".")[0] == library for m in imports(p))}
+    return {
+        p.relative_to(PACKAGE).parts[0]
+        for p in PACKAGE.rglob("*.py")
+        if any(m.split(".")[0] == library for m in imports(p))
+    }
 
 
 def test_heavy_libraries_stay_in_their_folder():
@@ -40,20 +44,24 @@ def test_imports_go_down_only():
         "models": {"ops"},
         "search": {"models"},
         "evals": {"models"},
-        "analysis": {"models"},
+        "bench": {"models"},
         "distill": {"models", "ops"},
         "export": set(),
         "report": set(),
     }
     for part, allowed in below.items():
         for path in (PACKAGE / part).rglob("*.py"):
-            inner = {m.split(".")[1] for m in imports(path) if m.startswith("indexcache.")} & (set(below) | {"cli"})
+            inner = {m.split(".")[1] for m in imports(path) if m.startswith("indexcache.")} & (
+                set(below) | {"cli"}
+            )
             assert inner <= {part, *allowed}, (path.name, inner)
 
 
 def test_names_agree():
     assert set(MODEL_TYPES) == set(families())
-    assert {name for name, family in families().items() if family.native_sharing} == {"glm_moe_dsa"}  # what export.doctor refuses
+    assert {name for name, family in families().items() if family.native_sharing} == {
+        "glm_moe_dsa"
+    }  # what export.doctor refuses
     dtype = ModelSettings.__dataclass_fields__["dtype"]
     assert set(dtype.metadata["choices"]) == set(DTYPES)
     assert set(ENGINES) == {"transformers", "vllm", "sglang"}

@@ -9,21 +9,34 @@ import pickle
 from typing import Any
 
 import pytest
-from conftest import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from indexcache.pattern import MAX_LAYERS, Pattern, stage_starts
+from tests.support import refused
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 # arXiv 2603.12201, appendix B, and the config.json that GLM-5.2 ships
 PUBLISHED = {
     "30B_1/2": ("FSFSFSSSSFSFFFFSFFSSFFSFFFSSFFSSFSSSSFSFFFSFSSF", 47, 24),
     "30B_1/4": ("FSFSFSSSSFSSSFSSFFSSFSSFSSSSFSSSFSSSSFSSSSSSSSS", 47, 12),
     "30B_1/8": ("FSSSFSSSSSSSSFSSSFSSSSSFSSSSFSSSSSSSSFSSSSSSSSS", 47, 7),
-    "GLM5_1/2": ("FFSFSSSFSSFFFSSSFFFSFSSSSSSFFSFFSFFSSFFFFFFSFFFFFSFFSSSSSSFSFFFSFSSSFSFFSFFSSS", 78, 40),
-    "GLM5_1/4": ("FFSFSSSFSSFSFSSSSSSSFSSSSSSFSSSFSFSSSSFFFFFSSSFFSSSFSSSSSSSSFSSSFSSSSSSFSFSSSS", 78, 22),
+    "GLM5_1/2": (
+        "FFSFSSSFSSFFFSSSFFFSFSSSSSSFFSFFSFFSSFFFFFFSFFFFFSFFSSSSSSFSFFFSFSSSFSFFSFFSSS",
+        78,
+        40,
+    ),
+    "GLM5_1/4": (
+        "FFSFSSSFSSFSFSSSSSSSFSSSSSSFSSSFSFSSSSFFFFFSSSFFSSSFSSSSSSSSFSSSFSSSSSSFSFSSSS",
+        78,
+        22,
+    ),
 }
 GLM52 = "FFFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSSFSSS"
 
@@ -63,7 +76,9 @@ def test_round_trip_of_types_and_config(tmp_path, p):
     for key in ("indexer_types", "index_topk_pattern"):  # each of the keys says the same alone
         assert Pattern.from_config({"num_hidden_layers": len(p), key: config[key]}) == p
     if "index_topk_freq" in config:
-        only = {k: config[k] for k in ("num_hidden_layers", "index_topk_freq", "index_skip_topk_offset")}
+        only = {
+            k: config[k] for k in ("num_hidden_layers", "index_topk_freq", "index_skip_topk_offset")
+        }
         assert Pattern.from_config(only) == p
     for value in (types, config):
         (tmp_path / "file.json").write_text(json.dumps(value), encoding="utf-8")
@@ -72,18 +87,34 @@ def test_round_trip_of_types_and_config(tmp_path, p):
 
 def test_config_keys():
     assert Pattern("FFSF").to_config() == {
-        "use_index_cache": True, "index_topk_pattern": "FFSF", "indexer_types": ["full", "full", "shared", "full"],
-        "index_topk_freq": 2, "index_skip_topk_offset": 2,
-    }  # fmt: skip
-    assert set(Pattern("FSSFSF").to_config()) == {"use_index_cache", "index_topk_pattern", "indexer_types"}
+        "use_index_cache": True,
+        "index_topk_pattern": "FFSF",
+        "indexer_types": ["full", "full", "shared", "full"],
+        "index_topk_freq": 2,
+        "index_skip_topk_offset": 2,
+    }
+    assert set(Pattern("FSSFSF").to_config()) == {
+        "use_index_cache",
+        "index_topk_pattern",
+        "indexer_types",
+    }
 
 
 def test_file_says_what_it_holds(tmp_path):
     Pattern("FSSF").to_file(tmp_path / "p.json")
     value = json.loads((tmp_path / "p.json").read_text())
-    assert value == {"pattern": "FSSF", "layers": 4, "full": 2, "indexer_types": ["full", "shared", "shared", "full"]}
+    assert value == {
+        "pattern": "FSSF",
+        "layers": 4,
+        "full": 2,
+        "indexer_types": ["full", "shared", "shared", "full"],
+    }
     Pattern("FRRF", 4).to_file(tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text()) == {"pattern": "FRRF@4", "layers": 4, "full": 2}
+    assert json.loads((tmp_path / "r.json").read_text()) == {
+        "pattern": "FRRF@4",
+        "layers": 4,
+        "full": 2,
+    }
 
 
 # -- the precedence of transformers -----------------------------------------------------------------------------------
@@ -94,7 +125,9 @@ def restated(layers: int, config: dict[str, Any]) -> list[str]:
     if config.get("indexer_types") is not None:
         return list(config["indexer_types"])
     if (text := config.get("index_topk_pattern")) is not None:
-        return [{"F": "full", "S": "shared"}[c] for c in text] if isinstance(text, str) else list(text)
+        return (
+            [{"F": "full", "S": "shared"}[c] for c in text] if isinstance(text, str) else list(text)
+        )
     freq, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
     types = []
     for i in range(layers):
@@ -111,7 +144,12 @@ def agree(layers: int, keys: dict[str, Any]) -> None:
     expected = theirs.indexer_types
     assert restated(layers, keys) == expected
     if len(expected) == layers and expected[0] == "full":
-        for source in (config, theirs, theirs.to_dict(), {"text_config": config, "model_type": "x"}):
+        for source in (
+            config,
+            theirs,
+            theirs.to_dict(),
+            {"text_config": config, "model_type": "x"},
+        ):
             assert Pattern.from_config(source).to_types() == expected
         again = GlmMoeDsaConfig(num_hidden_layers=layers, **Pattern.from_config(config).to_config())
         assert again.indexer_types == expected
@@ -130,12 +168,28 @@ def test_schedule_as_in_transformers(layers):
 
 
 def test_precedence_as_in_transformers():
-    types = {None: None, "t": ["full", "shared", "shared", "full", "shared"], "short": ["full"], "s": ["shared"] * 5}
-    texts = {None: None, "p": "FFSFS", "list": ["full", "full", "full", "shared", "shared"], "long": "FSSSSS", "s": "SFFFF"}
+    types = {
+        None: None,
+        "t": ["full", "shared", "shared", "full", "shared"],
+        "short": ["full"],
+        "s": ["shared"] * 5,
+    }
+    texts = {
+        None: None,
+        "p": "FFSFS",
+        "list": ["full", "full", "full", "shared", "shared"],
+        "long": "FSSSSS",
+        "s": "SFFFF",
+    }
     for t in types.values():
         for p in texts.values():
             for freq in (0, 3):
-                keys = {"indexer_types": t, "index_topk_pattern": p, "index_topk_freq": freq, "index_skip_topk_offset": 1}
+                keys = {
+                    "indexer_types": t,
+                    "index_topk_pattern": p,
+                    "index_topk_freq": freq,
+                    "index_skip_topk_offset": 1,
+                }
                 agree(5, {k: v for k, v in keys.items() if v is not None})
                 agree(5, keys)
 
@@ -176,7 +230,10 @@ def test_text_config_only_where_the_top_has_no_layers():
         ({"index_topk_pattern": {"F": 1}}, "index_topk_pattern"),
         ({"index_topk_pattern": "FRRR"}, "Layer 1 is R"),
         ({"index_topk_pattern": "FRRR@4"}, "Layer 1 is R"),
-        ({"index_topk_pattern": ["F", "S", "S", "S"]}, "index_topk_pattern"),  # all of it full for transformers
+        (
+            {"index_topk_pattern": ["F", "S", "S", "S"]},
+            "index_topk_pattern",
+        ),  # all of it full for transformers
         ({"indexer_types": "FSSS"}, "indexer_types"),
         ({"indexer_types": []}, "empty"),
         ({"indexer_types": ["full", "S", "shared", "shared"]}, "indexer_types"),
@@ -202,7 +259,9 @@ def test_what_is_no_config():
 def test_uniform_rule():
     assert str(Pattern.uniform(10, 4)) == "FSSSFSSSFS"
     assert str(Pattern.uniform(10, 4, 2)) == "FFSSSFSSSF"  # what the engines make of freq 4
-    assert Pattern.from_config({"num_hidden_layers": 10, "index_topk_freq": 4}) == Pattern.uniform(10, 4, 2)
+    assert Pattern.from_config({"num_hidden_layers": 10, "index_topk_freq": 4}) == Pattern.uniform(
+        10, 4, 2
+    )
     assert str(Pattern.uniform(5, 1)) == "FFFFF"
     assert str(Pattern.uniform(5, 9)) == "FSSSS"
     assert str(Pattern.uniform(5, 2, 5)) == "FFFFF"
@@ -211,7 +270,9 @@ def test_uniform_rule():
     assert Pattern.uniform(4, 1, rest="R") == Pattern.full(4)
     for n in range(1, 14):
         for freq in range(1, 7):
-            assert Pattern.uniform(n, freq).roles == "".join("S" if i % freq else "F" for i in range(n))
+            assert Pattern.uniform(n, freq).roles == "".join(
+                "S" if i % freq else "F" for i in range(n)
+            )
             for offset in range(1, n + 1):
                 lead = "F" * (offset - 1)
                 tail = ("F" + "S" * (freq - 1)) * n
@@ -244,7 +305,12 @@ def test_published_shipped_pattern():
     assert p == Pattern.uniform(78, 4, 3)
     assert p.frequency() == (4, 3)
     assert p.full_layers == (0, 1, *range(2, 75, 4))
-    assert Pattern.from_config({"num_hidden_layers": 78, "index_topk_freq": 4, "index_skip_topk_offset": 3}) == p
+    assert (
+        Pattern.from_config(
+            {"num_hidden_layers": 78, "index_topk_freq": 4, "index_skip_topk_offset": 3}
+        )
+        == p
+    )
 
 
 def test_frequency_regenerates_the_pattern():
@@ -256,9 +322,16 @@ def test_frequency_regenerates_the_pattern():
                 assert rule is not None
                 assert Pattern.uniform(n, *rule) == p
                 assert rule[1] <= offset
-                assert Pattern.from_config(
-                    {"num_hidden_layers": n, "index_topk_freq": rule[0], "index_skip_topk_offset": rule[1]}
-                ) == p  # fmt: skip
+                assert (
+                    Pattern.from_config(
+                        {
+                            "num_hidden_layers": n,
+                            "index_topk_freq": rule[0],
+                            "index_skip_topk_offset": rule[1],
+                        }
+                    )
+                    == p
+                )
     assert Pattern.full(5).frequency() == (1, 1)
     assert Pattern("F").frequency() == (1, 1)
     assert Pattern("FSSS").frequency() == (4, 1)
@@ -267,14 +340,21 @@ def test_frequency_regenerates_the_pattern():
 @QUICK
 @given(st.builds(lambda rest: Pattern("F" + rest), st.text("FS", max_size=9)))
 def test_frequency_is_none_only_where_no_rule_exists(p):
-    rules = [(f, o) for f in range(1, 12) for o in range(1, len(p) + 1) if Pattern.uniform(len(p), f, o) == p]
+    rules = [
+        (f, o)
+        for f in range(1, 12)
+        for o in range(1, len(p) + 1)
+        if Pattern.uniform(len(p), f, o) == p
+    ]
     assert (p.frequency() is None) == (not rules)
     assert p.frequency() is None or p.frequency() in rules
 
 
 def test_frequency_of_reindex_and_of_long_patterns():
     assert Pattern("FRFR").frequency() is None
-    assert Pattern("F" + "".join("S" * i + "F" for i in range(80))).frequency() is None  # in no time
+    assert (
+        Pattern("F" + "".join("S" * i + "F" for i in range(80))).frequency() is None
+    )  # in no time
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -302,7 +382,9 @@ def test_sources_groups_and_publishers(p):
     assert [i for g in p.groups() for i in g] == list(range(len(p)))
     assert p.keep == p.roles.count("F") / len(p)
     assert [p[i] for i in range(len(p))] == list(p.roles)
-    assert p.signature() == tuple((r, p.pool_factor if i in pools else None) for i, r in enumerate(p.roles))
+    assert p.signature() == tuple(
+        (r, p.pool_factor if i in pools else None) for i, r in enumerate(p.roles)
+    )
 
 
 def test_source_examples():
@@ -417,7 +499,11 @@ def test_pool_factor():
 
 def test_check():
     p = Pattern("FSSFSS")
-    assert p.check() is p.check(layers=6, stages=(0, 3), reindex=False, without_indexer=(1, 2, 4, 5)) is p
+    assert (
+        p.check()
+        is p.check(layers=6, stages=(0, 3), reindex=False, without_indexer=(1, 2, 4, 5))
+        is p
+    )
     refused(lambda: p.check(layers=7), "6 layers", "7")
     refused(lambda: p.check(stages=(0, 2)), "stage", "layer 2", "S", "F")
     for start in (6, -1):
@@ -448,10 +534,32 @@ def test_stage_starts():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"   \n", b"\xff\xfe", b"{", b"{}", b"[]", b"3", b"null", b"true", b"NaN", b'""', b'"fss"', b'["full", 3]', b"fss", b"F S",
-     b'{"pattern": 3}', b'{"pattern": "fs"}', b'{"pattern": "SS"}', b'{"num_hidden_layers": 3, "index_topk_pattern": "FS"}',
-     b"\xef\xbb\xbf", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000],
-)  # fmt: skip
+    [
+        b"",
+        b"   \n",
+        b"\xff\xfe",
+        b"{",
+        b"{}",
+        b"[]",
+        b"3",
+        b"null",
+        b"true",
+        b"NaN",
+        b'""',
+        b'"fss"',
+        b'["full", 3]',
+        b"fss",
+        b"F S",
+        b'{"pattern": 3}',
+        b'{"pattern": "fs"}',
+        b'{"pattern": "SS"}',
+        b'{"num_hidden_layers": 3, "index_topk_pattern": "FS"}',
+        b"\xef\xbb\xbf",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 5000,
+    ],
+)
 def test_files_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     refused(lambda: Pattern.from_file(tmp_path / "file"), str(tmp_path / "file"))
@@ -469,7 +577,11 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_immutable():
     p = Pattern("FSS")
-    for change in (lambda: setattr(p, "roles", "FFF"), lambda: delattr(p, "roles"), lambda: setattr(p, "pool_factor", 3)):
+    for change in (
+        lambda: setattr(p, "roles", "FFF"),
+        lambda: delattr(p, "roles"),
+        lambda: setattr(p, "pool_factor", 3),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             change()
     with pytest.raises(TypeError):

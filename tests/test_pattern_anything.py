@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from conftest import one_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from indexcache.pattern import MAX_LAYERS, Pattern
+from tests.support import one_line
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-9, 99), st.integers(), st.floats(), st.text(max_size=8), st.text("FRS@128fs", max_size=12)
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 99),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.text("FRS@128fs", max_size=12),
 )
 junk = st.recursive(
     st.one_of(scalars, st.sampled_from(["full", "shared", "F", "S", "R"])),
-    lambda inner: st.one_of(st.lists(inner, max_size=6), st.dictionaries(st.text(max_size=5), inner, max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=6), st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -41,7 +54,13 @@ def sound(make: Any) -> None:
 
 
 @QUICK
-@given(st.one_of(st.text(), st.text("FRSfrs@0123456789", max_size=20), st.from_regex(r"F[FRS]{0,9}@?[0-9]{0,9}", fullmatch=True)))
+@given(
+    st.one_of(
+        st.text(),
+        st.text("FRSfrs@0123456789", max_size=20),
+        st.from_regex(r"F[FRS]{0,9}@?[0-9]{0,9}", fullmatch=True),
+    )
+)
 def test_any_text(text):
     sound(lambda: Pattern(text))
 
@@ -58,18 +77,32 @@ def test_any_list(value):
     sound(lambda: Pattern(value))
 
 
-KEYS = ("num_hidden_layers", "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "text_config", "pattern")
+KEYS = (
+    "num_hidden_layers",
+    "indexer_types",
+    "index_topk_pattern",
+    "index_topk_freq",
+    "index_skip_topk_offset",
+    "text_config",
+    "pattern",
+)
 plausible = st.fixed_dictionaries(
     {"num_hidden_layers": st.one_of(st.integers(1, 6), junk)},
     optional={
-        "indexer_types": st.one_of(st.none(), st.lists(st.sampled_from(["full", "shared", "F", ""]), max_size=6), junk),
+        "indexer_types": st.one_of(
+            st.none(), st.lists(st.sampled_from(["full", "shared", "F", ""]), max_size=6), junk
+        ),
         "index_topk_pattern": st.one_of(st.none(), st.text("FSR", max_size=6), junk),
         "index_topk_freq": st.one_of(st.integers(-2, 6), junk),
         "index_skip_topk_offset": st.one_of(st.integers(-2, 6), junk),
         "text_config": junk,
     },
 )
-configs = st.one_of(plausible, st.fixed_dictionaries({}, optional={k: st.one_of(plausible, junk) for k in KEYS}), junk)
+configs = st.one_of(
+    plausible,
+    st.fixed_dictionaries({}, optional={k: st.one_of(plausible, junk) for k in KEYS}),
+    junk,
+)
 
 
 @QUICK
@@ -79,7 +112,13 @@ def test_any_config(config):
 
 
 @QUICK
-@given(st.one_of(st.binary(max_size=200), configs.map(lambda c: json.dumps(c).encode()), st.text("FRS@8 \n", max_size=9).map(str.encode)))
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        configs.map(lambda c: json.dumps(c).encode()),
+        st.text("FRS@8 \n", max_size=9).map(str.encode),
+    )
+)
 def test_any_file(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     sound(lambda: Pattern.from_file(tmp_path / "file"))

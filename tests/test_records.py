@@ -14,7 +14,11 @@ import pytest
 from indexcache import records
 from indexcache.records import finished_journal, open_run, read_journal, read_json, write_json
 
-ENTRIES = [{"pattern": "FFF", "loss": 1.25}, {"pattern": "FSF", "loss": 0.1}, {"pattern": "F\u00e9\r\nS", "deep": {"a": [1, None, True]}}]
+ENTRIES = [
+    {"pattern": "FFF", "loss": 1.25},
+    {"pattern": "FSF", "loss": 0.1},
+    {"pattern": "F\u00e9\r\nS", "deep": {"a": [1, None, True]}},
+]
 SETTINGS = {"keep": 0.25, "stages": 1, "names": ["a", "b"]}
 
 
@@ -82,7 +86,12 @@ def test_processes_that_claim_a_folder_together(tmp_path):
     for turn in range(3):
         folder, go = tmp_path / f"{turn}", tmp_path / f"go{turn}"
         command = [sys.executable, "-c", CLAIM, str(folder), str(go)]
-        started = [subprocess.Popen([*command, a], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for a in "112"]
+        started = [
+            subprocess.Popen(
+                [*command, a], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            for a in "112"
+        ]
         go.touch()
         said = [p.communicate(timeout=60)[0] for p in started]
         kept = read_json(folder / "settings.json")["a"]
@@ -98,7 +107,9 @@ def test_cut_at_every_byte_of_the_last_line(tmp_path):
         with open_run(tmp_path, SETTINGS) as run:
             kept = ENTRIES if cut == len(whole) else ENTRIES[:-1]
             assert run.journal == kept
-            assert path.read_bytes() == b"".join(lines[: len(kept)])  # the torn line is gone from the disk as well
+            assert path.read_bytes() == b"".join(
+                lines[: len(kept)]
+            )  # the torn line is gone from the disk as well
             for e in ENTRIES[len(kept) :]:
                 run.append(e)
         assert path.read_bytes() == whole
@@ -122,9 +133,23 @@ def test_torn_line_of_any_bytes_is_dropped(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"   ", b"x", b'{"pattern": "FF", ', b"\xff\xfe", b"\0\0\0\0", b"3", b"null", b'"text"', b"[1, 2]", b"[" * 100_000,
-     b'{"a":' * 100_000, b'{"a": 1}{"b": 2}', b'{"a": 1}\r{"b"'],
-)  # fmt: skip
+    [
+        b"",
+        b"   ",
+        b"x",
+        b'{"pattern": "FF", ',
+        b"\xff\xfe",
+        b"\0\0\0\0",
+        b"3",
+        b"null",
+        b'"text"',
+        b"[1, 2]",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": 1}{"b": 2}',
+        b'{"a": 1}\r{"b"',
+    ],
+)
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_journal_changed_by_hand(tmp_path, line, place):
     good = json.dumps(ENTRIES[0]).encode() + b"\n"
@@ -158,12 +183,23 @@ def test_settings_must_be_the_same(tmp_path):
     now = {"keep": 0.5, "stages": 1, "names": ["a", "c"], "seed": 7}
     with pytest.raises(ValueError) as error, open_run(tmp_path, now):  # noqa: PT011
         pass
-    one_line(error, str(tmp_path), "keep was 0.25, now 0.5", 'names was ["a", "b"], now ["a", "c"]', "seed was null, now 7")
+    one_line(
+        error,
+        str(tmp_path),
+        "keep was 0.25, now 0.5",
+        'names was ["a", "b"], now ["a", "c"]',
+        "seed was null, now 7",
+    )
     assert "stages" not in str(error.value)
-    with pytest.raises(ValueError) as error, open_run(tmp_path, {k: v for k, v in SETTINGS.items() if k != "keep"}):  # noqa: PT011
+    with (
+        pytest.raises(ValueError) as error,  # noqa: PT011
+        open_run(tmp_path, {k: v for k, v in SETTINGS.items() if k != "keep"}),
+    ):
         pass
     one_line(error, "keep was 0.25, now null")
-    with open_run(tmp_path, {"names": ("a", "b"), "stages": 1, "keep": 0.25}) as run:  # the same as JSON, in another order
+    with open_run(
+        tmp_path, {"names": ("a", "b"), "stages": 1, "keep": 0.25}
+    ) as run:  # the same as JSON, in another order
         assert run.journal == ENTRIES[:1]
 
 
@@ -231,7 +267,9 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     root = str(Path(records.__file__).parents[1])
     env = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "open\n"
@@ -239,7 +277,9 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
             with pytest.raises(ValueError) as error, open_run(tmp_path, {"a": 1}):  # noqa: PT011
                 pass
             one_line(error, str(tmp_path), "another process")
-            assert (tmp_path / "journal.jsonl").read_bytes() == before  # the writer's torn line is not taken from it
+            assert (
+                tmp_path / "journal.jsonl"
+            ).read_bytes() == before  # the writer's torn line is not taken from it
         finally:
             holder.send_signal(signal.SIGKILL)
             holder.wait()
@@ -300,7 +340,9 @@ def test_write_json_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(records.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(records.os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1])
+    monkeypatch.setattr(
+        records.os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1]
+    )
     write_json(tmp_path / "a.json", 1)
     assert order == ["fsync", "replace"]
 

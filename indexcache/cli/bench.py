@@ -20,15 +20,21 @@ EPILOG = f"PATTERN is {PATTERNS}. N is a number of tokens, K a thousand. Several
 @dataclass(frozen=True, kw_only=True)
 class Settings(TimingSettings):
     verb: ClassVar[str] = "bench"
-    patterns: tuple[str, ...] = flag(("all", "1/2", "1/4", "1/8+R"), "patterns, named as below", metavar="PATTERN")
-    batch: str = flag("1", "requests decoded together: a number, or fill for as many as fit; 1,fill for both", metavar="N")
+    patterns: tuple[str, ...] = flag(
+        ("all", "1/2", "1/4", "1/8+R"), "patterns, named as below", metavar="PATTERN"
+    )
+    batch: str = flag(
+        "1",
+        "requests decoded together: a number, or fill for as many as fit; 1,fill for both",
+        metavar="N",
+    )
     out: str | None = flag(None, "folder for bench.json and the pictures", metavar="DIR")
     fresh: bool = flag(False, "measure everything anew instead of keeping the rows in --out")
     plot: bool = flag(True, "draw the pictures")
 
 
 def run(s: Settings) -> int:
-    from indexcache.analysis.bench import RESULT, run_bench
+    from indexcache.bench.run import RESULT, run_bench
     from indexcache.records import read_json
     from indexcache.report.speed import check_plots
 
@@ -39,7 +45,11 @@ def run(s: Settings) -> int:
             check_plots()
     if s.model.endswith(".json"):
         result = read_json(Path(s.model))
-        if not isinstance(result, dict) or not isinstance(result.get("rows"), list) or "shape" not in result:
+        if (
+            not isinstance(result, dict)
+            or not isinstance(result.get("rows"), list)
+            or "shape" not in result
+        ):
             raise ValueError(f"{s.model}: is not a {RESULT} of an earlier run.")
     else:
         subject, grid, text = open_model(s, s.patterns, s.batch)
@@ -53,7 +63,9 @@ def run(s: Settings) -> int:
     except (TypeError, KeyError, AttributeError):
         if not s.model.endswith(".json"):
             raise
-        raise ValueError(f"{s.model}: a row is not what a bench writes, so the file was changed; measure anew.") from None
+        raise ValueError(
+            f"{s.model}: a row is not what a bench writes, so the file was changed; measure anew."
+        ) from None
     emit(s.json, result)
     return 0
 
@@ -62,11 +74,17 @@ def show(result: Mapping[str, Any]) -> None:
     """The tables on stdout."""
     from indexcache.report.speed import parts, speeds
 
-    print(f"{result['model']}, {result['shape']['layers']} layers, {result['device']}, {result['date']}\n")
+    print(
+        f"{result['model']}, {result['shape']['layers']} layers, {result['device']}, {result['date']}\n"
+    )
     print(speeds(result["rows"]))
     for which in ("prefill", "decode"):
         print("\n" + parts(result["rows"], which))
-    whose = "measured here" if result["ceilings"]["memory"] == 0 else f"of an {result['ceilings']['name']}"
+    whose = (
+        "measured here"
+        if result["ceilings"]["memory"] == 0
+        else f"of an {result['ceilings']['name']}"
+    )
     print(f"\nFloors: rates {whose}. Parts are timed in a pass of their own. {result['note']}")
     if result.get("published"):
         print(f"Published: {result['published']['source']}")

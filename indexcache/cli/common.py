@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     model: str = required("checkpoint folder, or tiny", positional=True)
-    data: str | None = flag(None, "text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)")
-    length: int | None = flag(None, "tokens of a sequence (default: 4 k, at least 1024, at most the model's context)")
+    data: str | None = flag(
+        None, "text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)"
+    )
+    length: int | None = flag(
+        None, "tokens of a sequence (default: 4 k, at least 1024, at most the model's context)"
+    )
     batch: int = flag(1, "sequences that go through the model at once")
     seed: int = flag(0, "which sequences are taken, and the bootstrap's resamples")
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
     device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
-    fast: bool = flag(True, "run the fast path: a fraction of the time and memory of stock transformers, equal up to rounding")
+    fast: bool = flag(
+        True,
+        "run the fast path: a fraction of the time and memory of stock transformers, equal up to rounding",
+    )
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
     json: bool = flag(False, "print one JSON object as the last line")
 
@@ -32,22 +39,29 @@ class ModelSettings:
 def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Batch]]:
     """The model and the batches of one split of its text."""
     from indexcache.inputs import Text, load_model, make_inputs, text_for
-    from indexcache.models.fast import accelerate
+    from indexcache.models.fast.accelerate import accelerate
 
     if s.device == "cpu":
         keep_freed_memory()
     source, part = text_for(s.model, s.data, split)
-    loaded = load_model(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
+    loaded = load_model(
+        s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
+    )
     if s.fast:
         try:
             accelerate(loaded.model)
         except ValueError as error:
             print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
-    text = Text(source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed)
+    text = Text(
+        source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed
+    )
     batches = make_inputs(loaded, text)
     length, domains = batches[0].ids.shape[1], ", ".join(sorted({b.domain for b in batches}))
-    print(f"{sequences} sequences of {length} tokens ({domains}); {check_context(length, loaded.topk):.0%} of the queries see more than "
-          f"k = {loaded.topk} tokens", file=sys.stderr)  # fmt: skip
+    print(
+        f"{sequences} sequences of {length} tokens ({domains}); {check_context(length, loaded.topk):.0%} of the queries see more than "
+        f"k = {loaded.topk} tokens",
+        file=sys.stderr,
+    )
     return loaded, batches
 
 
@@ -64,4 +78,6 @@ def keep_freed_memory() -> None:
 
 
 def split_flag(default: str, use: str):
-    return flag(default, f"which documents of --data to {use}; the halves never share one", choices=SPLITS)
+    return flag(
+        default, f"which documents of --data to {use}; the halves never share one", choices=SPLITS
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from indexcache.cli.common import keep_freed_memory
 from indexcache.cli.flags import emit, flag, required
-from indexcache.search.select import SYNTAX
+from indexcache.spec import SYNTAX
 
 if TYPE_CHECKING:
     from indexcache.data import Batch, Document
@@ -28,30 +28,68 @@ class Settings:
     model: str = required("checkpoint folder, or tiny", positional=True)
     pattern: str = required("the pattern to train for; the forms of SPEC are below", metavar="SPEC")
     out: str = required("run folder; an interrupted run in it is continued", metavar="DIR")
-    data: str | None = flag(None, "training text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)")
-    held_out: str | None = flag(None, "text to evaluate on (default: the held-out half of the documents of --data)", metavar="DATA")
-    delta: str | None = flag(None, "begin with the indexers of this delta, e.g. the warm-up's", metavar="FILE")
-    stage: str = flag("warmup", "warmup: dense attention, only indexers train; sparse: over the selection", choices=("warmup", "sparse"))
+    data: str | None = flag(
+        None,
+        "training text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)",
+    )
+    held_out: str | None = flag(
+        None,
+        "text to evaluate on (default: the held-out half of the documents of --data)",
+        metavar="DATA",
+    )
+    delta: str | None = flag(
+        None, "begin with the indexers of this delta, e.g. the warm-up's", metavar="FILE"
+    )
+    stage: str = flag(
+        "warmup",
+        "warmup: dense attention, only indexers train; sparse: over the selection",
+        choices=("warmup", "sparse"),
+    )
     freeze_backbone: bool = flag(False, "train nothing but the indexers in the sparse stage too")
-    loss: str = flag("multi", "multi, avg: an indexer learns all layers it serves (the same gradient); own: its own layer alone",
-                     choices=("multi", "avg", "own"))  # fmt: skip
-    layer_weights: str | None = flag(None, "how much each layer counts in what its indexer learns: numbers with commas, or the folder of a "
-                                     "finished search, for what sharing that layer alone cost there (default: all the same)",
-                                     metavar="LIST|DIR")  # fmt: skip
-    keep_zeros: bool = flag(False, "rows of the indexers' matrices that are all zero stay so, and take no room in a packed delta")
+    loss: str = flag(
+        "multi",
+        "multi, avg: an indexer learns all layers it serves (the same gradient); own: its own layer alone",
+        choices=("multi", "avg", "own"),
+    )
+    layer_weights: str | None = flag(
+        None,
+        "how much each layer counts in what its indexer learns: numbers with commas, or the folder of a "
+        "finished search, for what sharing that layer alone cost there (default: all the same)",
+        metavar="LIST|DIR",
+    )
+    keep_zeros: bool = flag(
+        False,
+        "rows of the indexers' matrices that are all zero stay so, and take no room in a packed delta",
+    )
     steps: int = flag(1000, "optimizer steps")
-    lr: float = flag(2e-3, "peak learning rate of the indexers; it rises linearly, then falls as a cosine")
+    lr: float = flag(
+        2e-3, "peak learning rate of the indexers; it rises linearly, then falls as a cosine"
+    )
     backbone_lr: float = flag(1e-5, "peak learning rate of the rest")
-    batch_tokens: int | None = flag(None, "tokens of a step, all processes together (default: four rows)")
-    length: int | None = flag(None, "tokens of a row, into which documents are packed (default: 4 k, at least 1024, at most the context)")
+    batch_tokens: int | None = flag(
+        None, "tokens of a step, all processes together (default: four rows)"
+    )
+    length: int | None = flag(
+        None,
+        "tokens of a row, into which documents are packed (default: 4 k, at least 1024, at most the context)",
+    )
     seed: int = flag(0, "of the packing and the order of the rows")
-    eval_every: int = flag(100, "steps between evaluations on held-out text; 0: none, the last indexers are the result")
+    eval_every: int = flag(
+        100, "steps between evaluations on held-out text; 0: none, the last indexers are the result"
+    )
     eval_sequences: int = flag(16, "held-out sequences, spread over the domains")
     save_every: int = flag(50, "steps between checkpoints to go on from")
-    resume: bool = flag(True, "continue what is in --out; --no-resume refuses a folder that has a run")
+    resume: bool = flag(
+        True, "continue what is in --out; --no-resume refuses a folder that has a run"
+    )
     whole: bool = flag(False, "write the whole checkpoint beside the delta")
-    dtype: str = flag("float32", "to compute in; masters are float32", choices=("float32", "bfloat16"))
-    device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0; under torchrun cuda is each process's own GPU")
+    dtype: str = flag(
+        "float32", "to compute in; masters are float32", choices=("float32", "bfloat16")
+    )
+    device: str = flag(
+        "cpu",
+        "where the model runs, e.g. cpu or cuda:0; under torchrun cuda is each process's own GPU",
+    )
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
     json: bool = flag(False, "print one JSON object as the last line")
 
@@ -63,48 +101,72 @@ def run(s: Settings) -> int:
 
     from indexcache.data import check_context, make_batches
     from indexcache.distill import DistillSettings, apply_delta, distill_pattern, pack_rows
-    from indexcache.distill.engine import own_device
+    from indexcache.distill.layer_weights import layer_weights
+    from indexcache.distill.parallel import own_device
     from indexcache.inputs import load_model
     from indexcache.models.family import indexers
     from indexcache.models.loading import check_device, fingerprint, resolve
-    from indexcache.report.table import table
-    from indexcache.search.costs import layer_weights
-    from indexcache.search.select import choose
+    from indexcache.report.tables import table
+    from indexcache.spec import choose
 
     out, device, first = Path(s.out), own_device(s.device), os.environ.get("RANK", "0") == "0"
     if not s.resume and (out / "settings.json").exists():
-        raise ValueError(f"{out}: there is a run in this folder already; leave out --no-resume to continue it, or choose another --out.")
+        raise ValueError(
+            f"{out}: there is a run in this folder already; leave out --no-resume to continue it, or choose another --out."
+        )
     if s.device == "cpu":
         keep_freed_memory()
     resolve(s.model)
     check_device(device)  # in full mode the model itself is loaded on the host
     frozen = s.freeze_backbone or s.stage == "warmup"
-    loaded = load_model(s.model, dtype=s.dtype if frozen else "float32", device=device if frozen else "cpu",
-                        trust_remote_code=s.trust_remote_code)  # fmt: skip
+    loaded = load_model(
+        s.model,
+        dtype=s.dtype if frozen else "float32",
+        device=device if frozen else "cpu",
+        trust_remote_code=s.trust_remote_code,
+    )
     pattern = choose(s.pattern, len(indexers(loaded.model))).pattern
     if s.delta is not None:
         begun = apply_delta(loaded.model, s.delta, base=loaded.path)
         new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]
         if new and first:
-            print(f"indexcache: note: {s.delta} has no indexer of the layers {', '.join(new)}; they begin with the checkpoint's.",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"indexcache: note: {s.delta} has no indexer of the layers {', '.join(new)}; they begin with the checkpoint's.",
+                file=sys.stderr,
+            )
     context = int(loaded.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     length = min(max(4 * loaded.topk, 1024), context) if s.length is None else s.length
     check_context(length, loaded.topk)
     if length > context:
-        raise ValueError(f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length.")
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length."
+        )
     tokens = 4 * length if s.batch_tokens is None else s.batch_tokens
     if tokens < length or tokens % length:
         raise ValueError(
             f"A step has a whole number of rows: --batch-tokens must be a multiple of the {length} tokens of a row, not {tokens}."
         )
     digest = fingerprint(loaded.path)
-    weights = None if s.layer_weights is None else tuple(layer_weights(s.layer_weights, len(pattern), digest))
+    weights = (
+        None
+        if s.layer_weights is None
+        else tuple(layer_weights(s.layer_weights, len(pattern), digest))
+    )
     settings = DistillSettings(
-        stage=s.stage, freeze_backbone=s.freeze_backbone, loss=s.loss, layer_weights=weights, keep_zeros=s.keep_zeros, steps=s.steps,
-        rows=tokens // length, lr=s.lr, backbone_lr=s.backbone_lr, compute_dtype=s.dtype, eval_every=s.eval_every,
-        save_every=s.save_every, seed=s.seed,
-    )  # fmt: skip
+        stage=s.stage,
+        freeze_backbone=s.freeze_backbone,
+        loss=s.loss,
+        layer_weights=weights,
+        keep_zeros=s.keep_zeros,
+        steps=s.steps,
+        rows=tokens // length,
+        lr=s.lr,
+        backbone_lr=s.backbone_lr,
+        compute_dtype=s.dtype,
+        eval_every=s.eval_every,
+        save_every=s.save_every,
+        seed=s.seed,
+    )
     settings.check()
     training, held = _documents(s, loaded)
     rows = pack_rows(training, length, s.seed)
@@ -112,19 +174,39 @@ def run(s: Settings) -> int:
     if s.eval_every:
         batches = make_batches(held, length=length, sequences=s.eval_sequences, seed=s.seed)
     base = {"base": loaded.path.name, "base_digest": digest}
-    result = distill_pattern(loaded.model, pattern, rows, out, settings, held_out=batches, base=base, device=device)
+    result = distill_pattern(
+        loaded.model, pattern, rows, out, settings, held_out=batches, base=base, device=device
+    )
     trained = result.pop("weights", None)
     if not first:
         return 0
     if s.whole or not frozen:
         files = _write_whole(s, loaded, pattern, trained)
         result["checkpoint"] = files
-    print(table(["layer", "serves", *(["counting"] if weights else []), "KL, nats a token"], _served(result, weights)))
+    print(
+        table(
+            ["layer", "serves", *(["counting"] if weights else []), "KL, nats a token"],
+            _served(result, weights),
+        )
+    )
     if result["held_out"]:
         h = result["held_out"]
-        print(f"\nheld-out loss under {pattern}: {h['first']:.4f} before, {h['best']:.4f} at step {h['best_step']} (the one kept), "
-              f"{h['last']:.4f} at the end")  # fmt: skip
-    print(f"{s.out}: " + ", ".join(x for x in (result["delta"], "checkpoint" if result.get("checkpoint") else None, "journal.jsonl") if x))
+        print(
+            f"\nheld-out loss under {pattern}: {h['first']:.4f} before, {h['best']:.4f} at step {h['best_step']} (the one kept), "
+            f"{h['last']:.4f} at the end"
+        )
+    print(
+        f"{s.out}: "
+        + ", ".join(
+            x
+            for x in (
+                result["delta"],
+                "checkpoint" if result.get("checkpoint") else None,
+                "journal.jsonl",
+            )
+            if x
+        )
+    )
     emit(s.json, result)
     return 0
 
@@ -136,25 +218,37 @@ def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Docume
 
     vocabulary = int(loaded.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     source, split = text_for(s.model, s.data, "calibration")
-    other = s.held_out if s.held_out is not None or s.data is not None or s.model != "tiny" else str(shipped_text("heldout"))
+    other = (
+        s.held_out
+        if s.held_out is not None or s.data is not None or s.model != "tiny"
+        else str(shipped_text("heldout"))
+    )
     found = load_documents(source, loaded.encode, vocabulary)
     if other is None:
-        return split_documents(found, split), split_documents(found, "heldout") if s.eval_every else []
+        return split_documents(found, split), split_documents(
+            found, "heldout"
+        ) if s.eval_every else []
     held = load_documents(other, loaded.encode, vocabulary) if s.eval_every else []
     shared = {d.digest for d in found} & {d.digest for d in held}
     if shared:
-        raise ValueError(f"{len(shared)} of the held-out documents are training text too, so the evaluation would be no evidence; give "
-                         "other text with --held-out, or none.")  # fmt: skip
+        raise ValueError(
+            f"{len(shared)} of the held-out documents are training text too, so the evaluation would be no evidence; give "
+            "other text with --held-out, or none."
+        )
     return found, held
 
 
 def _served(result: dict[str, Any], weights: tuple[float, ...] | None) -> list[list[str]]:
-    from indexcache.distill.attention import served_layers
+    from indexcache.distill.forward import served_layers
     from indexcache.pattern import Pattern
 
     rows = []
     for i, group in served_layers(Pattern(result["pattern"]), own=result["loss"] == "own").items():
-        shares = [] if weights is None else [" ".join(f"{weights[j] / sum(weights[n] for n in group):.2f}" for j in group)]
+        shares = (
+            []
+            if weights is None
+            else [" ".join(f"{weights[j] / sum(weights[n] for n in group):.2f}" for j in group)]
+        )
         rows.append([str(i), " ".join(map(str, group)), *shares, f"{result['kl'][str(i)]:.4f}"])
     return rows
 
@@ -167,7 +261,7 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
 
     import torch
 
-    from indexcache.distill.output import save_whole
+    from indexcache.distill.delta import save_whole
     from indexcache.export import export_pattern
     from indexcache.models.family import family_of
 
@@ -179,10 +273,17 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
         weights = dict(loaded.model.state_dict())
     elif s.dtype == "bfloat16":
         keep = ("weights_proj.weight", "e_score_correction_bias")
-        weights = {k: v if k.endswith(keep) or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in weights.items()}
+        weights = {
+            k: v if k.endswith(keep) or not v.is_floating_point() else v.to(torch.bfloat16)
+            for k, v in weights.items()
+        }
     save_whole(loaded.model, weights, part, loaded.path)
     if "R" in pattern.roles or not family_of(loaded.model).native_sharing:
-        why = "stock transformers has no R layers" if "R" in pattern.roles else "stock transformers has no sharing for this family"
+        why = (
+            "stock transformers has no R layers"
+            if "R" in pattern.roles
+            else "stock transformers has no sharing for this family"
+        )
         print(
             f"indexcache: note: {why}, so the checkpoint keeps all indexers and its config no pattern; run it with use_pattern.",
             file=sys.stderr,

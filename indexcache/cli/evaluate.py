@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from indexcache.cli.common import ModelSettings, load, split_flag
 from indexcache.cli.flags import emit, flag, required
-from indexcache.search.select import SYNTAX
+from indexcache.spec import SYNTAX
 
 EPILOG = f"SPEC is {SYNTAX}"
 
@@ -16,12 +16,18 @@ EPILOG = f"SPEC is {SYNTAX}"
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
     verb: ClassVar[str] = "evaluate"
-    pattern: tuple[str, ...] = required("one or more patterns; the forms of SPEC are below", metavar="SPEC")
-    against: str | None = flag(None, "baseline of all differences (default: the model itself, all full)", metavar="SPEC")
+    pattern: tuple[str, ...] = required(
+        "one or more patterns; the forms of SPEC are below", metavar="SPEC"
+    )
+    against: str | None = flag(
+        None, "baseline of all differences (default: the model itself, all full)", metavar="SPEC"
+    )
     out: str | None = flag(None, "folder for evidence.json", metavar="DIR")
     split: str = split_flag("heldout", "evaluate on")
     sequences: int = flag(24, "sequences of held-out text, spread over the domains")
-    most: float | None = flag(None, "gate: exit 1 when a pattern's loss difference has an upper end above this (nats)")
+    most: float | None = flag(
+        None, "gate: exit 1 when a pattern's loss difference has an upper end above this (nats)"
+    )
 
 
 def run(s: Settings) -> int:
@@ -29,8 +35,8 @@ def run(s: Settings) -> int:
     from indexcache.inputs import check_unseen
     from indexcache.models.family import indexers
     from indexcache.records import write_json
-    from indexcache.report.table import domains, evidence, positions
-    from indexcache.search.select import choose
+    from indexcache.report.tables import domains, evidence, positions
+    from indexcache.spec import choose
 
     loaded, batches = load(s, s.split, s.sequences)
     chosen = [choose(spec, len(indexers(loaded.model))) for spec in s.pattern]
@@ -42,10 +48,14 @@ def run(s: Settings) -> int:
     if against:
         check_unseen(batches, against.seen)
     patterns = {c.name: c.pattern for c in chosen}
-    result = evaluate_pattern(loaded.model, patterns, batches, against=against.pattern if against else None, seed=s.seed)
+    result = evaluate_pattern(
+        loaded.model, patterns, batches, against=against.pattern if against else None, seed=s.seed
+    )
     base = against.name if against else "full"
     if not against and "S" in result["baseline"]:
-        print(f"The model has layers without an indexer; 'full' below is what it does by itself: {result['baseline']}\n")
+        print(
+            f"The model has layers without an indexer; 'full' below is what it does by itself: {result['baseline']}\n"
+        )
     print(evidence(result["rows"], base))
     print()
     print(domains(result["rows"], base))
@@ -57,4 +67,9 @@ def run(s: Settings) -> int:
     emit(s.json, result)
     if s.most is None:
         return 0
-    return int(any(r["domain"] == "all" and (r["ci_high"] is None or r["ci_high"] > s.most) for r in result["rows"]))
+    return int(
+        any(
+            r["domain"] == "all" and (r["ci_high"] is None or r["ci_high"] > s.most)
+            for r in result["rows"]
+        )
+    )

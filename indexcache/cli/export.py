@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from indexcache.cli.flags import emit, flag, required
-from indexcache.export.doctor import ENGINES
-from indexcache.search.select import SYNTAX
+from indexcache.export.checks import ENGINES
+from indexcache.spec import SYNTAX
 
 EPILOG = f"SPEC is {SYNTAX}"
 
@@ -18,7 +18,9 @@ class Settings:
     model: str = required("checkpoint folder, or tiny", positional=True)
     pattern: str = required("the pattern; the forms of SPEC are below", metavar="SPEC")
     out: str = required("folder to write; must not hold anything yet", metavar="DIR")
-    engine: tuple[str, ...] = flag(ENGINES, "engines to write for", choices=ENGINES, metavar="ENGINE")
+    engine: tuple[str, ...] = flag(
+        ENGINES, "engines to write for", choices=ENGINES, metavar="ENGINE"
+    )
     stages: int = flag(1, "pipeline stages of the engine: the first layer of each must be full")
     prune: bool = flag(True, "leave out the indexer tensors of the shared layers")
     json: bool = flag(False, "print one JSON object as the last line")
@@ -29,11 +31,13 @@ def run(s: Settings) -> int:
 
     from indexcache.export import export_pattern
     from indexcache.models.loading import describe
-    from indexcache.search.select import choose
+    from indexcache.spec import choose
 
     facts = describe(s.model)
     chosen = choose(s.pattern, facts["num_hidden_layers"])
-    result = export_pattern(facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune)
+    result = export_pattern(
+        facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune
+    )
     for warning in result["warnings"]:
         print(f"indexcache: note: {warning}", file=sys.stderr)
     for engine, files in result["files"].items():

@@ -33,16 +33,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(verbs: Mapping[str, ModuleType]) -> Parser:
-    parser = Parser(prog="indexcache", description="Sharing patterns for DeepSeek-Sparse-Attention models.")
+    parser = Parser(
+        prog="indexcache", description="Sharing patterns for DeepSeek-Sparse-Attention models."
+    )
     parser.add_argument("--version", action="version", version=f"indexcache {__version__}")
     sub = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, module in verbs.items():
         doc = module.__doc__ or ""
-        one = sub.add_parser(name, help=doc.splitlines()[0], description=doc, epilog=getattr(module, "EPILOG", None), allow_abbrev=False,
-                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        one = sub.add_parser(
+            name,
+            help=doc.splitlines()[0],
+            description=doc,
+            epilog=getattr(module, "EPILOG", None),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for field, kind in _fields(module.Settings):
             _add(one, field, kind)
-        one.add_argument("--config", type=Path, help="TOML file with any of these settings; flags override it")
+        one.add_argument(
+            "--config", type=Path, help="TOML file with any of these settings; flags override it"
+        )
     return parser
 
 
@@ -60,7 +70,9 @@ def parse(parser: Parser, verbs: Mapping[str, ModuleType], argv: list[str]) -> t
     merged |= {k: v for k, v in values.items() if v is not None}
     for name, (field, _) in fields.items():
         if name not in merged and field.default is dataclasses.MISSING:
-            shown = name.upper() if field.metadata.get("positional") else "--" + name.replace("_", "-")
+            shown = (
+                name.upper() if field.metadata.get("positional") else "--" + name.replace("_", "-")
+            )
             raise ValueError(f"{verb} needs {shown} (see indexcache {verb} --help).")
         if name in merged and (choices := field.metadata.get("choices")):
             given = merged[name] if isinstance(merged[name], tuple) else (merged[name],)
@@ -83,19 +95,38 @@ def _plain(kind: Any) -> Any:
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
     meta = field.metadata
-    default = "" if field.default in (dataclasses.MISSING, None, ()) or field.default is False else f" (default: {_show(field.default)})"
+    default = (
+        ""
+        if field.default in (dataclasses.MISSING, None, ()) or field.default is False
+        else f" (default: {_show(field.default)})"
+    )
     text = (meta["help"] + default).replace("%", "%%")
     if meta.get("positional"):
-        parser.add_argument(field.name, nargs="?", default=None, metavar=field.name.upper(), help=text)
+        parser.add_argument(
+            field.name, nargs="?", default=None, metavar=field.name.upper(), help=text
+        )
         return
     name = "--" + field.name.replace("_", "-")
     if kind is bool:
         parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif typing.get_origin(kind) is tuple:
-        parser.add_argument(name, action=_Collect, nargs="+", default=None, help=text, metavar=meta.get("metavar", "X"))
+        parser.add_argument(
+            name,
+            action=_Collect,
+            nargs="+",
+            default=None,
+            help=text,
+            metavar=meta.get("metavar", "X"),
+        )
     else:
         reader = fraction if meta.get("fraction") else kind
-        parser.add_argument(name, type=reader, default=None, help=text, metavar=meta.get("metavar", kind.__name__.upper()))
+        parser.add_argument(
+            name,
+            type=reader,
+            default=None,
+            help=text,
+            metavar=meta.get("metavar", kind.__name__.upper()),
+        )
 
 
 class _Collect(argparse.Action):
@@ -118,7 +149,9 @@ def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _read_toml(path: Path, fields: Mapping[str, tuple[dataclasses.Field, Any]], verb: str) -> dict[str, Any]:
+def _read_toml(
+    path: Path, fields: Mapping[str, tuple[dataclasses.Field, Any]], verb: str
+) -> dict[str, Any]:
     try:
         with open(path, "rb") as f:
             found = tomllib.load(f)
@@ -132,7 +165,11 @@ def _read_toml(path: Path, fields: Mapping[str, tuple[dataclasses.Field, Any]], 
         if name not in fields:
             raise ValueError(f"{path}: {verb} has no setting {key!r}; it has {', '.join(fields)}.")
         kind = fields[name][1]
-        if typing.get_origin(kind) is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        if (
+            typing.get_origin(kind) is tuple
+            and isinstance(value, list)
+            and all(isinstance(v, str) for v in value)
+        ):
             result[name] = tuple(value)
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             result[name] = float(value)
@@ -140,8 +177,12 @@ def _read_toml(path: Path, fields: Mapping[str, tuple[dataclasses.Field, Any]], 
             try:
                 result[name] = fraction(value)
             except ValueError:
-                raise ValueError(f"{path}: {key} is {value!r}, which is neither a number nor a fraction such as 1/4.") from None
-        elif isinstance(value, kind if isinstance(kind, type) else ()) and not (kind is int and isinstance(value, bool)):
+                raise ValueError(
+                    f"{path}: {key} is {value!r}, which is neither a number nor a fraction such as 1/4."
+                ) from None
+        elif isinstance(value, kind if isinstance(kind, type) else ()) and not (
+            kind is int and isinstance(value, bool)
+        ):
             result[name] = value
         else:
             raise ValueError(f"{path}: {key} is {value!r}, which is not a value for it ({kind}).")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from indexcache.cli.flags import emit, flag, required
-from indexcache.search.select import SYNTAX
+from indexcache.spec import SYNTAX
 
 EPILOG = f"SPEC is {SYNTAX}"
 
@@ -21,12 +21,21 @@ class Settings:
     model: str = required("checkpoint folder, or tiny", positional=True)
     prompt_file: str = required("UTF-8 text, given to the model as it is", metavar="FILE")
     max_new_tokens: int = flag(256, "most tokens to generate")
-    pattern: str | None = flag(None, "pattern to run under (default: the model itself)", metavar="SPEC")
-    temperature: float = flag(0.0, "0 takes the best token each time, else tokens are drawn from softmax(logits / temperature)")
+    pattern: str | None = flag(
+        None, "pattern to run under (default: the model itself)", metavar="SPEC"
+    )
+    temperature: float = flag(
+        0.0,
+        "0 takes the best token each time, else tokens are drawn from softmax(logits / temperature)",
+    )
     seed: int = flag(0, "of the drawing")
     chunk: int = flag(8192, "tokens of the prompt that go through the model at once")
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
-    index_dtype: str = flag("auto", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))
+    index_dtype: str = flag(
+        "auto",
+        "of the indexer's keys and queries; auto: as the weights",
+        choices=("auto", "bf16", "fp8"),
+    )
     device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
     json: bool = flag(False, "print one JSON object as the last line")
@@ -34,26 +43,35 @@ class Settings:
 
 def run(s: Settings) -> int:
     from indexcache.models.family import indexers
-    from indexcache.models.fast import accelerate
+    from indexcache.models.fast.accelerate import accelerate
+    from indexcache.models.fast.generate import end_tokens, pieces, stream_tokens
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
-    from indexcache.models.stream import end_tokens, pieces, stream_tokens
-    from indexcache.search.select import choose
+    from indexcache.spec import choose
 
     if not s.temperature >= 0:
         raise ValueError(f"--temperature must be at least 0, not {s.temperature}.")
     if s.chunk < 1:
         raise ValueError(f"--chunk must be at least 1, not {s.chunk}.")
     prompt = _read(Path(s.prompt_file))
-    loaded = load_model(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
+    loaded = load_model(
+        s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
+    )
     accelerate(loaded.model, index_dtype=s.index_dtype)
     chosen = choose(s.pattern, len(indexers(loaded.model))).pattern if s.pattern else None
     ids, tokens, text = loaded.encode(prompt), list[int](), list[str]()
     began = time.perf_counter()
     first = began
     with use_pattern(loaded.model, chosen) if chosen else contextlib.nullcontext():
-        made = stream_tokens(loaded.model, ids, most=s.max_new_tokens, temperature=s.temperature, seed=s.seed, chunk=s.chunk,
-                             ends=end_tokens(loaded.model))  # fmt: skip
+        made = stream_tokens(
+            loaded.model,
+            ids,
+            most=s.max_new_tokens,
+            temperature=s.temperature,
+            seed=s.seed,
+            chunk=s.chunk,
+            ends=end_tokens(loaded.model),
+        )
 
         def noted():
             nonlocal first
@@ -68,10 +86,22 @@ def run(s: Settings) -> int:
     print()
     ended = time.perf_counter()
     rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
-    print(f"{len(ids)} tokens of prompt in {first - began:.2f} s, {len(tokens)} generated" + (f", {rate:.1f} a second" if rate else ""),
-          file=sys.stderr)  # fmt: skip
-    emit(s.json, {"prompt_tokens": len(ids), "tokens": tokens, "text": "".join(text), "ttft_s": first - began, "decode_tok_s": rate,
-                  "pattern": str(chosen) if chosen else None})  # fmt: skip
+    print(
+        f"{len(ids)} tokens of prompt in {first - began:.2f} s, {len(tokens)} generated"
+        + (f", {rate:.1f} a second" if rate else ""),
+        file=sys.stderr,
+    )
+    emit(
+        s.json,
+        {
+            "prompt_tokens": len(ids),
+            "tokens": tokens,
+            "text": "".join(text),
+            "ttft_s": first - began,
+            "decode_tok_s": rate,
+            "pattern": str(chosen) if chosen else None,
+        },
+    )
     return 0
 
 

@@ -29,12 +29,18 @@ def run(s: Settings) -> int:
         "layers": f"{layers}, hidden {facts['hidden_size']}, {facts['num_attention_heads']} heads",
         "indexer": f"{facts['index_n_heads']} heads of {facts['index_head_dim']}, k = {k} of a context of {context}",
         "pattern of its config": f"{native} ({len(native.full_layers)} of {layers} full)",
-        "stock transformers": "reads F/S patterns" if facts["native_sharing"] else "has no sharing (use_pattern adds it)",
+        "stock transformers": "reads F/S patterns"
+        if facts["native_sharing"]
+        else "has no sharing (use_pattern adds it)",
     }
     if facts["next_token_layers"]:
-        shown["next-token layers"] = f"{facts['next_token_layers']}, outside the pattern, always their own indexer"
+        shown["next-token layers"] = (
+            f"{facts['next_token_layers']}, outside the pattern, always their own indexer"
+        )
     if facts["layers_without_indexer"]:
-        shown["search"] = "pointless: trained with sharing, layers without indexer weights can never be full"
+        shown["search"] = (
+            "pointless: trained with sharing, layers without indexer weights can never be full"
+        )
     else:
         budgets = {f"1/{n}": evaluations(layers, full_count(layers, 1 / n)) for n in (2, 4, 8)}
         shown["search"] = ", ".join(f"{v} evaluations to keep {b}" for b, v in budgets.items())

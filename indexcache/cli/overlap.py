@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from indexcache.cli.common import ModelSettings, load, split_flag
 from indexcache.cli.flags import emit, flag, required
-from indexcache.search.select import SYNTAX
+from indexcache.spec import SYNTAX
 
 EPILOG = f"SPEC is {SYNTAX}"
 
@@ -17,30 +17,36 @@ EPILOG = f"SPEC is {SYNTAX}"
 class Settings(ModelSettings):
     verb: ClassVar[str] = "overlap"
     out: str = required("folder for overlap.json and overlap.png", metavar="DIR")
-    pattern: str | None = flag(None, "pattern whose blocks are drawn into the heat map", metavar="SPEC")
+    pattern: str | None = flag(
+        None, "pattern whose blocks are drawn into the heat map", metavar="SPEC"
+    )
     split: str = split_flag("heldout", "measure on")
     sequences: int = flag(6, "sequences of text, spread over the domains")
 
 
 def run(s: Settings) -> int:
-    from indexcache.analysis import measure_overlap
+    from indexcache.evals.overlap import measure_overlap
     from indexcache.models.family import indexers
     from indexcache.records import write_json
-    from indexcache.report.heatmap import draw_overlap
-    from indexcache.report.table import table
-    from indexcache.search.select import choose
+    from indexcache.report.plots import draw_overlap
+    from indexcache.report.tables import table
+    from indexcache.spec import choose
 
     loaded, batches = load(s, s.split, s.sequences)
     chosen = choose(s.pattern, len(indexers(loaded.model))) if s.pattern else None
     measured = measure_overlap(loaded.model, batches)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "overlap.json", measured | {"pattern": str(chosen.pattern) if chosen else None})
+    write_json(
+        out / "overlap.json", measured | {"pattern": str(chosen.pattern) if chosen else None}
+    )
     draw_overlap(measured, out / "overlap.png", chosen.pattern if chosen else None)
     m = measured["overlap"]
     rows = [[i, f"{m[i - 1][i]:.3f}", f"{sum(m[i]) / len(m):.3f}"] for i in range(1, len(m))]
     print(table(["layer", "with the layer before", "mean over all layers"], rows))
-    print(f"\nchance {measured['chance']:.3f}, {measured['queries']} queries with more than k = {measured['topk']} tokens; "
-          f"{out / 'overlap.json'}, {out / 'overlap.png'}")  # fmt: skip
+    print(
+        f"\nchance {measured['chance']:.3f}, {measured['queries']} queries with more than k = {measured['topk']} tokens; "
+        f"{out / 'overlap.json'}, {out / 'overlap.png'}"
+    )
     emit(s.json, measured)
     return 0

@@ -16,7 +16,7 @@ from indexcache.cli.flags import emit, flag, required
 from indexcache.cli.timing import number
 
 if TYPE_CHECKING:
-    from indexcache.analysis.floors import Device
+    from indexcache.bench.floors import Device
     from indexcache.models.shapes import Shape
 
 
@@ -30,13 +30,17 @@ class Settings:
     price: float = required("of a GPU hour, in any currency")
     bench: str | None = flag(None, "bench.json of a bench on that GPU", metavar="FILE")
     batch: int = flag(1, "requests decoded together")
-    index_dtype: str = flag("fp8", "of the indexer's keys and queries (with --bench: as measured)", choices=("bf16", "fp8"))
+    index_dtype: str = flag(
+        "fp8",
+        "of the indexer's keys and queries (with --bench: as measured)",
+        choices=("bf16", "fp8"),
+    )
     json: bool = flag(False, "print one JSON object as the last line")
 
 
 def run(s: Settings) -> int:
-    from indexcache.analysis.cost import FLOOR_ONLY, WORTH, fit, left_out, plan, usable, worth_from
-    from indexcache.analysis.floors import device_named
+    from indexcache.bench.cost import FLOOR_ONLY, WORTH, fit, left_out, plan, usable, worth_from
+    from indexcache.bench.floors import device_named
     from indexcache.models.shapes import Shape, read_shape
     from indexcache.report.speed import predictions
 
@@ -54,39 +58,74 @@ def run(s: Settings) -> int:
         try:
             model, errors = fit(rows), left_out(rows)
         except (TypeError, KeyError, AttributeError, ZeroDivisionError):
-            raise ValueError(f"{s.bench}: a row is not what a bench writes, so the file was changed; measure anew.") from None
+            raise ValueError(
+                f"{s.bench}: a row is not what a bench writes, so the file was changed; measure anew."
+            ) from None
         chunk, index_dtype = rows[0]["chunk"], result["settings"].get("index_dtype", index_dtype)
         basis = f"fitted to {len(rows)} rows of {s.bench} ({result['device']}, {result['date']})"
         notes += _mismatch(result, rows, shape, device, context, s.batch)
     predict = partial(
-        plan, shape, model, device, output_tokens=s.output_tokens, price=s.price, batch=s.batch, chunk=chunk, index_dtype=index_dtype
+        plan,
+        shape,
+        model,
+        device,
+        output_tokens=s.output_tokens,
+        price=s.price,
+        batch=s.batch,
+        chunk=chunk,
+        index_dtype=index_dtype,
     )
     predicted = predict(context=context)
-    advice = _advice(predicted, WORTH, worth_from(shape, WORTH, lambda n: predict(context=n)), shape.topk, context)
+    advice = _advice(
+        predicted,
+        WORTH,
+        worth_from(shape, WORTH, lambda n: predict(context=n)),
+        shape.topk,
+        context,
+    )
 
-    print(f"{name} on {device.name}: prompts of {context} tokens, {s.output_tokens} decoded, {s.batch} together; {basis}\n")
+    print(
+        f"{name} on {device.name}: prompts of {context} tokens, {s.output_tokens} decoded, {s.batch} together; {basis}\n"
+    )
     print(predictions(predicted))
     print(f"\n{advice}")
     print(_accuracy(errors) if s.bench else "Predictions have no error to show without --bench.")
     for note in notes:
         print(f"Note: {note}")
-    emit(s.json, {"model": name, "gpu": device.name, "context": context, "output_tokens": s.output_tokens, "batch": s.batch,
-                  "price": s.price, "basis": "bench" if s.bench else "floor", "rows": predicted, "advice": advice, "left_out": errors,
-                  "notes": notes})  # fmt: skip
+    emit(
+        s.json,
+        {
+            "model": name,
+            "gpu": device.name,
+            "context": context,
+            "output_tokens": s.output_tokens,
+            "batch": s.batch,
+            "price": s.price,
+            "basis": "bench" if s.bench else "floor",
+            "rows": predicted,
+            "advice": advice,
+            "left_out": errors,
+            "notes": notes,
+        },
+    )
     return 0
 
 
 def _check(s: Settings, shape: Shape, context: int) -> None:
     if s.output_tokens < 1 or s.batch < 1:
-        raise ValueError(f"--output-tokens and --batch must be at least 1, not {s.output_tokens} and {s.batch}.")
+        raise ValueError(
+            f"--output-tokens and --batch must be at least 1, not {s.output_tokens} and {s.batch}."
+        )
     if not (math.isfinite(s.price) and s.price >= 0):
         raise ValueError(f"--price must be a number of at least 0, not {s.price}.")
     if context + s.output_tokens > shape.context:
-        raise ValueError(f"{context} + {s.output_tokens} tokens are more than the model's maximum of {shape.context}.")
+        raise ValueError(
+            f"{context} + {s.output_tokens} tokens are more than the model's maximum of {shape.context}."
+        )
 
 
 def _read(file: str) -> dict[str, Any]:
-    from indexcache.analysis.cost import usable
+    from indexcache.bench.cost import usable
     from indexcache.records import read_json
 
     result = read_json(Path(file))
@@ -97,37 +136,54 @@ def _read(file: str) -> dict[str, Any]:
         or not {"device", "shape", "date", "settings"} <= set(result)
     ):
         raise ValueError(f"{file}: is not the bench.json of a bench.")
-    if not all(isinstance(r, dict) and (needed | {"chunk"} <= set(r) or r.get("error")) for r in result["rows"]):
-        raise ValueError(f"{file}: a row lacks what a bench writes ({', '.join(sorted(needed))}, chunk).")
+    if not all(
+        isinstance(r, dict) and (needed | {"chunk"} <= set(r) or r.get("error"))
+        for r in result["rows"]
+    ):
+        raise ValueError(
+            f"{file}: a row lacks what a bench writes ({', '.join(sorted(needed))}, chunk)."
+        )
     if not usable(result["rows"]):
-        raise ValueError(f"{file}: has no measured row of F and S layers with floors, so there is nothing to fit to.")
+        raise ValueError(
+            f"{file}: has no measured row of F and S layers with floors, so there is nothing to fit to."
+        )
     return result
 
 
 def _device_of(result: dict[str, Any] | None) -> Device:
     """The device that a bench ran on, with the rates it noted."""
-    from indexcache.analysis.floors import Device
+    from indexcache.bench.floors import Device
 
     if result is None:
         raise ValueError("--gpu bench takes the device of a bench: give its file with --bench.")
     try:
         return Device(**(result["ceilings"] | {"name": result["device"]}))
     except (KeyError, TypeError):
-        raise ValueError("The bench results do not say what their device can do (ceilings); measure anew or name the GPU.") from None
+        raise ValueError(
+            "The bench results do not say what their device can do (ceilings); measure anew or name the GPU."
+        ) from None
 
 
 def _notes(s: Settings, shape: Shape, device: Device, context: int) -> list[str]:
     if not device.memory:
         return []
     weights = 2 * shape.weights
-    cache = s.batch * (context + s.output_tokens) * shape.cache_bytes(shape.layers, index_dtype=s.index_dtype)
+    cache = (
+        s.batch
+        * (context + s.output_tokens)
+        * shape.cache_bytes(shape.layers, index_dtype=s.index_dtype)
+    )
     if weights + cache <= device.memory:
         return []
-    return [f"bf16 weights ({weights / 1e9:.0f} GB) and cache ({cache / 1e9:.0f} GB) are more than the {device.memory / 1e9:.0f} GB of one "
-            f"{device.name}; the figures count the work as if one did it all."]  # fmt: skip
+    return [
+        f"bf16 weights ({weights / 1e9:.0f} GB) and cache ({cache / 1e9:.0f} GB) are more than the {device.memory / 1e9:.0f} GB of one "
+        f"{device.name}; the figures count the work as if one did it all."
+    ]
 
 
-def _mismatch(result: dict[str, Any], rows: list[Any], shape: Shape, device: Device, context: int, batch: int) -> list[str]:
+def _mismatch(
+    result: dict[str, Any], rows: list[Any], shape: Shape, device: Device, context: int, batch: int
+) -> list[str]:
     """Where the prediction goes beyond what was measured."""
     from dataclasses import asdict
 
@@ -137,9 +193,13 @@ def _mismatch(result: dict[str, Any], rows: list[Any], shape: Shape, device: Dev
             raise ValueError(
                 f"The bench ran on {result['device']}, which says nothing of an {device.name}; give one of that GPU, or --gpu bench."
             )
-        notes.append(f"measured on {result['device']}, not on an {device.name}: carried over by the floors alone.")
+        notes.append(
+            f"measured on {result['device']}, not on an {device.name}: carried over by the floors alone."
+        )
     if asdict(shape) != result["shape"]:
-        notes.append(f"measured on another shape ({result.get('model', 'unknown')}): carried over by the floors alone.")
+        notes.append(
+            f"measured on another shape ({result.get('model', 'unknown')}): carried over by the floors alone."
+        )
     low, high = min(r["context"] for r in rows), max(r["context"] for r in rows)
     if not low <= context <= high:
         notes.append(f"{context} tokens are outside of what was measured ({low} to {high}).")
@@ -148,17 +208,23 @@ def _mismatch(result: dict[str, Any], rows: list[Any], shape: Shape, device: Dev
     return notes
 
 
-def _advice(rows: list[dict[str, Any]], worth: float, start: int | None, topk: int, context: int) -> str:
+def _advice(
+    rows: list[dict[str, Any]], worth: float, start: int | None, topk: int, context: int
+) -> str:
     quarter = rows[-1]["saving"]
     if context <= topk:
         return f"Sharing changes nothing at {context} tokens: up to k = {topk} every layer selects everything."
     if quarter < worth:
-        after = f"from about {start} tokens on it saves more" if start else "nor does it at any length the model takes"
-        return f"Not worth it here: 1/4 saves {quarter:.1%} of a request (below {worth:.0%}); {after}."
+        after = (
+            f"from about {start} tokens on it saves more"
+            if start
+            else "nor does it at any length the model takes"
+        )
+        return (
+            f"Not worth it here: 1/4 saves {quarter:.1%} of a request (below {worth:.0%}); {after}."
+        )
     half = rows[1]["saving"]
-    return (
-        f"Worth it here: 1/4 saves {quarter:.1%} of a request, 1/2 {half:.1%}; below about {start} tokens 1/4 saves less than {worth:.0%}."
-    )
+    return f"Worth it here: 1/4 saves {quarter:.1%} of a request, 1/2 {half:.1%}; below about {start} tokens 1/4 saves less than {worth:.0%}."
 
 
 def _accuracy(errors: list[dict[str, Any]]) -> str:
@@ -170,5 +236,7 @@ def _accuracy(errors: list[dict[str, Any]]) -> str:
         if found:
             worst = max(found, key=lambda e: abs(e["error"]))
             mean = sum(abs(e["error"]) for e in found) / len(found)
-            said.append(f"{label} {mean:.1%} in the mean, at most {abs(worst['error']):.1%} (at {worst['context']} tokens)")
+            said.append(
+                f"{label} {mean:.1%} in the mean, at most {abs(worst['error']):.1%} (at {worst['context']} tokens)"
+            )
     return "Error on lengths left out of the fit: " + "; ".join(said) + "."

@@ -23,7 +23,7 @@ class Settings(TimingSettings):
 
 
 def run(s: Settings) -> int:
-    from indexcache.analysis.bench import run_bench
+    from indexcache.bench.run import run_bench
     from indexcache.records import write_json
 
     if s.out is not None:

@@ -19,7 +19,9 @@ class Settings(ModelSettings):
     out: str = required("run folder; an interrupted run in it is continued", metavar="DIR")
     split: str = split_flag("calibration", "search on")
     sequences: int = flag(9, "sequences of calibration text, spread over the domains")
-    keep: float = flag(0.25, "fraction of the layers that stay full at the end, e.g. 1/4", fraction=True)
+    keep: float = flag(
+        0.25, "fraction of the layers that stay full at the end, e.g. 1/4", fraction=True
+    )
     stages: int = flag(1, "pipeline stages of the engine: the first layer of each stays full")
     uniform: bool = flag(True, "also evaluate uniform patterns (S and R) for comparison")
     pool_factor: int = flag(8, "pool of the uniform R patterns, in units of k")
@@ -27,18 +29,33 @@ class Settings(ModelSettings):
 
 def run(s: Settings) -> int:
     from indexcache.models.loading import fingerprint
-    from indexcache.report.table import table
+    from indexcache.report.tables import table
     from indexcache.search.run import SearchSettings, search_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
-    settings = SearchSettings(keep=s.keep, stages=s.stages, uniform=s.uniform, pool_factor=s.pool_factor)
+    settings = SearchSettings(
+        keep=s.keep, stages=s.stages, uniform=s.uniform, pool_factor=s.pool_factor
+    )
     identity = {"model": fingerprint(loaded.path), "seed": s.seed}
     result = search_pattern(loaded.model, batches, s.out, settings, identity=identity)
     base = result["frontier"][0]["loss"]
-    rows = [[f"searched, {p['full']} full", f"{p['loss']:.4f}", f"{p['loss'] - base:+.4f}", p["pattern"]] for p in result["frontier"]]
-    rows += [["uniform", f"{p['loss']:.4f}", f"{p['loss'] - base:+.4f}", p["pattern"]] for p in result["uniform"]]
+    rows = [
+        [
+            f"searched, {p['full']} full",
+            f"{p['loss']:.4f}",
+            f"{p['loss'] - base:+.4f}",
+            p["pattern"],
+        ]
+        for p in result["frontier"]
+    ]
+    rows += [
+        ["uniform", f"{p['loss']:.4f}", f"{p['loss'] - base:+.4f}", p["pattern"]]
+        for p in result["uniform"]
+    ]
     print(table(["calibration", "loss", "vs full", "roles"], rows))
-    print(f"\n{s.out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched pattern: evaluate it on "
-          "held-out text next.")  # fmt: skip
+    print(
+        f"\n{s.out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched pattern: evaluate it on "
+        "held-out text next."
+    )
     emit(s.json, result)
     return 0

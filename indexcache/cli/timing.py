@@ -9,65 +9,104 @@ from typing import TYPE_CHECKING
 from indexcache.cli.flags import flag, required
 
 if TYPE_CHECKING:
-    from indexcache.analysis.bench import Grid
-    from indexcache.analysis.measure import Subject
+    from indexcache.bench.measure import Subject
+    from indexcache.bench.run import Grid
     from indexcache.pattern import Pattern
 
 NAMED = "glm-4.7-flash-dsa, glm-5, deepseek-v3.2, tiny-random"
-PATTERNS = (
-    "all, 1/2, 1/4, 1/8 (uniform), each may be followed by +R8 (R with a pool of 8 k in the others; +R is +R8), or any SPEC of evaluate"
-)
+PATTERNS = "all, 1/2, 1/4, 1/8 (uniform), each may be followed by +R8 (R with a pool of 8 k in the others; +R is +R8), or any SPEC of evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingSettings:
-    model: str = required(f"checkpoint folder, tiny, or a named shape with random weights ({NAMED})", positional=True)
-    contexts: tuple[str, ...] = flag(("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N")
+    model: str = required(
+        f"checkpoint folder, tiny, or a named shape with random weights ({NAMED})", positional=True
+    )
+    contexts: tuple[str, ...] = flag(
+        ("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N"
+    )
     layers: int | None = flag(None, "take only the first layers of a named shape")
     decode_tokens: int = flag(64, "tokens that are decoded after each prefill")
-    chunk: int = flag(16384, "tokens of a prefill that go through the model at once, half as many with R")
-    data: str | None = flag(None, "text to prefill with, repeated to the length (default: random tokens)")
+    chunk: int = flag(
+        16384, "tokens of a prefill that go through the model at once, half as many with R"
+    )
+    data: str | None = flag(
+        None, "text to prefill with, repeated to the length (default: random tokens)"
+    )
     dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
-    index_dtype: str = flag("fp8", "of the indexer's keys and queries; auto: as the weights", choices=("auto", "bf16", "fp8"))
+    index_dtype: str = flag(
+        "fp8",
+        "of the indexer's keys and queries; auto: as the weights",
+        choices=("auto", "bf16", "fp8"),
+    )
     compile: bool = flag(True, "fuse what lies between the products with torch.compile, on a GPU")
     selections: str | None = flag(
-        None, "recorded selections (and pools) that layers read in a prefill instead of their own", metavar="FILE:NAME[,POOL]"
+        None,
+        "recorded selections (and pools) that layers read in a prefill instead of their own",
+        metavar="FILE:NAME[,POOL]",
     )
-    device: str | None = flag(None, "where the model runs (default: cuda where there is one, else cpu)")
+    device: str | None = flag(
+        None, "where the model runs (default: cuda where there is one, else cpu)"
+    )
     seed: int = flag(0, "of random weights and tokens")
     trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
     json: bool = flag(False, "print one JSON object as the last line")
 
 
-def open_model(s: TimingSettings, wanted: tuple[str, ...], batch: str) -> tuple[Subject, Grid, list[int] | None]:
+def open_model(
+    s: TimingSettings, wanted: tuple[str, ...], batch: str
+) -> tuple[Subject, Grid, list[int] | None]:
     """The accelerated model, what to measure on it under the patterns `wanted`, and the ids of --data where it is given. What
     cannot be measured is refused before the model is made."""
     import torch
 
-    from indexcache.analysis.bench import Grid
-    from indexcache.analysis.measure import open_subject
-    from indexcache.analysis.recorded import read_selections
+    from indexcache.bench.measure import open_subject
+    from indexcache.bench.recorded import read_selections
+    from indexcache.bench.run import Grid
     from indexcache.cli.common import keep_freed_memory
     from indexcache.data import load_documents
     from indexcache.models.shapes import SHAPES, shape_of
 
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(s.model, s.layers)
-    grid = Grid(contexts=contexts(s.contexts), patterns=patterns(wanted, shape.layers), batches=batches(batch),
-                decode_tokens=s.decode_tokens, chunk=s.chunk, seed=s.seed)  # fmt: skip
+    grid = Grid(
+        contexts=contexts(s.contexts),
+        patterns=patterns(wanted, shape.layers),
+        batches=batches(batch),
+        decode_tokens=s.decode_tokens,
+        chunk=s.chunk,
+        seed=s.seed,
+    )
     grid.check(shape, device.startswith("cuda"))
     if s.data is not None and s.model in SHAPES:
-        raise ValueError("A named shape has no tokenizer, so it is timed with random tokens; leave --data out.")
+        raise ValueError(
+            "A named shape has no tokenizer, so it is timed with random tokens; leave --data out."
+        )
     recorded = None if s.selections is None else read_selections(s.selections)
     widths = [(recorded[0], 1)] if recorded else []
-    widths += [(recorded[1], p.pool_factor) for _, p in grid.patterns if p.pool_factor] if recorded and recorded[1:] else []
+    widths += (
+        [(recorded[1], p.pool_factor) for _, p in grid.patterns if p.pool_factor]
+        if recorded and recorded[1:]
+        else []
+    )
     for ids, factor in widths:
         if shape.topk * factor % ids.shape[1]:
-            raise ValueError(f"{s.selections}: {shape.topk * factor} ids a query cannot be made of copies of {ids.shape[1]} recorded ones.")
+            raise ValueError(
+                f"{s.selections}: {shape.topk * factor} ids a query cannot be made of copies of {ids.shape[1]} recorded ones."
+            )
     if device == "cpu":
         keep_freed_memory()
-    subject = open_subject(s.model, layers=s.layers, dtype=s.dtype, device=device, index_dtype=s.index_dtype, seed=s.seed,
-                           trust_remote_code=s.trust_remote_code, compile=s.compile, selections=recorded)  # fmt: skip
+    subject = open_subject(
+        s.model,
+        layers=s.layers,
+        dtype=s.dtype,
+        device=device,
+        index_dtype=s.index_dtype,
+        seed=s.seed,
+        trust_remote_code=s.trust_remote_code,
+        compile=s.compile,
+        selections=recorded,
+    )
     if s.data is None:
         return subject, grid, None
     assert subject.encode is not None
@@ -82,20 +121,26 @@ def contexts(words: tuple[str, ...]) -> tuple[int, ...]:
 
 def number(word: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KkM]?)", word)
-    value = float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()] if match else 0.0
+    value = (
+        float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()] if match else 0.0
+    )
     if value < 1 or value != int(value):
-        raise ValueError(f"{word!r} is no number of tokens; write e.g. 8192, 60K or 1M (K is a thousand).")
+        raise ValueError(
+            f"{word!r} is no number of tokens; write e.g. 8192, 60K or 1M (K is a thousand)."
+        )
     return int(value)
 
 
 def patterns(words: tuple[str, ...], layers: int) -> tuple[tuple[str, Pattern], ...]:
     """(name, pattern) for each word; see PATTERNS."""
-    from indexcache.search.select import choose
+    from indexcache.spec import choose
 
     found = []
     for word in split(words):
         base, plus, rest = word.partition("+")
-        spec = {"all": "full"}.get(base, f"uniform:{base}" if re.fullmatch(r"1/\d+", base) else base)
+        spec = {"all": "full"}.get(
+            base, f"uniform:{base}" if re.fullmatch(r"1/\d+", base) else base
+        )
         chosen = choose(spec + plus + rest, layers)
         found.append((word if spec != base else chosen.name, chosen.pattern))
     return tuple(found)

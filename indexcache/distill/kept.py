@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from indexcache.distill.attention import Lesson, run_decoder, teaching
+from indexcache.distill.forward import Lesson, run_decoder, teaching
+from indexcache.distill.indexers import make_students
 from indexcache.distill.loss import Teacher, attention_kept
 from indexcache.distill.rows import Row
 from indexcache.distill.settings import check_model
-from indexcache.distill.student import make_students
 from indexcache.pattern import Pattern
 
 
@@ -28,7 +28,9 @@ class _Measure(Lesson):
         for a, b in self.cuts:
             if b - a > self.topk:
                 kept = attention_kept(q[a:b], k[a:b], w[a:b], teacher.cut(a, b), self.topk)
-                self.kept[layer] += float(kept) - self.topk  # the first k queries keep all that they see
+                self.kept[layer] += (
+                    float(kept) - self.topk
+                )  # the first k queries keep all that they see
                 self.queries += (b - a - self.topk) if layer == 0 else 0
 
 
@@ -49,5 +51,7 @@ def measure_kept(model: nn.Module, pattern: Pattern | str, rows: Sequence[Row]) 
             with measure.row(row, learn=True):
                 run_decoder(model, row, weight.device)
     if not measure.queries:
-        raise ValueError(f"No query of these rows sees more than k = {measure.topk} tokens of its document.")
+        raise ValueError(
+            f"No query of these rows sees more than k = {measure.topk} tokens of its document."
+        )
     return (measure.kept / measure.queries).tolist()

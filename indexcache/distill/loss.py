@@ -46,7 +46,9 @@ class Teacher(NamedTuple):
     def cut(self, start: int, stop: int) -> Teacher:
         """The same for the tokens start..stop - 1 alone."""
         lse = None if self.lse_SH is None else self.lse_SH[start:stop]
-        return self._replace(q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop], lse_SH=lse)
+        return self._replace(
+            q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop], lse_SH=lse
+        )
 
     def keys(self) -> Tensor:
         """What the queries compare with as they are: [T, H, n], or [T, 1, E] where all heads read the same."""
@@ -62,7 +64,9 @@ class Teacher(NamedTuple):
         if self.absorb_Hmc is None:
             return q
         m = self.absorb_Hmc.shape[1]
-        return torch.cat([torch.einsum("thm,hmc->thc", q[..., :m], self.absorb_Hmc), q[..., m:]], -1)
+        return torch.cat(
+            [torch.einsum("thm,hmc->thc", q[..., :m], self.absorb_Hmc), q[..., m:]], -1
+        )
 
 
 def distill_loss(
@@ -98,17 +102,32 @@ def distill_loss(
         raise ValueError(f"The loss is one of {', '.join(KINDS)}, not {kind!r}.")
     weights = [1 / max(len(teachers), 1)] * len(teachers) if weights is None else list(weights)
     if not teachers or len(weights) != len(teachers) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"Every served layer has a weight and they sum to 1, got {len(teachers)} layers and the weights {weights}.")
+        raise ValueError(
+            f"Every served layer has a weight and they sum to 1, got {len(teachers)} layers and the weights {weights}."
+        )
     length = q_SJD.shape[0]
-    if k_TD.shape[0] != length or w_SJ.shape != q_SJD.shape[:2] or any(t.latent_TE.shape[0] != length for t in teachers):
-        raise ValueError(f"Indexer and attention are of one document: {length} queries, {k_TD.shape[0]} keys, weights of "
-                         f"{w_SJ.shape[0]}, attention of {[t.latent_TE.shape[0] for t in teachers]}.")  # fmt: skip
+    if (
+        k_TD.shape[0] != length
+        or w_SJ.shape != q_SJD.shape[:2]
+        or any(t.latent_TE.shape[0] != length for t in teachers)
+    ):
+        raise ValueError(
+            f"Indexer and attention are of one document: {length} queries, {k_TD.shape[0]} keys, weights of "
+            f"{w_SJ.shape[0]}, attention of {[t.latent_TE.shape[0] for t in teachers]}."
+        )
     size = block_bytes or BLOCK_BYTES.get(q_SJD.device.type, BLOCK_BYTES["cpu"])
     return _Streamed.apply(q_SJD, k_TD, w_SJ, tuple(teachers), tuple(weights), kind, ids_SK, size)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()
-def attention_kept(q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, teacher: Teacher, topk: int, block_bytes: int | None = None) -> Tensor:
+def attention_kept(
+    q_SJD: Tensor,
+    k_TD: Tensor,
+    w_SJ: Tensor,
+    teacher: Teacher,
+    topk: int,
+    block_bytes: int | None = None,
+) -> Tensor:
     """The share of a layer's attention that the indexer's `topk` best keys hold, fp32, summed over the queries."""
     size = block_bytes or BLOCK_BYTES.get(q_SJD.device.type, BLOCK_BYTES["cpu"])
     total = q_SJD.new_zeros((), dtype=torch.float64)
@@ -121,10 +140,14 @@ def attention_kept(q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor, teacher: Teacher, 
 
 
 @torch.no_grad()
-def mean_attention(teachers: Sequence[Teacher], block_bytes: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+def mean_attention(
+    teachers: Sequence[Teacher], block_bytes: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """(queries, fp32 [t, N]) block by block: the mean over the layers of their attention, zero where a key is not visible."""
     q = teachers[0].q_SHn
-    for rows in _blocks(q, teachers, None, block_bytes or BLOCK_BYTES.get(q.device.type, BLOCK_BYTES["cpu"])):
+    for rows in _blocks(
+        q, teachers, None, block_bytes or BLOCK_BYTES.get(q.device.type, BLOCK_BYTES["cpu"])
+    ):
         block = _Block(rows, None)
         total = _attention(block, teachers[0])
         for teacher in teachers[1:]:
@@ -138,11 +161,17 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, w, teachers, weights, kind, ids, size):  # type: ignore[override]
         wanted = any(ctx.needs_input_grad[:3])
-        grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w)] if wanted else None
+        grads = (
+            [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, w)]
+            if wanted
+            else None
+        )
         value = None
         if ids is None:
             layers = [(t.q_SHn, t.keys, t.scale, t.lse_SH) for t in teachers]
-            value = ops.warm_up(q, k, w, layers, weights, kind == "multi", grads, size, backend=BACKEND)
+            value = ops.warm_up(
+                q, k, w, layers, weights, kind == "multi", grads, size, backend=BACKEND
+            )
         if value is None:
             value = q.new_zeros((), dtype=torch.float64)
             for rows in _blocks(q, teachers, ids, size):
@@ -156,11 +185,15 @@ class _Streamed(torch.autograd.Function):
         return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None)
 
 
-def _one_block(block: _Block, q, k, w, teachers, weights, kind: str, grads: list[Tensor] | None) -> Tensor:
+def _one_block(
+    block: _Block, q, k, w, teachers, weights, kind: str, grads: list[Tensor] | None
+) -> Tensor:
     """The loss of a block of queries; its share of the gradients is added to `grads`."""
     products, scores = _index(block, q, k, w)
     target = torch.zeros_like(scores)
-    entropy = torch.zeros((), dtype=torch.float64, device=scores.device)  # of the target, negative: sum p log p
+    entropy = torch.zeros(
+        (), dtype=torch.float64, device=scores.device
+    )  # of the target, negative: sum p log p
     for teacher, weight in zip(teachers, weights, strict=True):
         p = _attention(block, teacher)
         target.add_(p, alpha=weight)
@@ -213,7 +246,9 @@ class _Block:
             return x.masked_fill_(self.none if x.dim() == 2 else self.none[:, None], -torch.inf)
         t = x.shape[0]
         future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu_(1)
-        x[..., self.rows.start :].masked_fill_(future if x.dim() == 2 else future[:, None], -torch.inf)
+        x[..., self.rows.start :].masked_fill_(
+            future if x.dim() == 2 else future[:, None], -torch.inf
+        )
         return x
 
     def backward(self, d_tJN: Tensor, q: Tensor, k: Tensor, grads: list[Tensor]) -> None:
@@ -237,7 +272,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _blocks(q: Tensor, teachers: Sequence[Teacher], ids: Tensor | None, size: int) -> Iterator[slice]:
+def _blocks(
+    q: Tensor, teachers: Sequence[Teacher], ids: Tensor | None, size: int
+) -> Iterator[slice]:
     """Slices of queries whose intermediates fit into `size` bytes: of the products of all heads twice, and what is gathered."""
     length, heads, dim = q.shape
     heads = max(heads, *(t.q_SHn.shape[1] for t in teachers))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indexcache.distill.attention import Lesson, run_decoder, teaching
+from indexcache.distill.forward import Lesson, run_decoder, teaching
 from indexcache.distill.loss import Teacher, mean_attention
 from indexcache.distill.rows import Row
 from indexcache.distill.settings import check_model
@@ -31,15 +31,22 @@ class _Oracle(Lesson):
         pass
 
     def _learn(self, owner: int, teachers: Sequence[Teacher]) -> None:
-        self._selected[owner] = [self._choose([t.cut(a, b) for t in teachers])[None] for a, b in self.cuts]
+        self._selected[owner] = [
+            self._choose([t.cut(a, b) for t in teachers])[None] for a, b in self.cuts
+        ]
 
     def _choose(self, teachers: Sequence[Teacher]) -> Tensor:
         """int32 [S, k] of one document, ascending, -1 for none."""
         length = len(teachers[0].q_SHn)
-        ids = torch.full((length, self.topk), -1, dtype=torch.int32, device=teachers[0].q_SHn.device)
+        ids = torch.full(
+            (length, self.topk), -1, dtype=torch.int32, device=teachers[0].q_SHn.device
+        )
         for rows, p_tN in mean_attention(teachers):
             best = p_tN.topk(min(self.topk, p_tN.shape[1]), -1)
-            found = best.indices.masked_fill_(best.indices > torch.arange(rows.start, rows.stop, device=ids.device)[:, None], length)
+            found = best.indices.masked_fill_(
+                best.indices > torch.arange(rows.start, rows.stop, device=ids.device)[:, None],
+                length,
+            )
             found = found.sort(-1).values.int()
             ids[rows, : found.shape[1]] = found.masked_fill_(found == length, -1)
         return ids
@@ -54,7 +61,9 @@ def oracle_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
     """
     pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
     if "R" in pattern.roles:
-        raise ValueError(f"The oracle selects for layers that share a selection; in {pattern} R layers select for themselves.")
+        raise ValueError(
+            f"The oracle selects for layers that share a selection; in {pattern} R layers select for themselves."
+        )
     check_model(model, pattern, len(row.ids))
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
     oracle = _Oracle(model, pattern)

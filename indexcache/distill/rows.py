@@ -10,7 +10,9 @@ import numpy as np
 
 from indexcache.data import Document
 
-LEAST_BEYOND = 0.25  # share of the packed queries that must see more than k tokens of their own document
+LEAST_BEYOND = (
+    0.25  # share of the packed queries that must see more than k tokens of their own document
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +51,15 @@ def pack_rows(documents: Sequence[Document], length: int, seed: int = 0) -> list
             filled += len(part)
             if filled == length:
                 ends = np.cumsum([len(p) for p in parts]).tolist()
-                rows.append(Row(np.concatenate(parts), tuple(zip([0, *ends[:-1]], ends, strict=True))))
+                rows.append(
+                    Row(np.concatenate(parts), tuple(zip([0, *ends[:-1]], ends, strict=True)))
+                )
                 parts, filled = [], 0
     if not rows:
-        raise ValueError(f"The training text has {sum(len(d.ids) for d in documents)} tokens, which is less than one row of {length}; "
-                         "give more text or a smaller --length.")  # fmt: skip
+        raise ValueError(
+            f"The training text has {sum(len(d.ids) for d in documents)} tokens, which is less than one row of {length}; "
+            "give more text or a smaller --length."
+        )
     return rows
 
 
@@ -66,8 +72,10 @@ def check_beyond(rows: Sequence[Row], topk: int) -> float:
     total = sum(len(row.ids) for row in rows)
     beyond = sum(max(b - a - topk, 0) for row in rows for a, b in row.cuts) / total
     if beyond < LEAST_BEYOND:
-        raise ValueError(f"Only {beyond:.0%} of the training queries see more than k = {topk} tokens of their own document, so there is "
-                         f"next to nothing to select; give longer documents (at least {LEAST_BEYOND:.0%} of the queries).")  # fmt: skip
+        raise ValueError(
+            f"Only {beyond:.0%} of the training queries see more than k = {topk} tokens of their own document, so there is "
+            f"next to nothing to select; give longer documents (at least {LEAST_BEYOND:.0%} of the queries)."
+        )
     return beyond
 
 

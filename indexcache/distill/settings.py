@@ -68,7 +68,9 @@ class DistillSettings:
         rising = max(round(self.warmup * self.steps), 1)
         if step < rising:
             return (step + 1) / rising
-        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(self.steps - rising, 1)))
+        return FLOOR + (1 - FLOOR) * 0.5 * (
+            1 + math.cos(math.pi * (step - rising) / max(self.steps - rising, 1))
+        )
 
     def check(self) -> None:
         """Raises ValueError for values that mean nothing."""
@@ -76,21 +78,41 @@ class DistillSettings:
             if not 0 < x <= MOST:
                 raise ValueError(f"A layer's weight must be above 0 and at most {MOST:g}, not {x}.")
         if self.layer_weights and self.loss == "own":
-            raise ValueError("With the loss own an indexer learns one layer alone, so layers have no weights; leave them out.")
-        for name, choices in (("stage", STAGES), ("loss", LOSSES), ("compute_dtype", tuple(DTYPES))):
+            raise ValueError(
+                "With the loss own an indexer learns one layer alone, so layers have no weights; leave them out."
+            )
+        for name, choices in (
+            ("stage", STAGES),
+            ("loss", LOSSES),
+            ("compute_dtype", tuple(DTYPES)),
+        ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name, least in (("steps", 1), ("rows", 1), ("save_every", 1), ("eval_every", 0), ("seed", 0)):
+                raise ValueError(
+                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}."
+                )
+        for name, least in (
+            ("steps", 1),
+            ("rows", 1),
+            ("save_every", 1),
+            ("eval_every", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         for name in ("lr", "backbone_lr", "clip"):
             if not 0 < getattr(self, name) <= MOST:
-                raise ValueError(f"{name} must be above 0 and at most {MOST:g}, not {getattr(self, name)}.")
+                raise ValueError(
+                    f"{name} must be above 0 and at most {MOST:g}, not {getattr(self, name)}."
+                )
         if not 0 <= self.warmup <= 1 or not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"warmup lies in 0..1 and weight_decay is not negative, got {self.warmup} and {self.weight_decay}.")
+            raise ValueError(
+                f"warmup lies in 0..1 and weight_decay is not negative, got {self.warmup} and {self.weight_decay}."
+            )
 
 
-def check_model(model: Any, pattern: Pattern, length: int, weights: Sequence[float] | None = None) -> None:
+def check_model(
+    model: Any, pattern: Pattern, length: int, weights: Sequence[float] | None = None
+) -> None:
     """Refuse what cannot be distilled.
 
     Raises:
@@ -102,16 +124,24 @@ def check_model(model: Any, pattern: Pattern, length: int, weights: Sequence[flo
     missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     pattern.check(layers=len(indexers(model)), without_indexer=missing)
     if any(getattr(layer.self_attn, "q_a_proj", None) is None for layer in decoder_layers(model)):
-        raise ValueError("Distillation needs queries from a latent (q_lora_rank); this model has none.")
-    if in_force(model) or any("forward" in layer.self_attn.__dict__ for layer in decoder_layers(model)):
+        raise ValueError(
+            "Distillation needs queries from a latent (q_lora_rank); this model has none."
+        )
+    if in_force(model) or any(
+        "forward" in layer.self_attn.__dict__ for layer in decoder_layers(model)
+    ):
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
     if weights is not None and len(weights) != len(pattern):
         raise ValueError(f"There are {len(weights)} layer weights for {len(pattern)} layers.")
     if weights is not None and "S" not in pattern.roles:
-        raise ValueError(f"Under {pattern} no two layers learn from one indexer, so layers have no weights; leave them out.")
+        raise ValueError(
+            f"Under {pattern} no two layers learn from one indexer, so layers have no weights; leave them out."
+        )
     context = int(model.config.max_position_embeddings)
     if length > context:
-        raise ValueError(f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length.")
+        raise ValueError(
+            f"Rows of {length} tokens are longer than the model's context of {context}; give a smaller --length."
+        )
     check_context(length, int(model.config.index_topk))
 
 
@@ -123,7 +153,11 @@ def check_trainable(model: Any) -> None:
     """
     dtypes = {p.dtype for name, p in model.named_parameters() if "indexer" not in name}
     if dtypes != {torch.float32}:
-        raise ValueError("Training the whole model needs fp32 master weights; load it in float32 (the compute dtype is apart), or train "
-                         "its indexers alone with --freeze-backbone.")  # fmt: skip
+        raise ValueError(
+            "Training the whole model needs fp32 master weights; load it in float32 (the compute dtype is apart), or train "
+            "its indexers alone with --freeze-backbone."
+        )
     if getattr(model.config, "attention_dropout", 0.0):
-        raise ValueError("The model has attention dropout, which this trainer does not do; set attention_dropout to 0.")
+        raise ValueError(
+            "The model has attention dropout, which this trainer does not do; set attention_dropout to 0."
+        )

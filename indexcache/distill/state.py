@@ -22,14 +22,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from indexcache.distill.engine import World
+from indexcache.distill.parallel import World
 from indexcache.records import writing
 
-Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> what trains and what trains it
+Trained = Mapping[
+    str, tuple[nn.Module, torch.optim.Optimizer]
+]  # name -> what trains and what trains it
 
 
 def save_state(
-    folder: Path, kind: str, step: int, trained: Trained, facts: dict[str, Any], world: World, *, optimizers: bool = True
+    folder: Path,
+    kind: str,
+    step: int,
+    trained: Trained,
+    facts: dict[str, Any],
+    world: World,
+    *,
+    optimizers: bool = True,
 ) -> None:
     """Write `folder/KIND-STEP` and remove earlier ones of that kind. Every process must call it.
 
@@ -50,7 +59,9 @@ def save_state(
             dcp.save(state, checkpoint_id=part, no_dist=world.size == 1)
     except CheckpointException as error:
         why = "; ".join(str(e) for e, _ in error.failures.values())
-        raise ValueError(f"{whole}: this checkpoint cannot be written ({' '.join(why.split()):.200}).") from None
+        raise ValueError(
+            f"{whole}: this checkpoint cannot be written ({' '.join(why.split()):.200})."
+        ) from None
     world.wait()
     if world.rank == 0:
         for path in part.iterdir():
@@ -66,10 +77,16 @@ def save_state(
 
 def found_states(folder: Path, kind: str) -> list[Path]:
     """The whole checkpoints of a kind, oldest first."""
-    return sorted(path for path in folder.glob(f"{kind}-*") if path.is_dir() and path.name[len(kind) + 1 :].isdigit())
+    return sorted(
+        path
+        for path in folder.glob(f"{kind}-*")
+        if path.is_dir() and path.name[len(kind) + 1 :].isdigit()
+    )
 
 
-def load_state(path: Path, trained: Trained, facts: dict[str, Any], world: World, *, optimizers: bool = True) -> dict[str, Any]:
+def load_state(
+    path: Path, trained: Trained, facts: dict[str, Any], world: World, *, optimizers: bool = True
+) -> dict[str, Any]:
     """Load a checkpoint into modules and optimizers; the facts that were saved, of the same keys as `facts`.
 
     Raises:
@@ -80,10 +97,19 @@ def load_state(path: Path, trained: Trained, facts: dict[str, Any], world: World
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
-    except (Exception, CheckpointException) as error:  # whatever its parts raise on a damaged file; the latter is no Exception
-        why = "; ".join(str(e) for e, _ in error.failures.values()) if isinstance(error, CheckpointException) else str(error)
-        raise ValueError(f"{path}: this checkpoint cannot be read ({' '.join(why.split()):.200}); without it the run begins again: "
-                         "remove the run folder, or choose another --out.") from None  # fmt: skip
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # whatever its parts raise on a damaged file; the latter is no Exception
+        why = (
+            "; ".join(str(e) for e, _ in error.failures.values())
+            if isinstance(error, CheckpointException)
+            else str(error)
+        )
+        raise ValueError(
+            f"{path}: this checkpoint cannot be read ({' '.join(why.split()):.200}); without it the run begins again: "
+            "remove the run folder, or choose another --out."
+        ) from None
     for name, (module, optimizer) in trained.items():
         set_model_state_dict(module, state[name]["model"])
         if optimizers:
@@ -92,7 +118,9 @@ def load_state(path: Path, trained: Trained, facts: dict[str, Any], world: World
     return state["facts"]
 
 
-def _values(module: nn.Module, optimizer: torch.optim.Optimizer, optimizers: bool) -> dict[str, Any]:
+def _values(
+    module: nn.Module, optimizer: torch.optim.Optimizer, optimizers: bool
+) -> dict[str, Any]:
     values: dict[str, Any] = {"model": get_model_state_dict(module)}
     if optimizers:
         values["optimizer"] = get_optimizer_state_dict(module, optimizer)

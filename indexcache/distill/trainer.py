@@ -21,14 +21,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from indexcache.data import Batch
-from indexcache.distill.attention import Lesson, served_layers, teaching
-from indexcache.distill.engine import Causal, World, open_world, shard_model, shard_students, world_size
+from indexcache.distill.delta import save_delta
 from indexcache.distill.flops import flops_per_token, peak
-from indexcache.distill.output import save_delta
+from indexcache.distill.forward import Lesson, served_layers, teaching
+from indexcache.distill.indexers import make_students, write_back
+from indexcache.distill.parallel import (
+    Causal,
+    World,
+    open_world,
+    shard_model,
+    shard_students,
+    world_size,
+)
 from indexcache.distill.rows import Row, check_beyond, digest_of_rows, rows_of_step
 from indexcache.distill.settings import DistillSettings, check_model, check_trainable
 from indexcache.distill.state import found_states, load_state, save_state
-from indexcache.distill.student import make_students, write_back
 from indexcache.models.family import indexers
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.models.shapes import Shape
@@ -80,16 +87,26 @@ def distill_pattern(
     check_model(model, pattern, length, settings.layer_weights)
     beyond = check_beyond(rows, int(model.config.index_topk))  # type: ignore[union-attr, arg-type]
     if settings.eval_every and not held_out:
-        raise ValueError("There is no held-out text to evaluate on; give some, or set eval_every to 0.")
+        raise ValueError(
+            "There is no held-out text to evaluate on; give some, or set eval_every to 0."
+        )
     if settings.rows % world_size():
-        raise ValueError(f"A step has {settings.rows} rows, which {world_size()} processes cannot share evenly; change --batch-tokens.")
+        raise ValueError(
+            f"A step has {settings.rows} rows, which {world_size()} processes cannot share evenly; change --batch-tokens."
+        )
     if not settings.frozen:
         check_trainable(model)
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     identity = {
-        "pattern": str(pattern), **asdict(settings), "data": digest_of_rows(rows), "weights": weights_digest(model),
-        "held_out": [b.digests for b in held_out], "dtype": str(weight.dtype), **(base or {}), **library_versions(),
-    }  # fmt: skip
+        "pattern": str(pattern),
+        **asdict(settings),
+        "data": digest_of_rows(rows),
+        "weights": weights_digest(model),
+        "held_out": [b.digests for b in held_out],
+        "dtype": str(weight.dtype),
+        **(base or {}),
+        **library_versions(),
+    }
     target = torch.device(device) if device else weight.device
     with open_world(target, sharded=not settings.frozen) as world, ExitStack() as stack:
         run, refusal = None, None
@@ -109,11 +126,31 @@ class Trainer:
     """One process of a run; see `distill_pattern`."""
 
     def __init__(
-        self, model: nn.Module, pattern: Pattern, rows: Sequence[Row], out: Path, settings: DistillSettings, held_out: Sequence[Batch],
-        world: World, run: Run | None,
-    ):  # fmt: skip
-        self.model, self.pattern, self.rows, self.out, self.settings = model, pattern, rows, out, settings
-        self.world, self.run, self.done, self.saved, self.best, self.best_step = world, run, 0, 0, math.inf, -1
+        self,
+        model: nn.Module,
+        pattern: Pattern,
+        rows: Sequence[Row],
+        out: Path,
+        settings: DistillSettings,
+        held_out: Sequence[Batch],
+        world: World,
+        run: Run | None,
+    ):
+        self.model, self.pattern, self.rows, self.out, self.settings = (
+            model,
+            pattern,
+            rows,
+            out,
+            settings,
+        )
+        self.world, self.run, self.done, self.saved, self.best, self.best_step = (
+            world,
+            run,
+            0,
+            0,
+            math.inf,
+            -1,
+        )
         self.held_out = [Row.whole(ids.numpy()) for b in held_out for ids in b.ids]
         weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         dtype = weight.dtype if settings.frozen else DTYPES[settings.compute_dtype]
@@ -132,17 +169,31 @@ class Trainer:
                 if indexer is not None:
                     indexer.requires_grad_(False)
             shard_model(self.causal, world, dtype)
-            self.trained["backbone"] = (self.causal, self._optimizer(self.causal, settings.backbone_lr))
-        self.lesson = Lesson(model, pattern, self.students, sparse=settings.sparse, kind=settings.loss, weights=settings.layer_weights)
+            self.trained["backbone"] = (
+                self.causal,
+                self._optimizer(self.causal, settings.backbone_lr),
+            )
+        self.lesson = Lesson(
+            model,
+            pattern,
+            self.students,
+            sparse=settings.sparse,
+            kind=settings.loss,
+            weights=settings.layer_weights,
+        )
         self.exam = Lesson(model, pattern, self.students, sparse=True)
 
     def _optimizer(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
         params = [p for p in module.parameters() if p.requires_grad]
         decay = self.settings.weight_decay
-        groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": decay}, {"params": [p for p in params if p.dim() < 2],
-                  "weight_decay": 0.0}]  # fmt: skip
+        groups = [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
         fused = self.world.device.type == "cuda"
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=fused)
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=fused
+        )
 
     # -- where a killed run goes on ---------------------------------------------------------------------------------
 
@@ -157,19 +208,33 @@ class Trainer:
         if states:
             found.append(load_state(states[-1], self.trained, self._facts(), self.world))
             self.done = self.saved = int(found[-1]["step"])
-        for facts in sorted(found, key=lambda f: f["best_step"])[-1:]:  # that of the best may be newer than the state's
+        for facts in sorted(found, key=lambda f: f["best_step"])[
+            -1:
+        ]:  # that of the best may be newer than the state's
             self.best, self.best_step = float(facts["best"]), int(facts["best_step"])
         self.world.agree(self._check_journal())
 
     def _check_journal(self) -> ValueError | None:
         """What is wrong with the lines beside the checkpoint; None on processes that have no journal."""
         s, lines = self.settings, [] if self.run is None else self.run.journal
-        steps, exams = ({e.get("step") for e in lines if kind in e} for kind in ("loss", "held_out"))
-        wanted = {n for n in range(self.done + 1) if s.eval_every and self.done and (n % s.eval_every == 0 or n == s.steps)}
-        if self.run is None or (set(range(1, self.done + 1)) <= steps and wanted <= exams and all("step" in e for e in lines)):
+        steps, exams = (
+            {e.get("step") for e in lines if kind in e} for kind in ("loss", "held_out")
+        )
+        wanted = {
+            n
+            for n in range(self.done + 1)
+            if s.eval_every and self.done and (n % s.eval_every == 0 or n == s.steps)
+        }
+        if self.run is None or (
+            set(range(1, self.done + 1)) <= steps
+            and wanted <= exams
+            and all("step" in e for e in lines)
+        ):
             return None
-        return ValueError(f"{self.out}: journal.jsonl does not have all steps up to the {self.done} of the checkpoint, so it was changed "
-                          "by hand; choose another --out.")  # fmt: skip
+        return ValueError(
+            f"{self.out}: journal.jsonl does not have all steps up to the {self.done} of the checkpoint, so it was changed "
+            "by hand; choose another --out."
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step}
@@ -182,7 +247,9 @@ class Trainer:
 
     def _note(self, entry: dict[str, Any], kind: str) -> None:
         """A line of the journal, unless a run that was killed wrote that line already."""
-        if self.run is not None and not any(e["step"] == entry["step"] and kind in e for e in reversed(self.run.journal)):
+        if self.run is not None and not any(
+            e["step"] == entry["step"] and kind in e for e in reversed(self.run.journal)
+        ):
             self.run.append(entry)
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -204,14 +271,32 @@ class Trainer:
                 self.update(scale)
                 seconds += time.perf_counter() - began
                 self.done += 1
-                mfu = None if ceiling is None else round(self._flops(self.done - 1) / seconds / (ceiling * self.world.size), 4)
-                self._note({"step": self.done, **facts, "lr": s.lr * scale, "tokens": self.done * tokens,
-                            "tokens_s": round(tokens / seconds, 1), "mfu": mfu}, "loss")  # fmt: skip
+                mfu = (
+                    None
+                    if ceiling is None
+                    else round(
+                        self._flops(self.done - 1) / seconds / (ceiling * self.world.size), 4
+                    )
+                )
+                self._note(
+                    {
+                        "step": self.done,
+                        **facts,
+                        "lr": s.lr * scale,
+                        "tokens": self.done * tokens,
+                        "tokens_s": round(tokens / seconds, 1),
+                        "mfu": mfu,
+                    },
+                    "loss",
+                )
                 if shown is not None:
                     best = f", best held-out {self.best:.4f}" if self.best < math.inf else ""
                     lm = f", lm {facts['lm_loss']:.4f}" if facts["lm_loss"] is not None else ""
                     use = "" if mfu is None else f", MFU {mfu:.1%}"
-                    shown.set_postfix_str(f"KL {facts['loss']:.4f}{lm}{best}, {tokens / seconds:,.0f} tokens/s{use}", refresh=False)
+                    shown.set_postfix_str(
+                        f"KL {facts['loss']:.4f}{lm}{best}, {tokens / seconds:,.0f} tokens/s{use}",
+                        refresh=False,
+                    )
                     shown.update()
                 if s.eval_every and (self.done % s.eval_every == 0 or self.done == s.steps):
                     self._evaluate()
@@ -221,35 +306,60 @@ class Trainer:
 
     def _flops(self, step: int) -> float:
         """Operations of one step, document by document."""
-        ends = [cut for row in rows_of_step(self.rows, step, self.settings.rows, self.settings.seed) for cut in row.cuts]
-        return sum((b - a) * flops_per_token(self.shape, self.pattern, self.settings, b - a) for a, b in ends)
+        ends = [
+            cut
+            for row in rows_of_step(self.rows, step, self.settings.rows, self.settings.seed)
+            for cut in row.cuts
+        ]
+        return sum(
+            (b - a) * flops_per_token(self.shape, self.pattern, self.settings, b - a)
+            for a, b in ends
+        )
 
     def learn(self) -> dict[str, Any]:
         """The gradients of one step; {"loss": mean over the indexers, "kl": of each, "lm_loss", "norm", "backbone_norm"}."""
         s, w = self.settings, self.world
         mine = rows_of_step(self.rows, self.done, s.rows, s.seed)[w.rank :: w.size]
-        sums = torch.zeros(len(self.groups) + 2, dtype=torch.float64, device=w.device)  # KL of each, LM loss, its tokens
+        sums = torch.zeros(
+            len(self.groups) + 2, dtype=torch.float64, device=w.device
+        )  # KL of each, LM loss, its tokens
         with teaching(self.model, self.lesson):
             for row in mine:
-                with self.lesson.row(row, learn=True, factor=1 / len(mine)), torch.set_grad_enabled(not s.frozen):
+                with (
+                    self.lesson.row(row, learn=True, factor=1 / len(mine)),
+                    torch.set_grad_enabled(not s.frozen),
+                ):
                     lm, count = self.causal(row, w.device, not s.frozen)
                 if not s.frozen:
                     (lm / (len(row.ids) * len(mine))).backward()
                 values = [self.lesson.losses[i].double() for i in self.groups]
-                sums += torch.stack([*values, lm.detach().double(), lm.new_full((), count, dtype=torch.float64)])
+                sums += torch.stack(
+                    [*values, lm.detach().double(), lm.new_full((), count, dtype=torch.float64)]
+                )
         sums = w.mean(sums)
         for p, holds in self.zeros:
             assert p.grad is not None
             _local(p.grad).mul_(holds)
         norms = self._clip()
         kl = (sums[:-2] / len(mine)).tolist()
-        found = {"loss": sum(kl) / len(kl), "kl": kl, "lm_loss": None if s.frozen else float(sums[-2] / sums[-1]),
-                 "norm": norms["indexers"], "backbone_norm": norms.get("backbone")}  # fmt: skip
+        found = {
+            "loss": sum(kl) / len(kl),
+            "kl": kl,
+            "lm_loss": None if s.frozen else float(sums[-2] / sums[-1]),
+            "norm": norms["indexers"],
+            "backbone_norm": norms.get("backbone"),
+        }
         if not all(math.isfinite(v) for v in [*kl, *norms.values(), found["lm_loss"] or 0.0]):
             last = found_states(self.out, "state")
-            kept = f"the last good checkpoint, {last[-1].name}, is kept in {self.out}" if last else f"{self.out} has no checkpoint yet"
+            kept = (
+                f"the last good checkpoint, {last[-1].name}, is kept in {self.out}"
+                if last
+                else f"{self.out} has no checkpoint yet"
+            )
             when = f"at step {self.done + 1}" if self.done < s.steps else "after the last step"
-            raise ValueError(f"The loss is not finite {when}; {kept}. Take a smaller --lr and a new --out.")
+            raise ValueError(
+                f"The loss is not finite {when}; {kept}. Take a smaller --lr and a new --out."
+            )
         return found
 
     def update(self, scale: float) -> None:
@@ -263,7 +373,10 @@ class Trainer:
 
     def _clip(self) -> dict[str, float]:
         """Clip the gradients, of each indexer apart, because they are problems apart; the norms before, of all indexers together."""
-        apart = [nn.utils.clip_grad_norm_(student.parameters(), self.settings.clip) for student in self.students.values()]
+        apart = [
+            nn.utils.clip_grad_norm_(student.parameters(), self.settings.clip)
+            for student in self.students.values()
+        ]
         norms = {"indexers": math.hypot(*torch.stack([_plain(n) for n in apart]).tolist())}
         if "backbone" in self.trained:
             params = [p for p in self.causal.parameters() if p.requires_grad]
@@ -277,14 +390,24 @@ class Trainer:
         self._note({"step": self.done, "held_out": loss}, "held_out")
         if loss < self.best:
             self.best, self.best_step = loss, self.done
-            save_state(self.out, "best", self.done, self.trained, self._facts(), self.world, optimizers=False)
+            save_state(
+                self.out,
+                "best",
+                self.done,
+                self.trained,
+                self._facts(),
+                self.world,
+                optimizers=False,
+            )
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean next-token loss over the held-out sequences, under the pattern, with the selection of the indexers as they are."""
         w, sums = self.world, torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with teaching(self.model, self.exam):
-            for i in range(w.rank, len(self.held_out) + (-len(self.held_out)) % w.size, w.size):  # as many on each: FSDP2 gathers
+            for i in range(
+                w.rank, len(self.held_out) + (-len(self.held_out)) % w.size, w.size
+            ):  # as many on each: FSDP2 gathers
                 row = self.held_out[i % len(self.held_out)]
                 with self.exam.row(row, learn=False):
                     lm, count = self.causal(row, w.device, True)
@@ -293,7 +416,9 @@ class Trainer:
         sums = w.mean(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
-            raise ValueError(f"The held-out loss is not finite after step {self.done}: the model gives no finite logits on this text.")
+            raise ValueError(
+                f"The held-out loss is not finite after step {self.done}: the model gives no finite logits on this text."
+            )
         return loss
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -302,7 +427,9 @@ class Trainer:
         s, best = self.settings, self.out / f"best-{self.best_step:08d}"
         if s.eval_every:
             if not best.is_dir():
-                raise ValueError(f"{best}: this checkpoint of the best held-out loss is missing; choose another --out to begin again.")
+                raise ValueError(
+                    f"{best}: this checkpoint of the best held-out loss is missing; choose another --out to begin again."
+                )
             load_state(best, self.trained, self._facts(), self.world, optimizers=False)
         write_back(self.model, self.students)
         weights = None if s.frozen else self._whole()
@@ -311,14 +438,31 @@ class Trainer:
             steps = [e for e in self.run.journal if "loss" in e]
             last = next(e for e in reversed(steps) if e["step"] == s.steps)
             losses = {e["step"]: e["held_out"] for e in self.run.journal if "held_out" in e}
-            held = {"first": losses[0], "best": self.best, "best_step": self.best_step, "last": losses[s.steps]} if losses else None
+            held = (
+                {
+                    "first": losses[0],
+                    "best": self.best,
+                    "best_step": self.best_step,
+                    "last": losses[s.steps],
+                }
+                if losses
+                else None
+            )
             if s.frozen:
                 save_delta(self.model, self.pattern, self.out / "delta.safetensors", base)
             result = {
-                "pattern": str(self.pattern), "stage": s.stage, "loss": s.loss, "frozen": s.frozen, "steps": s.steps,
-                "tokens": last["tokens"], "kl": dict(zip(map(str, self.groups), last["kl"], strict=True)), "lm_loss": last["lm_loss"],
-                "held_out": held, "queries_beyond_k": beyond, "delta": "delta.safetensors" if s.frozen else None,
-            }  # fmt: skip
+                "pattern": str(self.pattern),
+                "stage": s.stage,
+                "loss": s.loss,
+                "frozen": s.frozen,
+                "steps": s.steps,
+                "tokens": last["tokens"],
+                "kl": dict(zip(map(str, self.groups), last["kl"], strict=True)),
+                "lm_loss": last["lm_loss"],
+                "held_out": held,
+                "queries_beyond_k": beyond,
+                "delta": "delta.safetensors" if s.frozen else None,
+            }
             self.run.save("result.json", result)
         self.world.wait()
         return result if weights is None else result | {"weights": weights}
@@ -327,13 +471,19 @@ class Trainer:
         """All weights, gathered, on the first process's CPU."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        found = get_model_state_dict(self.causal, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        found = get_model_state_dict(
+            self.causal, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         return {name.removeprefix("inner."): value for name, value in found.items()}  # type: ignore[misc]
 
 
 def _rows_that_hold_something(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """(matrix, in its dtype [rows here, 1]: 0 where a row holds nothing but zeros) of the matrices that have such rows."""
-    found = [(p, (_local(p.detach()) != 0).any(-1, keepdim=True).to(p.dtype)) for p in module.parameters() if p.dim() == 2]
+    found = [
+        (p, (_local(p.detach()) != 0).any(-1, keepdim=True).to(p.dtype))
+        for p in module.parameters()
+        if p.dim() == 2
+    ]
     return [(p, holds) for p, holds in found if not bool(holds.all())]
 
 

@@ -57,39 +57,59 @@ def evaluate_pattern(
     if not named:
         raise ValueError("There is no pattern to evaluate.")
     native = native_pattern(model)
-    base = native if against is None else against if isinstance(against, Pattern) else Pattern(against)
+    base = (
+        native if against is None else against if isinstance(against, Pattern) else Pattern(against)
+    )
     for pattern in [base, *named.values()]:
         with use_pattern(model, pattern):
             pass  # refuses what this model cannot take before any work is done
     for batch in batches:
         check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
     # sums[name][domain, unit, bucket] -> loss, delta, KL, agreement, tokens
-    sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named}
+    sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {
+        n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named
+    }
     with progress(len(batches) * (len(named) + 1), "pass") as bar:
         for batch in batches:
             full = _hidden(model, base, native, batch)
             bar.update()
             for name, pattern in named.items():
-                if pattern == base and batch is not batches[0]:  # bitwise the same pass, as the first batch has shown
+                if (
+                    pattern == base and batch is not batches[0]
+                ):  # bitwise the same pass, as the first batch has shown
                     hidden = full
                 else:
                     with use_pattern(model, pattern):
                         hidden = hidden_states(model, batch.ids)
-                    assert pattern != base or torch.equal(hidden, full), "two passes under one pattern differ"
+                    assert pattern != base or torch.equal(hidden, full), (
+                        "two passes under one pattern differ"
+                    )
                 for key, value in _compare(model, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()
     rows, positions = [], []
     domains = sorted({b.domain for b in batches})
     for name, pattern in named.items():
-        head = {"pattern": str(pattern), "name": name, "full": len(pattern.full_layers), "layers": len(pattern)}
+        head = {
+            "pattern": str(pattern),
+            "name": name,
+            "full": len(pattern.full_layers),
+            "layers": len(pattern),
+        }
         for domain in ["all", *domains]:
             chosen = {k: v for k, v in sums[name].items() if domain in ("all", k[0])}
             rows.append(head | {"domain": domain} | _row(chosen, seed))
         for bucket in range(BUCKETS):
             chosen = {k: v for k, v in sums[name].items() if k[2] == bucket}
-            positions.append(head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed))
-    return {"rows": rows, "positions": positions, "baseline": str(base), "path": selector_of(model).path}
+            positions.append(
+                head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed)
+            )
+    return {
+        "rows": rows,
+        "positions": positions,
+        "baseline": str(base),
+        "path": selector_of(model).path,
+    }
 
 
 def _hidden(model: nn.Module, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
@@ -113,7 +133,9 @@ def _compare(model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch):
         values = (loss_b, loss_b.double() - loss_a.double(), kl, agree, torch.ones_like(kl))
         fields[..., part] = torch.stack([v.double() for v in values]).cpu()
     if not math.isfinite(float(fields.sum())):
-        raise ValueError("The loss is not finite on this text: the model gives no finite logits (wrong dtype or broken weights?).")
+        raise ValueError(
+            "The loss is not finite on this text: the model gives no finite logits (wrong dtype or broken weights?)."
+        )
     bucket = torch.arange(length - 1) * BUCKETS // (length - 1)
     for row, unit in enumerate(batch.units):
         for i in range(BUCKETS):
@@ -128,7 +150,12 @@ def _row(chosen: Mapping[tuple[str, str, int], np.ndarray], seed: int) -> dict[s
     loss, delta, kl, agree, tokens = table.sum(0)
     low, high = bootstrap_interval(table[:, 1].tolist(), table[:, 4].tolist(), seed=seed)
     return {
-        "loss": loss / tokens, "delta_loss": delta / tokens, "ci_low": low if math.isfinite(low) else None,
-        "ci_high": high if math.isfinite(high) else None, "kl": kl / tokens, "agreement": agree / tokens,
-        "tokens": int(tokens), "documents": len(table),
-    }  # fmt: skip
+        "loss": loss / tokens,
+        "delta_loss": delta / tokens,
+        "ci_low": low if math.isfinite(low) else None,
+        "ci_high": high if math.isfinite(high) else None,
+        "kl": kl / tokens,
+        "agreement": agree / tokens,
+        "tokens": int(tokens),
+        "documents": len(table),
+    }

@@ -10,7 +10,12 @@ RESAMPLES = 4000
 
 
 def bootstrap_interval(
-    sums: Sequence[float], counts: Sequence[float], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    sums: Sequence[float],
+    counts: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of sum(sums) / sum(counts), resampling the documents.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from indexcache.checkpoint import read_config
 from indexcache.export import sglang, transformers, vllm
-from indexcache.export.doctor import ENGINES, as_pattern, check_engines, check_export
+from indexcache.export.checks import ENGINES, as_pattern, check_engines, check_export
 from indexcache.pattern import Pattern
 
 __all__ = ["ENGINES", "check_export", "export_pattern"]
@@ -64,18 +64,26 @@ def export_pattern(
             if "transformers" in engines:
                 shards = transformers.plan_shards(checkpoint, pattern, prune=prune)
                 _check_space(out, transformers.bytes_needed(checkpoint, shards, part) + SMALL_FILES)
-                links = transformers.write(checkpoint, config, pattern, shards, part / "transformers")
+                links = transformers.write(
+                    checkpoint, config, pattern, shards, part / "transformers"
+                )
                 files["transformers"] = [str(out / "transformers")]
                 if links:
-                    warnings.append(f"{links} of the exported weight files did not change and are hard links to the "
-                                    "checkpoint's: replace them if you must, but do not edit them in place.")  # fmt: skip
+                    warnings.append(
+                        f"{links} of the exported weight files did not change and are hard links to the "
+                        "checkpoint's: replace them if you must, but do not edit them in place."
+                    )
             for name, engine in (("vllm", vllm), ("sglang", sglang)):
                 if name in engines:
-                    files[name] = [str(out / path.name) for path in engine.write(config, pattern, part)]
+                    files[name] = [
+                        str(out / path.name) for path in engine.write(config, pattern, part)
+                    ]
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full; free some space" if full else f"{error.strerror or error}"
-        raise ValueError(f"{out}: the export could not be written ({why}); nothing was left behind.") from error
+        raise ValueError(
+            f"{out}: the export could not be written ({why}); nothing was left behind."
+        ) from error
     return {"files": files, "warnings": warnings, "pattern": str(pattern)}
 
 
@@ -85,14 +93,18 @@ def _check_free(out: Path) -> None:
     except OSError as error:
         raise ValueError(f"{out}: cannot be read ({error.strerror or error}).") from None
     if taken:
-        raise ValueError(f"{out}: this exists and is not an empty folder; nothing is overwritten, so choose another one.")
+        raise ValueError(
+            f"{out}: this exists and is not an empty folder; nothing is overwritten, so choose another one."
+        )
 
 
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise ValueError(f"{out}: the export needs {_size(needed)}, but the disk has {_size(free)} free; choose another disk "
-                         "or free some space.")  # fmt: skip
+        raise ValueError(
+            f"{out}: the export needs {_size(needed)}, but the disk has {_size(free)} free; choose another disk "
+            "or free some space."
+        )
 
 
 def _size(count: int) -> str:
@@ -114,7 +126,9 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out}: another process is exporting to this folder; wait for it or choose another one.") from None
+            raise ValueError(
+                f"{out}: another process is exporting to this folder; wait for it or choose another one."
+            ) from None
         try:
             for left in part.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

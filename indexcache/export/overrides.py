@@ -10,7 +10,13 @@ from typing import Any
 
 from indexcache.pattern import DEFAULT_SKIP_OFFSET, Pattern
 
-SHARING_KEYS = ("use_index_cache", "index_topk_pattern", "indexer_types", "index_topk_freq", "index_skip_topk_offset")
+SHARING_KEYS = (
+    "use_index_cache",
+    "index_topk_pattern",
+    "indexer_types",
+    "index_topk_freq",
+    "index_skip_topk_offset",
+)
 
 
 def override_keys(section: Mapping[str, Any], pattern: Pattern) -> dict[str, Any]:
@@ -24,7 +30,9 @@ def override_keys(section: Mapping[str, Any], pattern: Pattern) -> dict[str, Any
     another pattern without a word.
     """
     keys = pattern.to_config()
-    if "index_topk_freq" not in keys and ("index_topk_freq" in section or "index_skip_topk_offset" in section):
+    if "index_topk_freq" not in keys and (
+        "index_topk_freq" in section or "index_skip_topk_offset" in section
+    ):
         keys |= {"index_topk_freq": 1, "index_skip_topk_offset": DEFAULT_SKIP_OFFSET}
     return keys
 

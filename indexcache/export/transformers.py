@@ -13,14 +13,34 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers, read_index, text_section
+from indexcache.checkpoint import (
+    INDEX_NAME,
+    Header,
+    indexer_part,
+    read_headers,
+    read_index,
+    text_section,
+)
 from indexcache.export.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 
 BLOCK = 1 << 24
 
 # Weights in other formats would be stale beside the pruned ones, and code is never carried along.
-LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".py", ".pyc")
+LEFT_OUT = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".safetensors",
+    ".py",
+    ".pyc",
+)
 
 
 class Shard(NamedTuple):
@@ -32,7 +52,9 @@ class Shard(NamedTuple):
 
     @property
     def kept_bytes(self) -> int:
-        return sum(t.end - t.begin for name, t in self.header.tensors.items() if name not in self.dropped)
+        return sum(
+            t.end - t.begin for name, t in self.header.tensors.items() if name not in self.dropped
+        )
 
 
 def plan_shards(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shard]:
@@ -42,7 +64,10 @@ def plan_shards(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shar
         found = indexer_part(name)
         return prune and found is not None and found[0] < len(pattern) and pattern[found[0]] == "S"
 
-    return [Shard(name, header, frozenset(filter(dropped, header.tensors))) for name, header in read_headers(checkpoint).items()]
+    return [
+        Shard(name, header, frozenset(filter(dropped, header.tensors)))
+        for name, header in read_headers(checkpoint).items()
+    ]
 
 
 def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
@@ -70,7 +95,9 @@ def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
     return config
 
 
-def write(checkpoint: Path, config: dict[str, Any], pattern: Pattern, shards: list[Shard], folder: Path) -> int:
+def write(
+    checkpoint: Path, config: dict[str, Any], pattern: Pattern, shards: list[Shard], folder: Path
+) -> int:
     """Write the checkpoint into the new folder `folder`; return how many weight files became hard links.
 
     Raises:
@@ -98,11 +125,17 @@ def write_shard(source: Path, target: Path, shard: Shard) -> None:
     # Wide elements first, as the format's own writer does: a file may begin anywhere, but a tensor that is mapped into
     # memory must begin at a multiple of its element size.
     kept.sort(key=lambda item: -item[1].bits)
-    entries: dict[str, Any] = {"__metadata__": shard.header.metadata} if shard.header.metadata else {}
+    entries: dict[str, Any] = (
+        {"__metadata__": shard.header.metadata} if shard.header.metadata else {}
+    )
     offset = 0
     for name, t in kept:
         size = t.end - t.begin
-        entries[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": (offset, offset + size)}
+        entries[name] = {
+            "dtype": t.dtype,
+            "shape": t.shape,
+            "data_offsets": (offset, offset + size),
+        }
         offset += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -117,7 +150,9 @@ def _copy_bytes(f: BinaryIO, out: BinaryIO, count: int, source: Path) -> None:
     while count:
         block = f.read(min(count, BLOCK))
         if not block:
-            raise ValueError(f"{source}: the file became shorter while it was read; export again when it is complete.")
+            raise ValueError(
+                f"{source}: the file became shorter while it was read; export again when it is complete."
+            )
         out.write(block)
         count -= len(block)
 
@@ -133,12 +168,19 @@ def _link_or_copy(source: Path, target: Path) -> int:
 
 
 def _pruned_index(index: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
-    stored = {name: shard.name for shard in shards for name in shard.header.tensors if name not in shard.dropped}
+    stored = {
+        name: shard.name
+        for shard in shards
+        for name in shard.header.tensors
+        if name not in shard.dropped
+    }
     old = index.get("metadata")
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = sum(shard.kept_bytes for shard in shards)
     if isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] -= sum(prod(s.header.tensors[name].shape) for s in shards for name in s.dropped)
+        metadata["total_parameters"] -= sum(
+            prod(s.header.tensors[name].shape) for s in shards for name in s.dropped
+        )
     return {**index, "metadata": metadata, "weight_map": dict(sorted(stored.items()))}
 
 
@@ -148,9 +190,11 @@ def _other_files(checkpoint: Path) -> list[Path]:
     return [
         path
         for path in sorted(checkpoint.iterdir())
-        if path.is_file() and path.name not in made_here and not path.name.startswith(".")
+        if path.is_file()
+        and path.name not in made_here
+        and not path.name.startswith(".")
         and not path.name.removesuffix(".index.json").endswith(LEFT_OUT)
-    ]  # fmt: skip
+    ]
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from indexcache.pattern import Pattern
 
-Projection = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
+Projection = Callable[
+    [nn.Module, Tensor, Tensor, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class Family:
 
 
 def project_with(
-    rotate: Callable[..., tuple[Tensor, Tensor]], indexer: Any, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None
+    rotate: Callable[..., tuple[Tensor, Tensor]],
+    indexer: Any,
+    x: Tensor,
+    q_resid: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The released indexer's projections; families differ in the layout of RoPE, which `rotate` applies."""
     heads, dim, rotated = indexer.n_heads, indexer.head_dim, indexer.qk_rope_head_dim
@@ -49,7 +55,9 @@ def project_with(
         q_rot, k_rot = rotate(q[..., :rotated], k[..., None, :rotated], *rope, unsqueeze_dim=2)
         q = torch.cat([q_rot, q[..., rotated:]], dim=-1)
         k = torch.cat([k_rot.squeeze(2), k[..., rotated:]], dim=-1)
-    w = indexer.weights_proj(x.to(indexer.weights_proj.weight.dtype)).float() * (heads**-0.5 * indexer.softmax_scale)
+    w = indexer.weights_proj(x.to(indexer.weights_proj.weight.dtype)).float() * (
+        heads**-0.5 * indexer.softmax_scale
+    )
     return q, k, w
 
 
@@ -74,7 +82,9 @@ def family_of(model: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type not in families():
         known = ", ".join(sorted(families()))
-        raise ValueError(f"The model type {model_type!r} is not a DSA family that is known here ({known}).")
+        raise ValueError(
+            f"The model type {model_type!r} is not a DSA family that is known here ({known})."
+        )
     return families()[model_type]
 
 

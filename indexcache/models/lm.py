@@ -36,6 +36,8 @@ def token_losses(model: nn.Module, hidden_BTE: Tensor, ids_BT: Tensor) -> Tensor
     out = hidden_BTE.new_empty(ids_BT.shape[0], ids_BT.shape[1] - 1, dtype=torch.float32)
     for part, (logits,) in logit_chunks(model, hidden_BTE):
         target = ids_BT[:, part.start + 1 : part.stop + 1].to(logits.device)
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")  # rows: over dim 1 of [B, V, t] it is far slower
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none"
+        )  # rows: over dim 1 of [B, V, t] it is far slower
         out[:, part] = losses.view(target.shape).to(out.device)
     return out

@@ -17,7 +17,9 @@ from indexcache.models.family import families
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WHOLE_FILES = 1 << 30  # checkpoints up to this size enter the fingerprint whole, larger ones by samples
+WHOLE_FILES = (
+    1 << 30
+)  # checkpoints up to this size enter the fingerprint whole, larger ones by samples
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def resolve(model: str | Path) -> Path:
         return Path(str(resources.files("indexcache") / "assets" / "tiny"))
     path = Path(model)
     if not path.is_dir():
-        raise ValueError(f"{model}: no such checkpoint folder; MODEL is the path of a folder or 'tiny' (nothing is downloaded).")
+        raise ValueError(
+            f"{model}: no such checkpoint folder; MODEL is the path of a folder or 'tiny' (nothing is downloaded)."
+        )
     return path
 
 
@@ -62,17 +66,31 @@ def describe(model: str | Path) -> dict[str, Any]:
     config = read_config(path)
     model_type = config.get("model_type")
     if model_type not in families():
-        raise ValueError(f"{path}: the model type {model_type!r} is not a DSA family that is known here "
-                         f"({', '.join(sorted(families()))}).")  # fmt: skip
+        raise ValueError(
+            f"{path}: the model type {model_type!r} is not a DSA family that is known here "
+            f"({', '.join(sorted(families()))})."
+        )
     native = Pattern.from_config(config)
     names = tensor_names(path)
     missing = layers_without_indexer(path)
     wrong = [i for i in missing if native[i] != "S"]
     if wrong:
-        raise ValueError(f"{path}: the config makes layer {wrong[0]} full, but the checkpoint has no indexer weights for it; "
-                         "transformers would fill them with random numbers.")  # fmt: skip
-    keys = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "kv_lora_rank", "index_n_heads",
-            "index_head_dim", "index_topk", "max_position_embeddings", "vocab_size")  # fmt: skip
+        raise ValueError(
+            f"{path}: the config makes layer {wrong[0]} full, but the checkpoint has no indexer weights for it; "
+            "transformers would fill them with random numbers."
+        )
+    keys = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+        "max_position_embeddings",
+        "vocab_size",
+    )
     return {
         "path": str(path),
         **{k: config.get(k) for k in keys},
@@ -85,7 +103,13 @@ def describe(model: str | Path) -> dict[str, Any]:
     }
 
 
-def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False) -> Loaded:
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Loaded:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
     Args:
@@ -108,22 +132,36 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
     check_device(device)
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         if families()[facts["model_type"]].native_sharing:
             # a config that shares on a checkpoint that has all indexers is an override, not how the model was trained
             bare = set(facts["layers_without_indexer"])
-            config.indexer_types = ["shared" if i in bare else "full" for i in range(facts["num_hidden_layers"])]
+            config.indexer_types = [
+                "shared" if i in bare else "full" for i in range(facts["num_hidden_layers"])
+            ]
         found: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: transformers cannot load this checkpoint ({str(error).splitlines()[0]:.200}).") from None
+        raise ValueError(
+            f"{path}: transformers cannot load this checkpoint ({str(error).splitlines()[0]:.200})."
+        ) from None
     loaded, report = found
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{path}: {len(missing)} weights are missing, among them {missing[0]}; transformers would fill them "
-                         "with random numbers.")  # fmt: skip
+        raise ValueError(
+            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; transformers would fill them "
+            "with random numbers."
+        )
     loaded.to(device).eval()
     return Loaded(loaded, load_tokenizer(path), path, Pattern(facts["native_pattern"]))
 
@@ -133,7 +171,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
+        raise ValueError(
+            f"The device {device!r} cannot be used here ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -143,7 +183,9 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no tokenizer can be read there ({str(error).splitlines()[0]:.200}).") from None
+        raise ValueError(
+            f"{path}: no tokenizer can be read there ({str(error).splitlines()[0]:.200})."
+        ) from None
 
 
 def fingerprint(path: Path) -> str:
@@ -172,7 +214,9 @@ def weights_digest(model: nn.Module) -> str:
     h = hashlib.sha256(str(getattr(model.config, "index_topk", None)).encode())
     for name, p in model.state_dict().items():
         flat = p.detach().reshape(-1)
-        picks = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
+        picks = torch.linspace(
+            0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64
+        ).long()
         sample = flat[picks.to(flat.device)].float().cpu().numpy()
         h.update(f"{name}|{tuple(p.shape)}|{p.dtype}".encode() + sample.tobytes())
     return h.hexdigest()

@@ -16,7 +16,9 @@ from indexcache.models.lm import hidden_states
 from indexcache.models.seam import Seam, use_pattern
 from indexcache.pattern import Pattern
 
-Saved = tuple[Any, Tensor | None, Tensor | None]  # what the layer returned, and the seam's ids and pool after it
+Saved = tuple[
+    Any, Tensor | None, Tensor | None
+]  # what the layer returned, and the seam's ids and pool after it
 
 
 class PrefixCache:
@@ -52,7 +54,9 @@ class PrefixCache:
     def _run(self, index: int, pattern: Pattern, keep: bool) -> Tensor:
         saved = self.saved[index]
         first = self._first_difference(pattern)
-        start = max((i for i in saved if i < first), default=-1)  # the last layer whose output can be reused
+        start = max(
+            (i for i in saved if i < first), default=-1
+        )  # the last layer whose output can be reused
         if keep:
             for i in [i for i in saved if i > start]:
                 del saved[i]

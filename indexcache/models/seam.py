@@ -20,7 +20,9 @@ from indexcache.models.selector import StockSelector, selector_of
 from indexcache.pattern import Pattern
 
 _active: WeakKeyDictionary[nn.Module, list[Seam]] = WeakKeyDictionary()
-_guarded: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # caches that were filled under S, by model
+_guarded: WeakKeyDictionary[nn.Module, WeakSet[Any]] = (
+    WeakKeyDictionary()
+)  # caches that were filled under S, by model
 
 
 class Seam:
@@ -41,7 +43,11 @@ class Seam:
     @property
     def selections(self) -> dict[int, Tensor]:
         """Ids per layer, S layers included (they read their source's)."""
-        return {i: self.captured[j] for i in range(len(self.pattern)) if (j := self._selector(i)) in self.captured}
+        return {
+            i: self.captured[j]
+            for i in range(len(self.pattern))
+            if (j := self._selector(i)) in self.captured
+        }
 
     def _selector(self, layer: int) -> int:
         return self.pattern.source(layer) if self.pattern[layer] == "S" else layer
@@ -86,16 +92,42 @@ class Seam:
         return ids
 
     def _full(self, layer: int, indexer: Any, publishes: bool):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
+        def forward(
+            x: Tensor,
+            q_resid: Tensor,
+            rope,
+            mask: Tensor,
+            position_ids=None,
+            cache=None,
+            past_key_values=None,
+        ) -> Tensor:
             pool = indexer.index_topk * self.pattern.pool_factor if publishes else 0
-            ids, found = self.selector.full(layer, indexer, x, q_resid, rope, mask, position_ids, either(cache, past_key_values), pool)
+            ids, found = self.selector.full(
+                layer,
+                indexer,
+                x,
+                q_resid,
+                rope,
+                mask,
+                position_ids,
+                either(cache, past_key_values),
+                pool,
+            )
             self.pool = found if publishes else self.pool
             return self._publish(layer, ids)
 
         return forward
 
     def _shared(self):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
+        def forward(
+            x: Tensor,
+            q_resid: Tensor,
+            rope,
+            mask: Tensor,
+            position_ids=None,
+            cache=None,
+            past_key_values=None,
+        ) -> Tensor:
             if (given := either(cache, past_key_values)) is not None:
                 self._filled.add(given)
             assert self.ids is not None and self.ids.shape[:2] == x.shape[:2]
@@ -104,16 +136,28 @@ class Seam:
         return forward
 
     def _reindex(self, layer: int, indexer: Any):
-        def forward(x: Tensor, q_resid: Tensor, rope, mask: Tensor, position_ids=None, cache=None, past_key_values=None) -> Tensor:
+        def forward(
+            x: Tensor,
+            q_resid: Tensor,
+            rope,
+            mask: Tensor,
+            position_ids=None,
+            cache=None,
+            past_key_values=None,
+        ) -> Tensor:
             assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]
             pool, given = self.pool.to(x.device), either(cache, past_key_values)
-            return self._publish(layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, given, pool))
+            return self._publish(
+                layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, given, pool)
+            )
 
         return forward
 
 
 @contextmanager
-def use_pattern(model: nn.Module, pattern: Pattern | str, *, capture: bool = False) -> Iterator[Seam]:
+def use_pattern(
+    model: nn.Module, pattern: Pattern | str, *, capture: bool = False
+) -> Iterator[Seam]:
     """Run `model` under `pattern` inside the context; restore it in `finally`. Contexts nest.
 
     Args:
@@ -168,7 +212,9 @@ def _guard(model: nn.Module, caches: WeakSet[Any]) -> None:
             hook.remove()
             for m in [m for m in _guarded if m.model is module]:
                 del _guarded[m]
-        elif (cache := _cache_of(args, kwargs)) in alive and not any(m.model is module for m in _active):
+        elif (cache := _cache_of(args, kwargs)) in alive and not any(
+            m.model is module for m in _active
+        ):
             _refuse_lacking(cache, native)
 
     hook = _on_forward(model, check)

@@ -1,4 +1,4 @@
-"""Who computes a selection: stock transformers' indexer, or (`indexcache.models.fast`) the operations of this package.
+"""Who computes a selection: stock transformers' indexer, or (`indexcache.models.fast.accelerate`) the operations of this package.
 
 The seam decides which layer runs in which role; a selector carries the roles F and R out.
 """
@@ -25,9 +25,22 @@ class StockSelector:
 
     def __init__(self, model: nn.Module):
         self.family: Family = family_of(model)
-        self.stock: dict[int, Any] = {i: m.forward for i, m in enumerate(indexers(model)) if m is not None}
+        self.stock: dict[int, Any] = {
+            i: m.forward for i, m in enumerate(indexers(model)) if m is not None
+        }
 
-    def full(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, positions, cache: Any, pool: int = 0):
+    def full(
+        self,
+        layer: int,
+        indexer: Any,
+        x: Tensor,
+        q_resid: Tensor,
+        rope,
+        mask: Any,
+        positions,
+        cache: Any,
+        pool: int = 0,
+    ):
         """(ids of the top k, ids of the top `pool` or None) over all keys."""
         stock = self.stock[layer]
         if not pool:
@@ -41,14 +54,28 @@ class StockSelector:
         return candidates[..., :topk].contiguous(), candidates
 
     @torch.no_grad()
-    def reindex(self, layer: int, indexer: Any, x: Tensor, q_resid: Tensor, rope, mask: Any, cache: Any, pool: Tensor) -> Tensor:
+    def reindex(
+        self,
+        layer: int,
+        indexer: Any,
+        x: Tensor,
+        q_resid: Tensor,
+        rope,
+        mask: Any,
+        cache: Any,
+        pool: Tensor,
+    ) -> Tensor:
         """Ids of the top k among the ids of `pool`, by the layer's own indexer."""
         q, k, w = self.family.project(indexer, x, q_resid, rope)
         if cache is not None:
             k = cache.update_indexer(k, layer)
         scores = index_scores(q, k, w, pool)
         allowed = mask.expand(*pool.shape[:2], -1).gather(-1, pool.long())
-        scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+        scores = (
+            scores.masked_fill(~allowed, -torch.inf)
+            if allowed.dtype == torch.bool
+            else scores + allowed
+        )
         best = scores.topk(min(indexer.index_topk, pool.shape[-1]), dim=-1).indices
         return pool.gather(-1, best)
 

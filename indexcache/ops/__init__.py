@@ -83,11 +83,20 @@ def index_topk(
         (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN scores count as -inf, +inf ranks first.
     """
     _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, plan)
-    if _use_triton(backend, q_BSHD, "index_topk", lambda kernels: kernels.refuse_index(q_BSHD, k_BTD, topk, pool)):
+    if _use_triton(
+        backend,
+        q_BSHD,
+        "index_topk",
+        lambda kernels: kernels.refuse_index(q_BSHD, k_BTD, topk, pool),
+    ):
         with _at(q_BSHD):
-            return _kernels().index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan)
+            return _kernels().index_topk(
+                q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan
+            )
     with torch.no_grad():
-        return reference.index_topk(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool)
+        return reference.index_topk(
+            q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool
+        )
 
 
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
@@ -125,9 +134,22 @@ def sparse_mla(
         Differentiable in q and latent through out (lse carries no gradient on Triton).
     """
     _check_mla(q_BSHE, latent_BTE, ids_BSK, value_dim, plan)
-    if _use_triton(backend, q_BSHE, "sparse_mla", lambda kernels: kernels.refuse_mla(q_BSHE, latent_BTE, value_dim)):
+    if _use_triton(
+        backend,
+        q_BSHE,
+        "sparse_mla",
+        lambda kernels: kernels.refuse_mla(q_BSHE, latent_BTE, value_dim),
+    ):
         with _at(q_BSHE):
-            return _kernels().sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan, deterministic=deterministic)
+            return _kernels().sparse_mla(
+                q_BSHE,
+                latent_BTE,
+                ids_BSK,
+                scale,
+                value_dim=value_dim,
+                plan=plan,
+                deterministic=deterministic,
+            )
     return reference.sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan)
 
 
@@ -186,7 +208,12 @@ def quantize_index_queries(
 
 
 def _quantize(
-    x_BSHD: Tensor, rotate: bool, cos: Tensor | None, sin: Tensor | None, interleaved: bool, backend: str
+    x_BSHD: Tensor,
+    rotate: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     if (cos is None) != (sin is None):
         raise ValueError("Give both cos and sin, or neither.")
@@ -194,7 +221,9 @@ def _quantize(
         with _at(x_BSHD):
             return _kernels().quantize(x_BSHD, rotate, cos, sin, interleaved)
     if cos is not None and sin is not None:
-        x_BSHD = reference.rope(x_BSHD, cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved)
+        x_BSHD = reference.rope(
+            x_BSHD, cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved
+        )
         if interleaved:
             x_BSHD = reference.half_split(x_BSHD, cos.shape[-1])
     return reference.quantize_fp8(x_BSHD, rotate=rotate)
@@ -226,7 +255,12 @@ def warm_up(
     Returns:
         fp64 scalar, nats, summed over the queries; None where the kernels do not run and torch has to (`distill.loss`).
     """
-    if not _use_triton(backend, q_SJD, "the distillation loss", lambda kernels: kernels.refuse_warm_up(q_SJD, *(q for q, *_ in layers))):
+    if not _use_triton(
+        backend,
+        q_SJD,
+        "the distillation loss",
+        lambda kernels: kernels.refuse_warm_up(q_SJD, *(q for q, *_ in layers)),
+    ):
         return None
     with _at(q_SJD):
         return _kernels().warm_up(q_SJD, k_TD, w_SJ, layers, weights, multi, grads, block_bytes)
@@ -275,41 +309,72 @@ def _use_triton(backend: str, x: Tensor, operation: str, refuse) -> bool:
     if reason is None:
         return True
     if backend == "triton":
-        raise ValueError(f"{operation}: backend 'triton' cannot run here: {reason}; use backend='torch' or 'auto'.")
+        raise ValueError(
+            f"{operation}: backend 'triton' cannot run here: {reason}; use backend='torch' or 'auto'."
+        )
     if x.device.type == "cuda":  # on a CPU torch is what everybody expects
         _say_once(operation, reason)
     return False
 
 
 def _check_index(
-    q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, topk: int, candidates: Tensor | None, pool: int, plan: Plan | None
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    topk: int,
+    candidates: Tensor | None,
+    pool: int,
+    plan: Plan | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"index_topk: want q [B, S, H, D] and k [B, T, D], got {tuple(q.shape)} and {tuple(k.shape)}.")
+        raise ValueError(
+            f"index_topk: want q [B, S, H, D] and k [B, T, D], got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
     if q.dtype != k.dtype:
         raise ValueError(f"index_topk: q and k must have one dtype, got {q.dtype} and {k.dtype}.")
     if w.shape != q.shape[:3]:
-        raise ValueError(f"index_topk: want w [B, S, H] = {tuple(q.shape[:3])}, got {tuple(w.shape)}.")
+        raise ValueError(
+            f"index_topk: want w [B, S, H] = {tuple(q.shape[:3])}, got {tuple(w.shape)}."
+        )
     if scale is not None and scale.shape != k.shape[:2]:
-        raise ValueError(f"index_topk: want k_scale [B, T] = {tuple(k.shape[:2])}, got {tuple(scale.shape)}.")
+        raise ValueError(
+            f"index_topk: want k_scale [B, T] = {tuple(k.shape[:2])}, got {tuple(scale.shape)}."
+        )
     if candidates is not None and (candidates.dim() != 3 or candidates.shape[:2] != q.shape[:2]):
-        raise ValueError(f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got {tuple(candidates.shape)}.")
-    if plan is not None and (candidates is None or plan.union_BGU.shape[1] != -(-q.shape[1] // plan.group)):
+        raise ValueError(
+            f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got {tuple(candidates.shape)}."
+        )
+    if plan is not None and (
+        candidates is None or plan.union_BGU.shape[1] != -(-q.shape[1] // plan.group)
+    ):
         raise ValueError("index_topk: the plan is for other candidates.")
     if topk < 1 or pool < 0:
-        raise ValueError(f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}.")
+        raise ValueError(
+            f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}."
+        )
 
 
-def _check_mla(q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, value_dim: int, plan: Plan | None) -> None:
-    dim = latent.value_BTV.shape[-1] + latent.rope_BTR.shape[-1] if isinstance(latent, Fp8Latent) else latent.shape[-1]
+def _check_mla(
+    q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, value_dim: int, plan: Plan | None
+) -> None:
+    dim = (
+        latent.value_BTV.shape[-1] + latent.rope_BTR.shape[-1]
+        if isinstance(latent, Fp8Latent)
+        else latent.shape[-1]
+    )
     if q.dim() != 4 or q.shape[-1] != dim or not 0 < value_dim <= dim:
         raise ValueError(
             f"sparse_mla: want q [B, S, H, {dim}] for these latents and 0 < value_dim <= {dim}, got {tuple(q.shape)}, {value_dim}."
         )
     if ids.dim() != 3 or ids.shape[:2] != q.shape[:2] or ids.dtype != torch.int32:
-        raise ValueError(f"sparse_mla: want int32 ids [B, S, K] with B, S = {tuple(q.shape[:2])}, got {ids.dtype} {tuple(ids.shape)}.")
+        raise ValueError(
+            f"sparse_mla: want int32 ids [B, S, K] with B, S = {tuple(q.shape[:2])}, got {ids.dtype} {tuple(ids.shape)}."
+        )
     if isinstance(latent, Fp8Latent) and latent.value_BTV.shape[-1] != value_dim:
-        raise ValueError(f"sparse_mla: the fp8 latents hold {latent.value_BTV.shape[-1]} value dims, value_dim is {value_dim}.")
+        raise ValueError(
+            f"sparse_mla: the fp8 latents hold {latent.value_BTV.shape[-1]} value dims, value_dim is {value_dim}."
+        )
     if plan is not None and plan.union_BGU.shape[1] != -(-ids.shape[1] // plan.group):
         raise ValueError(
             f"sparse_mla: the plan is for other ids: {plan.union_BGU.shape[1]} groups of {plan.group}, {ids.shape[1]} queries."

@@ -7,7 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _turned(x, p_x, p_cos, p_sin, o_row, m, n_heads, D: tl.constexpr, r: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+def _turned(
+    x,
+    p_x,
+    p_cos,
+    p_sin,
+    o_row,
+    m,
+    n_heads,
+    D: tl.constexpr,
+    r: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """RoPE on the first 2 r dims. Partners by split and join, or by loads said to be contiguous: else each lane would read another row."""
     at = (o_row // n_heads).to(tl.int64)[:, None] * r
     if INTERLEAVED:
@@ -24,7 +36,9 @@ def _turned(x, p_x, p_cos, p_sin, o_row, m, n_heads, D: tl.constexpr, r: tl.cons
             o_other = tl.max_contiguous(tl.multiple_of(o_other, 16), 16)
             o_angle = tl.max_contiguous(tl.multiple_of(o_angle, 16), 16)
         turned = m & (o_d < 2 * r)[None, :]
-        other = tl.load(p_x + o_row.to(tl.int64)[:, None] * D + o_other[None, :], mask=turned, other=0.0).to(tl.float32)
+        other = tl.load(
+            p_x + o_row.to(tl.int64)[:, None] * D + o_other[None, :], mask=turned, other=0.0
+        ).to(tl.float32)
         cos = tl.load(p_cos + at + o_angle[None, :], mask=turned, other=1.0)
         sin = tl.load(p_sin + at + o_angle[None, :], mask=turned, other=0.0)
         return tl.where(turned, x * cos + tl.where((o_d < r)[None, :], -other, other) * sin, x)
@@ -32,9 +46,21 @@ def _turned(x, p_x, p_cos, p_sin, o_row, m, n_heads, D: tl.constexpr, r: tl.cons
 
 @triton.jit
 def quantize(
-    p_x, p_cos, p_sin, p_signs, p_out, p_scale, n_rows, n_heads,
-    D: tl.constexpr, r: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_cos,
+    p_sin,
+    p_signs,
+    p_out,
+    p_scale,
+    n_rows,
+    n_heads,
+    D: tl.constexpr,
+    r: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """grid (workers,), blocks of rows in turn: the signs are read once a worker.
 
     Rows are (batch, token, head); cos and sin fp32 [batch, tokens, r]; r = 0: no RoPE. p_signs [D, D] fp16: +-1, NORM = D^-0.5.
@@ -55,7 +81,9 @@ def quantize(
         if ROTATE:
             # signs are exact in fp16, and so is a bf16 number over a power of two (below 2^-14 of the largest to 2^-24 of it); an fp32
             # number is two halves to 22 bits: a product or two instead of a slow one in fp32
-            up = (amax.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000  # the next power of two, as bits
+            up = (
+                amax.to(tl.int32, bitcast=True) + 0x7FFFFF
+            ) & 0x7F800000  # the next power of two, as bits
             up = tl.minimum(tl.maximum(up, 0x00800000), 0x7E000000)
             down = 0x7F000000 - up
             y = x * down.to(tl.float32, bitcast=True)[:, None]
@@ -71,6 +99,9 @@ def quantize(
         y = tl.maximum(x / scale[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
         y = tl.minimum(y, 448.0, propagate_nan=tl.PropagateNan.ALL)
         if INTERLEAVED and not ROTATE:  # else the signs are in this order
-            at = o_row.to(tl.int64)[:, None] * D + tl.where(o_d < 2 * r, o_d % 2 * r + o_d // 2, o_d)[None, :]
+            at = (
+                o_row.to(tl.int64)[:, None] * D
+                + tl.where(o_d < 2 * r, o_d % 2 * r + o_d // 2, o_d)[None, :]
+            )
         tl.store(p_out + at, y.to(tl.float8e4nv), mask=m)
         tl.store(p_scale + o_row, scale, mask=o_row < n_rows)

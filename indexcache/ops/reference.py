@@ -45,7 +45,9 @@ class Fp8Latent(NamedTuple):
     rope_BTR: Tensor
 
 
-def index_scores(q_BSHD: Tensor, k_BTD: Tensor, w_BSH: Tensor, candidates_BSP: Tensor | None = None) -> Tensor:
+def index_scores(
+    q_BSHD: Tensor, k_BTD: Tensor, w_BSH: Tensor, candidates_BSP: Tensor | None = None
+) -> Tensor:
     """Indexer scores I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]) (DeepSeek-V3.2, equation 1), without causality.
 
     Args:
@@ -67,12 +69,16 @@ def index_scores(q_BSHD: Tensor, k_BTD: Tensor, w_BSH: Tensor, candidates_BSP: T
         if candidates_BSP is None:
             products = torch.einsum("bshd,btd->bsht", q[:, part], k)
         else:
-            products = torch.einsum("bshd,bspd->bshp", q[:, part], k[rows, candidates_BSP[:, part].long()])
+            products = torch.einsum(
+                "bshd,bspd->bshp", q[:, part], k[rows, candidates_BSP[:, part].long()]
+            )
         out[:, part] = torch.einsum("bshp,bsh->bsp", products.relu_(), w[:, part])
     return out
 
 
-def visible_counts(offset: int | Tensor, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+def visible_counts(
+    offset: int | Tensor, batch: int, queries: int, keys: int, device: torch.device
+) -> Tensor:
     """How many keys each query sees, int64 [B, S]; see the top of this file."""
     start = torch.as_tensor(offset, device=device, dtype=torch.int64).expand(batch)
     return (start[:, None] + torch.arange(1, queries + 1, device=device)).clamp(0, keys)
@@ -92,7 +98,11 @@ def select(scores_RT: Tensor, allowed_RT: Tensor, k: int) -> Tensor:
     total = allowed_RT.sum(-1, keepdim=True)
     wanted = total.clamp(max=k)
     # the k-th best value is unique even when the column that holds it is not; not-allowed ones sink as a second -inf
-    kth = scores.masked_fill(~allowed_RT, -torch.inf).topk(min(k, width), dim=-1).values.gather(-1, (wanted - 1).clamp(min=0))
+    kth = (
+        scores.masked_fill(~allowed_RT, -torch.inf)
+        .topk(min(k, width), dim=-1)
+        .values.gather(-1, (wanted - 1).clamp(min=0))
+    )
     above = allowed_RT & (scores > kth)
     equal = allowed_RT & (scores == kth)
     chosen = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
@@ -126,26 +136,38 @@ def index_topk(
             if candidates_BSP is None:
                 # never look at keys that no row of the chunk sees: a cache may hold anything there
                 seen = int(visible[b, part].max())
-                ids = torch.arange(seen, device=k_BTD.device).expand(visible[b, part].shape[0], seen)
-                scores = index_scores(q_BSHD[b : b + 1, part], k_BTD[b : b + 1, :seen], w_BSH[b : b + 1, part])[0]
+                ids = torch.arange(seen, device=k_BTD.device).expand(
+                    visible[b, part].shape[0], seen
+                )
+                scores = index_scores(
+                    q_BSHD[b : b + 1, part], k_BTD[b : b + 1, :seen], w_BSH[b : b + 1, part]
+                )[0]
             else:
                 ids = candidates_BSP[b, part].long()
                 within = ids.clamp(0, max(keys - 1, 0))
-                scores = index_scores(q_BSHD[b : b + 1, part], k_BTD[b : b + 1], w_BSH[b : b + 1, part], within[None])[0]
+                scores = index_scores(
+                    q_BSHD[b : b + 1, part], k_BTD[b : b + 1], w_BSH[b : b + 1, part], within[None]
+                )[0]
             if k_scale_BT is not None:
                 scores = scores * k_scale_BT[b].float()[ids.clamp(min=0)]
             allowed = (ids >= 0) & (ids < visible[b, part, None])
             for out, n in zip(outs, widths, strict=True):
                 slots = select(scores, allowed, n)
                 if ids.shape[1]:
-                    out[b, part] = torch.where(slots < 0, -1, ids.gather(-1, slots.clamp(min=0).long())).int()
+                    out[b, part] = torch.where(
+                        slots < 0, -1, ids.gather(-1, slots.clamp(min=0).long())
+                    ).int()
     return (outs[0], outs[1]) if pool else outs[0]
 
 
-def _attend(q_SHE: Tensor, latent_TE: Tensor, ids_SK: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
+def _attend(
+    q_SHE: Tensor, latent_TE: Tensor, ids_SK: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
     valid = ids_SK >= 0
     kv = latent_TE[ids_SK.clamp(min=0).long()].float()
-    kv = torch.where(valid[..., None], kv, 0.0)  # a poisoned row 0 must not reach the output through 0 * NaN
+    kv = torch.where(
+        valid[..., None], kv, 0.0
+    )  # a poisoned row 0 must not reach the output through 0 * NaN
     logits = torch.einsum("she,ske->shk", q_SHE.float(), kv) * scale
     logits = logits.masked_fill(~valid[:, None], -torch.inf)
     lse = logits.logsumexp(-1)
@@ -154,32 +176,52 @@ def _attend(q_SHE: Tensor, latent_TE: Tensor, ids_SK: Tensor, scale: float, valu
 
 
 def sparse_mla(
-    q_BSHE: Tensor, latent_BTE: Tensor | Fp8Latent, ids_BSK: Tensor, scale: float, *, value_dim: int = 512, plan: Plan | None = None
+    q_BSHE: Tensor,
+    latent_BTE: Tensor | Fp8Latent,
+    ids_BSK: Tensor,
+    scale: float,
+    *,
+    value_dim: int = 512,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition behind `indexcache.ops.sparse_mla`, whose docstring is the contract. Differentiable; the plan is not used."""
     if isinstance(latent_BTE, Fp8Latent):
         latent_BTE = dequantize_latent(latent_BTE)
     batch, queries, heads, _ = q_BSHE.shape
-    chunk = max(CHUNK_BYTES // (4 * max(ids_BSK.shape[-1], 1) * (latent_BTE.shape[-1] + 2 * heads)), 1)
+    chunk = max(
+        CHUNK_BYTES // (4 * max(ids_BSK.shape[-1], 1) * (latent_BTE.shape[-1] + 2 * heads)), 1
+    )
     graph = torch.is_grad_enabled() and (q_BSHE.requires_grad or latent_BTE.requires_grad)
     outs, lses = [], []
     for b in range(batch):
         for start in range(0, queries, chunk):
-            args = (q_BSHE[b, start : start + chunk], latent_BTE[b], ids_BSK[b, start : start + chunk], scale, value_dim)
+            args = (
+                q_BSHE[b, start : start + chunk],
+                latent_BTE[b],
+                ids_BSK[b, start : start + chunk],
+                scale,
+                value_dim,
+            )
             # the gathered rows are O(S K E): recompute them for the gradient rather than keep them
             out, lse = checkpoint(_attend, *args, use_reentrant=False) if graph else _attend(*args)
             outs.append(out)
             lses.append(lse)
     if not outs:
-        return q_BSHE.new_zeros(batch, queries, heads, value_dim), q_BSHE.new_zeros(batch, queries, heads, dtype=torch.float32)
-    return torch.cat(outs).view(batch, queries, heads, value_dim), torch.cat(lses).view(batch, queries, heads)
+        return q_BSHE.new_zeros(batch, queries, heads, value_dim), q_BSHE.new_zeros(
+            batch, queries, heads, dtype=torch.float32
+        )
+    return torch.cat(outs).view(batch, queries, heads, value_dim), torch.cat(lses).view(
+        batch, queries, heads
+    )
 
 
 def group_queries(ids_BSK: Tensor, group: int) -> Plan:
     """The definition behind `indexcache.ops.group_queries`, whose docstring is the contract."""
     batch, queries, k = ids_BSK.shape
     groups = -(-queries // group)
-    ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, groups * group - queries), value=-1).view(batch, groups, group * k)
+    ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, groups * group - queries), value=-1).view(
+        batch, groups, group * k
+    )
     bits = (1 << torch.arange(group, device=ids.device)).repeat_interleave(k)
     last = torch.iinfo(torch.int32).max
     ids, order = torch.where(ids < 0, last, ids).sort(dim=-1, stable=True)
@@ -220,7 +262,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     turned, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
     pairs = turned.unflatten(-1, (r, 2) if interleaved else (2, r))
     a, b = pairs.unbind(-1 if interleaved else -2)
-    out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2).flatten(-2)
+    out = torch.stack(
+        [a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2
+    ).flatten(-2)
     return torch.cat([out.to(x.dtype), rest], dim=-1)
 
 
@@ -247,7 +291,9 @@ def quantize_index_keys(k_BTD: Tensor, *, rotate: bool = False) -> tuple[Tensor,
     return quantize_fp8(k_BTD, rotate=rotate)
 
 
-def quantize_index_queries(q_BSHD: Tensor, w_BSH: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_index_queries(
+    q_BSHD: Tensor, w_BSH: Tensor, *, rotate: bool = False
+) -> tuple[Tensor, Tensor]:
     """Indexer queries in fp8 and the head weights fp32 [B, S, H] with the queries' scales in them (relu lets a positive scale through)."""
     q, scale = quantize_fp8(q_BSHD, rotate=rotate)
     return q, w_BSH.float() * scale
@@ -262,5 +308,8 @@ def quantize_latent(latent_BTE: Tensor, value_dim: int = 512) -> Fp8Latent:
 
 def dequantize_latent(latent: Fp8Latent) -> Tensor:
     """[B, T, E] in the dtype of the rotary part."""
-    value = latent.value_BTV.float().unflatten(-1, (latent.scale_BTC.shape[-1], -1)) * latent.scale_BTC[..., None]
+    value = (
+        latent.value_BTV.float().unflatten(-1, (latent.scale_BTC.shape[-1], -1))
+        * latent.scale_BTC[..., None]
+    )
     return torch.cat([value.flatten(-2).to(latent.rope_BTR.dtype), latent.rope_BTR], dim=-1)

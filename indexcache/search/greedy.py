@@ -43,7 +43,9 @@ def greedy_stages(loss: Loss, layers: int, full: int, starts: Sequence[int]) -> 
         ValueError: fewer full layers than stages, whose first layers always stay full.
     """
     if full < len(starts):
-        raise ValueError(f"{full} full layers are too few: the first layer of each of the {len(starts)} stages stays full.")
+        raise ValueError(
+            f"{full} full layers are too few: the first layer of each of the {len(starts)} stages stays full."
+        )
     c = Pattern.full(layers)
     yield Step(c, loss(c), None)
     ends = [*starts[1:], layers]

@@ -30,7 +30,12 @@ class Objective:
         known: dict[str, float] | None = None,
         record: Callable[[Pattern, float], None] = lambda pattern, loss: None,
     ):
-        self.model, self.batches, self.known, self.record = model, batches, dict(known or {}), record
+        self.model, self.batches, self.known, self.record = (
+            model,
+            batches,
+            dict(known or {}),
+            record,
+        )
         self.base: Pattern | None = None
         self.prefix = PrefixCache(model, [b.ids for b in batches])
 
@@ -51,8 +56,10 @@ class Objective:
                 total, count = total + float(losses.double().sum()), count + losses.numel()
             loss = total / count
             if not math.isfinite(loss):
-                raise ValueError(f"The loss of {key} is {loss}: the model gives no finite logits on this text (wrong dtype or "
-                                 "broken weights?); nothing was recorded for it.")  # fmt: skip
+                raise ValueError(
+                    f"The loss of {key} is {loss}: the model gives no finite logits on this text (wrong dtype or "
+                    "broken weights?); nothing was recorded for it."
+                )
             self.known[key] = loss
             self.record(pattern, loss)
         return self.known[key]

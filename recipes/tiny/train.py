@@ -25,9 +25,31 @@ from retrieval import Retrieval
 # tokens a step = batch x length; peak learning rate; share of sequences with a retrieval task. The learning rate of
 # the dense stage is laid out for `schedule` steps: it ends at a third of its peak, and the sparse stage takes it down.
 STAGES = {
-    "dense": {"steps": 3000, "schedule": 4682, "batch": 32, "length": 4096, "lr": 4e-3, "retrieval": 0.20, "micro": 32},
-    "warmup": {"steps": 360, "batch": 16, "length": 2048, "lr": 3e-3, "retrieval": 0.20, "micro": 8},
-    "sparse": {"steps": 580, "batch": 64, "length": 2048, "lr": 1e-3, "retrieval": 0.20, "micro": 16},
+    "dense": {
+        "steps": 3000,
+        "schedule": 4682,
+        "batch": 32,
+        "length": 4096,
+        "lr": 4e-3,
+        "retrieval": 0.20,
+        "micro": 32,
+    },
+    "warmup": {
+        "steps": 360,
+        "batch": 16,
+        "length": 2048,
+        "lr": 3e-3,
+        "retrieval": 0.20,
+        "micro": 8,
+    },
+    "sparse": {
+        "steps": 580,
+        "batch": 64,
+        "length": 2048,
+        "lr": 1e-3,
+        "retrieval": 0.20,
+        "micro": 16,
+    },
 }
 SAVE = 100  # steps between two states to go on from
 
@@ -59,7 +81,9 @@ def optimiser(model: Tiny, lr: float, indexer_only: bool) -> torch.optim.AdamW:
     decay = [p for n, p in named if p.dim() > 1 and "embed" not in n]
     rest = [p for n, p in named if not (p.dim() > 1 and "embed" not in n)]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda
+    )
 
 
 def schedule(step: int, steps: int) -> float:
@@ -70,16 +94,24 @@ def schedule(step: int, steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def train(stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Namespace, check) -> None:
+def train(
+    stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Namespace, check
+) -> None:
     s = dict(STAGES[stage])
-    s |= {"length": o.sequence or s["length"], "batch": o.batch or s["batch"], "steps": o.steps or s["steps"]}
+    s |= {
+        "length": o.sequence or s["length"],
+        "batch": o.batch or s["batch"],
+        "steps": o.steps or s["steps"],
+    }
     s["micro"] = min(s["micro"], s["batch"])
     opt = optimiser(model, s["lr"], stage == "warmup")
     first, part = 0, out / f"{stage}.part.pt"
     if part.exists():
         state = torch.load(part, map_location=o.device, weights_only=True)
         if state["settings"] != s:
-            raise SystemExit(f"{part}: this stage was begun with other settings ({state['settings']}); remove it or use another --out")
+            raise SystemExit(
+                f"{part}: this stage was begun with other settings ({state['settings']}); remove it or use another --out"
+            )
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimiser"])
         first = state["step"]
@@ -105,29 +137,48 @@ def train(stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Name
                 else:
                     loss, kl = loss_of(model, piece, stage)
                     ((loss + kl) / len(pieces)).backward()
-                    total, kl_total = total + loss.detach() / len(pieces), kl_total + kl.detach() / len(pieces)
+                    total, kl_total = (
+                        total + loss.detach() / len(pieces),
+                        kl_total + kl.detach() / len(pieces),
+                    )
         if stage == "warmup" and len(pieces) > 1:
             for group in opt.param_groups:
                 for p in group["params"]:
                     p.grad /= len(pieces)
-        norm = torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for g in opt.param_groups for p in g["params"]], 1.0
+        )
         opt.step()
         opt.zero_grad(set_to_none=True)
         if stage != "warmup":
             model.balance()
         seen += ids.shape[0] * s["length"]
         if step % 20 == 0 or step == s["steps"] - 1:
-            row = {"stage": stage, "step": step, "steps": s["steps"], "loss": float(total), "kl": float(kl_total),
-                   "norm": float(norm), "tokens": (step + 1) * s["batch"] * s["length"],
-                   "tokens_s": round(seen / (time.time() - began))}  # fmt: skip
+            row = {
+                "stage": stage,
+                "step": step,
+                "steps": s["steps"],
+                "loss": float(total),
+                "kl": float(kl_total),
+                "norm": float(norm),
+                "tokens": (step + 1) * s["batch"] * s["length"],
+                "tokens_s": round(seen / (time.time() - began)),
+            }
             if not math.isfinite(row["loss"] + row["kl"]):
-                raise SystemExit(f"{stage}: the loss is not finite at step {step}; lower the learning rate")
+                raise SystemExit(
+                    f"{stage}: the loss is not finite at step {step}; lower the learning rate"
+                )
             log.write(json.dumps(row) + "\n")
             log.flush()
             if step % 200 == 0:
                 print(row, flush=True)
         if (step + 1) % SAVE == 0 and step + 1 < s["steps"]:
-            state = {"model": model.state_dict(), "optimiser": opt.state_dict(), "step": step + 1, "settings": s}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": opt.state_dict(),
+                "step": step + 1,
+                "settings": s,
+            }
             torch.save(state, part.with_suffix(".tmp"))
             part.with_suffix(".tmp").rename(part)
     torch.save({k: v.bfloat16() for k, v in model.state_dict().items()}, out / f"{stage}.pt")
@@ -141,11 +192,15 @@ def validate(model: Tiny, tokens: np.ndarray, device: str, stage: str, length: i
     model.eval()
     n = min(len(tokens) // (length + 1), 32)
     starts = np.linspace(0, len(tokens) - length - 1, n).astype(int)
-    ids = torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64)).to(device)
+    ids = torch.from_numpy(
+        np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64)
+    ).to(device)
 
     def mean(mode: str, pattern: str | None = None) -> float:
         with torch.autocast(ids.device.type, torch.bfloat16):
-            return float(np.mean([float(loss_of(model, part, mode, pattern)[0]) for part in ids.split(8)]))
+            return float(
+                np.mean([float(loss_of(model, part, mode, pattern)[0]) for part in ids.split(8)])
+            )
 
     result: dict = {"length": length, "dense": mean("dense")}
     if stage != "dense":
@@ -154,8 +209,12 @@ def validate(model: Tiny, tokens: np.ndarray, device: str, stage: str, length: i
         layers = model.c["num_hidden_layers"]
         result |= {"sparse": mean("plain"), "attention_kept": [round(float(x), 4) for x in kept]}
         for freq in (2, 4):
-            result[f"uniform_1/{freq}"] = mean("plain", "".join("S" if i % freq else "F" for i in range(layers)))
-        result["one_shared"] = [mean("plain", "F" * i + "S" + "F" * (layers - i - 1)) for i in range(1, layers)]
+            result[f"uniform_1/{freq}"] = mean(
+                "plain", "".join("S" if i % freq else "F" for i in range(layers))
+            )
+        result["one_shared"] = [
+            mean("plain", "F" * i + "S" + "F" * (layers - i - 1)) for i in range(1, layers)
+        ]
     print(stage, json.dumps(result), flush=True)
     return result
 
@@ -166,7 +225,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--steps", type=int, help="steps of each stage (default: the table above)")
-    parser.add_argument("--sequence", type=int, help="tokens of a sequence (default: the table above)")
+    parser.add_argument(
+        "--sequence", type=int, help="tokens of a sequence (default: the table above)"
+    )
     parser.add_argument("--batch", type=int, help="sequences of a step (default: the table above)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,7 +248,9 @@ def main() -> None:
         torch._dynamo.config.cache_size_limit = 64
     for i, stage in enumerate(STAGES):
         if (o.out / f"{stage}.pt").exists():
-            model.load_state_dict(torch.load(o.out / f"{stage}.pt", map_location=o.device, weights_only=True))
+            model.load_state_dict(
+                torch.load(o.out / f"{stage}.pt", map_location=o.device, weights_only=True)
+            )
         elif o.stage in (stage, "all"):
             batches = Batches(tokens, task, STAGES[stage]["retrieval"], o.seed * 10 + i)
 

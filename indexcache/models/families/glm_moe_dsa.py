@@ -8,8 +8,16 @@ from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import apply_rotary_po
 from indexcache.models.family import Family, project_with
 
 
-def project(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return project_with(apply_rotary_pos_emb_interleave, indexer, x, q_resid, rope)
 
 
-FAMILY = Family(model_type="glm_moe_dsa", native_sharing=True, project=project, interleaved=True, rotate=apply_rotary_pos_emb_interleave)
+FAMILY = Family(
+    model_type="glm_moe_dsa",
+    native_sharing=True,
+    project=project,
+    interleaved=True,
+    rotate=apply_rotary_pos_emb_interleave,
+)

@@ -1,0 +1,1 @@
+"""Benchmarks: prefill and decoding timed part by part, floors beside the figures, cost of a pattern."""

@@ -1,0 +1,1 @@
+"""The fast path: an accelerated model, its cache, prefill, decoding."""

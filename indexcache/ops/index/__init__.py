@@ -1,0 +1,1 @@
+"""Scores of the lightning indexer and the selection of the top k."""

@@ -1,0 +1,1 @@
+"""Sparse attention over latents (MLA in its MQA form)."""

@@ -1,0 +1,136 @@
+"""Backward of sparse attention over selected latents.
+
+With P the weights, o the output, g its gradient and delta = sum_v o g, for every row (query and head) and selected latent:
+dS = scale P (g . value - delta); dq = sum dS latent; dlatent = sum_rows dS q, and P g on the value dims.
+A program owns the same rows as in `mla.attend`, so the sum over a group's rows happens in one product before anything
+leaves the program. It leaves by fp32 atomics, or, when asked to be deterministic, as a row for each slot of the plan, which
+`gather_rows` adds up for each latent in the order of the groups.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _leave(p, x, m, ATOMIC: tl.constexpr):
+    if ATOMIC:
+        tl.atomic_add(p, x, mask=m, sem="relaxed")
+    else:
+        tl.store(p, x, mask=m)
+
+
+@triton.jit
+def backward(
+    p_q,
+    p_latent,
+    p_ids,
+    p_bits,
+    p_count,
+    p_out,
+    p_lse,
+    p_grad,
+    p_dq,
+    p_dlatent,
+    s_lb,
+    s_lt,
+    scale,
+    n_queries,
+    n_groups,
+    n_slots,
+    n_keys,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    PART: tl.constexpr,
+    PLANNED: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """grid (groups, batch). p_dlatent fp32: [batch, keys, V + R] zeroed (ATOMIC), or [groups, n_slots, V + R]."""
+    i_group, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_m = tl.arange(0, M)
+    o_q = i_group * GROUP + o_m // H
+    m_row = (o_m < GROUP * H) & (o_q < n_queries)
+    i_row = (i_b * n_queries + o_q) * H + o_m % H
+    o_v, o_r = tl.arange(0, V), tl.arange(0, RP)
+    m_r = o_r < R
+    at_q = (i_row * (V + R))[:, None]
+    q = tl.load(p_q + at_q + o_v[None, :], mask=m_row[:, None], other=0.0)
+    q_rope = tl.load(p_q + at_q + V + o_r[None, :], mask=m_row[:, None] & m_r[None, :], other=0.0)
+    grad = tl.load(p_grad + i_row[:, None] * V + o_v[None, :], mask=m_row[:, None], other=0.0)
+    out = tl.load(p_out + i_row[:, None] * V + o_v[None, :], mask=m_row[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    lse = tl.load(p_lse + i_row, mask=m_row, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634
+    i_list = (i_b * n_groups + i_group) * n_slots
+    total = n_slots
+    if PLANNED:
+        total = tl.load(p_count + i_b * n_groups + i_group)
+    p_latent += i_b * s_lb
+    dq = tl.zeros((M, V), tl.float32)
+    dq_rope = tl.zeros((M, RP), tl.float32)
+    for base in tl.range(0, total, N, num_stages=1):
+        o_n = base + tl.arange(0, N)
+        ids = tl.load(p_ids + i_list + o_n, mask=o_n < total, other=-1)
+        m_n = ids >= 0
+        at = tl.maximum(ids, 0).to(tl.int64)
+        kv = tl.load(p_latent + at[:, None] * s_lt + o_v[None, :], mask=m_n[:, None], other=0.0)
+        k_rope = tl.load(
+            p_latent + at[:, None] * s_lt + V + o_r[None, :],
+            mask=m_n[:, None] & m_r[None, :],
+            other=0.0,
+        )
+        logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
+        logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
+        if PLANNED:
+            bits = tl.load(p_bits + i_list + o_n, mask=o_n < total, other=0).to(tl.int32)
+            seen = (((bits[None, :] >> (o_m // H)[:, None]) & 1) != 0) & m_row[:, None]
+        else:
+            seen = m_n[None, :] & m_row[:, None]
+        weight = tl.exp2(
+            tl.where(seen, logits * (scale * 1.4426950408889634) - lse[:, None], float("-inf"))
+        )
+        pull = tl.dot(grad, tl.trans(kv), input_precision="ieee")
+        ds = (weight * (pull - delta[:, None]) * scale).to(q.dtype)
+        dq = tl.dot(ds, kv, dq, input_precision="ieee")
+        dq_rope = tl.dot(ds, k_rope, dq_rope, input_precision="ieee")
+        weight16 = weight.to(q.dtype)
+        if ATOMIC:
+            at_row = (i_b * n_keys + at) * (V + R)
+        else:
+            at_row = (i_list + o_n) * (V + R)
+        drope = tl.dot(tl.trans(ds), q_rope, input_precision="ieee")
+        _leave(
+            p_dlatent + at_row[:, None] + V + o_r[None, :],
+            drope,
+            m_n[:, None] & m_r[None, :],
+            ATOMIC,
+        )
+        # a slice of the value dims at a time: all of them beside dq do not fit the registers, and q comes from L2 again
+        for i_part in tl.static_range(V // PART):
+            o_p = i_part * PART + tl.arange(0, PART)
+            q_part = tl.load(p_q + at_q + o_p[None, :], mask=m_row[:, None], other=0.0)
+            grad_part = tl.load(
+                p_grad + i_row[:, None] * V + o_p[None, :], mask=m_row[:, None], other=0.0
+            )
+            dkv = tl.dot(tl.trans(ds), q_part, input_precision="ieee")
+            dkv = tl.dot(tl.trans(weight16), grad_part, dkv, input_precision="ieee")
+            _leave(p_dlatent + at_row[:, None] + o_p[None, :], dkv, m_n[:, None], ATOMIC)
+    tl.store(p_dq + at_q + o_v[None, :], dq, mask=m_row[:, None])
+    tl.store(p_dq + at_q + V + o_r[None, :], dq_rope, mask=m_row[:, None] & m_r[None, :])
+
+
+@triton.jit
+def gather_rows(p_rows, p_order, p_start, p_dlatent, E: tl.constexpr, EP: tl.constexpr):
+    """grid (batch x keys,). dlatent[i] = sum of rows p_order[p_start[i] : p_start[i + 1]], in that order."""
+    i_key = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, EP)
+    total = tl.zeros((EP,), tl.float32)
+    for i in range(tl.load(p_start + i_key), tl.load(p_start + i_key + 1)):
+        total += tl.load(p_rows + tl.load(p_order + i) * E + o, mask=o < E, other=0.0)
+    tl.store(p_dlatent + i_key * E + o, total, mask=o < E)

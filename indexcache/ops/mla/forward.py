@@ -1,0 +1,173 @@
+"""Sparse attention over selected latents, forward, in plain Triton.
+
+`attend`: a program owns M = GROUP queries x HP heads as rows of one product and walks the union of the group's ids (a plan; with
+GROUP 1 a query's own ids), masked by the plan's bits. It serves prefill, and decode when the ids are split over programs:
+then each writes a partial result and `combine` adds them up.
+The latent tile is gathered once and serves as keys and values. Rows: query i_m // H, head i_m % H, so 20 heads of 3
+queries fill 60 of 64 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_values(
+    p_value,
+    p_vscale,
+    at,
+    m,
+    o_v,
+    s_t,
+    s_scale,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    FP8: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The value dims of the latents `at` (int64 [N]) as [N, V] in DTYPE; zeros where m is false."""
+    x = tl.load(p_value + at[:, None] * s_t + o_v[None, :], mask=m[:, None], other=0.0)
+    if FP8:
+        scale = tl.load(
+            p_vscale + at[:, None] * s_scale + (o_v // (V // C))[None, :],
+            mask=m[:, None],
+            other=0.0,
+        )
+        x = (x.to(tl.float32) * scale).to(DTYPE)
+    return x
+
+
+@triton.jit
+def attend(
+    p_q,
+    p_value,
+    p_vscale,
+    p_rope,
+    p_ids,
+    p_bits,
+    p_count,
+    p_out,
+    p_lse,
+    s_lb,
+    s_lt,
+    s_rb,
+    s_rt,
+    s_sb,
+    s_st,
+    scale2,
+    n_queries,
+    n_groups,
+    n_slots,
+    part,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    C: tl.constexpr,
+    FP8: tl.constexpr,
+    PLANNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """grid (groups x row blocks, splits, batch). scale2 = scale * log2(e).
+
+    PLANNED: p_ids, p_bits [groups, n_slots], p_count; else p_ids [queries, n_slots] with -1 anywhere. SPLIT: out and lse are
+    fp32 partials [splits, rows, ..], a normalised result and a base-2 log-sum each; else the final ones.
+    """
+    blocks: tl.constexpr = (GROUP * H + M - 1) // M
+    i_group, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    i_split, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_m = i_block * M + tl.arange(0, M)
+    o_q = i_group * GROUP + o_m // H
+    m_row = (o_m < GROUP * H) & (o_q < n_queries)
+    i_row = (i_b * n_queries + o_q) * H + o_m % H
+    o_v, o_r = tl.arange(0, V), tl.arange(0, RP)
+    p_at = p_q + i_row * (V + R)
+    q = tl.load(p_at[:, None] + o_v[None, :], mask=m_row[:, None], other=0.0)
+    q_rope = tl.load(
+        p_at[:, None] + V + o_r[None, :], mask=m_row[:, None] & (o_r[None, :] < R), other=0.0
+    )
+    i_list = (i_b * n_groups + i_group) * n_slots
+    total = n_slots
+    if PLANNED:
+        total = tl.load(p_count + i_b * n_groups + i_group)
+    start = i_split * part
+    end = tl.minimum(start + part, total)
+    p_value += i_b * s_lb
+    p_rope += i_b * s_rb
+    p_vscale += i_b * s_sb
+    top = tl.full((M,), float("-inf"), tl.float32)
+    mass = tl.zeros((M,), tl.float32)
+    out = tl.zeros((M, V), tl.float32)
+    for base in tl.range(start, end, N, num_stages=STAGES):
+        o_n = base + tl.arange(0, N)
+        ids = tl.load(p_ids + i_list + o_n, mask=o_n < end, other=-1)
+        m_n = ids >= 0
+        at = tl.maximum(ids, 0).to(tl.int64)
+        kv = load_values(p_value, p_vscale, at, m_n, o_v, s_lt, s_st, V, C, FP8, q.dtype)
+        k_rope = tl.load(
+            p_rope + at[:, None] * s_rt + o_r[None, :],
+            mask=m_n[:, None] & (o_r[None, :] < R),
+            other=0.0,
+        )
+        logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
+        logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
+        if PLANNED:
+            bits = tl.load(p_bits + i_list + o_n, mask=o_n < end, other=0).to(tl.int32)
+            seen = ((bits[None, :] >> (o_m // H)[:, None]) & 1) != 0
+        else:
+            seen = tl.broadcast_to(m_n[None, :], (M, N))
+        logits = tl.where(seen, logits * scale2, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(logits - safe[:, None])
+        fade = tl.exp2(top - safe)
+        mass = mass * fade + tl.sum(weight, 1)
+        out = tl.dot(weight.to(q.dtype), kv, out * fade[:, None], input_precision="ieee")
+        top = higher
+    out = out / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    lse = tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass))
+    if SPLIT:
+        i_row += i_split.to(tl.int64) * tl.num_programs(2) * n_queries * H
+    else:
+        lse *= 0.6931471805599453
+    tl.store(p_out + i_row[:, None] * V + o_v[None, :], out, mask=m_row[:, None])
+    tl.store(p_lse + i_row, lse, mask=m_row)
+
+
+@triton.jit
+def combine(
+    p_part,
+    p_plse,
+    p_out,
+    p_lse,
+    n_rows,
+    SPLITS: tl.constexpr,
+    SP: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grid (rows, V / BLOCK). Adds the partial results of `attend` up, always in the same order."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, SP)
+    o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    lse = tl.load(
+        p_plse + o_s.to(tl.int64) * n_rows + i_row, mask=o_s < SPLITS, other=float("-inf")
+    )
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    mass = tl.sum(weight, 0)
+    at = (o_s.to(tl.int64) * n_rows + i_row) * V
+    part = tl.load(p_part + at[:, None] + o_v[None, :], mask=(o_s < SPLITS)[:, None], other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(p_out + i_row * V + o_v, out)
+    tl.store(
+        p_lse + i_row,
+        tl.where(mass == 0.0, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453),
+        mask=tl.program_id(1) == 0,
+    )

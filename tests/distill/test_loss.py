@@ -1,0 +1,295 @@
+"""L_multi and L_avg, streamed, against an independent autograd implementation that holds every [L, L] tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from indexcache import Pattern
+from indexcache.distill.forward import Lesson, run_decoder, teaching
+from indexcache.distill.indexers import make_students
+from indexcache.distill.loss import Teacher, attention_kept, distill_loss
+from indexcache.distill.rows import Row
+from indexcache.records import read_json
+from tests.support import refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ("multi", "avg")
+
+
+def held(q, k, w, teachers, kind, ids=None):
+    """The definition, straight from the paper: full matrices, log_softmax, autograd. Returns the loss."""
+    length = q.shape[0]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if ids is not None:
+        chosen = torch.zeros(length, length, dtype=torch.bool)
+        for t in range(length):
+            chosen[t, ids[t][ids[t] >= 0].long()] = True
+        seen &= chosen
+    scores = sum(w[:, j, None] * (q[:, j] @ k.T).clamp(min=0) for j in range(q.shape[1]))
+    log_q = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+    ps = []
+    for t in teachers:
+        total = 0
+        for h in range(t.q_SHn.shape[1]):
+            key = t.latent_TE
+            if t.absorb_Hmc is not None:
+                m, c = t.absorb_Hmc.shape[1:]
+                key = torch.cat([t.latent_TE[:, :c] @ t.absorb_Hmc[h].T, t.latent_TE[:, c:]], -1)
+                assert key.shape[1] == m + t.latent_TE.shape[1] - c
+            total = total + (t.q_SHn[:, h] @ key.T * t.scale).masked_fill(
+                ~seen, -torch.inf
+            ).softmax(-1)
+        ps.append(total / total.sum(-1, keepdim=True))
+
+    def kl(p):
+        inside = p > 0
+        return (p[inside] * (p[inside].log() - log_q[inside])).sum()
+
+    return sum(kl(p) for p in ps) / len(ps) if kind == "multi" else kl(sum(ps) / len(ps))
+
+
+def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
+    g = torch.Generator().manual_seed(seed)
+    q, k, w = (
+        torch.randn(*s, generator=g)
+        for s in ((length, index_heads, 8), (length, 8), (length, index_heads))
+    )
+    teachers = []
+    for _ in range(layers):
+        if absorbed:
+            t = Teacher(
+                torch.randn(length, heads, 10, generator=g),
+                torch.randn(length, 9, generator=g),
+                torch.randn(heads, 6, 5, generator=g) * 0.4,
+                0.5,
+            )
+        else:
+            t = Teacher(
+                torch.randn(length, heads, 9, generator=g),
+                torch.randn(length, 9, generator=g),
+                None,
+                0.5,
+            )
+        teachers.append(t)
+    return q, k, w * 0.3, teachers
+
+
+def selection(length, k, seed=0):
+    """A random selection per query among what it sees, ascending, -1 padded."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.full((length, k), -1, dtype=torch.int32)
+    for t in range(length):
+        some = torch.randperm(t + 1, generator=g)[:k].sort().values
+        ids[t, : len(some)] = some
+    return ids
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+def close(a, b, bound=2e-5):
+    return float((a - b).norm() / b.norm().clamp(min=1e-12)) < bound
+
+
+def check(q, k, w, teachers, ids=None, block=1 << 14):
+    inputs = [x.clone().requires_grad_() for x in (q, k, w)]
+    found = {
+        kind: distill_loss(*inputs, teachers, kind=kind, ids_SK=ids, block_bytes=block)
+        for kind in KINDS
+    }
+    wanted = {kind: held(*inputs, teachers, kind, ids) for kind in KINDS}
+    grads = {kind: gradients(found[kind], *inputs) for kind in KINDS}
+    for kind in KINDS:
+        assert abs(float((found[kind] - wanted[kind]).detach())) < 2e-5 * max(
+            float(wanted[kind].detach()), 1
+        ), kind
+        for mine, theirs in zip(grads[kind], gradients(wanted[kind], *inputs), strict=True):
+            assert close(mine, theirs), kind
+    for a, b in zip(grads["multi"], grads["avg"], strict=True):
+        assert close(a, b)
+    assert (
+        found["multi"] >= found["avg"] - 1e-4
+    )  # KL is convex; they differ by what the indexer cannot change
+
+
+@pytest.mark.parametrize("layers", range(1, 9))
+def test_gradients_agree_on_random_attention(layers):
+    check(*random_case(65, layers, seed=layers, absorbed=layers % 2 == 0))
+
+
+@pytest.mark.parametrize(("layers", "k"), [(1, 8), (3, 8), (8, 5), (2, 64)])
+def test_gradients_agree_over_the_selected_set(layers, k):
+    check(*random_case(57, layers, seed=layers), ids=selection(57, k))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 257])
+def test_lengths_and_blocks(length):
+    q, k, w, teachers = random_case(length, 2)
+    values = [distill_loss(q, k, w, teachers, block_bytes=b) for b in (1, 1 << 13, 1 << 26)]
+    for v in values[1:]:
+        torch.testing.assert_close(v, values[0], rtol=1e-5, atol=1e-5)
+    if length == 1:
+        assert float(values[0]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
+    """Groups of 1 to 8 layers of a trained model on its own text."""
+    text = (
+        "The committee on finance has considered the bill, and reports it with amendments, as follows. "
+        * 3
+    )
+    row = Row.whole(np.array(tiny.encode(text))[:80])
+    assert len(row.ids) == 80
+    for size in (1, 2, 3, 5, 8):
+        pattern = Pattern("F" * (12 - size) + "F" + "S" * (size - 1))
+        students = make_students(tiny.model, pattern, torch.float32)
+        lesson = Caught(tiny.model, pattern, students, sparse=sparse)
+        with teaching(tiny.model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+            run_decoder(tiny.model, row, "cpu")
+        q, k, w, teachers, ids = lesson.caught[12 - size]
+        assert len(teachers) == size
+        check(q, k, w, teachers, ids, block=1 << 16)
+
+
+class Caught(Lesson):
+    """Keeps what each group hands to the loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.caught = {}
+
+    def teach(self, layer, teacher):
+        owner = self.owner[layer]
+        self._teachers.setdefault(owner, []).append(teacher)
+        q, k, w = (x.detach()[0] for x in self._projected[owner])
+        self.caught[owner] = (
+            q,
+            k,
+            w,
+            self._teachers[owner],
+            self._selected[owner][0][0] if self.sparse else None,
+        )
+
+
+def test_a_perfect_indexer_has_no_loss():
+    """One head, scores = the logits themselves (positive, so relu lets them through): KL 0 and gradient 0."""
+    length = 40
+    x = torch.rand(length, 6)
+    teacher = Teacher(x[:, None] * 2, x, None, 1.0)
+    q = (x[:, None] * 2).requires_grad_()
+    loss = distill_loss(q, x, torch.ones(length, 1), [teacher])
+    assert abs(float(loss.detach())) < 1e-4
+    assert float(gradients(loss, q)[0].abs().max()) < 1e-5
+
+
+def test_unequal_weights_and_bf16():
+    q, k, w, teachers = random_case(40, 2)
+    inputs = [x.clone().requires_grad_() for x in (q, k, w)]
+    mixed = distill_loss(*inputs, teachers, [0.25, 0.75])
+    parts = [distill_loss(*inputs, [t]) for t in teachers]
+    torch.testing.assert_close(mixed, 0.25 * parts[0] + 0.75 * parts[1], rtol=1e-5, atol=1e-4)
+    for mine, a, b in zip(
+        gradients(mixed, *inputs), *(gradients(p, *inputs) for p in parts), strict=True
+    ):
+        assert close(mine, 0.25 * a + 0.75 * b)
+    half = [
+        Teacher(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in t)) for t in teachers
+    ]
+    q16, k16 = (x.bfloat16().requires_grad_() for x in (q, k))
+    loss = distill_loss(q16, k16, w, half)
+    assert gradients(loss, q16)[0].dtype == torch.bfloat16
+    assert float(loss.detach()) == pytest.approx(float(distill_loss(q, k, w, teachers)), rel=0.02)
+
+
+def test_what_cannot_be_is_refused():
+    q, k, w, teachers = random_case(10, 2)
+    refused(lambda: distill_loss(q, k, w, teachers, kind="sum"), "multi, avg")
+    refused(lambda: distill_loss(q, k, w, teachers, [0.5, 0.6]), "sum to 1")
+    refused(lambda: distill_loss(q, k, w, []), "served layer")
+    refused(lambda: distill_loss(q, k[:5], w, teachers), "one document")
+
+
+def test_attention_kept():
+    q, k, w, teachers = random_case(50, 1, index_heads=24)  # so many that no two scores are equal
+    assert float(attention_kept(q, k, w, teachers[0], 50)) == pytest.approx(50, rel=1e-5)
+    t = teachers[0]
+    kept = float(attention_kept(q, k, w, t, 5, block_bytes=5000))
+    seen = torch.ones(50, 50, dtype=torch.bool).tril()
+    c = t.absorb_Hmc.shape[2]
+    keys = torch.cat(
+        [
+            torch.einsum("tc,hmc->htm", t.latent_TE[:, :c], t.absorb_Hmc),
+            t.latent_TE[:, c:].expand(3, -1, -1),
+        ],
+        -1,
+    )
+    p = (
+        (torch.einsum("shn,htn->hst", t.q_SHn, keys) * t.scale)
+        .masked_fill(~seen, -torch.inf)
+        .softmax(-1)
+        .mean(0)
+    )
+    scores = (
+        torch.einsum("sjd,td->sjt", q, k)
+        .relu()
+        .mul(w[..., None])
+        .sum(1)
+        .masked_fill(~seen, -torch.inf)
+    )
+    assert kept == pytest.approx(float(p.gather(-1, scores.topk(5, -1).indices).sum()), rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_tensor_grows_with_the_square(sparse):
+    sizes, saved = [], []
+    for length in (256, 512, 1024):
+        q, k, w, teachers = random_case(length, 2)
+        ids = selection(length, 16) if sparse else None
+        inputs = [x.requires_grad_() for x in (q, k, w)]
+        kept = []
+        with (
+            Largest() as seen,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+            ),
+        ):
+            distill_loss(*inputs, teachers, ids_SK=ids, block_bytes=1 << 18).backward()
+        sizes.append(seen.elements)
+        saved.append(sum(kept))
+    assert max(sizes) <= max((1 << 18) // 4, 1024 * 3 * 10)  # the block's budget, or an input
+    assert saved[1] == 2 * saved[0]
+    assert saved[2] == 4 * saved[0]
+
+
+def test_documented_memory_is_the_measured_one():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "distill.md").read_text(encoding="utf-8")
+    rows = read_json(root / "benchmarks" / "results" / "distill_memory.json")["rows"]
+    assert {r["tokens"] for r in rows} == {1024, 2048, 4096, 8192, 16384}
+    for row in rows:
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {row['tokens']:,} |")]
+        assert f"{row['added_mb']:,.0f} MB, {row['seconds']:.1f} s" in line
+    added = {(r["what"], r["tokens"]): r["added_mb"] for r in rows}
+    for what in ("warmup", "sparse", "pass"):
+        assert added[what, 16384] < 8 * added[what, 2048]

@@ -1,0 +1,464 @@
+"""The trainer: what it changes and what not, resumption after kill -9, two processes, checkpoints and delta."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from indexcache import Pattern, use_pattern
+from indexcache.cli import main
+from indexcache.data import Document
+from indexcache.distill import DistillSettings, Row, apply_delta, distill_pattern, pack_rows
+from indexcache.distill import parallel as engine
+from indexcache.distill.forward import Lesson, run_decoder, served_layers, teaching
+from indexcache.distill.indexers import make_students
+from indexcache.distill.rows import check_beyond, rows_of_step
+from indexcache.distill.trainer import Trainer
+from indexcache.models.family import decoder_layers, indexers
+from indexcache.models.lm import hidden_states, token_losses
+from tests.distill import worker
+from tests.distill.worker import dense, row_of, steps
+from tests.support import make_model, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ("glm_moe_dsa", "deepseek_v32")
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_packing_keeps_every_token_and_boundary():
+    documents = worker.documents()
+    rows = pack_rows(documents, 64, seed=3)
+    assert all(len(r.ids) == 64 and r.cuts[0][0] == 0 and r.cuts[-1][1] == 64 for r in rows)
+    assert all(a[1] == b[0] for r in rows for a, b in zip(r.cuts, r.cuts[1:], strict=False))
+    whole = {d.ids.tobytes() for d in documents}
+    joined, held = [], np.empty(0, np.int64)
+    for r in rows:
+        for a, b in r.cuts:
+            held = np.concatenate([held, r.ids[a:b]])
+            if held.tobytes() in whole:
+                joined.append(len(held))
+                held = np.empty(0, np.int64)
+    assert (
+        sum(joined) + len(held) == 64 * len(rows) == sum(len(d.ids) for d in documents) // 64 * 64
+    )
+    refused(lambda: pack_rows(documents, 4096), "811 tokens", "one row of 4096")
+    short = pack_rows([Document(np.arange(9), "t", str(i), str(i)) for i in range(30)], 64)
+    refused(lambda: check_beyond(short, 8), "10%", "longer documents")
+
+
+def test_every_row_once_a_round_whatever_the_steps():
+    rows = [row_of(4, i) for i in range(5)]
+    taken = [r for step in range(5) for r in rows_of_step(rows, step, 2, seed=1)]
+    assert {id(r) for r in taken[:5]} == {id(r) for r in taken[5:]} == {id(r) for r in rows}
+    assert [id(r) for r in taken[:5]] != [id(r) for r in taken[5:]]
+
+
+# -- the forward pass ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS", "FSFRSS@2"])
+def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
+    model, row = make_model(family).requires_grad_(False), row_of(96)
+    students = make_students(model, Pattern(pattern), torch.float32)
+    ids = torch.from_numpy(row.ids)[None]
+    stock = {False: hidden_states(dense(model), ids)}
+    with use_pattern(model, pattern):
+        stock[True] = hidden_states(model, ids)
+    other = row_of(40, 5)
+    packed = Row(np.concatenate([other.ids, row.ids]), ((0, 40), (40, 136)))
+    for sparse in (False, True):
+        lesson = Lesson(model, Pattern(pattern), students, sparse=sparse)
+        with teaching(model, lesson), torch.no_grad():
+            with lesson.row(row, learn=True):
+                found = run_decoder(model, row, "cpu")
+            alone = {i: float(v) for i, v in lesson.losses.items()}
+            with lesson.row(packed, learn=True):
+                together = run_decoder(model, packed, "cpu")
+            with lesson.row(other, learn=True):
+                run_decoder(model, other, "cpu")
+        assert float((found - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
+        assert float((together[:, 40:] - found).norm() / found.norm()) < 1e-5
+        with torch.no_grad(), teaching(model, lesson), lesson.row(packed, learn=True):
+            run_decoder(model, packed, "cpu")
+        both = {i: float(v) for i, v in lesson.losses.items()}
+        with torch.no_grad(), teaching(model, lesson), lesson.row(other, learn=True):
+            run_decoder(model, other, "cpu")
+        for i in alone:
+            assert both[i] == pytest.approx(
+                (40 * float(lesson.losses[i]) + 96 * alone[i]) / 136, rel=1e-4
+            )
+    assert all("forward" not in layer.self_attn.__dict__ for layer in decoder_layers(model))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_queries_without_a_part_that_is_not_rotated(sparse):
+    """SmolLM2 as a DSA model has qk_nope_head_dim 0: its attention compares rotated keys alone."""
+    model, row = (
+        make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16).requires_grad_(False),
+        row_of(64),
+    )
+    students = make_students(model, Pattern("FSSFSS"), torch.float32)
+    with use_pattern(model, "FSSFSS"):
+        stock = hidden_states(
+            model
+            if sparse
+            else dense(make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)),
+            torch.from_numpy(row.ids)[None],
+        )
+    lesson = Lesson(model, Pattern("FSSFSS"), students, sparse=sparse)
+    with teaching(model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+        found = run_decoder(model, row, "cpu")
+    assert float((found - stock).norm() / stock.norm()) < 1e-5
+    assert set(lesson.losses) == {0, 3}
+    assert all(float(p.grad.norm()) > 0 for p in students.parameters())
+
+
+def test_served_layers():
+    p = Pattern("FSFRSS@2")
+    assert served_layers(p) == {0: (0, 1), 2: (2,), 3: (3, 4, 5)}
+    assert served_layers(p, own=True) == {0: (0,), 2: (2,), 3: (3,)}
+    assert set(make_students(make_model("glm_moe_dsa"), p, torch.float32)) == {
+        "0",
+        "2",
+        "3",
+    }  # S layers get no indexer
+
+
+# -- what trains ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["warmup", "frozen"])
+def test_frozen_changes_nothing_but_the_indexers(family, mode, tmp_path):
+    before = make_model(family).state_dict()
+    model, result = worker.train(tmp_path / "run", mode, family, eval_every=0)
+    assert result["held_out"] is None
+    for name, value in model.state_dict().items():
+        trained = ".indexer." in name and int(name.split(".")[2]) in (0, 2, 3)
+        assert torch.equal(value, before[name]) != trained, name
+    delta = load_file(tmp_path / "run" / "delta.safetensors")
+    assert len(delta) == 3 * 5
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in delta.items())
+    fresh = make_model(family)
+    assert apply_delta(fresh, tmp_path / "run" / "delta.safetensors") == Pattern(worker.PATTERN)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    other = make_model(family, num_hidden_layers=5)
+    refused(lambda: apply_delta(other, tmp_path / "run" / "delta.safetensors"), "6 layers", "has 5")
+
+
+def test_rows_of_zeros_stay_zero_where_asked(tmp_path):
+    for keep in (True, False):
+        model, _ = worker.train(tmp_path / str(keep), "zeros", keep_zeros=keep, eval_every=0)
+        for i in (0, 2, 3):  # F and R; an indexer's other rows train
+            q, k = indexers(model)[i].wq_b.weight, indexers(model)[i].wk.weight
+            assert bool((q[1::3] == 0).all()) is bool((k[2:5] == 0).all()) is keep
+            assert not torch.equal(q[::3], indexers(make_model("glm_moe_dsa"))[i].wq_b.weight[::3])
+
+
+def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
+    """One step: the rest moves as stock transformers' autograd of the LM loss says, the indexers as with a frozen backbone."""
+    settings = {
+        "steps": 1,
+        "rows": 2,
+        "eval_every": 0,
+        "lr": 1e-3,
+        "backbone_lr": 1e-3,
+        "clip": 1e9,
+    }
+    _, result = worker.train(tmp_path / "full", "full", pattern="FSSFSS", **settings)
+    frozen, _ = worker.train(tmp_path / "frozen", "frozen", pattern="FSSFSS", **settings)
+    weights = result["weights"]
+    delta = {name: p for name, p in frozen.state_dict().items() if ".indexer." in name}
+    assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in delta.items())
+
+    model = make_model("glm_moe_dsa")
+    optimizer = torch.optim.AdamW(
+        [p for n, p in model.named_parameters() if ".indexer." not in n],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0,
+    )
+    rows = rows_of_step(pack_rows(worker.documents(), 96), 0, 2, 0)
+    total = 0
+    for row in rows:  # document by document, by stock attention with its dense masks
+        for a, b in row.cuts:
+            ids = torch.from_numpy(row.ids[a:b])[None]
+            with use_pattern(model, "FSSFSS"):
+                logits = model(ids, use_cache=False).logits
+            if b - a > 1:
+                total = total + F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum") / (
+                    96 * 2
+                )
+    total.backward()
+    moved = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    assert len(moved) > 50
+    for name, p in model.named_parameters():
+        if name in moved:  # where Adam's first step, a sign, is not decided by rounding
+            sure = moved[name].abs() > 1e-5
+            assert torch.allclose(weights[name][sure], p[sure], atol=2e-5), name
+
+
+def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
+    def delta(name, pattern, mode="warmup", **changes):
+        worker.train(
+            tmp_path / name, mode, pattern=pattern, steps=3, eval_every=0, clip=0.01, **changes
+        )  # each is clipped alone
+        return load_file(tmp_path / name / "delta.safetensors")
+
+    alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", loss="own")
+    multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", loss="avg")
+    uneven = {"layer_weights": (1.0, 5.0, 2.0, 3.0, 1.0, 0.5)}
+    other, of_avg = (
+        delta("other", "FSSFSS", **uneven),
+        delta("of avg", "FSSFSS", loss="avg", **uneven),
+    )
+    assert all(torch.equal(other[name], of_avg[name]) for name in own)
+    assert any(not torch.equal(other[name], multi[name]) for name in own)
+    assert len(alone) == 3 * len(own) == 3 * len(multi) == 30
+    for name in own:
+        assert torch.equal(own[name], alone[name])
+        assert torch.equal(multi[name], avg[name])
+    assert any(not torch.equal(own[name], multi[name]) for name in own)
+    sparse, weighed = (
+        delta(f"sparse {w}", "FSSFSS", "frozen", layer_weights=w)
+        for w in (None, uneven["layer_weights"])
+    )
+    assert any(not torch.equal(sparse[name], weighed[name]) for name in own)
+    same = delta("same", "FSSFSS", layer_weights=(2.0,) * 6)
+    first = delta("first", "FSSFSS", layer_weights=(1.0, 1e-9, 1e-9, 3.0, 1e-9, 1e-9))
+    assert all(
+        torch.equal(same[name], multi[name]) and torch.allclose(first[name], own[name], atol=1e-6)
+        for name in own
+    )
+
+
+def test_evaluation_is_that_of_the_stock_model(tmp_path):
+    model, result = worker.train(tmp_path / "run", "frozen", steps=3, eval_every=3)
+    held = result["held_out"]
+    assert held["best"] == min(held["first"], held["last"])
+    for (ids,), wanted in (((worker.held_out()[0].ids,), held["best"]),):
+        with use_pattern(model, worker.PATTERN):
+            assert float(
+                token_losses(model, hidden_states(model, ids), ids).mean()
+            ) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
+    model = copy.deepcopy(tiny.model)
+    generator = torch.Generator().manual_seed(0)
+    for indexer in indexers(model):
+        for p in indexer.parameters():
+            if p.dim() > 1:
+                p.data.normal_(0, p.shape[1] ** -0.5, generator=generator)
+    text = (
+        (Path(worker.__file__).parents[2] / "indexcache" / "assets" / "text" / "calibration.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    ids = np.concatenate(
+        [np.array(tiny.encode(json.loads(line)["text"][:4000])) for line in text[:8]]
+    )
+    rows = pack_rows([Document(ids, "t", "t", "t")], 160)
+    distill_pattern(
+        model,
+        "FSSSFSSSFSSS",
+        rows,
+        tmp_path / "run",
+        DistillSettings(steps=30, rows=1, lr=4e-3, eval_every=0),
+    )
+    losses = [e["loss"] for e in steps(tmp_path / "run")[0]]
+    assert len(losses) == 30
+    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6]), losses
+
+
+def test_schedule():
+    s = DistillSettings(steps=1000, warmup=0.1)
+    assert [s.scale(i) for i in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1, 1])
+    assert s.scale(550) == pytest.approx(0.525) and s.scale(999) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_one_step_is_adamw_with_each_gradient_clipped_apart(tmp_path, monkeypatch):
+    """By hand: Adam's first step is lr * g / (|g| + eps), with g small enough here that clipping shows against eps."""
+    gradients, clipped = {}, 1e-9
+    learn = Trainer.learn
+
+    def watched(self):
+        found = learn(self)
+        gradients.update(
+            {
+                f"{i}.{name}": p.grad.clone()
+                for i, m in self.students.items()
+                for name, p in m.indexer.named_parameters()
+            }
+        )
+        return found
+
+    monkeypatch.setattr(Trainer, "learn", watched)
+    monkeypatch.setattr(Trainer, "_save", lambda self: None)
+    monkeypatch.setattr(Trainer, "finish", lambda self, *_: {"students": self.students})
+    before = make_model("glm_moe_dsa")
+    settings = DistillSettings(
+        steps=1, rows=2, eval_every=0, lr=1e-2, weight_decay=0.1, clip=clipped
+    )
+    model = make_model("glm_moe_dsa")
+    students = {}
+    update = Trainer.update
+
+    def once(self, scale):
+        grads = dict(gradients)
+        update(self, scale)
+        students.update(
+            {
+                f"{i}.{name}": p.detach().clone()
+                for i, m in self.students.items()
+                for name, p in m.indexer.named_parameters()
+            }
+        )
+        gradients.clear()
+        gradients.update(grads)
+        monkeypatch.setattr(Trainer, "learn", learn)
+
+    monkeypatch.setattr(Trainer, "update", once)
+    distill_pattern(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
+    for layer in ("0", "3"):
+        mine = {name: g for name, g in gradients.items() if name.startswith(f"{layer}.")}
+        norm = sum(float(g.double().square().sum()) for g in mine.values()) ** 0.5
+        assert norm == pytest.approx(clipped, rel=1e-3) and len(mine) == 5
+        old = dict(indexers(before)[int(layer)].named_parameters())
+        for name, g in mine.items():
+            p = old[name.removeprefix(f"{layer}.")].detach()
+            wanted = p * (1 - 1e-2 * 0.1 * (p.dim() > 1)) - 1e-2 * g / (g.abs() + 1e-8)
+            assert torch.allclose(students[name], wanted, atol=1e-6), name
+
+
+def test_bf16_keeps_fp32_masters(tmp_path):
+    model = make_model("glm_moe_dsa").bfloat16()
+    for indexer in indexers(model):
+        indexer.weights_proj.float()
+    assert {
+        p.dtype for p in make_students(model, Pattern("FSSFSS"), torch.bfloat16).parameters()
+    } == {torch.float32}
+    settings = DistillSettings(steps=2, rows=2, eval_every=0)
+    distill_pattern(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
+    kinds = {
+        name.rsplit(".indexer.")[1]: v.dtype
+        for name, v in load_file(tmp_path / "run" / "delta.safetensors").items()
+    }
+    assert kinds["wk.weight"] == torch.bfloat16
+    assert kinds["weights_proj.weight"] == torch.float32
+    full = make_model("glm_moe_dsa")
+    more = DistillSettings(stage="sparse", steps=2, rows=2, eval_every=0, compute_dtype="bfloat16")
+    weights = distill_pattern(
+        full, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "full", more
+    )["weights"]
+    assert {v.dtype for v in weights.values()} == {torch.float32}
+
+
+# -- kill -9, and more than one process -------------------------------------------------------------------------------
+
+
+def run_worker(*argv, processes=0):
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+        if processes
+        else []
+    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(main.__code__.co_filename).parents[2])]),
+    }
+    command = [sys.executable, *launch, worker.__file__, *map(str, argv)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["warmup", "full"])
+def test_kill_and_resume(mode, tmp_path):
+    killed = run_worker("kill", tmp_path / "a", mode)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert [e["step"] for e in steps(tmp_path / "a")[0]] == [1, 2, 3, 4, 5]
+    assert [p.name for p in (tmp_path / "a").glob("state*")] == ["state-00000003"]
+    (tmp_path / "a" / "state.part").mkdir()  # what a kill while saving leaves
+    results = [worker.train(tmp_path / name, mode) for name in "ab"]
+    for a, b in zip(*(steps(tmp_path / name) for name in "ab"), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert {k: v for k, v in x.items() if k != "tokens_s"} == {
+                k: v for k, v in y.items() if k != "tokens_s"
+            }
+    if mode == "full":
+        first, second = (r["weights"] for _, r in results)
+    else:
+        first, second = (m.state_dict() for m, _ in results)
+    assert len(first) == len(second) > 100
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    again = worker.train(tmp_path / "a", mode)[1]  # a finished run is not run again
+    assert again["held_out"] == results[1][1]["held_out"]
+    refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    done = run_worker("train", tmp_path / "two", "warmup", "full", "zeros", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mode in ("warmup", "full", "zeros"):
+        worker.train(tmp_path / "one" / mode, mode)
+        for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
+            assert len(a) == len(b) > 2
+            for x, y in zip(a, b, strict=True):
+                for key in ("loss", "lm_loss", "norm", "backbone_norm", "held_out"):
+                    if x.get(key) is not None:
+                        assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])
+
+
+def test_a_gpu_without_a_number_is_the_current_one_or_this_processs_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(engine.dist, "init_process_group", lambda *_, **__: None)
+    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+        assert world.device == torch.device("cuda", 3) and chosen == [world.device]
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "6"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+        assert world.device == torch.device("cuda", 2) and chosen[1:] == [world.device]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on the CPU is tested above")
+def test_the_whole_model_on_a_gpu(tmp_path):
+    rows, settings = (
+        [row_of(96, i) for i in range(4)],
+        DistillSettings(stage="sparse", steps=3, rows=2, eval_every=0),
+    )
+    for device in ("cpu", "cuda"):
+        distill_pattern(
+            make_model("glm_moe_dsa"),
+            worker.PATTERN,
+            rows,
+            tmp_path / device,
+            settings,
+            device=device,
+        )
+    for a, b in zip(*(steps(tmp_path / device)[0] for device in ("cpu", "cuda")), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["lm_loss"] == pytest.approx(
+            a["lm_loss"], rel=1e-3
+        )

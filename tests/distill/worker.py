@@ -1,0 +1,99 @@
+"""What test_distill runs in other processes: two under torchrun, or one that is killed on the way; and what its tests share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from indexcache.data import Batch, Document
+from indexcache.distill import DistillSettings, Row, distill_pattern, pack_rows
+from indexcache.models.family import decoder_layers, indexers
+from indexcache.records import Run
+from tests.support import make_model
+
+PATTERN = "FSFRSS@2"
+MODES = {
+    "warmup": {"stage": "warmup"},
+    "frozen": {"stage": "sparse", "freeze_backbone": True},
+    "full": {"stage": "sparse", "backbone_lr": 1e-3},
+    "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1},
+}
+
+
+def row_of(length, seed=0):
+    return Row.whole(np.random.default_rng(seed).integers(0, 128, length))
+
+
+def dense(model):
+    """The stock model with a selection of everything."""
+    model = copy.deepcopy(model)
+    for layer in decoder_layers(model):
+        layer.self_attn.indexer.index_topk = 4096
+    return model
+
+
+def steps(folder: Path):
+    """(lines of the steps, lines of the evaluations) of a run's journal."""
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [e for e in lines if "loss" in e], [e for e in lines if "held_out" in e]
+
+
+def documents():
+    rng = np.random.default_rng(0)
+    return [
+        Document(rng.integers(0, 128, n), "text", str(n), str(n))
+        for n in (100, 70, 200, 300, 51, 90)
+    ]
+
+
+def held_out():
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 128, (3, 96)))
+    return [Batch(ids, "text", ("a", "b", "c"), ("a", "b", "c"))]
+
+
+def train(out: Path, mode: str, family: str = "glm_moe_dsa", pattern: str = PATTERN, **changes):
+    """(the model, the result) of a small run."""
+    model = make_model(family)
+    if mode == "zeros":
+        with torch.no_grad():
+            for indexer in indexers(model):
+                indexer.wq_b.weight[1::3], indexer.wk.weight[2:5] = 0, 0
+    settings = DistillSettings(
+        **({"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes)
+    )  # type: ignore[arg-type]
+    result = distill_pattern(
+        model, pattern, pack_rows(documents(), 96), out, settings, held_out=held_out()
+    )
+    return model, copy.copy(result)
+
+
+def die_after(step: int) -> None:
+    """kill -9 as soon as the journal has the line of this step."""
+    append = Run.append
+
+    def watched(self: Run, entry: dict) -> None:
+        append(self, entry)
+        if entry["step"] == step and "loss" in entry:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.append = watched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "kill":
+        die_after(5)
+        train(folder, sys.argv[3])
+    else:
+        torch.distributed.init_process_group("gloo")  # once for all runs
+        for name in sys.argv[3:]:
+            train(folder / name, name)
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,165 @@
+"""evaluate_pattern and measure_overlap against direct computations on stock models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from indexcache import Pattern, evaluate_pattern, measure_overlap, use_pattern
+from indexcache.data import make_batches
+from tests.support import SHAPE, documents, make_model, stock_loss
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return make_batches(documents(8, 150), length=64, sequences=8, batch=2)
+
+
+@pytest.fixture(scope="module")
+def evidence(glm, batches):
+    return evaluate_pattern(
+        glm, {"half": "FSFSFS", "quarter": "FSSSSS", "same": "FFFFFF", "R": "FRRRRR@2"}, batches
+    )
+
+
+def rows(evidence, name):
+    return {r["domain"]: r for r in evidence["rows"] if r["name"] == name}
+
+
+def test_losses_are_those_of_stock_models(glm, batches, evidence):
+    full = stock_loss(glm, "FFFFFF", batches)
+    for name, pattern in (("half", "FSFSFS"), ("quarter", "FSSSSS")):
+        row = rows(evidence, name)["all"]
+        assert row["loss"] == pytest.approx(stock_loss(glm, pattern, batches), rel=1e-6)
+        assert row["delta_loss"] == pytest.approx(row["loss"] - full, abs=1e-6)
+        assert row["full"] == pattern.count("F")
+
+
+def test_the_full_pattern_differs_by_exactly_nothing(evidence):
+    row = rows(evidence, "same")["all"]
+    assert (row["delta_loss"], row["kl"], row["agreement"], row["ci_low"], row["ci_high"]) == (
+        0,
+        0,
+        1,
+        0,
+        0,
+    )
+
+
+def test_kl_and_agreement_against_whole_logits(glm, batches, evidence):
+    kl = agree = count = 0
+    with torch.no_grad():
+        for batch in batches:
+            a = glm(batch.ids).logits[:, :-1].double()
+            with use_pattern(glm, "FSSSSS"):
+                b = glm(batch.ids).logits[:, :-1].double()
+            kl += float(
+                F.kl_div(
+                    F.log_softmax(b, -1), F.log_softmax(a, -1), log_target=True, reduction="sum"
+                )
+            )
+            agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+            count += a[..., 0].numel()
+    row = rows(evidence, "quarter")["all"]
+    assert row["kl"] == pytest.approx(kl / count, rel=1e-4)
+    assert row["agreement"] == pytest.approx(agree / count)
+    assert row["tokens"] == count == 8 * 63
+
+
+def test_domains_and_positions_add_up_to_the_whole(evidence):
+    by = rows(evidence, "quarter")
+    assert set(by) == {"all", "d0", "d1"}
+    for parts in (
+        [by["d0"], by["d1"]],
+        [p for p in evidence["positions"] if p["name"] == "quarter"],
+    ):
+        assert sum(p["tokens"] for p in parts) == by["all"]["tokens"]
+        for key in ("delta_loss", "kl", "agreement"):
+            total = sum(p[key] * p["tokens"] for p in parts) / by["all"]["tokens"]
+            assert total == pytest.approx(by["all"][key], rel=1e-9)
+    assert by["all"]["documents"] == by["d0"]["documents"] + by["d1"]["documents"] == 8
+
+
+def test_interval_resamples_documents(glm, batches, evidence):
+    """The same interval from per-document losses of stock passes, resampled by other code with other random numbers."""
+    sums = []
+    for batch in batches:
+        for row in batch.ids:
+            losses = []
+            for pattern in ("FSSSSS", "FFFFFF"):
+                with use_pattern(glm, pattern), torch.no_grad():
+                    losses.append(
+                        float(
+                            F.cross_entropy(glm(row[None]).logits[0, :-1], row[1:], reduction="sum")
+                        )
+                    )
+            sums.append(losses[0] - losses[1])
+    rng = np.random.default_rng(9)
+    means = [np.mean(rng.choice(sums, len(sums))) / 63 for _ in range(20000)]
+    row = rows(evidence, "quarter")["all"]
+    width = row["ci_high"] - row["ci_low"]
+    assert row["ci_low"] == pytest.approx(np.quantile(means, 0.025), abs=0.05 * width)
+    assert row["ci_high"] == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
+
+
+def test_another_baseline(glm, batches, evidence):
+    """Paired differences between two patterns are the differences of their differences to full."""
+    against = evaluate_pattern(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
+    row, same = (rows(against, name)["all"] for name in ("half", "same"))
+    expected = (
+        rows(evidence, "half")["all"]["delta_loss"] - rows(evidence, "quarter")["all"]["delta_loss"]
+    )
+    assert row["delta_loss"] == pytest.approx(expected, abs=1e-6)
+    assert row["ci_low"] < row["delta_loss"] < row["ci_high"]
+    assert (same["delta_loss"], same["kl"]) == (0, 0)
+    assert against["baseline"] == "FSSSSS"
+
+
+def test_one_document_has_no_interval(glm):
+    one = make_batches(documents(1), length=64, sequences=1)
+    row = evaluate_pattern(glm, ["FSSSSS"], one)["rows"][0]
+    assert row["ci_low"] is None
+    assert row["ci_high"] is None
+
+
+def test_evaluate_refuses_vacuous_text_and_nothing(glm):
+    with pytest.raises(ValueError, match="too short"):
+        evaluate_pattern(glm, ["FSSSSS"], make_batches(documents(), length=31, sequences=2))
+    with pytest.raises(ValueError, match="no pattern"):
+        evaluate_pattern(glm, [], make_batches(documents(), length=64, sequences=2))
+
+
+def test_overlap_against_sets(model, batches):
+    measured = measure_overlap(model, batches[:2])
+    k, expected, count = SHAPE["index_topk"], np.zeros((6, 6)), 0
+    for batch in batches[:2]:
+        with use_pattern(model, "FFFFFF", capture=True) as seam, torch.no_grad():
+            model(batch.ids)
+        for b in range(len(batch.ids)):
+            for t in range(k, 64):
+                sets = [set(seam.selections[i][b, t].tolist()) for i in range(6)]
+                assert all(max(s) <= t and len(s) == k for s in sets)
+                expected += [[len(x & y) / k for y in sets] for x in sets]
+                count += 1
+    assert measured["queries"] == count
+    np.testing.assert_allclose(measured["overlap"], expected / count, rtol=1e-6)
+    np.testing.assert_allclose(np.diag(measured["overlap"]), 1)
+    assert measured["chance"] == pytest.approx(np.mean([k / (t + 1) for t in range(k, 64)]))
+
+
+def test_overlap_of_a_natively_shared_model_is_one_within_its_groups(batches):
+    native = make_model(
+        "glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"]
+    )
+    overlap = measure_overlap(native, batches[:1])["overlap"]
+    assert overlap[0][1] == overlap[1][2] == overlap[3][5] == pytest.approx(1)
+    assert overlap[0][3] < 1
+
+
+def test_heat_map_is_drawn(glm, batches, tmp_path):
+    from indexcache.report.plots import draw_overlap
+
+    draw_overlap(measure_overlap(glm, batches[:1]), tmp_path / "map.png", Pattern("FSSFSS"))
+    assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,317 @@
+"""The bootstrap against another implementation and its own promise; greedy against Algorithm 1 restated on toy losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from indexcache.evals.statistics import bootstrap_interval
+from indexcache.pattern import Pattern, full_count, stage_starts
+from indexcache.search.greedy import evaluations, greedy, greedy_stages
+
+# -- the bootstrap ----------------------------------------------------------------------------------------------------
+
+
+def plain_bootstrap(
+    sums: list[float], counts: list[int], level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap in plain Python; only the draws come from the same generator, one resample after another."""
+    rng = np.random.default_rng(seed)
+    n = len(sums)
+    draws = rng.integers(0, n, resamples * n).tolist()
+    means = []
+    for r in range(resamples):
+        picked = draws[r * n : (r + 1) * n]
+        means.append(math.fsum(sums[i] for i in picked) / sum(counts[i] for i in picked))
+    means.sort()
+
+    def quantile(q: float) -> float:  # linear between the neighbours (Hyndman and Fan's type 7)
+        at = q * (resamples - 1)
+        low = math.floor(at)
+        high = min(low + 1, resamples - 1)
+        return means[low] + (at - low) * (means[high] - means[low])
+
+    return quantile((1 - level) / 2), quantile((1 + level) / 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "level", "resamples", "seed"),
+    [(2, 0.95, 4000, 0), (3, 0.5, 101, 1), (24, 0.95, 500, 2), (100, 0.99, 37, 3)],
+)
+def test_against_another_implementation(n, level, resamples, seed):
+    rng = random.Random(n)
+    counts = [rng.randrange(1, 2000) for _ in range(n)]
+    sums = [c * rng.gauss(0.1, 0.3) for c in counts]
+    got = bootstrap_interval(sums, counts, level=level, resamples=resamples, seed=seed)
+    assert got == pytest.approx(
+        plain_bootstrap(sums, counts, level, resamples, seed), rel=1e-12, abs=1e-12
+    )
+    assert got == bootstrap_interval(
+        np.array(sums), np.array(counts), level=level, resamples=resamples, seed=seed
+    )  # type: ignore[arg-type]
+    assert all(type(v) is float for v in got)
+
+
+def test_too_few_documents_say_nothing():
+    for sums, counts in (([], []), ([3.0], [10])):
+        assert all(math.isnan(v) for v in bootstrap_interval(sums, counts))
+
+
+def test_documents_weigh_by_their_tokens():
+    low, high = bootstrap_interval([10.0, 20.0, 1.0], [100, 200, 10])
+    assert low == pytest.approx(0.1) == high  # every document at 0.1 per token: no spread at all
+    low, high = bootstrap_interval([0.0, 1000.0], [1, 1000])
+    assert (low, high) == (0.0, 1.0)  # all of the one, all of the other
+    assert bootstrap_interval([0.0] * 9, [5] * 9) == (0.0, 0.0)
+
+
+def test_interval_is_deterministic_ordered_and_grows_with_the_level():
+    rng = random.Random(1)
+    counts = [rng.randrange(50, 500) for _ in range(30)]
+    sums = [c * rng.gauss(0, 1) for c in counts]
+    assert bootstrap_interval(sums, counts, seed=5) == bootstrap_interval(sums, counts, seed=5)
+    assert bootstrap_interval(sums, counts, seed=5) != bootstrap_interval(sums, counts, seed=6)
+    before = (math.inf, -math.inf)
+    for level in (0.1, 0.5, 0.9, 0.95, 0.99):
+        low, high = bootstrap_interval(sums, counts, level=level)
+        assert low < high
+        assert low < before[0]
+        assert high > before[1]
+        before = (low, high)
+    assert low < sum(sums) / sum(counts) < high
+    shifted = bootstrap_interval([s + 2 * c for s, c in zip(sums, counts, strict=True)], counts)
+    assert shifted == pytest.approx([v + 2 for v in bootstrap_interval(sums, counts)])
+
+
+def test_many_documents_give_the_normal_interval():
+    values = np.random.default_rng(0).normal(0.3, 2.0, 400)
+    low, high = bootstrap_interval((values * 50).tolist(), [50] * 400)
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_coverage():
+    """Tokens of a document go together, lengths differ: the interval still holds the truth in about 95 of 100 cases."""
+    rng = np.random.default_rng(7)
+    truth, documents, repetitions, inside, naive = 0.05, 40, 300, 0, 0
+    for seed in range(repetitions):
+        counts = rng.integers(50, 400, documents)
+        own = rng.normal(truth, 0.1, documents)  # what a document as a whole deviates by
+        noise = rng.normal(0, 1, documents) * np.sqrt(counts)
+        sums = counts * own + noise
+        low, high = bootstrap_interval(sums.tolist(), counts.tolist(), resamples=400, seed=seed)
+        inside += low <= truth <= high
+        half = 1.96 / math.sqrt(counts.sum())  # as if every token were on its own
+        naive += abs(sums.sum() / counts.sum() - truth) <= half
+    assert 0.90 <= inside / repetitions <= 0.98
+    assert naive / repetitions < 0.85
+
+
+# -- greedy -----------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """A random loss for every pattern, whatever the order of asking; of few values, so that ties are common."""
+
+    def __init__(self, seed: int, values: int):
+        self.seed, self.values, self.calls = seed, values, []
+
+    def __call__(self, pattern: Pattern) -> float:
+        key = str(pattern)
+        self.calls.append(key)
+        return float(random.Random(f"{self.seed} {key}").randrange(self.values))
+
+
+def algorithm_1(loss, layers: int, flips: int) -> list[tuple[str, float, int | None]]:
+    """The paper's Algorithm 1 word by word on lists of characters; the first of equal losses."""
+    c = ["F"] * layers
+    left = list(range(1, layers))
+    path: list[tuple[str, float, int | None]] = [("".join(c), loss(Pattern("".join(c))), None)]
+    for _ in range(flips):
+        best, best_loss = None, math.inf
+        for layer in left:
+            trial = [*c]
+            trial[layer] = "S"
+            value = loss(Pattern("".join(trial)))
+            if value < best_loss:
+                best, best_loss = layer, value
+        assert best is not None
+        c[best] = "S"
+        left.remove(best)
+        path.append(("".join(c), best_loss, best))
+    return path
+
+
+def by_stages(
+    loss, layers: int, full: int, starts: tuple[int, ...]
+) -> list[tuple[str, float, int | None]]:
+    """The stage variant: one flip per stage per round, a stage that is used up passes, until `full` is reached."""
+    c = ["F"] * layers
+    owner = [max(p for p, s in enumerate(starts) if s <= i) for i in range(layers)]
+    path: list[tuple[str, float, int | None]] = [("".join(c), loss(Pattern("".join(c))), None)]
+    for turn in itertools.count():
+        if c.count("F") <= full:
+            return path
+        stage = turn % len(starts)
+        trials = []
+        for layer in range(layers):
+            if owner[layer] == stage and layer not in starts and c[layer] == "F":
+                text = "".join([*c[:layer], "S", *c[layer + 1 :]])
+                trials.append((loss(Pattern(text)), layer, text))
+        if trials:
+            value, layer, text = sorted(trials)[0]
+            c = list(text)
+            path.append((text, value, layer))
+    raise AssertionError
+
+
+def steps(found) -> list[tuple[str, float, int | None]]:
+    return [(str(s.pattern), s.loss, s.flipped) for s in found]
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 10**9])
+@pytest.mark.parametrize("layers", [1, 2, 3, 6, 9])
+def test_greedy_is_algorithm_1(layers, values):
+    for seed in range(5):
+        for full in range(1, layers + 1):
+            ours, theirs = Table(seed, values), Table(seed, values)
+            got = list(greedy(ours, layers, full))
+            assert steps(got) == algorithm_1(theirs, layers, layers - full)
+            assert set(ours.calls) == set(theirs.calls)
+            assert len(ours.calls) == len(set(ours.calls)) == evaluations(layers, full)
+            assert [s.full for s in got] == list(range(layers, full - 1, -1))
+            for a, b in itertools.pairwise(got):  # nested: one layer, F to S, and never layer 0
+                assert b.flipped
+                assert b.pattern == a.pattern.replace(b.flipped, "S")
+                assert a.pattern[b.flipped] == "F"
+
+
+def test_ties_go_to_the_lower_layer():
+    got = [s.flipped for s in greedy(lambda p: 1.0, 6, 1)]
+    assert got == [None, 1, 2, 3, 4, 5]
+    got = [s.flipped for s in greedy_stages(lambda p: 1.0, 6, 2, (0, 3))]
+    assert got == [None, 1, 4, 2, 5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_every_pattern(seed):
+    """Where each layer costs its own amount greedy finds the best pattern of every budget; in general never a better
+    one than the best, and its last flip is the best that there is."""
+    rng, layers = random.Random(seed), 8
+    cost = [rng.random() for _ in range(layers)]
+    pair = {p: rng.gauss(0, 0.5) for p in itertools.combinations(range(layers), 2)}
+
+    def additive(p: Pattern) -> float:
+        return math.fsum(cost[i] for i, r in enumerate(p.roles) if r == "S")
+
+    def tangled(p: Pattern) -> float:
+        return additive(p) + math.fsum(v for (a, b), v in pair.items() if p[a] == p[b] == "S")
+
+    every = ["F" + "".join(r) for r in itertools.product("FS", repeat=layers - 1)]
+    for loss in (additive, tangled):
+        best = {
+            n: min(loss(Pattern(t)) for t in every if t.count("F") == n)
+            for n in range(1, layers + 1)
+        }
+        got = list(greedy(loss, layers, 1))
+        for s in got:
+            assert s.loss == loss(s.pattern)
+            assert s.loss >= best[s.full]
+            if loss is additive:
+                assert s.loss == pytest.approx(best[s.full])
+        for a, b in itertools.pairwise(got):
+            assert b.loss == min(
+                loss(a.pattern.replace(i, "S")) for i in range(1, layers) if a.pattern[i] == "F"
+            )
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(6, 2), (7, 3), (9, 4), (5, 5), (8, 1), (4, 3)])
+def test_stages(layers, stages):
+    starts = stage_starts(layers, stages)
+    for values in (2, 10**9):
+        for seed in range(4):
+            for full in range(stages, layers + 1):
+                ours, theirs = Table(seed, values), Table(seed, values)
+                got = list(greedy_stages(ours, layers, full, starts))
+                assert steps(got) == by_stages(theirs, layers, full, starts)
+                assert len(ours.calls) == len(set(ours.calls)) == evaluations(layers, full, starts)
+                assert got[-1].full == full
+                for s in got:
+                    s.pattern.check(stages=starts)
+                ends = [*starts[1:], layers]
+                for s in got:  # the stages stay level, as far as their lengths allow
+                    flips = [
+                        s.pattern.roles[a:b].count("S") for a, b in zip(starts, ends, strict=True)
+                    ]
+                    open_ = [
+                        f for f, a, b in zip(flips, starts, ends, strict=True) if f < b - a - 1
+                    ]
+                    assert not open_ or max(flips) - min(open_) <= 1
+
+
+def test_one_stage_is_greedy():
+    assert steps(greedy_stages(Table(0, 3), 7, 2, (0,))) == steps(greedy(Table(0, 3), 7, 2))
+
+
+def test_too_few_full_layers_is_an_error_and_no_endless_loop():
+    for call in (
+        lambda: greedy(lambda p: 1.0, 5, 0),
+        lambda: greedy(lambda p: 1.0, 5, -3),
+        lambda: greedy_stages(lambda p: 1.0, 6, 1, (0, 3)),
+    ):
+        with pytest.raises(ValueError, match="stays full"):
+            list(call())
+    assert [s.full for s in greedy(lambda p: 1.0, 5, 9)] == [5]
+
+
+def test_the_search_is_lazy():
+    """Each step is given as soon as it is known, so that a run can be cut anywhere."""
+    table = Table(0, 9)
+    search = greedy(table, 6, 1)
+    next(search)
+    assert len(table.calls) == 1
+    next(search)
+    assert len(table.calls) == 1 + 5
+
+
+# -- what a search costs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 12, 30])
+def test_evaluations_to_the_end(layers):
+    assert (
+        evaluations(layers, 1) - 1 == layers * (layers - 1) // 2
+    )  # the -1: all layers full, which is no candidate
+
+
+@pytest.mark.parametrize(
+    ("layers", "full", "candidates"), [(47, 12, 1015), (61, 15, 1725), (78, 20, 2813)]
+)
+def test_published_budgets(layers, full, candidates):
+    """To 1/4 kept, with N/4 rounded half up: the candidates of all steps, and one more for the full model itself."""
+    assert full_count(layers, 1 / 4) == full
+    assert sum(layers - 1 - step for step in range(layers - full)) == candidates
+    assert evaluations(layers, full) == candidates + 1
+
+
+def test_stages_take_fewer_evaluations():
+    whole = evaluations(48, 12)
+    for stages in (2, 3, 4, 6):
+        part = evaluations(48, 12, stage_starts(48, stages))
+        assert whole / part == pytest.approx(stages, rel=0.1)
+
+
+def test_full_count():
+    for layers in range(1, 100):
+        for n in (1, 2, 3, 4, 8):
+            assert full_count(layers, 1 / n) == max((2 * layers + n) // (2 * n), 1)
+    assert full_count(6, 0.25) == 2  # a half goes up
+    assert full_count(5, 1e-9) == 1
+    for bad in (0, -0.1, 1.01, math.nan, math.inf):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            full_count(6, bad)

@@ -1,0 +1,393 @@
+"""The fast path against stock, on both families, under patterns."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from indexcache import Pattern, SearchSettings, evaluate_pattern, search_pattern, use_pattern
+from indexcache.data import make_batches
+from indexcache.models.family import decoder_layers, family_of, indexers
+from indexcache.models.fast import accelerate as fast_path
+from indexcache.models.fast import layer as layer_of_fast_path
+from indexcache.models.fast.accelerate import accelerate, padding_of
+from indexcache.models.fast.cache import FastCache
+from indexcache.models.lm import hidden_states, token_losses
+from indexcache.models.prefix import PrefixCache
+from indexcache.ops import reference
+from tests.support import PATTERNS, SHAPE, documents, logits, make_model, relative
+
+
+def both(model, call, pattern=None):
+    """(stock's result, the fast path's result) of call(model) under a pattern."""
+    results = []
+    for fast in (False, True):
+        handle = accelerate(model) if fast else None
+        try:
+            with use_pattern(model, pattern or "F" * 6), torch.no_grad():
+                results.append(call(model))
+        finally:
+            if handle:
+                handle.undo()
+    return results
+
+
+@pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
+def test_prefill(model, ids, pattern):
+    stock, fast = both(model, lambda m: m(ids).logits, pattern)
+    assert relative(fast, stock) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", [(41, 1, 18, 36), (96,), (7,) * 13 + (5,), (1,) * 96])
+def test_chunked_prefill_and_decode(model, ids, chunks):
+    stock = logits(model, ids)
+    with accelerate(model):
+        parts, cache, start = [], None, 0
+        for n in chunks:
+            with torch.no_grad():
+                out = model(ids[:, start : start + n], past_key_values=cache, use_cache=True)
+            parts.append(out.logits)
+            cache, start = out.past_key_values, start + n
+        assert cache.layers[0].keys.shape == (
+            2,
+            1,
+            96,
+            SHAPE["kv_lora_rank"],
+        )  # latents, not expanded keys
+    assert relative(torch.cat(parts, 1), stock) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["FFFFFF", "FSFRSS@2"])
+def test_batch_with_unequal_lengths(model, ids, pattern):
+    mask = torch.ones_like(ids)
+    mask[1, :29] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(m):
+        cache_out = m(
+            ids[:, :80], attention_mask=mask[:, :80], position_ids=positions[:, :80], use_cache=True
+        )
+        rest = m(
+            ids[:, 80:],
+            attention_mask=mask,
+            position_ids=positions[:, 80:],
+            past_key_values=cache_out.past_key_values,
+        )
+        return torch.cat([cache_out.logits, rest.logits], 1)
+
+    stock, fast = both(model, run, pattern)
+    assert relative(fast[0], stock[0]) < 1e-5
+    assert relative(fast[1, 29:], stock[1, 29:]) < 1e-5
+    with accelerate(model), use_pattern(model, pattern):  # and as if the padding were not there
+        assert relative(fast[1, 29:], logits(model, ids[1:, 29:])[0]) < 1e-5
+
+
+def test_generate(model, ids):
+    def run(m):
+        mask = torch.ones_like(ids[:, :40])
+        return m.generate(
+            ids[:, :40],
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+
+    stock, fast = both(model, run, "FSSFSS")
+    assert torch.equal(stock, fast)
+
+
+def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
+    for family in ("glm_moe_dsa", "deepseek_v32"):
+        exact = logits(make_model(family), ids)
+        half = make_model(family).to(torch.bfloat16)
+        stock, fast = both(half, lambda m: m(ids).logits.float())
+        assert relative(fast, exact) < 1.1 * relative(stock, exact)
+
+
+def test_selections_agree_by_margin(model, ids):
+    """What one path selects and the other does not is at the edge of the selection on both."""
+
+    def run(m):
+        with use_pattern(m, "FFFFFF", capture=True) as seam:
+            m(ids)
+            return seam.selections
+
+    stock, fast = both(model, run)
+    different = 0
+    for i in range(6):
+        for b in range(2):
+            for t in range(96):
+                a = {x for x in stock[i][b, t].tolist() if x <= t}
+                c = {x for x in fast[i][b, t].tolist() if x >= 0}
+                assert len(a) == len(c) == min(t + 1, SHAPE["index_topk"])
+                different += len(a - c)
+    assert different <= 2  # of 6 x 2 x 96 x 8
+
+
+def test_natively_shared_model(glm, ids):
+    native = make_model(
+        "glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"]
+    )
+    native.load_state_dict(glm.state_dict(), strict=False)
+    stock, fast = both(native, lambda m: m(ids).logits, "FSSFSS")
+    assert relative(fast, stock) < 1e-5
+
+
+def test_undo_restores_stock_bitwise(model, ids):
+    before = logits(model, ids)
+    keys = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="inside"), accelerate(model) as handle:
+        assert list(model.state_dict()) == keys
+        logits(model, ids)
+        raise RuntimeError("inside")
+    handle.undo()
+    assert torch.equal(logits(model, ids), before)
+    modules = [model.model, *indexers(model), *(layer.self_attn for layer in decoder_layers(model))]
+    assert all("forward" not in m.__dict__ for m in modules)
+
+
+def test_prefix_reuse_is_bitwise_on_the_fast_path_too(model, ids):
+    with accelerate(model):
+        cache = PrefixCache(model, [ids])
+        cache.rebase(Pattern("FFFSFF"))
+        for pattern in ("FFFSFS", "FSFSFF", "FFRSFF@2", "FSSSSS"):
+            with use_pattern(model, pattern):
+                expected = hidden_states(model, ids)
+            assert torch.equal(cache.hidden(0, Pattern(pattern)), expected), pattern
+
+
+def test_search_and_evidence_agree_with_stock(glm, tmp_path):
+    batches = make_batches(documents(), length=64, sequences=4, batch=2)
+    settings = SearchSettings(keep=1 / 3)
+    stock = search_pattern(glm, batches, tmp_path / "stock", settings)
+    rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+    with accelerate(glm):
+        fast = search_pattern(glm, batches, tmp_path / "fast", settings)
+        fast_rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+        with pytest.raises(ValueError, match="path was"):
+            search_pattern(glm, batches, tmp_path / "stock", settings)
+    for a, b in zip(
+        stock["frontier"] + stock["uniform"], fast["frontier"] + fast["uniform"], strict=True
+    ):
+        assert a["pattern"] == b["pattern"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for a, b in zip(rows, fast_rows, strict=True):
+        assert a["delta_loss"] == pytest.approx(b["delta_loss"], abs=1e-4)
+
+
+def test_shared_layers_read_the_plan_of_their_source(model, ids, monkeypatch):
+    made, used = [], []
+    group, attend = fast_path.ops.group_queries, fast_path.ops.sparse_mla
+
+    def seen(q, latents, selected, scale, *, value_dim, plan):
+        expected = group(selected, 3)
+        assert all(
+            torch.equal(a, b) for a, b in zip(plan[:3], expected[:3], strict=True)
+        )  # of these very ids
+        used.append(plan)
+        return attend(q, latents, selected, scale, value_dim=value_dim, plan=plan)
+
+    monkeypatch.setattr(
+        layer_of_fast_path, "group_size", lambda ids, heads: 3 if ids.shape[1] > 8 else 1
+    )
+    monkeypatch.setattr(
+        fast_path.ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1]
+    )
+    monkeypatch.setattr(fast_path.ops, "sparse_mla", seen)
+    for pattern, plans in (("FSSFSS", 2), ("FSFRSS@2", 3), ("FFFFFF", 6)):
+        with accelerate(model), use_pattern(model, pattern):
+            made.clear(), used.clear()
+            logits(model, ids)
+            assert len(made) == plans
+            assert len({id(p) for p in used}) == plans
+            assert len(used) == 6
+
+
+def test_rope_with_the_quantisation_is_the_indexers(model):
+    family, indexer = family_of(model), indexers(model)[1]
+    x, q_resid = torch.randn(1, 9, SHAPE["hidden_size"]), torch.randn(1, 9, SHAPE["q_lora_rank"])
+    angles = torch.rand(1, 9, indexer.qk_rope_head_dim // 2) * 6
+    rope = tuple(torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+    with torch.no_grad():
+        q, k, w = family.project(indexer, x, q_resid, rope)
+        plain_q, plain_k, plain_w = family.project(indexer, x, q_resid, None)
+    assert torch.equal(w, plain_w)
+    for got, want, cos, sin in (
+        (plain_q, q, angles.cos()[:, :, None], angles.sin()[:, :, None]),
+        (plain_k, k, angles.cos(), angles.sin()),
+    ):
+        turned = reference.rope(got, cos, sin, interleaved=family.interleaved)
+        turned = reference.half_split(turned, angles.shape[-1]) if family.interleaved else turned
+        assert relative(turned, want) < 1e-6
+        assert relative(got, want) > 1e-2
+
+
+def test_what_only_a_gpu_gets(model, ids, monkeypatch):
+    """Fused norms and grouped experts, forced here: the same numbers, and undone."""
+    model.set_experts_implementation("eager")
+    try:
+        stock = logits(model, ids)
+        monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+        with accelerate(model):
+            assert model.config._experts_implementation == "grouped_mm"
+            assert relative(logits(model, ids), stock) < 1e-5
+        assert model.config._experts_implementation == "eager"
+        assert torch.equal(logits(model, ids), stock)
+        assert all("forward" not in m.__dict__ for m in model.modules())
+    finally:
+        model.set_experts_implementation("grouped_mm")
+    half = make_model(model.config.model_type).to(torch.bfloat16)
+    exact, stock = stock, logits(half, ids)
+    with accelerate(half):
+        assert relative(logits(half, ids).float(), exact) < 1.1 * relative(stock.float(), exact)
+
+
+def test_routers_that_take_all_groups_skip_the_choice(model, monkeypatch):
+    """The same experts with the same weights; a router that leaves groups out stays stock."""
+    router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
+    x, bias = torch.randn(7, 5, router.hidden_dim), router.e_score_correction_bias
+    before = bias.clone()
+    try:
+        bias.normal_()
+        for groups, taken, shortened in ((1, 1, True), (2, 2, True), (2, 1, False)):
+            monkeypatch.setattr(router, "num_group", groups)
+            monkeypatch.setattr(router, "topk_group", taken)
+            stock = router(x)
+            with accelerate(model):
+                assert ("forward" in router.__dict__) is shortened
+                got = router(x)
+            for a, b in zip(stock, got, strict=True):
+                assert torch.equal(a.sort().values, b.sort().values)
+    finally:
+        bias.copy_(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores need a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_routers_on_tensor_cores(compile):
+    """bf16, on a GPU: the logits are those of stock's fp32 product but for the order of its sum."""
+    model = make_model("glm_moe_dsa").to("cuda", torch.bfloat16)
+    router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
+    x = torch.randn(3, 50, router.hidden_dim, device="cuda").bfloat16()
+    stock = router(x)
+    with accelerate(model, compile=compile), torch.no_grad():
+        got = torch.compile(router, dynamic=True)(x) if compile else router(x)
+    assert relative(got[0], stock[0]) < 1e-5
+    assert torch.equal(got[2].sort(-1).values, stock[2].sort(-1).values)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_pieces(model, ids, monkeypatch, batch):
+    """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here. A step of one sequence
+    runs in pieces of its own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ids = ids[:batch]
+    with use_pattern(model, "FSFRSS@2"):
+        stock = logits(model, ids)
+    with accelerate(model, compile=True), use_pattern(model, "FSFRSS@2"):
+        got = [logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, batch)))]
+        got += [
+            logits(model, ids[:, a:b], past_key_values=cache)
+            for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))
+        ]
+    assert relative(torch.cat(got, 1), stock) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12  # not for each of 6 layers
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        layer_of_fast_path, "_experts_of_one", lambda _experts, x, _indices, _weights: x * torch.nan
+    )
+    with accelerate(model, compile=True), use_pattern(model, "FSFRSS@2"):
+        logits(model, ids[:, :50], past_key_values=(cache := FastCache(model, 96, batch)))
+        assert bool(logits(model, ids[:, 50:51], past_key_values=cache).isnan().all()) == (
+            batch == 1
+        )
+
+
+@pytest.mark.parametrize("part", ["mlp", "experts", "hook"])
+def test_a_step_calls_what_somebody_put_there(model, ids, monkeypatch, part):
+    """Where a part of a layer has a forward or a hook of its own, a compiled step runs that layer whole, and says so."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    layer = next(layer for layer in model.model.layers if hasattr(layer.mlp, "experts"))
+    module = layer.mlp.experts if part == "experts" else layer.mlp
+    calls, stock = [], module.forward
+    handle = None
+    if part == "hook":
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        module.forward = lambda *args: stock(*args) * 3  # type: ignore[method-assign]
+    try:
+        want = logits(model, ids[:1])
+        calls.clear()
+        with pytest.warns(UserWarning, match="run whole"):
+            handle_of_fast = accelerate(model, compile=True)
+        with handle_of_fast:
+            got = [logits(model, ids[:1, :95], past_key_values=(cache := FastCache(model, 96, 1)))]
+            got.append(logits(model, ids[:1, 95:], past_key_values=cache))
+        assert relative(torch.cat(got, 1), want) < 1e-5
+        assert len(calls) == (2 if part == "hook" else 0)
+    finally:
+        module.__dict__.pop("forward", None)
+        if handle is not None:
+            handle.remove()
+
+
+def test_refusals(model, ids):
+    with accelerate(model):
+        with pytest.raises(ValueError, match="already"):
+            accelerate(model)
+        with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="inference"):
+            model(ids)
+        with torch.no_grad():
+            cache = model(ids[:, :40], use_cache=True).past_key_values
+            with use_pattern(model, "FSSFSS"):
+                shared = model(ids[:, :40], use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="start a new cache"):
+                model(ids[:, 40:41], past_key_values=shared)
+            model(ids[:, 40:41], past_key_values=cache)
+    with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="outside of use_pattern"):
+        accelerate(model)
+    handle = accelerate(model)
+    with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="Leave use_pattern"):
+        handle.undo()
+    handle.undo()
+
+
+def test_masks():
+    assert padding_of(None).left is None
+    assert padding_of(torch.ones(2, 5)).left is None
+    assert (
+        padding_of(torch.tensor([[1, 1, 0], [1, 1, 1]])).left is None
+    )  # at the right: causality hides it
+    assert padding_of(torch.tensor([[0, 1, 1], [1, 1, 1]])).left == (1, 0)
+    for bad in (torch.tensor([[1, 0, 1]]), torch.zeros(1, 3), torch.ones(1, 1, 3, 3)):
+        with pytest.raises(ValueError, match=r"mask"):
+            padding_of(bad)
+
+
+def test_tiny_agrees_on_real_text(tiny):
+    """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
+    from indexcache.inputs import Text, make_inputs, shipped_text
+
+    (batch, *_) = make_inputs(tiny, Text(source=shipped_text("heldout"), length=512, sequences=3))
+    for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
+        losses = []
+        for fast in (False, True):
+            handle = accelerate(tiny.model) if fast else None
+            with use_pattern(tiny.model, pattern):
+                losses.append(
+                    token_losses(tiny.model, hidden_states(tiny.model, batch.ids), batch.ids)
+                )
+            if handle:
+                handle.undo()
+        assert (losses[0] - losses[1]).abs().mean() < 1e-3, str(pattern)
+        assert abs(float(losses[0].mean() - losses[1].mean())) < 1e-4

@@ -1,0 +1,135 @@
+"""The verb generate: the tokens of stock transformers, streamed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from indexcache import accelerate, use_pattern
+from indexcache.cli import main
+from indexcache.models.fast.generate import end_tokens, pieces, stream_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPT = "The Congress assembled in Washington, and the President said to the members of both Houses that the budget of the year, "
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT * 3, encoding="utf-8")
+    return path
+
+
+def test_greedy_tokens_are_those_of_stock(tiny, prompt, capsys):
+    assert (
+        main(
+            [
+                "generate",
+                "tiny",
+                "--prompt-file",
+                str(prompt),
+                "--max-new-tokens",
+                "24",
+                "--chunk",
+                "17",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    ids = tiny.encode(PROMPT * 3)
+    assert result["prompt_tokens"] == len(ids) > 64
+    stock = tiny.model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
+    assert result["tokens"] == [t for t in stock if t not in end_tokens(tiny.model)]
+    assert result["text"] == tiny.tokenizer.decode(result["tokens"])
+    assert captured.out.startswith(result["text"] + "\n")
+    assert "tokens of prompt in" in captured.err
+
+
+def test_a_pattern_and_a_temperature_change_what_is_said(prompt, capsys):
+    def said(*more: str) -> list[int]:
+        assert (
+            main(
+                [
+                    "generate",
+                    "tiny",
+                    "--prompt-file",
+                    str(prompt),
+                    "--max-new-tokens",
+                    "8",
+                    "--json",
+                    *more,
+                ]
+            )
+            == 0
+        )
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
+
+    greedy = said()
+    assert said("--pattern", "full") == greedy
+    assert said("--pattern", "uniform:1/4") != greedy  # sharing layer 1 ruins this model
+    drawn = [said("--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_patterns_apply_as_in_the_stock_model(tiny):
+    """tiny under R, token by token against the stock model without a cache."""
+    ids = tiny.encode(PROMPT)
+    pattern = "FFRRRRRRRFRR@8"
+    with use_pattern(tiny.model, pattern), torch.no_grad():
+        wanted = list(ids)
+        for _ in range(6):
+            wanted.append(int(tiny.model(torch.tensor([wanted])).logits[0, -1].argmax()))
+    with accelerate(tiny.model), use_pattern(tiny.model, pattern):
+        assert list(stream_tokens(tiny.model, ids, most=6)) == wanted[len(ids) :]
+        stop = wanted[len(ids) + 3]
+        cut = wanted[len(ids) :].index(stop)
+        assert (
+            list(stream_tokens(tiny.model, ids, most=6, ends=[stop]))
+            == wanted[len(ids) : len(ids) + cut]
+        )
+
+
+def test_pieces_are_the_whole_text_and_whole_characters(tiny):
+    text = "naïve café — 世界 🙂🙂\n  two  spaces\tand a tab\n" * 3
+    tokens = tiny.encode(text)
+    found = list(pieces(tiny.tokenizer, tokens))
+    assert "".join(found) == tiny.tokenizer.decode(tokens) == text
+    assert len(found) > len(text) / 8
+    assert not any("\ufffd" in piece for piece in found)
+    cut = tiny.encode("🙂")[:-1]  # ends within a character
+    assert "".join(pieces(tiny.tokenizer, cut)) == tiny.tokenizer.decode(cut)
+
+
+def test_bad_input_gets_one_sentence(tmp_path, prompt, capsys):
+    def said(*argv: object) -> str:
+        assert main(["generate", *map(str, argv)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = (x for x in captured.err.splitlines() if x.startswith("indexcache: "))
+        return line
+
+    empty, bytes_ = tmp_path / "empty.txt", tmp_path / "bytes.txt"
+    empty.write_text("")
+    bytes_.write_bytes(b"\xff\xfe\xff")
+    assert "is empty" in said("tiny", "--prompt-file", empty)
+    assert "UTF-8" in said("tiny", "--prompt-file", bytes_)
+    assert "cannot be read" in said("tiny", "--prompt-file", tmp_path / "none")
+    assert "cannot be read" in said("tiny", "--prompt-file", tmp_path)
+    assert "no such checkpoint folder" in said("nowhere", "--prompt-file", prompt)
+    assert "maximum of 4096" in said("tiny", "--prompt-file", prompt, "--max-new-tokens", "4096")
+    assert "At least one new token" in said(
+        "tiny", "--prompt-file", prompt, "--max-new-tokens", "0"
+    )
+    assert "--temperature" in said("tiny", "--prompt-file", prompt, "--temperature", "-1")
+    assert "--temperature" in said("tiny", "--prompt-file", prompt, "--temperature", "nan")
+    assert "--chunk" in said("tiny", "--prompt-file", prompt, "--chunk", "0")
+    assert "has 3 layers" in said("tiny", "--prompt-file", prompt, "--pattern", "FSS")
+    assert "needs --prompt-file" in said("tiny")

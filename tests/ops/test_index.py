@@ -1,0 +1,366 @@
+"""The selection's kernels against the definition: in Triton's interpreter at small shapes, on a GPU at large ones."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before triton is imported: its own library is decorated then
+    )
+pytest.importorskip("triton", reason="triton is not installed")
+
+from indexcache import ops  # noqa: E402
+from indexcache.ops import reference  # noqa: E402
+from indexcache.ops.index import host as launch_index  # noqa: E402
+from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
+from indexcache.ops.index import topk_grid as select_grid  # noqa: E402
+from indexcache.ops.index import topk_host as launch_select  # noqa: E402
+from indexcache.ops.tuning import SETTINGS  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def integers(*shape, low=-3, high=4):
+    """Small integers: sums are exact in any order and precision, so ids must be equal to the definition's."""
+    return torch.randint(low, high, shape, device=DEVICE).float()
+
+
+def inputs(batch, queries, keys, heads, dim, dtype):
+    q, k = integers(batch, queries, heads, dim).to(dtype), integers(batch, keys, dim).to(dtype)
+    return q, k, integers(batch, queries, heads), integers(batch, keys, low=1, high=3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lists and samples so small that short rows go the way of long ones."""
+    for name, value in {
+        "listed": 64,
+        "stride": 4,
+        "queries": 16,
+        "keys": 32,
+        "workers": 2,
+        "chunk": 64,
+    }.items():
+        monkeypatch.setattr(SETTINGS, name, value)
+
+
+def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
+    got = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="triton")
+    want = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="torch")
+    for a, b in zip(got, want, strict=True) if pool else [(got, want)]:
+        assert a.dtype == torch.int32
+        assert torch.equal(a, b), (a != b).nonzero()[:5]
+
+
+@pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
+@pytest.mark.parametrize("pool", [0, 40, 3])
+def test_prefill(small, queries, topk, pool):
+    check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
+
+
+def test_prefill_long_rows(small):
+    check(*inputs(2, 40, 700, 2, 16, torch.float16), 8, torch.tensor([660, 300], device=DEVICE))
+
+
+def test_prefill_when_samples_mislead(small, monkeypatch):
+    monkeypatch.setattr(SETTINGS, "deviations", -1.0)  # thresholds too high: too few are listed
+    check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
+
+
+def test_prefill_ties_overflow(small):
+    q, k, w, _ = inputs(1, 33, 300, 2, 16, torch.float16)
+    check(q, k * 0, w, None, 8, 267)  # every score is zero: the lowest ids
+    check(q, k, w * 0, None, 8, 267)
+
+
+@pytest.mark.parametrize("pool", [0, 24])
+def test_decode_unequal_lengths(small, pool):
+    lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
+    q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
+    for b, n in enumerate(lengths.tolist()):
+        k[b, n:] = torch.nan
+    check(q, k, w, scale, 16, lengths - 1, pool=pool)
+
+
+def test_candidates(small):
+    q, k, w, scale = inputs(2, 5, 200, 4, 16, torch.float16)
+    pool = ops.index_topk(
+        *inputs(2, 5, 200, 4, 16, torch.float16),
+        120,
+        torch.tensor([190, 90], device=DEVICE),
+        backend="torch",
+    )
+    check(q, k, w, scale, 8, torch.tensor([180, 60], device=DEVICE), pool)
+    check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
+
+
+@pytest.mark.parametrize(("queries", "heads", "width"), [(8, 32, 300), (13, 4, 120), (9, 64, 40)])
+def test_candidates_of_neighbours(small, queries, heads, width):
+    q, k, w, scale = inputs(2, queries, 310, heads, 16, torch.float16)
+    offset = torch.tensor([290, 90], device=DEVICE)
+    pool = ops.index_topk(
+        *inputs(2, queries, 310, heads, 16, torch.float16), width, offset, backend="torch"
+    )
+    k[1, 200:] = torch.nan
+    check(q, k, w, scale, 8, torch.tensor([280, 60], device=DEVICE), pool, pool=30)
+    check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
+
+
+def test_nonfinite(small):
+    q, k, w, scale = inputs(1, 33, 40, 2, 16, torch.float16)
+    k[0, 3], scale[0, 5], w[0, 7], scale[0, 9] = torch.nan, torch.inf, torch.nan, -torch.inf
+    check(q, k, w, scale, 4, 7)
+    check(q[:, :1], k, w[:, :1], scale, 4, 30)
+
+
+def test_empty(small):
+    q, k, w, scale = inputs(1, 4, 9, 2, 16, torch.float16)
+    check(q[:, :0], k, w[:, :0], scale, 4, 0)
+    check(q, k[:, :0], w, scale[:, :0], 4, 0)
+    check(q, k, w, scale, 4, -10)
+
+
+def test_fp8_and_fp32(small):
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        check(*inputs(1, 33, 200, 2, 32, dtype), 8, 167)
+        check(*inputs(2, 1, 200, 2, 32, dtype), 8, 199)
+
+
+@pytest.mark.parametrize("width", [1, 63, 257, 2049, 8193])
+def test_topk_rows_of_floats(small, width):
+    x = torch.randn(4, width, device=DEVICE)
+    x[0, ::7], x[1, ::5], x[2], x[3] = torch.nan, torch.inf, x[2].round(), -torch.inf
+    x[1, ::9] = -0.0
+    got, pool = launch_select.topk_rows(x, 5, pool=12)
+    for a, n in ((got, 5), (pool, 12)):
+        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+
+
+@pytest.mark.parametrize("burst", [0, 200, 2000])
+def test_topk_of_one_long_row(small, monkeypatch, burst):
+    """Many short lists for one row; the best keys in one place make a list longer than the tile that serves even ones."""
+    monkeypatch.setattr(SETTINGS, "workers", 132)
+    x = torch.randn(1, 12000, device=DEVICE)
+    x[0, 5000 : 5000 + burst] += 10
+    got, pool = launch_select.topk_rows(x, 20, pool=50)
+    for a, n in ((got, 20), (pool, 50)):
+        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+
+
+def test_refusals():
+    q, k, w = (
+        torch.randn(*shape, device=DEVICE) for shape in ((1, 2, 1, 24), (1, 2, 24), (1, 2, 1))
+    )
+    with pytest.raises(ValueError, match="24 is not a power of two"):
+        ops.index_topk(q, k, w, None, 1, 0, backend="triton")
+
+
+@pytest.mark.parametrize("wide", [0, 30])
+def test_rescue_in_pools(wide):
+    """Flagged rows are redone inside their pools, the others left alone."""
+    q, k, w, scale = inputs(1, 5, 200, 4, 16, torch.float16)
+    candidates = ops.index_topk(*inputs(1, 5, 200, 4, 16, torch.float16), 90, 195, backend="torch")
+    candidates[0, 2, 40:] = -1
+    flag = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32, device=DEVICE)
+    out, pool = (
+        torch.full((5, n), -7, dtype=torch.int32, device=DEVICE) if n else None for n in (8, wide)
+    )
+    launch_index._rescue(launch_scores.Inputs(q, k, w, scale, 180), flag, candidates[0], out, pool)
+    want = ops.index_topk(q, k, w, scale, 8, 180, candidates, pool=wide, backend="torch")
+    for a, b in zip((out, pool), want, strict=True) if wide else [(out, want)]:
+        assert torch.equal(a[flag > 0], b[0, flag > 0])
+        assert (a[flag == 0] == -7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 200000), (63, 8193), (257, 8193), (2049, 8193), (300, 131072)]
+)
+def test_large(dtype, queries, keys):
+    q, k, w, scale = inputs(1, queries, keys, 32, 128, dtype)
+    check(q, k, w, scale, 2048, keys - queries, pool=16384)
+    assert torch.equal(
+        *[ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton") for _ in range(2)]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("queries", [63, 2049, 8192])
+def test_indexers_of_256_dims(queries):
+    """Nine heads of 256, k = 256: what the recipe for SmolLM2 selects with, pools of 1,024 and 2,048 among it."""
+    q, k, w, _ = inputs(1, queries, queries, 9, 256, torch.bfloat16)
+    for pool in (0, 1024, 2048):
+        check(q, k, w, None, 256, 0, pool=pool)
+    found = ops.index_topk(
+        *inputs(1, queries, queries, 9, 256, torch.bfloat16)[:3],
+        None,
+        256,
+        0,
+        pool=2048,
+        backend="torch",
+    )[1]
+    check(q, k, w, None, 256, 0, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the Gluon kernels need a GPU")
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("queries", [33, 257])
+def test_heads_and_pools(heads, queries, grouped, monkeypatch):
+    """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
+    monkeypatch.setattr(SETTINGS, "grouped_pools", grouped)
+    dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
+    q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
+    if launch_scores._gluon(q, k) and heads in (16, 32, 64):
+        assert ops.pool_group(q, k) == (128 // heads if grouped else 1)
+    check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
+    pool = ops.index_topk(
+        *inputs(2, queries, 9300, heads, 128, dtype), 700, offset, backend="torch"
+    )
+    pool[:, 5, 300:] = pool[0, 7] = -1
+    k[1, 9280:] = torch.nan
+    check(q, k, w, scale, 200, offset, pool, pool=450)
+    check(q, k, w, scale, 200, torch.tensor([8000, 100], device=DEVICE), pool)
+    plan = ops.group_queries(pool, ops.pool_group(q, k)) if ops.pool_group(q, k) > 1 else None
+    given = ops.index_topk(q, k, w, scale, 200, offset, pool, plan=plan, backend="triton")
+    assert torch.equal(given, ops.index_topk(q, k, w, scale, 200, offset, pool, backend="triton"))
+    for stride in (4, 32):  # thresholds from a sample; from one so small that everything overflows
+        monkeypatch.setattr(SETTINGS, "listed", 512)
+        monkeypatch.setattr(SETTINGS, "stride", stride)
+        check(q, k, w, scale, 200, offset, pool)
+
+
+def hard_rows(keys, topk):
+    """Rows that `select_grid` finds easy, full of ties, or hard: its sample lies, or the k-th key has too many near it."""
+    x = torch.randn(keys, device=DEVICE)
+    sample = torch.zeros_like(x, dtype=torch.bool)
+    samples = min(
+        1 << max(5 * keys // topk - 1, 31).bit_length(), 512
+    )  # as launch_grid and the kernel place them
+    stride, i = -(-keys // samples), torch.arange(samples, device=DEVICE)
+    at = i * stride + (((i * 40503) & 0xFFFF) * stride >> 16)
+    sample[at[at < keys]] = True
+    mixed = x.clone()
+    mixed[::3], mixed[1::7], mixed[2::5], mixed[3::11] = (
+        mixed[::3].round(),
+        torch.nan,
+        torch.inf,
+        -0.0,
+    )
+    few = torch.where(torch.arange(keys, device=DEVICE) < keys // 99, x, -torch.inf)
+    rows = {
+        "normal": x,
+        "heavy": x / torch.randn_like(x),
+        "grid": (30 * x).round(),
+        "mixed": mixed,
+        "few": few,
+        "far": 1e3 + 1e-3 * x,
+    }
+    rows |= {
+        "zeros": 0 * x,
+        "nan": x * torch.nan,
+        "inf": x * torch.inf,
+        "up": x.sort().values,
+        "down": x.sort(descending=True).values,
+    }
+    rows |= {
+        "sample low": torch.where(sample, -50 - x.abs(), x),
+        "sample high": torch.where(sample, 50 + x, x),
+    }
+    return rows | {"sample high, rest equal": torch.where(sample, 50 + x, 3.0)}
+
+
+@pytest.mark.parametrize("topk", [5, 300, 2048])
+@pytest.mark.parametrize("keys", [1, 63, 257, 3000, 20000])
+@pytest.mark.parametrize("deviations", [5.0, -1.0])
+def test_select_grid(keys, topk, deviations, monkeypatch):
+    """Rows of floats. The interpreter runs one program after another, so there a row has one."""
+    monkeypatch.setattr(SETTINGS, "deviations", deviations)
+    work, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, **options: work.append(zeros(*shape, **options)) or work[-1]
+    )
+    rounds = {}
+    for name, row in hard_rows(keys, topk).items():
+        got = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
+        launch_select.launch_grid(
+            launch_select.Rows(row[None], None, 1, None),
+            got,
+            2048 if GPU else launch_select.power(keys, 16),
+        )
+        want = reference.select(row[None], torch.ones_like(row[None], dtype=torch.bool), topk)
+        assert torch.equal(got, want), name
+        bins = work[-1][0, select_grid.COUNTS.value :].view(select_grid.ROUNDS.value, -1)
+        rounds[name] = int(bins.any(-1).sum())
+        ids = torch.arange(keys, dtype=torch.int32, device=DEVICE)[None] * 3 + 1
+        launch_select.launch_grid(
+            launch_select.Rows(row[None], None, 1, ids),
+            got,
+            2048 if GPU else launch_select.power(keys, 16),
+        )
+        assert torch.equal(got, torch.where(want < 0, -1, 3 * want + 1)), name
+    if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
+        assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
+        assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
+@pytest.mark.parametrize("keys", [8193, 200_000])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_select_grid_of_many(rows, keys, monkeypatch):
+    """A row or a few by many programs: hard rows, and decoding steps of unequal lengths."""
+    monkeypatch.setattr(SETTINGS, "grid", True)
+    assert launch_select.grid_segment(rows, keys, torch.device(DEVICE))
+    lengths = torch.tensor(
+        [keys, keys // 2, 0, 9, keys // 40, keys - 1, 4096, keys], device=DEVICE
+    )[:rows]
+    for topk in (5, 2048):
+        check(*inputs(rows, 1, keys, 32, 128, torch.float8_e4m3fn), topk, lengths - 1)
+        hard = torch.stack([*hard_rows(keys, topk).values()])
+        if rows < 8:  # pools of one query, of unequal lengths
+            pool = (
+                torch.rand(rows, 1, 3 * keys, device=DEVICE)
+                .topk(keys, -1)
+                .indices.sort(-1)
+                .values.int()
+            )
+            pool = torch.where(
+                torch.arange(keys, device=DEVICE) < lengths.clamp(min=0)[:, None, None], pool, -1
+            )
+            check(
+                *inputs(rows, 1, 3 * keys, 32, 128, torch.float8_e4m3fn), topk, 3 * keys - 1, pool
+            )
+        for x in hard.split(rows):
+            for _ in range(3):  # a leftover of one call in its workspace would show in the next
+                got, _ = launch_select.topk_rows(x, topk)
+                assert torch.equal(
+                    got, reference.select(x, torch.ones_like(x, dtype=torch.bool), topk)
+                )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+def test_addresses_past_2_31():
+    keys = 2**24 + 4096  # times 128 is past 2^31 elements
+    q, k, w, _ = inputs(1, 1, 1, 32, 128, torch.float8_e4m3fn)
+    k = torch.zeros(1, keys, 128, device=DEVICE, dtype=torch.float8_e4m3fn)
+    hot = torch.tensor([5, 2**24 + 1, 2**24 + 4000], device=DEVICE)
+    k[0, hot] = torch.ones(3, 128, device=DEVICE).to(k.dtype)
+    got = ops.index_topk(
+        torch.ones_like(q, dtype=torch.float32).to(q.dtype),
+        k,
+        w.abs() + 1,
+        None,
+        3,
+        keys - 1,
+        backend="triton",
+    )
+    assert got[0, 0].tolist() == hot.tolist()

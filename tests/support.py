@@ -1,0 +1,104 @@
+"""Small random models of both families, and what tests of several folders share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from indexcache.data import Document
+
+PATTERNS = ["FSSFSS", "FFSSSS", "FSFRSS@2", "FRRFRR@2", "FSRSSF@3"]
+
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 16,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 512,
+}
+
+
+def refused(call: Any, *parts: str) -> None:
+    """`call` is refused with one line that has all the parts."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call()
+    one_line(caught.value, *parts)
+
+
+def one_line(error: ValueError, *parts: str) -> None:
+    message = str(error)
+    assert type(error) is ValueError
+    assert message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def make_model(family: str, seed: int = 0, **changes):
+    """A random stock model (fp32, eval) whose layers differ enough for selections to matter."""
+    import transformers as t
+
+    config, model = {
+        "glm_moe_dsa": (t.GlmMoeDsaConfig, t.GlmMoeDsaForCausalLM),
+        "deepseek_v32": (t.DeepseekV32Config, t.DeepseekV32ForCausalLM),
+    }[family]
+    torch.manual_seed(seed)
+    made = model(config(**(SHAPE | changes))).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.2)
+    return made
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def documents(count=6, length=200, vocabulary=SHAPE["vocab_size"], seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Document(rng.integers(0, vocabulary, length), f"d{i % 2}", f"doc{i}", f"{i:064x}")
+        for i in range(count)
+    ]
+
+
+def stock_loss(model, pattern: str, batches) -> float:
+    """Loss of a stock model that was built with `indexer_types`: no code of the package runs."""
+    types = [{"F": "full", "S": "shared"}[c] for c in pattern]
+    other = make_model("glm_moe_dsa", indexer_types=types)
+    other.load_state_dict(model.state_dict(), strict=False)
+    total = count = 0
+    for batch in batches:
+        for row in batch.ids:
+            with torch.no_grad():
+                out = torch.nn.functional.cross_entropy(
+                    other(row[None]).logits[0, :-1].double(), row[1:], reduction="sum"
+                )
+            total, count = total + float(out), count + len(row) - 1
+    return total / count
