@@ -18,7 +18,7 @@ test-oldest: $(READY)
 	$(PYTHON) -m venv $(VENV)/oldest
 	$(VENV)/oldest/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/oldest/bin/python -m pip install --quiet --editable ".[test]" "transformers==5.17.0"
-	$(VENV)/oldest/bin/python -m pytest tests/models tests/export tests/evals/test_evidence.py
+	$(VENV)/oldest/bin/python -m pytest tests/models tests/exporting tests/evals/test_evidence.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

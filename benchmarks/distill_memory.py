@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache import Pattern, load_model  # noqa: E402
-from indexcache.distill.forward import Lesson, run_decoder, teaching  # noqa: E402
-from indexcache.distill.indexers import make_students  # noqa: E402
-from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
-from indexcache.distill.rows import Row  # noqa: E402
+from indexcache.distilling.forward import Lesson, run_decoder, teaching  # noqa: E402
+from indexcache.distilling.indexers import make_students  # noqa: E402
+from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distilling.rows import Row  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # as tiny

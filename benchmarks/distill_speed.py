@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache.bench.floors import DEVICES  # noqa: E402
-from indexcache.distill import DistillSettings, distill_pattern  # noqa: E402
-from indexcache.distill import loss as loss_module  # noqa: E402
-from indexcache.distill.flops import flops_per_token  # noqa: E402
-from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
-from indexcache.distill.rows import Row  # noqa: E402
+from indexcache.distilling import DistillSettings, distill_pattern  # noqa: E402
+from indexcache.distilling import loss as loss_module  # noqa: E402
+from indexcache.distilling.flops import flops_per_token  # noqa: E402
+from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distilling.rows import Row  # noqa: E402
 from indexcache.models.shapes import Shape, random_model  # noqa: E402
 from indexcache.spec import choose  # noqa: E402
 

@@ -205,8 +205,8 @@ def attention(hopper: bool) -> None:
 
 
 def distill() -> None:
-    from indexcache.distill import loss
-    from indexcache.distill.loss import Teacher, distill_loss
+    from indexcache.distilling import loss
+    from indexcache.distilling.loss import Teacher, distill_loss
     from indexcache.ops.index_kl_host import SETTINGS
 
     def some(*shape: int) -> Tensor:

@@ -13,11 +13,11 @@ from indexcache.pattern import Pattern
 if TYPE_CHECKING:
     from indexcache.evals.evaluate import evaluate_pattern
     from indexcache.evals.overlap import measure_overlap
-    from indexcache.export import export_pattern
+    from indexcache.exporting import export_pattern
     from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
-    from indexcache.search.run import SearchSettings, search_pattern
+    from indexcache.searching.run import SearchSettings, search_pattern
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,13 +32,13 @@ __all__ = [
     "use_pattern",
 ]
 _HOME = {
-    "SearchSettings": "indexcache.search.run",
+    "SearchSettings": "indexcache.searching.run",
     "accelerate": "indexcache.models.fast.accelerate",
     "evaluate_pattern": "indexcache.evals.evaluate",
-    "export_pattern": "indexcache.export",
+    "export_pattern": "indexcache.exporting",
     "load_model": "indexcache.models.loading",
     "measure_overlap": "indexcache.evals.overlap",
-    "search_pattern": "indexcache.search.run",
+    "search_pattern": "indexcache.searching.run",
     "use_pattern": "indexcache.models.seam",
 }
 

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from tests.exporting import broken, deepseek, glm_folder, sharded  # noqa: F401 - fixtures
+from tests.exporting.support import broken, deepseek, glm_folder, sharded  # noqa: F401 - fixtures
 from tests.support import SHAPE, make_model
 
 

@@ -1,7 +1,7 @@
 """Train the indexers of a pattern to serve all their layers (multi-layer distillation), alone or with the whole model.
 
 The run folder holds settings.json, journal.jsonl (one line a step), state-STEP, best-STEP, result.json, and the result: with
-the backbone frozen (always so in the warm-up) delta.safetensors, megabytes that `indexcache.distill.apply_delta` puts into the model;
+the backbone frozen (always so in the warm-up) delta.safetensors, megabytes that `indexcache.distilling.apply_delta` puts into the model;
 otherwise checkpoint/transformers, which stock transformers loads. A killed run goes on with the same command. On several
 GPUs: torchrun --nproc-per-node 8 -m indexcache distill .. --device cuda
 """
@@ -100,9 +100,9 @@ def run(s: Settings) -> int:
     from pathlib import Path
 
     from indexcache.data import check_context, make_batches
-    from indexcache.distill import DistillSettings, apply_delta, distill_pattern, pack_rows
-    from indexcache.distill.layer_weights import layer_weights
-    from indexcache.distill.parallel import own_device
+    from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
+    from indexcache.distilling.layer_weights import layer_weights
+    from indexcache.distilling.parallel import own_device
     from indexcache.inputs import load_model
     from indexcache.models.family import indexers
     from indexcache.models.loading import check_device, fingerprint, resolve
@@ -239,7 +239,7 @@ def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Docume
 
 
 def _served(result: dict[str, Any], weights: tuple[float, ...] | None) -> list[list[str]]:
-    from indexcache.distill.forward import served_layers
+    from indexcache.distilling.forward import served_layers
     from indexcache.pattern import Pattern
 
     rows = []
@@ -261,8 +261,8 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
 
     import torch
 
-    from indexcache.distill.delta import save_whole
-    from indexcache.export import export_pattern
+    from indexcache.distilling.delta import save_whole
+    from indexcache.exporting import export_pattern
     from indexcache.models.family import family_of
 
     target, part = Path(s.out) / "checkpoint", Path(s.out) / "checkpoint.part"

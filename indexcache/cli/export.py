@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from indexcache.cli.flags import emit, flag, required
-from indexcache.export.checks import ENGINES
+from indexcache.exporting.checks import ENGINES
 from indexcache.spec import SYNTAX
 
 EPILOG = f"SPEC is {SYNTAX}"
@@ -29,7 +29,7 @@ class Settings:
 def run(s: Settings) -> int:
     import sys
 
-    from indexcache.export import export_pattern
+    from indexcache.exporting import export_pattern
     from indexcache.models.loading import describe
     from indexcache.spec import choose
 

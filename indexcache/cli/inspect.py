@@ -18,7 +18,7 @@ class Settings:
 def run(s: Settings) -> int:
     from indexcache.models.loading import describe
     from indexcache.pattern import Pattern, full_count
-    from indexcache.search.greedy import evaluations
+    from indexcache.searching.greedy import evaluations
 
     facts = describe(s.model)
     native = Pattern(facts["native_pattern"])

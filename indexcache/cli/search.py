@@ -30,7 +30,7 @@ class Settings(ModelSettings):
 def run(s: Settings) -> int:
     from indexcache.models.loading import fingerprint
     from indexcache.report.tables import table
-    from indexcache.search.run import SearchSettings, search_pattern
+    from indexcache.searching.run import SearchSettings, search_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
     settings = SearchSettings(

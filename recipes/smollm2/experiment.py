@@ -50,7 +50,7 @@ from tasks import logits_of, score
 
 from indexcache.cli import guarded
 from indexcache.data import Batch, Document, load_documents, make_batches
-from indexcache.distill import (
+from indexcache.distilling import (
     DistillSettings,
     apply_delta,
     distill_pattern,
@@ -58,9 +58,9 @@ from indexcache.distill import (
     oracle_states,
     pack_rows,
 )
-from indexcache.distill.forward import served_layers
-from indexcache.distill.layer_weights import sharing_costs, weights_of_costs
-from indexcache.distill.rows import Row
+from indexcache.distilling.forward import served_layers
+from indexcache.distilling.layer_weights import sharing_costs, weights_of_costs
+from indexcache.distilling.rows import Row
 from indexcache.evals.overlap import measure_overlap
 from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
@@ -70,7 +70,7 @@ from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, claim, open_run, read_journal, write_json
 from indexcache.report.plots import draw_overlap
-from indexcache.search.run import SearchSettings, search_pattern
+from indexcache.searching.run import SearchSettings, search_pattern
 from indexcache.spec import choose
 
 STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")

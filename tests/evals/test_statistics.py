@@ -11,7 +11,7 @@ import pytest
 
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.pattern import Pattern, full_count, stage_starts
-from indexcache.search.greedy import evaluations, greedy, greedy_stages
+from indexcache.searching.greedy import evaluations, greedy, greedy_stages
 
 # -- the bootstrap ----------------------------------------------------------------------------------------------------
 

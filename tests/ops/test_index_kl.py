@@ -14,8 +14,8 @@ if not GPU:
     )
 pytest.importorskip("triton", reason="triton is not installed")
 
-from indexcache.distill import loss as loss_module  # noqa: E402
-from indexcache.distill.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distilling import loss as loss_module  # noqa: E402
+from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.ops import index_kl_host as fused  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -197,7 +197,7 @@ def test_sums_that_are_known_are_not_computed_again(small, monkeypatch, absorbed
 @pytest.mark.skipif(not GPU, reason="flash attention runs on a GPU")
 @pytest.mark.parametrize("width", [24, 192, 256])
 def test_flash_attention_gives_the_sums(width):
-    from indexcache.distill.forward import _causal
+    from indexcache.distilling.forward import _causal
 
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (

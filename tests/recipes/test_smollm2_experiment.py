@@ -60,7 +60,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     import experiment
     from report import insert, report
 
-    from indexcache.distill.layer_weights import sharing_costs, weights_of_costs
+    from indexcache.distilling.layer_weights import sharing_costs, weights_of_costs
 
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"

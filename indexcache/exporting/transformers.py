@@ -21,7 +21,7 @@ from indexcache.checkpoint import (
     read_index,
     text_section,
 )
-from indexcache.export.overrides import SHARING_KEYS
+from indexcache.exporting.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 
 BLOCK = 1 << 24

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import text_section
-from indexcache.export.overrides import override_keys, write_flag
+from indexcache.exporting.overrides import override_keys, write_flag
 from indexcache.pattern import Pattern
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import indexcache.export as export_package
+import indexcache.exporting as export_package
 from indexcache.checkpoint import INDEX_NAME
-from indexcache.export import export_pattern
-from indexcache.export import transformers as export_transformers
+from indexcache.exporting import export_pattern
+from indexcache.exporting import transformers as export_transformers
 from indexcache.pattern import Pattern
-from tests.exporting import PATTERN, edit_config, packed, refused
+from tests.exporting.support import PATTERN, edit_config, packed, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

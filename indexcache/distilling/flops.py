@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from indexcache.distill.forward import served_layers
-from indexcache.distill.settings import DistillSettings
+from indexcache.distilling.forward import served_layers
+from indexcache.distilling.settings import DistillSettings
 from indexcache.models.shapes import Shape
 from indexcache.pattern import Pattern
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from indexcache.data import Batch
-from indexcache.distill.delta import save_delta
-from indexcache.distill.flops import flops_per_token, peak
-from indexcache.distill.forward import Lesson, served_layers, teaching
-from indexcache.distill.indexers import make_students, write_back
-from indexcache.distill.parallel import (
+from indexcache.distilling.delta import save_delta
+from indexcache.distilling.flops import flops_per_token, peak
+from indexcache.distilling.forward import Lesson, served_layers, teaching
+from indexcache.distilling.indexers import make_students, write_back
+from indexcache.distilling.parallel import (
     Causal,
     World,
     open_world,
@@ -33,9 +33,9 @@ from indexcache.distill.parallel import (
     shard_students,
     world_size,
 )
-from indexcache.distill.rows import Row, check_beyond, digest_of_rows, rows_of_step
-from indexcache.distill.settings import DistillSettings, check_model, check_trainable
-from indexcache.distill.state import found_states, load_state, save_state
+from indexcache.distilling.rows import Row, check_beyond, digest_of_rows, rows_of_step
+from indexcache.distilling.settings import DistillSettings, check_model, check_trainable
+from indexcache.distilling.state import found_states, load_state, save_state
 from indexcache.models.family import indexers
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.models.shapes import Shape
@@ -63,8 +63,8 @@ def distill_pattern(
     Args:
         model: a loaded transformers model of a known family. Frozen, it has the trained (best) indexers afterwards and no other
             tensor is touched; in full mode it has been sharded: go on with the written weights.
-        rows: training text, `indexcache.distill.rows.pack_rows`; all of one length.
-        out: run folder. Frozen, it gets `delta.safetensors` (`indexcache.distill.apply_delta`).
+        rows: training text, `indexcache.distilling.rows.pack_rows`; all of one length.
+        out: run folder. Frozen, it gets `delta.safetensors` (`indexcache.distilling.apply_delta`).
         held_out: batches for the evaluation at intervals: mean next-token loss, nats, under the pattern with sparse attention. The
             indexers that did best there are what is given out; without them the last ones.
         base: {"base", "base_digest"}: which checkpoint a delta belongs to; part of what a resumed run must share.

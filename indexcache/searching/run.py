@@ -17,8 +17,8 @@ from indexcache.models.selector import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress
 from indexcache.records import open_run
-from indexcache.search.greedy import evaluations, greedy_stages
-from indexcache.search.objective import Objective
+from indexcache.searching.greedy import evaluations, greedy_stages
+from indexcache.searching.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

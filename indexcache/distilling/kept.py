@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from indexcache.distill.forward import Lesson, run_decoder, teaching
-from indexcache.distill.indexers import make_students
-from indexcache.distill.loss import Teacher, attention_kept
-from indexcache.distill.rows import Row
-from indexcache.distill.settings import check_model
+from indexcache.distilling.forward import Lesson, run_decoder, teaching
+from indexcache.distilling.indexers import make_students
+from indexcache.distilling.loss import Teacher, attention_kept
+from indexcache.distilling.rows import Row
+from indexcache.distilling.settings import check_model
 from indexcache.pattern import Pattern
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from indexcache import Pattern, use_pattern
 from indexcache.cli import main
-from indexcache.distill import DistillSettings, apply_delta, distill_pattern, pack_rows
-from indexcache.distill.delta import FORMAT, save_delta, save_whole
+from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
+from indexcache.distilling.delta import FORMAT, save_delta, save_whole
 from indexcache.models.family import indexers
-from tests.distill import worker
-from tests.distill.worker import steps
+from tests.distilling import worker
+from tests.distilling.worker import steps
 from tests.support import make_model, one_line, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

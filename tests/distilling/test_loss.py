@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from indexcache import Pattern
-from indexcache.distill.forward import Lesson, run_decoder, teaching
-from indexcache.distill.indexers import make_students
-from indexcache.distill.loss import Teacher, attention_kept, distill_loss
-from indexcache.distill.rows import Row
+from indexcache.distilling.forward import Lesson, run_decoder, teaching
+from indexcache.distilling.indexers import make_students
+from indexcache.distilling.loss import Teacher, attention_kept, distill_loss
+from indexcache.distilling.rows import Row
 from indexcache.records import read_json
 from tests.support import refused
 

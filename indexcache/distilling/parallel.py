@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from indexcache.distill.forward import run_decoder
-from indexcache.distill.rows import Row
+from indexcache.distilling.forward import run_decoder
+from indexcache.distilling.rows import Row
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.lm import LOGIT_BYTES
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from indexcache.checkpoint import read_config
-from indexcache.export import export_pattern
+from indexcache.exporting import export_pattern
 from indexcache.pattern import Pattern
-from tests.exporting import LAYERS, PATTERN, UNIFORM, edit_config, load, logits
+from tests.exporting.support import LAYERS, PATTERN, UNIFORM, edit_config, load, logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

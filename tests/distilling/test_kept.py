@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from indexcache import Pattern, use_pattern
-from indexcache.distill import Row, loss, measure_kept, oracle_states
-from indexcache.distill.forward import served_layers
-from indexcache.distill.layer_weights import layer_weights, sharing_costs
+from indexcache.distilling import Row, loss, measure_kept, oracle_states
+from indexcache.distilling.forward import served_layers
+from indexcache.distilling.layer_weights import layer_weights, sharing_costs
 from indexcache.models.family import decoder_layers
 from indexcache.models.lm import hidden_states, token_losses
-from indexcache.search.run import SearchSettings, search_pattern
-from tests.distill import worker
-from tests.distill.worker import dense, row_of
+from indexcache.searching.run import SearchSettings, search_pattern
+from tests.distilling import worker
+from tests.distilling.worker import dense, row_of
 from tests.support import make_model, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from indexcache import Pattern, use_pattern
 from indexcache.cli import main
 from indexcache.data import Document
-from indexcache.distill import DistillSettings, Row, apply_delta, distill_pattern, pack_rows
-from indexcache.distill import parallel as engine
-from indexcache.distill.forward import Lesson, run_decoder, served_layers, teaching
-from indexcache.distill.indexers import make_students
-from indexcache.distill.rows import check_beyond, rows_of_step
-from indexcache.distill.trainer import Trainer
+from indexcache.distilling import DistillSettings, Row, apply_delta, distill_pattern, pack_rows
+from indexcache.distilling import parallel as engine
+from indexcache.distilling.forward import Lesson, run_decoder, served_layers, teaching
+from indexcache.distilling.indexers import make_students
+from indexcache.distilling.rows import check_beyond, rows_of_step
+from indexcache.distilling.trainer import Trainer
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.lm import hidden_states, token_losses
-from tests.distill import worker
-from tests.distill.worker import dense, row_of, steps
+from tests.distilling import worker
+from tests.distilling.worker import dense, row_of, steps
 from tests.support import make_model, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

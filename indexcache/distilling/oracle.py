@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indexcache.distill.forward import Lesson, run_decoder, teaching
-from indexcache.distill.loss import Teacher, mean_attention
-from indexcache.distill.rows import Row
-from indexcache.distill.settings import check_model
+from indexcache.distilling.forward import Lesson, run_decoder, teaching
+from indexcache.distilling.loss import Teacher, mean_attention
+from indexcache.distilling.rows import Row
+from indexcache.distilling.settings import check_model
 from indexcache.pattern import Pattern
 
 

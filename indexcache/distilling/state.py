@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from indexcache.distill.parallel import World
+from indexcache.distilling.parallel import World
 from indexcache.records import writing
 
 Trained = Mapping[

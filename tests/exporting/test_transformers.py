@@ -22,10 +22,10 @@ from indexcache.checkpoint import (
     read_headers,
     tensor_names,
 )
-from indexcache.export import check_export, export_pattern
-from indexcache.export import transformers as export_transformers
+from indexcache.exporting import check_export, export_pattern
+from indexcache.exporting import transformers as export_transformers
 from indexcache.pattern import Pattern
-from tests.exporting import LAYERS, PATTERN, edit_config, load, logits, packed, refused
+from tests.exporting.support import LAYERS, PATTERN, edit_config, load, logits, packed, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

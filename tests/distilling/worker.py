@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from indexcache.data import Batch, Document
-from indexcache.distill import DistillSettings, Row, distill_pattern, pack_rows
+from indexcache.distilling import DistillSettings, Row, distill_pattern, pack_rows
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.records import Run
 from tests.support import make_model

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import read_config
-from indexcache.export import sglang, transformers, vllm
-from indexcache.export.checks import ENGINES, as_pattern, check_engines, check_export
+from indexcache.exporting import sglang, transformers, vllm
+from indexcache.exporting.checks import ENGINES, as_pattern, check_engines, check_export
 from indexcache.pattern import Pattern
 
 __all__ = ["ENGINES", "check_export", "export_pattern"]

@@ -21,8 +21,8 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from indexcache import ops
-from indexcache.distill.loss import Teacher, distill_loss
-from indexcache.distill.rows import Row
+from indexcache.distilling.loss import Teacher, distill_loss
+from indexcache.distilling.rows import Row
 from indexcache.models.family import decoder_layers, family_of
 from indexcache.pattern import Pattern
 
@@ -34,7 +34,7 @@ class Lesson:
     """One forward pass over one row, and the gradients that the indexers take from it.
 
     Args:
-        students: by layer number, `indexcache.distill.indexers.make_students`.
+        students: by layer number, `indexcache.distilling.indexers.make_students`.
         sparse: attention over the selection (sparse stage) instead of over everything (warm-up).
         kind: "multi" or "avg" (each F or R layer learns all layers it serves), or "own" (its own attention alone).
         weights: how much each layer of the model counts in its group; None: all the same.

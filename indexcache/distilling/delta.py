@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from indexcache.distill.indexers import indexer_names
+from indexcache.distilling.indexers import indexer_names
 from indexcache.models.family import indexers
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
