@@ -31,7 +31,7 @@ from indexcache.distilling.flops import flops_per_token  # noqa: E402
 from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
 from indexcache.models.shapes import Shape, random_model  # noqa: E402
-from indexcache.spec import choose  # noqa: E402
+from indexcache.spec import parse_pattern  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "model_type": "glm_moe_dsa",
@@ -92,7 +92,7 @@ def check(length: int = 2048) -> float:
 
 def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
     model = random_model(SHAPE, device="cuda")
-    chosen = choose(pattern, SHAPE["num_hidden_layers"]).pattern
+    chosen = parse_pattern(pattern, SHAPE["num_hidden_layers"]).pattern
     rng = np.random.default_rng(0)
     rows = [Row.whole(rng.integers(0, SHAPE["vocab_size"], length)) for _ in range(steps)]
     settings = DistillSettings(

@@ -1,9 +1,10 @@
-"""Naming patterns: literal ones, uniform ones, files, and points of a search's frontier."""
+"""Parse the names of patterns: the one language that every verb takes; see `SYNTAX`."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,67 +13,81 @@ from indexcache.pattern import Pattern, full_count
 from indexcache.records import read_json
 
 SYNTAX = """one of
-  FSSF..            a pattern, one character per layer (R layers: FRRF..@8, pool factor behind the @)
-  full              every layer full
-  uniform:1/4       one full layer in four, the first of each four (or uniform:4); uniform:1/4:2 with the offset 2,
-                    which engines take where a config gives none: FFSSSFSSS..
-  FILE              a file with a pattern, or a config.json
-  RUN               the last pattern of a search's folder; RUN:1/4 or RUN:3 the point that keeps 1/4 or 3 full layers
-each may be followed by +R8: the same full layers, R (pool 8 k) in the others; NAME=.. in front gives it a name."""
+  FSSF..            a pattern with one character per layer; FRRF..@8 gives R layers a pool of 8 k
+  full, or all      every layer is full
+  1/4               the first layer of each four is full; also written uniform:1/4 or uniform:4
+  uniform:1/4:2     the same with the offset 2, which engines take where a config gives none: FFSSSFSSS..
+  FILE              a file that holds a pattern, or a config.json
+  RUN               the last pattern of a search's folder
+  RUN:1/4, RUN:3    the pattern of that search that keeps 1/4 of the layers full, or 3 of them
+Each may be followed by +R8: its full layers stay, and all others become R layers with a pool of 8 k
+(+R means +R8). NAME= in front of it gives it a name."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A named pattern, and the digests of the calibration documents it was searched on (empty: not searched)."""
+class NamedPattern:
+    """A pattern, its name, and the digests of the calibration documents that a search saw.
+
+    `seen` is empty for a pattern that no search found.
+    """
 
     name: str
     pattern: Pattern
     seen: frozenset[str] = frozenset()
 
 
-def choose(spec: str, layers: int) -> Chosen:
-    """The pattern that a specification names; see SYNTAX.
+def parse_pattern(spec: str, layers: int) -> NamedPattern:
+    """Parse one specification; see `SYNTAX`. No model is needed, only its number of layers.
 
     Raises:
-        ValueError: it names none, or one of another length.
+        ValueError: the specification names no pattern, or one for another number of layers.
     """
-    name, named, rest = spec.partition("=")
-    body = rest if named else spec
-    match = re.fullmatch(r"(.*)\+R(\d*)", body)
-    base, seen = _base(match[1] if match else body, layers)
-    if match:
-        base = base.with_rest("R", int(match[2]) if match[2] else None)
-    return Chosen(name if named else spec, base.check(layers=layers), seen)
+    name, equals, named = spec.partition("=")
+    body = named if equals else spec
+    reindexed = re.fullmatch(r"(.*)\+R(\d*)", body)
+    pattern, seen = _parse(reindexed[1] if reindexed else body, layers)
+    if reindexed:
+        pattern = pattern.with_rest("R", int(reindexed[2]) if reindexed[2] else None)
+    return NamedPattern(name if equals else spec, pattern.check(layers=layers), seen)
 
 
-def _base(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
+def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...]:
+    """Parse several specifications, whose names must differ.
+
+    Raises:
+        ValueError: see `parse_pattern`; or two of them have the same name.
+    """
+    patterns = tuple(parse_pattern(spec, layers) for spec in specs)
+    names = [p.name for p in patterns]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"Two patterns have the same name, {name!r}; give each its own with NAME=..."
+            )
+    return patterns
+
+
+def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Parse a specification without its name and its +R; return the pattern and what a search saw."""
     if not spec.strip():
         raise ValueError(
-            "The pattern is empty: name one, e.g. FSSF, uniform:1/4, a file or the folder of a search."
+            "The pattern is empty: name one, e.g. FSSF, 1/4, a file or the folder of a search."
         )
-    if spec == "full":
+    if spec in ("full", "all"):
         return Pattern.full(layers), frozenset()
+    if re.fullmatch(r"1/\d+", spec):
+        spec = f"uniform:{spec}"
     kind, *values = spec.split(":")
     if kind == "uniform" and 1 <= len(values) <= 2:
-        freq = 1 / _fraction(values[0], spec) if "/" in values[0] else _fraction(values[0], spec)
-        offset = _fraction(values[1], spec) if len(values) > 1 else Fraction(1)
-        if freq.denominator != 1 or offset.denominator != 1:
-            raise ValueError(
-                f"{spec}: a uniform pattern has one full layer in a whole number of layers."
-            )
-        return Pattern.uniform(layers, int(freq), int(offset)), frozenset()
+        return _uniform(spec, values, layers), frozenset()
     head, colon, tail = spec.rpartition(":")
     if os.path.isdir(spec):
-        return _point(Path(spec), None, layers)
+        return _frontier_point(Path(spec), None, layers)
     if colon and os.path.isdir(head):
-        value = _fraction(tail, spec)
-        return _point(
-            Path(head),
-            full_count(layers, float(value))
-            if "/" in tail or value.denominator != 1
-            else int(value),
-            layers,
-        )
+        kept = _positive(tail, spec)
+        fraction = "/" in tail or kept.denominator != 1
+        full = full_count(layers, float(kept)) if fraction else int(kept)
+        return _frontier_point(Path(head), full, layers)
     if os.path.isfile(spec):
         return Pattern.from_file(spec), _digests(Path(spec))
     if "/" in spec or "." in spec or colon:
@@ -80,7 +95,21 @@ def _base(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
     return Pattern(spec), frozenset()
 
 
-def _fraction(text: str, spec: str) -> Fraction:
+def _uniform(spec: str, values: list[str], layers: int) -> Pattern:
+    """Build the pattern of uniform:FREQUENCY or uniform:FREQUENCY:OFFSET."""
+    frequency = _positive(values[0], spec)
+    if "/" in values[0]:
+        frequency = 1 / frequency
+    offset = _positive(values[1], spec) if len(values) > 1 else Fraction(1)
+    if frequency.denominator != 1 or offset.denominator != 1:
+        raise ValueError(
+            f"{spec}: a uniform pattern has one full layer in a whole number of layers."
+        )
+    return Pattern.uniform(layers, int(frequency), int(offset))
+
+
+def _positive(text: str, spec: str) -> Fraction:
+    """Read a number or a fraction above 0; `spec` is named in the error."""
     try:
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -93,16 +122,17 @@ def _fraction(text: str, spec: str) -> Fraction:
 
 
 def _digests(file: Path) -> frozenset[str]:
-    """The calibration documents that a search noted in its pattern.json; none in any other file."""
+    """Read which documents a search saw from its pattern.json; any other file names none."""
     try:
-        found = read_json(file)
+        value = read_json(file)
     except ValueError:
         return frozenset()
-    digests = found.get("calibration_digests", ()) if isinstance(found, dict) else ()
+    digests = value.get("calibration_digests", ()) if isinstance(value, dict) else ()
     return frozenset(d for d in digests if isinstance(d, str))
 
 
-def _point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
+def _frontier_point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Read the pattern with `full` full layers from a search's folder; None is the last one."""
     if not (folder / "result.json").exists():
         raise ValueError(
             f"{folder}: has no result.json; the search there is not finished (run it again to go on)."
@@ -117,7 +147,7 @@ def _point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozen
     full = min(frontier) if full is None else full
     if full not in frontier:
         raise ValueError(
-            f"{folder}: the search has no pattern with {full} full layers, only {min(frontier)} to {max(frontier)}; "
-            "search further, with a smaller --keep and a new --out."
+            f"{folder}: the search has no pattern with {full} full layers, only {min(frontier)} to "
+            f"{max(frontier)}; search further, with a smaller --keep and a new --out."
         )
     return frontier[full].check(layers=layers), seen

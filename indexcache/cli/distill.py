@@ -107,7 +107,7 @@ def run(s: Settings) -> int:
     from indexcache.models.family import indexers
     from indexcache.models.loading import check_device, fingerprint, resolve
     from indexcache.report.tables import table
-    from indexcache.spec import choose
+    from indexcache.spec import parse_pattern
 
     out, device, first = Path(s.out), own_device(s.device), os.environ.get("RANK", "0") == "0"
     if not s.resume and (out / "settings.json").exists():
@@ -125,7 +125,7 @@ def run(s: Settings) -> int:
         device=device if frozen else "cpu",
         trust_remote_code=s.trust_remote_code,
     )
-    pattern = choose(s.pattern, len(indexers(loaded.model))).pattern
+    pattern = parse_pattern(s.pattern, len(indexers(loaded.model))).pattern
     if s.delta is not None:
         begun = apply_delta(loaded.model, s.delta, base=loaded.path)
         new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]

@@ -36,15 +36,15 @@ def run(s: Settings) -> int:
     from indexcache.models.family import indexers
     from indexcache.records import write_json
     from indexcache.report.tables import domains, evidence, positions
-    from indexcache.spec import choose
+    from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
-    chosen = [choose(spec, len(indexers(loaded.model))) for spec in s.pattern]
+    chosen = [parse_pattern(spec, len(indexers(loaded.model))) for spec in s.pattern]
     for c in chosen:
         check_unseen(batches, c.seen)
     if len({c.name for c in chosen}) < len(chosen):
         raise ValueError("Two patterns have the same name; give each its own with NAME=...")
-    against = choose(s.against, len(indexers(loaded.model))) if s.against else None
+    against = parse_pattern(s.against, len(indexers(loaded.model))) if s.against else None
     if against:
         check_unseen(batches, against.seen)
     patterns = {c.name: c.pattern for c in chosen}

@@ -31,10 +31,10 @@ def run(s: Settings) -> int:
 
     from indexcache.exporting import export_pattern
     from indexcache.models.loading import describe
-    from indexcache.spec import choose
+    from indexcache.spec import parse_pattern
 
     facts = describe(s.model)
-    chosen = choose(s.pattern, facts["num_hidden_layers"])
+    chosen = parse_pattern(s.pattern, facts["num_hidden_layers"])
     result = export_pattern(
         facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune
     )

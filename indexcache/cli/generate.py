@@ -47,7 +47,7 @@ def run(s: Settings) -> int:
     from indexcache.models.fast.generate import end_tokens, pieces, stream_tokens
     from indexcache.models.loading import load_model
     from indexcache.models.seam import use_pattern
-    from indexcache.spec import choose
+    from indexcache.spec import parse_pattern
 
     if not s.temperature >= 0:
         raise ValueError(f"--temperature must be at least 0, not {s.temperature}.")
@@ -58,7 +58,7 @@ def run(s: Settings) -> int:
         s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
     )
     accelerate(loaded.model, index_dtype=s.index_dtype)
-    chosen = choose(s.pattern, len(indexers(loaded.model))).pattern if s.pattern else None
+    chosen = parse_pattern(s.pattern, len(indexers(loaded.model))).pattern if s.pattern else None
     ids, tokens, text = loaded.encode(prompt), list[int](), list[str]()
     began = time.perf_counter()
     first = began

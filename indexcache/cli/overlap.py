@@ -30,10 +30,10 @@ def run(s: Settings) -> int:
     from indexcache.records import write_json
     from indexcache.report.plots import draw_overlap
     from indexcache.report.tables import table
-    from indexcache.spec import choose
+    from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
-    chosen = choose(s.pattern, len(indexers(loaded.model))) if s.pattern else None
+    chosen = parse_pattern(s.pattern, len(indexers(loaded.model))) if s.pattern else None
     measured = measure_overlap(loaded.model, batches)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)

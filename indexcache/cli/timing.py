@@ -133,17 +133,9 @@ def number(word: str) -> int:
 
 def patterns(words: tuple[str, ...], layers: int) -> tuple[tuple[str, Pattern], ...]:
     """(name, pattern) for each word; see PATTERNS."""
-    from indexcache.spec import choose
+    from indexcache.spec import parse_patterns
 
-    found = []
-    for word in split(words):
-        base, plus, rest = word.partition("+")
-        spec = {"all": "full"}.get(
-            base, f"uniform:{base}" if re.fullmatch(r"1/\d+", base) else base
-        )
-        chosen = choose(spec + plus + rest, layers)
-        found.append((word if spec != base else chosen.name, chosen.pattern))
-    return tuple(found)
+    return tuple((p.name, p.pattern) for p in parse_patterns(split(words), layers))
 
 
 def batches(word: str) -> tuple[int | str, ...]:

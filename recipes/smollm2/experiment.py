@@ -71,7 +71,7 @@ from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, claim, open_run, read_journal, write_json
 from indexcache.report.plots import draw_overlap
 from indexcache.searching.run import SearchSettings, search_pattern
-from indexcache.spec import choose
+from indexcache.spec import parse_pattern
 
 STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")
 ASKED = ("vary", "groups")  # done only where they are named
@@ -127,7 +127,7 @@ class Experiment:
         return Pattern.full(self.layers)
 
     def uniform(self, kept: int) -> Pattern:
-        return choose(f"uniform:1/{kept}", self.layers).pattern if kept > 1 else self.full
+        return parse_pattern(f"uniform:1/{kept}", self.layers).pattern if kept > 1 else self.full
 
     def folder(self, seed: int, name: str) -> Path:
         return self.out / f"seed{seed}" / name
@@ -184,7 +184,9 @@ class Experiment:
         if spec is None:
             return self.uniform(kept)
         return (
-            self.searched(seed, kept) if spec == "searched" else choose(spec, self.layers).pattern
+            self.searched(seed, kept)
+            if spec == "searched"
+            else parse_pattern(spec, self.layers).pattern
         )
 
     def distill(
