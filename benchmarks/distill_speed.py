@@ -24,13 +24,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from indexcache.bench.floors import DEVICES  # noqa: E402
 from indexcache.distilling import DistillSettings, distill_pattern  # noqa: E402
 from indexcache.distilling import loss as loss_module  # noqa: E402
 from indexcache.distilling.flops import flops_per_token  # noqa: E402
 from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
-from indexcache.models.shapes import Shape, random_model  # noqa: E402
+from indexcache.models.random import random_model  # noqa: E402
+from indexcache.shapes import Shape, reachable_of  # noqa: E402
 from indexcache.spec import parse_pattern  # noqa: E402
 
 SHAPE: dict[str, Any] = {
@@ -107,14 +107,18 @@ def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
         ]
     rate = statistics.median(e["tokens_s"] for e in lines[2:])
     flop = flops_per_token(Shape.of(SHAPE), chosen, settings, length)
-    device = next(d for name, d in DEVICES.items() if name in torch.cuda.get_device_name().split())
+    rates = reachable_of(torch.cuda.get_device_name())
+    if rates is None:
+        raise SystemExit(
+            "The rates of this GPU are not known, so there is no floor to compare with."
+        )
     return {
         "length": length,
         "pattern": str(chosen),
         "tokens_s": rate,
         "tflops": round(rate * flop / 1e12, 1),
-        "floor_tokens_s": round(device.bf16 / flop, 1),
-        "share_of_floor": round(rate * flop / device.bf16, 4),
+        "floor_tokens_s": round(rates.bf16 / flop, 1),
+        "share_of_floor": round(rate * flop / rates.bf16, 4),
         "mfu": lines[-1]["mfu"],
         "added_gb": round((torch.cuda.max_memory_allocated() - before) / 1e9, 3),
     }

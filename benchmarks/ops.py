@@ -34,15 +34,12 @@ from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
 from indexcache.ops.index import topk_host as launch_select  # noqa: E402
 from indexcache.ops.mla import host as launch_mla  # noqa: E402
 from indexcache.ops.tuning import SETTINGS  # noqa: E402
+from indexcache.shapes import rates_named  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
 GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
-FP8_PEAK, BF16_PEAK, COPY = (
-    1450e12,
-    790e12,
-    3.02e12,
-)  # floors of docs/kernels.md: what tensor cores and memory can give
+RATES = rates_named("H100")  # floors of docs/kernels.md divide by what an H100 reaches
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 11, graph: bool = False) -> float:
@@ -233,7 +230,7 @@ def scores(report: Report) -> None:
         times = side_by_side(calls, 21)
         SETTINGS.hopper = True
         for name in ("gluon", "triton"):
-            floor = flop / FP8_PEAK * 1e3
+            floor = flop / RATES.fp8 * 1e3
             report.row(
                 f"scores fp8 {name}",
                 f"2048 x 131072 H={heads}",
@@ -311,7 +308,7 @@ def selection(report: Report) -> None:
             f"selection{' in one launch' if grid else ''}",
             f"[{queries}, {keys}] fp32 k={TOPK}",
         )
-        floor = 4e3 * queries * keys / COPY
+        floor = 4e3 * queries * keys / RATES.hbm
         report.row(
             name, shape, times["ours"], floor_ms=floor, peer="vLLM top-k", peer_ms=times.get("peer")
         )
@@ -354,7 +351,7 @@ def prefill(report: Report) -> None:
             f"200000 causal H={heads} k={TOPK}",
             ms,
             flop=flop,
-            floor_ms=flop / FP8_PEAK * 1e3,
+            floor_ms=flop / RATES.fp8 * 1e3,
         )
         if heads == HEADS:
             with_pool = milliseconds(lambda: run(16384), 3)
@@ -363,7 +360,7 @@ def prefill(report: Report) -> None:
                 f"200000 causal H={heads} k={TOPK}",
                 with_pool,
                 flop=flop,
-                floor_ms=flop / FP8_PEAK * 1e3,
+                floor_ms=flop / RATES.fp8 * 1e3,
             )
 
 
@@ -426,7 +423,9 @@ def pools(report: Report) -> None:
         )
         if group > 1:
             shape = f"200000 causal k={wide} group {group} U={slots * group / pairs:.2f} {kind}"
-            report.row("group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / COPY)
+            report.row(
+                "group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / RATES.hbm
+            )
     SETTINGS.grouped_pools = GROUPED
 
 
@@ -443,7 +442,7 @@ def decode(report: Report) -> None:
             lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True
         )
         name = f"index_topk decode{', selection in one launch' if grid else ''}"
-        report.row(name, f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / COPY)
+        report.row(name, f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / RATES.hbm)
     SETTINGS.grid = GRID
 
 
@@ -485,7 +484,7 @@ def mla(report: Report) -> None:
         times = side_by_side(calls, 7)
         flop = 2.0 * queries * heads * TOPK * 1088
         shape = f"8192 of 131072 H={heads} U={size:.2f} {kind}"
-        floor = flop / BF16_PEAK * 1e3
+        floor = flop / RATES.bf16 * 1e3
         report.row(
             "sparse_mla prefill",
             shape,
@@ -501,7 +500,7 @@ def mla(report: Report) -> None:
                 "group_queries",
                 f"8192 k={TOPK} group {group} {kind}",
                 ms,
-                floor_ms=8192 * TOPK * 9e3 / COPY,
+                floor_ms=8192 * TOPK * 9e3 / RATES.hbm,
             )
     ids, kind = make_ids(LONG, LONG)
     q = torch.empty(1, LONG, 20, 576, device="cuda", dtype=torch.bfloat16).normal_(std=0.125)
@@ -513,7 +512,7 @@ def mla(report: Report) -> None:
         f"200000 of 200000 H=20 {kind}",
         ms,
         flop=flop,
-        floor_ms=flop / BF16_PEAK * 1e3,
+        floor_ms=flop / RATES.bf16 * 1e3,
     )
     ids, latent = ids[:, :1].contiguous(), latent[:, :keys]
     for heads in (20, 64):
@@ -556,7 +555,7 @@ def mla(report: Report) -> None:
                 f"sparse_mla decode {'fp8' if fp8 else 'bf16'}",
                 f"1 query H={heads}",
                 ms,
-                floor_ms=TOPK * width * 1e3 / COPY,
+                floor_ms=TOPK * width * 1e3 / RATES.hbm,
                 peer="FlashMLA",
                 peer_ms=peer_ms,
             )
@@ -591,7 +590,11 @@ def backward(report: Report) -> None:
         )
         name = "sparse_mla backward" + (" deterministic" if exact else "")
         report.row(
-            name, f"2048 of 131072 H={heads} {kind}", ms, flop=flop, floor_ms=flop / BF16_PEAK * 1e3
+            name,
+            f"2048 of 131072 H={heads} {kind}",
+            ms,
+            flop=flop,
+            floor_ms=flop / RATES.bf16 * 1e3,
         )
 
 
@@ -613,7 +616,7 @@ def quantize(report: Report) -> None:
         "quantize keys",
         "131072 x 128 rope+hadamard",
         ms,
-        floor_ms=131072 * (256 + 128 + 4 + 256) * 1e3 / COPY,
+        floor_ms=131072 * (256 + 128 + 4 + 256) * 1e3 / RATES.hbm,
     )
 
 

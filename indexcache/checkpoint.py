@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,23 @@ _BITS = {
 }
 _BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
 _BITS |= {"U64": 64, "I64": 64, "F64": 64, "C64": 64}
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the folder of a checkpoint: the path itself, or the packaged model's for `tiny`.
+
+    Raises:
+        ValueError: there is no such folder. Nothing is ever downloaded.
+    """
+    if str(model) == "tiny":
+        return Path(str(resources.files("indexcache") / "assets" / "tiny"))
+    path = Path(model)
+    if not path.is_dir():
+        raise ValueError(
+            f"{model}: no such checkpoint folder; MODEL is the path of a folder or 'tiny' "
+            "(nothing is downloaded)."
+        )
+    return path
 
 
 class Stored(NamedTuple):

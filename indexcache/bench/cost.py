@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from indexcache.bench.floors import INDEX_PARTS, PARTS, Device, decode_floor, prefill_floor
-from indexcache.models.shapes import Shape
+from indexcache.bench.floors import INDEX_PARTS, PARTS, decode_floor, prefill_floor
 from indexcache.pattern import Pattern
+from indexcache.shapes import Rates, Shape
 
 Row = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def point(
     shape: Shape,
     context: int,
     pattern: Pattern,
-    device: Device,
+    rates: Rates,
     *,
     chunk: int,
     batch: int = 1,
@@ -70,10 +70,10 @@ def point(
         "chunk": chunk,
         "batch": batch,
         "floor_ms": prefill_floor(
-            shape, context, pattern, device, batch=batch, index_dtype=index_dtype
+            shape, context, pattern, rates, batch=batch, index_dtype=index_dtype
         ),
         "decode_floor_ms": decode_floor(
-            shape, context, pattern, device, batch=batch, index_dtype=index_dtype
+            shape, context, pattern, rates, batch=batch, index_dtype=index_dtype
         ),
     }
 
@@ -215,7 +215,7 @@ WORTH = 0.05  # of a request's GPU time: sharing that saves less is called not w
 def plan(
     shape: Shape,
     model: CostModel,
-    device: Device,
+    rates: Rates,
     *,
     context: int,
     output_tokens: int,
@@ -240,11 +240,11 @@ def plan(
     for name, freq in PLANNED:
         pattern = Pattern.uniform(shape.layers, freq)
         first = model.ttft_s(
-            point(shape, context, pattern, device, chunk=chunk, index_dtype=index_dtype)
+            point(shape, context, pattern, rates, chunk=chunk, index_dtype=index_dtype)
         )
         held = context + output_tokens // 2
         step = model.step_ms(
-            point(shape, held, pattern, device, chunk=chunk, batch=batch, index_dtype=index_dtype)
+            point(shape, held, pattern, rates, chunk=chunk, batch=batch, index_dtype=index_dtype)
         )
         if first is None or not step:
             raise ValueError(

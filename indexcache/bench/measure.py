@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from indexcache.bench.floors import DEVICES, Device, decode_floor, prefill_floor
+from indexcache.bench.floors import decode_floor, prefill_floor
 from indexcache.bench.recorded import Stretched, stretch
 from indexcache.data import Encode
 from indexcache.models.fast.accelerate import FastSelector, accelerate
@@ -28,11 +28,12 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import prefill
 from indexcache.models.loading import DTYPES, fingerprint, load_model
+from indexcache.models.random import random_model
 from indexcache.models.seam import use_pattern
 from indexcache.models.selector import selector_of
-from indexcache.models.shapes import SHAPES, Shape, random_model, shape_config, shape_of
 from indexcache.models.timing import PartTimer
 from indexcache.pattern import Pattern
+from indexcache.shapes import SHAPES, Rates, Shape, reachable_of, shape_config, shape_of
 
 WARM_STEPS = 3  # of decoding, before the clock starts: the first captures the graph
 PART_STEPS = 4  # of decoding, timed in parts
@@ -55,7 +56,7 @@ class Subject:
     random: bool
     dtype: str
     index_dtype: str
-    device: Device
+    device: Rates
     device_name: str
     identity: str
     encode: Encode | None = None
@@ -122,16 +123,13 @@ def open_subject(
     )
 
 
-def ceilings(device: str, dtype: str) -> Device:
-    """The rates of a known GPU (`floors.DEVICES`); of any other device those of one matrix product and one copy, measured now."""
+def ceilings(device: str, dtype: str) -> Rates:
+    """The rates of a known GPU (`shapes.DEVICES`); of any other device those of one matrix product and one copy, measured now."""
     where = torch.device(device)
     if where.type == "cuda":
-        found = torch.cuda.get_device_name(where)
-        for name, known in DEVICES.items():
-            if name in found.split() and not {"PCIe", "NVL"} & set(
-                found.split()
-            ):  # slower cards of the same name
-                return known
+        known = reachable_of(torch.cuda.get_device_name(where))
+        if known is not None:
+            return known
     size, copied = (8192, 1 << 28) if where.type == "cuda" else (1024, 1 << 25)
     a = torch.ones(size, size, dtype=DTYPES[dtype], device=where)
     b = torch.ones(copied, dtype=torch.uint8, device=where)
@@ -139,7 +137,7 @@ def ceilings(device: str, dtype: str) -> Device:
     product = min(_timed(where, lambda: a @ a) for _ in range(4))
     copy = min(_timed(where, lambda: target.copy_(b)) for _ in range(4))
     rate, bandwidth = 2 * size**3 / product, 2 * copied / copy
-    return Device("measured here", rate, rate, bandwidth, bandwidth, 0.0)
+    return Rates("measured here", rate, rate, bandwidth, bandwidth, 0.0)
 
 
 def prompt_ids(

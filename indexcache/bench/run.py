@@ -15,10 +15,10 @@ from typing import Any
 from indexcache.bench.floors import INDEX_PARTS
 from indexcache.bench.measure import SPARE, Subject, filling_batch, measure, out_of_memory, warm_up
 from indexcache.models.loading import library_versions
-from indexcache.models.shapes import SHAPES, Shape
 from indexcache.pattern import Pattern
 from indexcache.progress import progress
 from indexcache.records import open_run
+from indexcache.shapes import SHAPES, Shape
 
 RESULT = "bench.json"
 FILL = "fill"

@@ -99,13 +99,14 @@ def run(s: Settings) -> int:
     import sys
     from pathlib import Path
 
+    from indexcache.checkpoint import resolve
     from indexcache.data import check_context, make_batches
     from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
     from indexcache.distilling.layer_weights import layer_weights
     from indexcache.distilling.parallel import own_device
     from indexcache.inputs import load_model
     from indexcache.models.family import indexers
-    from indexcache.models.loading import check_device, fingerprint, resolve
+    from indexcache.models.loading import check_device, fingerprint
     from indexcache.report.tables import table
     from indexcache.spec import parse_pattern
 

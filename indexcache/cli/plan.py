@@ -16,8 +16,7 @@ from indexcache.cli.flags import emit, flag, required
 from indexcache.cli.timing import number
 
 if TYPE_CHECKING:
-    from indexcache.bench.floors import Device
-    from indexcache.models.shapes import Shape
+    from indexcache.shapes import Rates, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +39,14 @@ class Settings:
 
 def run(s: Settings) -> int:
     from indexcache.bench.cost import FLOOR_ONLY, WORTH, fit, left_out, plan, usable, worth_from
-    from indexcache.bench.floors import device_named
-    from indexcache.models.shapes import Shape, read_shape
     from indexcache.report.speed import predictions
+    from indexcache.shapes import Shape, rates_named, read_shape
 
     name, config = read_shape(s.model)
     shape, context = Shape.of(config), number(s.context)
     _check(s, shape, context)
     result = None if s.bench is None else _read(s.bench)
-    device = _device_of(result) if s.gpu == "bench" else device_named(s.gpu)
+    device = _device_of(result) if s.gpu == "bench" else rates_named(s.gpu)
     model, errors, notes = FLOOR_ONLY, list[dict[str, Any]](), _notes(s, shape, device, context)
     chunk, index_dtype = 16384, s.index_dtype  # as bench takes it
     if result is None:
@@ -150,21 +148,21 @@ def _read(file: str) -> dict[str, Any]:
     return result
 
 
-def _device_of(result: dict[str, Any] | None) -> Device:
+def _device_of(result: dict[str, Any] | None) -> Rates:
     """The device that a bench ran on, with the rates it noted."""
-    from indexcache.bench.floors import Device
+    from indexcache.shapes import Rates
 
     if result is None:
         raise ValueError("--gpu bench takes the device of a bench: give its file with --bench.")
     try:
-        return Device(**(result["ceilings"] | {"name": result["device"]}))
+        return Rates(**(result["ceilings"] | {"name": result["device"]}))
     except (KeyError, TypeError):
         raise ValueError(
             "The bench results do not say what their device can do (ceilings); measure anew or name the GPU."
         ) from None
 
 
-def _notes(s: Settings, shape: Shape, device: Device, context: int) -> list[str]:
+def _notes(s: Settings, shape: Shape, device: Rates, context: int) -> list[str]:
     if not device.memory:
         return []
     weights = 2 * shape.weights
@@ -182,7 +180,7 @@ def _notes(s: Settings, shape: Shape, device: Device, context: int) -> list[str]
 
 
 def _mismatch(
-    result: dict[str, Any], rows: list[Any], shape: Shape, device: Device, context: int, batch: int
+    result: dict[str, Any], rows: list[Any], shape: Shape, device: Rates, context: int, batch: int
 ) -> list[str]:
     """Where the prediction goes beyond what was measured."""
     from dataclasses import asdict

@@ -65,7 +65,7 @@ def open_model(
     from indexcache.bench.run import Grid
     from indexcache.cli.common import keep_freed_memory
     from indexcache.data import load_documents
-    from indexcache.models.shapes import SHAPES, shape_of
+    from indexcache.shapes import SHAPES, shape_of
 
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(s.model, s.layers)

@@ -38,10 +38,10 @@ from indexcache.distilling.settings import DistillSettings, check_model, check_t
 from indexcache.distilling.state import found_states, load_state, save_state
 from indexcache.models.family import indexers
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
-from indexcache.models.shapes import Shape
 from indexcache.pattern import Pattern
 from indexcache.progress import progress
 from indexcache.records import Run, open_run
+from indexcache.shapes import Shape
 
 
 def distill_pattern(

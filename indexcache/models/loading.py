@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from indexcache.checkpoint import layers_without_indexer, read_config, tensor_names
+from indexcache.checkpoint import layers_without_indexer, read_config, resolve, tensor_names
 from indexcache.models.family import families
 from indexcache.pattern import Pattern
 
@@ -38,22 +37,6 @@ class Loaded:
     @property
     def topk(self) -> int:
         return self.model.config.index_topk  # type: ignore[union-attr, return-value]
-
-
-def resolve(model: str | Path) -> Path:
-    """A checkpoint folder: the path itself, or the folder of the packaged model for the name `tiny`.
-
-    Raises:
-        ValueError: no such folder (nothing is ever downloaded).
-    """
-    if str(model) == "tiny":
-        return Path(str(resources.files("indexcache") / "assets" / "tiny"))
-    path = Path(model)
-    if not path.is_dir():
-        raise ValueError(
-            f"{model}: no such checkpoint folder; MODEL is the path of a folder or 'tiny' (nothing is downloaded)."
-        )
-    return path
 
 
 def describe(model: str | Path) -> dict[str, Any]:

@@ -11,26 +11,31 @@ import pytest
 import torch
 
 from indexcache.bench import run as bench_module
-from indexcache.bench.floors import (
-    DEVICES,
-    PARTS,
-    decode_floor,
-    device_named,
-    gather_ms,
-    pairs,
-    prefill_floor,
-)
+from indexcache.bench.floors import PARTS, decode_floor, prefill_floor
 from indexcache.bench.measure import open_subject
 from indexcache.bench.run import Grid, published, run_bench
 from indexcache.cli import main
 from indexcache.cli.timing import NAMED, batches, contexts, number, patterns
-from indexcache.models.shapes import SHAPES, Shape, random_model, read_shape, shape_config, shape_of
+from indexcache.models.random import random_model
 from indexcache.pattern import Pattern
+from indexcache.shapes import (
+    DEVICES,
+    SHAPES,
+    Rates,
+    Shape,
+    count_pairs,
+    peak_of,
+    rates_named,
+    reachable_of,
+    read_shape,
+    shape_config,
+    shape_of,
+)
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-H100 = DEVICES["H100"]
+H100 = rates_named("H100")
 FLASH = shape_of("glm-4.7-flash-dsa")
 KEYS = {"context", "full", "layers", "ttft_s", "decode_tok_s", "peak_gb", "parts_ms", "floor_ms"}
 RUN = [
@@ -171,9 +176,6 @@ def test_floors_are_the_figures_that_were_derived_by_hand():
     assert 1e3 / sum(decode_floor(FLASH, 200_000, quarter, H100).values()) == pytest.approx(
         378, rel=0.05
     )
-    assert gather_ms(FLASH, 200_000, full, H100)["attention"] * 5.5e12 / 1e3 / 47 == pytest.approx(
-        469e9, rel=0.01
-    )
 
 
 def test_floors_of_scores_are_the_scores_that_are_needed():
@@ -181,12 +183,10 @@ def test_floors_of_scores_are_the_scores_that_are_needed():
     shape = shape_of("tiny-random")
     k, peak = shape.topk, 2 * shape.index_heads * shape.index_dim / H100.fp8 * 1e3
     for length in (1, k, k + 1, 500):
-        assert pairs(length, k) == sum(min(t, k) for t in range(1, length + 1))
+        assert count_pairs(length, k) == sum(min(t, k) for t in range(1, length + 1))
         for roles, each in (("FSSSSSSS", [length]), ("FRSSSSSS@2", [length, 2 * k])):
             wanted = sum(min(t, most) for most in each for t in range(k + 1, length + 1)) * peak
-            slow = DEVICES["H100"].__class__(
-                "x", H100.fp8, H100.bf16, 1e30, 1.0, 0.0
-            )  # no bound by memory
+            slow = Rates("x", H100.fp8, H100.bf16, 1e30, 1.0, 0.0)  # no bound by memory
             assert prefill_floor(shape, length, Pattern(roles), slow)[
                 "index_topk"
             ] == pytest.approx(wanted)
@@ -201,10 +201,19 @@ def test_decoding_more_requests_reads_more_experts_and_the_rest_of_the_weights_o
     assert many["attention"] == pytest.approx(4 * one["attention"])
     assert many["index_topk"] == pytest.approx(4 * one["index_topk"])
     assert many["mlp"] / one["mlp"] == pytest.approx(3.0, abs=0.3)
-    h200 = decode_floor(FLASH, 60_000, Pattern.full(47), device_named("h200"))
+    h200 = decode_floor(FLASH, 60_000, Pattern.full(47), rates_named("h200"))
     assert sum(h200.values()) == pytest.approx(sum(one.values()) * 3.02 / 4.3)
     assert tuple(one) == tuple(prefill_floor(FLASH, 10, Pattern.full(47), H100)) == PARTS
-    refused(lambda: device_named("A100"), "A100", "H100, H200")
+    refused(lambda: rates_named("A100"), "A100", "H100, H200")
+
+
+def test_one_table_holds_peaks_and_reachable_rates():
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 > H100.bf16 == 790e12
+    assert peak_of("NVIDIA B200") == 2250e12
+    assert peak_of("NVIDIA T4") is None
+    assert reachable_of("NVIDIA H200") is DEVICES["H200"].reachable
+    assert reachable_of("NVIDIA H100 PCIe") is None
+    assert reachable_of("NVIDIA B200") is None
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

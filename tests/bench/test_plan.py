@@ -20,13 +20,13 @@ from indexcache.bench.cost import (
     usable,
     worth_from,
 )
-from indexcache.bench.floors import DEVICES, PARTS, decode_floor, prefill_floor
+from indexcache.bench.floors import PARTS, decode_floor, prefill_floor
 from indexcache.cli import main
-from indexcache.models.shapes import SHAPES, shape_of
 from indexcache.pattern import Pattern
+from indexcache.shapes import SHAPES, rates_named, shape_of
 from tests.support import refused
 
-H100 = DEVICES["H100"]
+H100 = rates_named("H100")
 FLASH = shape_of("glm-4.7-flash-dsa")
 PATTERNS = tuple(Pattern.uniform(47, f) for f in (1, 2, 4))
 CONTEXTS = (10_000, 60_000, 120_000, 200_000)

@@ -1,0 +1,102 @@
+"""Stock transformers models of any DSA config with random weights.
+
+Weights are drawn on the device in their final dtype, tensor by tensor: the 30B shape takes 60 GB in
+bf16 and exists once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from indexcache.models.family import families
+from indexcache.models.loading import DTYPES, check_device
+from indexcache.shapes import Shape
+
+STD = 0.02  # standard deviation of the random weights
+
+
+def random_model(
+    config: Mapping[str, Any], *, dtype: str = "bfloat16", device: str = "cpu", seed: int = 0
+) -> nn.Module:
+    """Make a stock transformers model of a DSA config, in eval mode and without gradients.
+
+    Every matrix is drawn from N(0, 0.02), norms are 1 and biases 0.
+
+    Args:
+        config: what a config.json holds, with a `model_type` that is known here.
+        dtype: float32, bfloat16 or float16.
+        device: a torch device with room for all weights.
+        seed: random seed of the weights.
+
+    Raises:
+        ValueError: unknown family or dtype, an unusable device, or one with too little memory.
+    """
+    import transformers
+
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind not in families():
+        raise ValueError(
+            f"The model type {kind!r} is not a DSA family that is known here "
+            f"({', '.join(sorted(families()))})."
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    check_device(device)
+    _check_room(Shape.of(config).weights * DTYPES[dtype].itemsize, device)
+    made = transformers.AutoConfig.for_model(kind, **values)
+    if families()[kind].native_sharing:
+        made.indexer_types = ["full"] * made.num_hidden_layers
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(DTYPES[dtype])
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                made, attn_implementation="sdpa", dtype=DTYPES[dtype]
+            )
+    finally:
+        torch.set_default_dtype(before)
+    for layer in model.model.layers:
+        # transformers keeps this matrix in fp32 when it loads a checkpoint
+        layer.self_attn.indexer.weights_proj.float()
+    model.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, STD, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for buffer in model.buffers():
+            buffer.zero_()
+    # The frequencies of RoPE are buffers, so they were lost on the way and are made again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(made).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def _check_room(needed: int, device: str) -> None:
+    """Raise ValueError where the device has fewer than `needed` bytes free."""
+    if torch.device(device).type == "cuda":
+        free: int | None = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = _free_host()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"The weights of this shape take {needed / 1e9:.1f} GB and {device} has "
+            f"{free / 1e9:.1f} GB free; take fewer layers with --layers."
+        )
+
+
+def _free_host() -> int | None:
+    """Read MemAvailable of Linux in bytes; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(
+                1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable:")
+            )
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
