@@ -29,8 +29,7 @@ from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import prefill
 from indexcache.models.loading import DTYPES, fingerprint, load_model
 from indexcache.models.random import random_model
-from indexcache.models.seam import use_pattern
-from indexcache.models.selector import selector_of
+from indexcache.models.seam import selector_of, use_pattern
 from indexcache.models.timing import PartTimer
 from indexcache.pattern import Pattern
 from indexcache.shapes import SHAPES, Rates, Shape, reachable_of, shape_config, shape_of

@@ -24,6 +24,8 @@ from indexcache import ops
 from indexcache.distilling.loss import Teacher, distill_loss
 from indexcache.distilling.rows import Row
 from indexcache.models.family import decoder_layers, family_of
+from indexcache.models.mla import head_weights, project, stock_norm
+from indexcache.models.patch import Patches
 from indexcache.pattern import Pattern
 
 # in memory; an error before the rest. cuDNN is left out: it would plan anew for each of the many lengths that documents have
@@ -178,21 +180,15 @@ def _own_graph() -> AbstractContextManager:
 @contextmanager
 def teaching(model: nn.Module, lesson: Lesson) -> Iterator[None]:
     """Replace `forward` of every layer's attention, until the context is left."""
-    layers = decoder_layers(model)
-    before = [layer.self_attn.__dict__.get("forward") for layer in layers]  # type: ignore[union-attr]
     returns_ids = family_of(model).native_sharing
     rotate = family_of(model).rotate
-    try:
-        for i, layer in enumerate(layers):
-            layer.self_attn.__dict__["forward"] = _attention_forward(
-                layer.self_attn, i, lesson, rotate, returns_ids
-            )  # type: ignore[union-attr]
+    with Patches() as patches:
+        for i, layer in enumerate(decoder_layers(model)):
+            attention: Any = layer.self_attn
+            patches.replace(
+                attention, _attention_forward(attention, i, lesson, rotate, returns_ids)
+            )
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            layer.self_attn.__dict__.pop("forward", None)  # type: ignore[union-attr]
-            if forward is not None:
-                layer.self_attn.__dict__["forward"] = forward  # type: ignore[union-attr]
 
 
 def run_decoder(model: Any, row: Row, device: torch.device | str) -> Tensor:
@@ -212,19 +208,11 @@ def _attention_forward(a: Any, layer: int, lesson: Lesson, rotate: Any, returns_
         hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *_: Any, **__: Any
     ):
         x = hidden_states
-        q_resid = a.q_a_layernorm(a.q_a_proj(x))
-        latent, k_rot = a.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-        latent = a.kv_a_layernorm(latent)
-        q_nope, q_rot = (
-            a.q_b_proj(q_resid)
-            .unflatten(-1, (-1, a.qk_head_dim))
-            .split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
+        q_latent, q_nope, q_rot, latent, k_rot = project(
+            rotate, stock_norm, a, x, position_embeddings
         )
-        q_rot, k_rot = rotate(q_rot, k_rot.unsqueeze(2), *position_embeddings, unsqueeze_dim=2)
-        k_rot = k_rot[:, :, 0]
-        lesson.index(layer, x, q_resid, position_embeddings)
-        weight = a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank)
-        w_k, w_v = weight.split([a.qk_nope_head_dim, a.v_head_dim], 1)
+        lesson.index(layer, x, q_latent, position_embeddings)
+        w_k, w_v = head_weights(a)
         if lesson.sparse:
             out = _sparse(
                 a,

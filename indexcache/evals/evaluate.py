@@ -16,8 +16,7 @@ from indexcache.data import Batch, check_context
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
-from indexcache.models.seam import use_pattern
-from indexcache.models.selector import selector_of
+from indexcache.models.seam import selector_of, use_pattern
 from indexcache.pattern import Pattern
 from indexcache.progress import progress
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indexcache.models.family import decoder_layers
 from indexcache.models.lm import hidden_states
+from indexcache.models.patch import Patches
 from indexcache.models.seam import Seam, use_pattern
 from indexcache.pattern import Pattern
 
@@ -73,30 +74,25 @@ class PrefixCache:
     @contextmanager
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
         """Layers up to `start` return the saved output; the others run, and are saved when asked for."""
-        layers = list(decoder_layers(self.model))
-        before = [layer.__dict__.get("forward") for layer in layers]
 
         def reuse(*_, **__):
-            output, seam.ids, seam.pool = saved[start]
+            current = seam.current()
+            output, current.ids, current.pool = saved[start]
             return output
 
         def record(i: int, forward):
             def run(*args, **kwargs):
                 output = forward(*args, **kwargs)
-                saved[i] = (output, seam.ids, seam.pool)
+                current = seam.current()
+                saved[i] = (output, current.ids, current.pool)
                 return output
 
             return run
 
-        try:
-            for i, layer in enumerate(layers):
+        with Patches() as patches:
+            for i, layer in enumerate(decoder_layers(self.model)):
                 if i <= start:
-                    layer.__dict__["forward"] = reuse
+                    patches.replace(layer, reuse)
                 elif keep and (i + 1) % self.stride == 0:
-                    layer.__dict__["forward"] = record(i, layer.forward)
+                    patches.replace(layer, record(i, layer.forward))
             yield
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                layer.__dict__.pop("forward", None)
-                if forward is not None:
-                    layer.__dict__["forward"] = forward

@@ -1,157 +1,250 @@
-"""The seam: run a loaded transformers model under a sharing pattern, and undo it.
+"""Run a loaded transformers model under a sharing pattern, and undo it: the seam.
 
-Every decoder layer asks its indexer for ids; the seam replaces `forward` on the indexer objects while the context is
-open. Weights, module tree and state dict stay as they are, stock code computes everything else, and leaving the
-context (also through an exception) restores what was there before. One thing stays as long as a cache lives that shared layers
-have filled: a check that refuses to continue it where a layer now runs its indexer.
+Every decoder layer asks its indexer for ids. While a `use_pattern` context is open, another
+`forward` runs on the indexer objects: it decides which layer runs in which role, and a `Selector`
+carries the roles F and R out. Weights, module tree and state dict stay as they are, stock code
+computes everything else, and leaving the context (also through an exception) restores what was
+there before. One thing stays as long as a cache lives that shared layers have filled: a check that
+refuses to continue it where a layer now runs its indexer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from indexcache.models.family import either, family_of, indexers, native_pattern
-from indexcache.models.selector import StockSelector, selector_of
+from indexcache.models.family import Family, either, family_of, indexers, native_pattern
+from indexcache.models.patch import ModelState, Patches, state_of
+from indexcache.ops import index_scores
 from indexcache.pattern import Pattern
 
-_active: WeakKeyDictionary[nn.Module, list[Seam]] = WeakKeyDictionary()
-_guarded: WeakKeyDictionary[nn.Module, WeakSet[Any]] = (
-    WeakKeyDictionary()
-)  # caches that were filled under S, by model
+
+@dataclass(frozen=True)
+class IndexerCall:
+    """One call of a layer's indexer, as the attention module makes it.
+
+    Attributes:
+        layer: number of the decoder layer.
+        indexer: its indexer module.
+        x: hidden states [B, S, E].
+        q_latent: latents of the queries [B, S, Q].
+        rope: cos and sin [B, S, r].
+        mask: the dense causal mask; on the fast path a `Padding`.
+        positions: int64 [B, S] or None.
+        cache: the cache in use or None.
+    """
+
+    layer: int
+    indexer: Any
+    x: Tensor
+    q_latent: Tensor
+    rope: tuple[Tensor, Tensor]
+    mask: Any
+    positions: Tensor | None
+    cache: Any
+
+
+def indexer_forward(
+    layer: int, indexer: nn.Module, answer: Callable[[IndexerCall], Any]
+) -> Callable[..., Any]:
+    """Make a forward for an indexer module that returns `answer` of each call."""
+
+    def forward(
+        x: Tensor,
+        q_resid: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Any,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+    ) -> Any:
+        cache = either(cache, past_key_values)
+        return answer(IndexerCall(layer, indexer, x, q_resid, rope, mask, position_ids, cache))
+
+    return forward
+
+
+class Selector:
+    """Computes selections: carries out the roles F and R.
+
+    Attributes:
+        path: "stock" or "fast", as results name it.
+    """
+
+    path: str
+
+    def __init__(self, model: nn.Module):
+        self.family: Family = family_of(model)
+
+    def full(self, call: IndexerCall, pool: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Select the top k over all keys, and where `pool` > 0 also the top `pool`: int32 ids."""
+        raise NotImplementedError
+
+    def reindex(self, call: IndexerCall, pool: Tensor) -> Tensor:
+        """Select the top k among the ids of `pool` [B, S, P], by the layer's own indexer."""
+        raise NotImplementedError
+
+
+class StockSelector(Selector):
+    """Selections by the stock indexers, whose forwards are taken when this is made.
+
+    Ids are int32 [B, S, k] in falling order of score. A row with fewer than k keys is filled up
+    with ids in the future, which the mask removes.
+    """
+
+    path = "stock"
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.stock: dict[int, Any] = {
+            i: m.forward for i, m in enumerate(indexers(model)) if m is not None
+        }
+
+    def full(self, call: IndexerCall, pool: int = 0) -> tuple[Tensor, Tensor | None]:
+        if not pool:
+            return self._topk(call), None
+        topk = call.indexer.index_topk
+        try:
+            # One pass gives both: the top k are the first of the pool, up to equal scores.
+            call.indexer.index_topk = pool
+            candidates = self._topk(call)
+        finally:
+            call.indexer.index_topk = topk
+        return candidates[..., :topk].contiguous(), candidates
+
+    def _topk(self, call: IndexerCall) -> Tensor:
+        return self.stock[call.layer](
+            call.x, call.q_latent, call.rope, call.mask, call.positions, call.cache
+        )
+
+    @torch.no_grad()
+    def reindex(self, call: IndexerCall, pool: Tensor) -> Tensor:
+        q, k, w = self.family.project(call.indexer, call.x, call.q_latent, call.rope)
+        if call.cache is not None:
+            k = call.cache.update_indexer(k, call.layer)
+        scores = index_scores(q, k, w, pool)
+        allowed = call.mask.expand(*pool.shape[:2], -1).gather(-1, pool.long())
+        if allowed.dtype == torch.bool:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        else:
+            scores = scores + allowed
+        best = scores.topk(min(call.indexer.index_topk, pool.shape[-1]), dim=-1).indices
+        return pool.gather(-1, best)
+
+
+def selector_of(model: nn.Module) -> Selector:
+    """Return the selector in force: the open pattern's, the fast path's, or the stock indexers."""
+    state = state_of(model)
+    if state.patterns:
+        return state.patterns[-1].selector
+    return state.selector or StockSelector(model)
+
+
+@dataclass
+class Current:
+    """The selection in force in a forward pass.
+
+    Attributes:
+        ids: those of the last F or R layer that ran.
+        pool: the candidates that the last publishing F layer left for R layers.
+    """
+
+    ids: Tensor | None = None
+    pool: Tensor | None = None
 
 
 class Seam:
-    """A model under a pattern. `selections` maps each F and R layer to the ids of the last forward pass (int32
-    [B, S, k]; in rows with fewer than k keys the surplus ids lie in the future) when capturing was asked for."""
+    """A model under a pattern.
+
+    Attributes:
+        pattern: the roles in force.
+        selector: computes the selections.
+        captured: with `capture`, the ids of each F and R layer in the last forward pass.
+    """
 
     def __init__(self, model: nn.Module, pattern: Pattern, capture: bool):
-        self.pattern, self.capture = pattern, capture
-        self.ids: Tensor | None = None  # the selection in force: overwritten at each F and R
-        self.pool: Tensor | None = None  # the candidates the nearest F published
+        self.pattern = pattern
+        self.capture = capture
+        self.selector = selector_of(model)
         self.captured: dict[int, Tensor] = {}
-        self._undo: list[tuple[nn.Module, Any]] = []
+        self._publishers = pattern.publishers()
+        self._current = Current()
+        self._patches = Patches()
         self._hook: Any = None
-        self._filled: WeakSet[Any] = WeakSet()  # caches that S layers saw
-        outer = _active.get(model)
-        self.selector: StockSelector = outer[-1].selector if outer else selector_of(model)
+        self._filled: WeakSet[Any] = WeakSet()  # caches that S layers have seen
+
+    def current(self) -> Current:
+        """Return the selection in force: the only way in which layers publish and read one."""
+        return self._current
 
     @property
     def selections(self) -> dict[int, Tensor]:
-        """Ids per layer, S layers included (they read their source's)."""
+        """Captured ids of every layer, int32 [B, S, k]; S layers have those of their source.
+
+        In rows with fewer than k keys the surplus ids lie in the future (stock) or are -1 (fast).
+        """
         return {
-            i: self.captured[j]
+            i: self.captured[source]
             for i in range(len(self.pattern))
-            if (j := self._selector(i)) in self.captured
+            if (source := self._source_layer(i)) in self.captured
         }
 
-    def _selector(self, layer: int) -> int:
+    def _source_layer(self, layer: int) -> int:
         return self.pattern.source(layer) if self.pattern[layer] == "S" else layer
 
     def install(self, model: nn.Module) -> None:
-        publishers = self.pattern.publishers()
-        self._filled = WeakSet()
+        """Replace the indexers' forwards by those of their roles."""
+        roles = {"F": self._full, "R": self._reindex, "S": self._shared}
         self._hook = _on_forward(model, self._check_cache)
         for i, indexer in enumerate(indexers(model)):
             if indexer is None:
-                continue  # natively shared: stock passes the previous layer's ids on, as S does
-            self._undo.append((indexer, indexer.__dict__.get("forward")))
-            if self.pattern[i] == "S":
-                forward = self._shared()
-            elif self.pattern[i] == "R":
-                forward = self._reindex(i, indexer)
-            else:
-                forward = self._full(i, indexer, i in publishers)
-            indexer.__dict__["forward"] = forward
+                continue  # Natively shared: stock passes the previous layer's ids on, as S does.
+            self._patches.replace(indexer, indexer_forward(i, indexer, roles[self.pattern[i]]))
 
     def remove(self, model: nn.Module) -> None:
-        for indexer, before in self._undo:
-            if before is None:
-                del indexer.__dict__["forward"]
-            else:
-                indexer.__dict__["forward"] = before
-        self._undo.clear()
+        """Restore the forwards, and guard the caches that S layers have filled."""
+        self._patches.undo()
         if self._hook is not None:
             self._hook.remove()
         if self._filled:
             _guard(model, self._filled)
-        self.ids = self.pool = None
+        self._current = Current()
 
     def _check_cache(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward pass writes anything: every layer that runs its indexer has all past keys in the cache."""
+        """Check before a forward pass that layers with an indexer have all past keys cached."""
         _refuse_lacking(_cache_of(args, kwargs), self.pattern)
 
     def _publish(self, layer: int, ids: Tensor) -> Tensor:
-        self.ids = ids
+        self.current().ids = ids
         if self.capture:
             self.captured[layer] = ids
         return ids
 
-    def _full(self, layer: int, indexer: Any, publishes: bool):
-        def forward(
-            x: Tensor,
-            q_resid: Tensor,
-            rope,
-            mask: Tensor,
-            position_ids=None,
-            cache=None,
-            past_key_values=None,
-        ) -> Tensor:
-            pool = indexer.index_topk * self.pattern.pool_factor if publishes else 0
-            ids, found = self.selector.full(
-                layer,
-                indexer,
-                x,
-                q_resid,
-                rope,
-                mask,
-                position_ids,
-                either(cache, past_key_values),
-                pool,
-            )
-            self.pool = found if publishes else self.pool
-            return self._publish(layer, ids)
+    def _full(self, call: IndexerCall) -> Tensor:
+        publishes = call.layer in self._publishers
+        size = call.indexer.index_topk * self.pattern.pool_factor if publishes else 0
+        ids, pool = self.selector.full(call, size)
+        if publishes:
+            self.current().pool = pool
+        return self._publish(call.layer, ids)
 
-        return forward
+    def _reindex(self, call: IndexerCall) -> Tensor:
+        pool = self.current().pool
+        assert pool is not None and pool.shape[:2] == call.x.shape[:2]
+        return self._publish(call.layer, self.selector.reindex(call, pool.to(call.x.device)))
 
-    def _shared(self):
-        def forward(
-            x: Tensor,
-            q_resid: Tensor,
-            rope,
-            mask: Tensor,
-            position_ids=None,
-            cache=None,
-            past_key_values=None,
-        ) -> Tensor:
-            if (given := either(cache, past_key_values)) is not None:
-                self._filled.add(given)
-            assert self.ids is not None and self.ids.shape[:2] == x.shape[:2]
-            return self.ids.to(x.device)
-
-        return forward
-
-    def _reindex(self, layer: int, indexer: Any):
-        def forward(
-            x: Tensor,
-            q_resid: Tensor,
-            rope,
-            mask: Tensor,
-            position_ids=None,
-            cache=None,
-            past_key_values=None,
-        ) -> Tensor:
-            assert self.pool is not None and self.pool.shape[:2] == x.shape[:2]
-            pool, given = self.pool.to(x.device), either(cache, past_key_values)
-            return self._publish(
-                layer, self.selector.reindex(layer, indexer, x, q_resid, rope, mask, given, pool)
-            )
-
-        return forward
+    def _shared(self, call: IndexerCall) -> Tensor:
+        if call.cache is not None:
+            self._filled.add(call.cache)
+        ids = self.current().ids
+        assert ids is not None and ids.shape[:2] == call.x.shape[:2]
+        return ids.to(call.x.device)
 
 
 @contextmanager
@@ -163,33 +256,31 @@ def use_pattern(
     Args:
         model: a loaded transformers model of a known family (`indexcache.models.family.families`).
         pattern: F, R or S for each decoder layer.
-        capture: keep the selections of each forward pass in the yielded object's `selections`.
+        capture: keep the selections of the last forward pass in the yielded object's `selections`.
 
     Raises:
-        ValueError: unknown family, wrong length, F or R on a layer without indexer weights. Inside the context: a
-            forward pass with a cache that was filled while a layer, now F or R, was shared; after it, the same for a
-            layer that is full in the model itself.
+        ValueError: unknown family, wrong length, F or R on a layer without indexer weights. Inside
+            the context: a forward pass with a cache that was filled while a layer, now F or R, was
+            shared. After it: the same for a layer that is full in the model itself.
     """
     family_of(model)  # refuses an unknown one
     pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
     missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     pattern.check(layers=len(indexers(model)), without_indexer=missing)
     seam = Seam(model, pattern, capture)
-    stack = _active.setdefault(model, [])
-    stack.append(seam)
+    patterns = state_of(model).patterns
+    patterns.append(seam)
     try:
         seam.install(model)
         yield seam
     finally:
         seam.remove(model)
-        stack.remove(seam)
-        if not stack:
-            _active.pop(model, None)
+        patterns.remove(seam)
 
 
 def in_force(model: nn.Module) -> bool:
-    """A pattern is in force on this model."""
-    return bool(_active.get(model))
+    """Return whether a pattern is in force on this model."""
+    return bool(state_of(model).patterns)
 
 
 def _on_forward(model: nn.Module, check: Any) -> Any:
@@ -198,26 +289,26 @@ def _on_forward(model: nn.Module, check: Any) -> Any:
 
 
 def _guard(model: nn.Module, caches: WeakSet[Any]) -> None:
-    """After the context: as long as a cache that was filled under S is alive, refuse to go on with it where the model, now
-    itself again, runs an indexer. The hook takes itself away with the last such cache."""
-    if model in _guarded:
-        _guarded[model].update(caches)
-        return
-    _guarded[model] = WeakSet(caches)
-    native = native_pattern(model)
+    """Refuse, after the context, to go on with a cache where indexer keys are missing.
 
+    The model, now itself again, would run an indexer in layers that were shared while the cache was
+    filled. The hook takes itself away once no such cache is alive.
+    """
+    state = state_of(model)
+    state.guarded.update(caches)
+    if state.guard is None:
+        state.guard = _on_forward(model, _guard_check(state, native_pattern(model)))
+
+
+def _guard_check(state: ModelState, native: Pattern) -> Callable[..., None]:
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        alive = next((c for m, c in _guarded.items() if m.model is module), None)
-        if not alive:
-            hook.remove()
-            for m in [m for m in _guarded if m.model is module]:
-                del _guarded[m]
-        elif (cache := _cache_of(args, kwargs)) in alive and not any(
-            m.model is module for m in _active
-        ):
+        if not state.guarded and state.guard is not None:
+            state.guard.remove()
+            state.guard = None
+        elif (cache := _cache_of(args, kwargs)) in state.guarded and not state.patterns:
             _refuse_lacking(cache, native)
 
-    hook = _on_forward(model, check)
+    return check
 
 
 def _cache_of(args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -229,13 +320,14 @@ def _refuse_lacking(cache: Any, pattern: Pattern) -> None:
         lacking = int(entry.get_seq_length()) - _indexed(entry)
         if pattern[layer] != "S" and lacking:
             raise ValueError(
-                f"Layer {layer} runs its indexer now, but it was shared while this cache was filled: the indexer keys of "
-                f"{lacking} cached tokens are missing; start a new cache after switching the pattern."
+                f"Layer {layer} runs its indexer now, but it was shared while this cache was "
+                f"filled: the indexer keys of {lacking} cached tokens are missing; start a new "
+                "cache after switching the pattern."
             )
 
 
 def _indexed(entry: Any) -> int:
-    """How many tokens have indexer keys in one layer of a transformers cache (dynamic or static)."""
+    """Count the tokens with indexer keys in one layer of a transformers cache."""
     if not getattr(entry, "is_indexer_initialized", False):
         return 0
     if hasattr(entry, "indexer_cumulative_length"):

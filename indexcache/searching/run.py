@@ -13,7 +13,7 @@ from torch import nn
 from indexcache.data import Batch, check_context, digest_of
 from indexcache.models.family import family_of, indexers
 from indexcache.models.loading import library_versions, weights_digest
-from indexcache.models.selector import selector_of
+from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress
 from indexcache.records import open_run

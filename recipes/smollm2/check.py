@@ -32,6 +32,7 @@ from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, logit_chunks, token_losses
 from indexcache.models.loading import load_model
+from indexcache.models.patch import Patches
 
 RELATIVE, AGREEMENT = 1e-3, 0.998
 
@@ -45,13 +46,10 @@ def every_token(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """The model with k >= the length, without computing the scores that then decide nothing."""
-    try:
+    with Patches() as patches:
         for indexer in indexers(model):
-            indexer.__dict__["forward"] = every_token
+            patches.replace(indexer, every_token)
         yield
-    finally:
-        for indexer in indexers(model):
-            indexer.__dict__.pop("forward", None)
 
 
 @torch.no_grad()

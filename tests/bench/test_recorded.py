@@ -12,7 +12,7 @@ from indexcache.bench.measure import open_subject
 from indexcache.bench.recorded import Stretched, read_selections, stretch
 from indexcache.bench.run import Grid, run_bench
 from indexcache.cli import main
-from indexcache.models.selector import selector_of
+from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")

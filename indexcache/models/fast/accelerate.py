@@ -12,7 +12,6 @@ import warnings
 from functools import partial
 from types import MethodType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +20,30 @@ from indexcache import ops
 from indexcache.models.family import decoder_layers, either, family_of, indexers
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import (
+    CompiledStep,
     Padding,
     Plans,
-    Step,
-    Turn,
+    Wrap,
     attention_forward,
-    fused_norm,
     has_one_choice_of_groups,
     layer_forward,
-    project,
     route,
     runs_in_pieces,
-    step_turn,
-    stock_norm,
+    wrap_step,
 )
-from indexcache.models.seam import in_force
-from indexcache.models.selector import StockSelector, choose_selector
+from indexcache.models.mla import fused_norm, project, stock_norm
+from indexcache.models.patch import Patches, state_of
+from indexcache.models.seam import IndexerCall, Selector, in_force, indexer_forward
 from indexcache.models.timing import part
 
 INDEX_DTYPES = ("auto", "bf16", "fp8")
 
 
-class FastSelector(StockSelector):
-    """Selections by `ops.index_topk`. Ids are int32 [B, S, k], ascending, -1 where a row has fewer than k keys."""
+class FastSelector(Selector):
+    """Selections by `ops.index_topk`.
+
+    Ids are int32 [B, S, k], ascending, -1 where a row has fewer than k keys.
+    """
 
     path = "fast"
 
@@ -51,72 +51,40 @@ class FastSelector(StockSelector):
         self,
         model: nn.Module,
         index_dtype: str = "auto",
-        turn: Turn = lambda f: f,
-        step_turn: Turn = lambda f: f,
+        wrap: Wrap = lambda f: f,
+        wrap_step: Wrap = lambda f: f,
     ):
         super().__init__(model)
         self.index_dtype = index_dtype
-        self.project, self.project_one = turn(self.family.project), step_turn(self.family.project)
+        self.project = wrap(self.family.project)
+        self.project_one = wrap_step(self.family.project)
         self.pools = Plans()  # of the pool that several layers select from
-        self._turned: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # the cos given, then cos and sin as `_turn` returns them
-        )
+        # The cos of a forward pass, then cos and sin as `_quantiser_rope` returns them.
+        self._rope: tuple[Tensor, Tensor, Tensor] | None = None
         # given out in the place of what a prefill selects and publishes, for timing: ids int32 [T, k], and `rows(start, end)` of pools
         self.stand_in: Tensor | None = None
         self.stand_in_pool: Any = None
 
-    def full(
-        self,
-        layer: int,
-        indexer: Any,
-        x: Tensor,
-        q_resid: Tensor,
-        rope,
-        mask: Any,
-        positions,
-        cache: Any,
-        pool: int = 0,
-    ):
-        return self._select(layer, indexer, x, q_resid, rope, mask, cache, pool)
+    def full(self, call: IndexerCall, pool: int = 0) -> tuple[Tensor, Tensor | None]:
+        return self._select(call, pool)
 
-    def reindex(
-        self,
-        layer: int,
-        indexer: Any,
-        x: Tensor,
-        q_resid: Tensor,
-        rope,
-        mask: Any,
-        cache: Any,
-        pool: Tensor,
-    ) -> Tensor:
-        return self._select(layer, indexer, x, q_resid, rope, mask, cache, 0, pool)[0]
+    def reindex(self, call: IndexerCall, pool: Tensor) -> Tensor:
+        return self._select(call, 0, pool)[0]
 
     @torch.no_grad()
-    def _select(
-        self,
-        layer,
-        indexer,
-        x,
-        q_resid,
-        rope,
-        mask: Padding,
-        cache,
-        pool: int,
-        candidates: Tensor | None = None,
-    ):
+    def _select(self, call: IndexerCall, pool: int, candidates: Tensor | None = None):
+        x, padding = call.x, call.mask
         with part("indexer"):
             project = self.project_one if x.shape[:2] == (1, 1) else self.project
-            # RoPE goes with the quantisation where the keys need not be kept without
-            turn = (
-                self._turn(indexer, rope)
-                if self.index_dtype == "fp8" and (cache is None or isinstance(cache, FastCache))
-                else None
+            # RoPE goes with the quantisation where the keys need not be kept without.
+            fused = self.index_dtype == "fp8" and (
+                call.cache is None or isinstance(call.cache, FastCache)
             )
-            q, k, w = project(indexer, x, q_resid, None if turn else rope)
-            k, scale, q, w, decoding = self._keys(layer, k, q, w, cache, turn)
+            rope = self._quantiser_rope(call) if fused else None
+            q, k, w = project(call.indexer, x, call.q_latent, None if rope else call.rope)
+            k, scale, q, w, decoding = self._keys(call, k, q, w, rope)
         parts = []
-        for rows, left in mask.groups(x.shape[0]):
+        for rows, left in padding.groups(x.shape[0]):
             inner = None if candidates is None else _shift(candidates[rows], -left)
             plan = None
             if candidates is not None and left == 0 and rows == slice(0, len(candidates)):
@@ -131,7 +99,7 @@ class FastSelector(StockSelector):
                     k[rows, left:],
                     w[rows],
                     scales,
-                    indexer.index_topk,
+                    call.indexer.index_topk,
                     offset,
                     inner,
                     pool=pool,
@@ -154,33 +122,35 @@ class FastSelector(StockSelector):
     def clear(self) -> None:
         """Forget what belongs to one forward pass."""
         self.pools.clear()
-        self._turned = None
+        self._rope = None
 
-    def _turn(self, indexer: Any, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, r] as the quantisation takes them, made once for all layers of a forward pass."""
-        if self._turned is None or self._turned[0] is not rope[0]:
-            cos, sin = (t[..., : indexer.qk_rope_head_dim // 2].float().contiguous() for t in rope)
-            self._turned = rope[0], cos, sin
-        return self._turned[1:]
+    def _quantiser_rope(self, call: IndexerCall) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [B, S, r] as the quantisation takes them.
+
+        They are made once for all layers of a forward pass.
+        """
+        if self._rope is None or self._rope[0] is not call.rope[0]:
+            half = call.indexer.qk_rope_head_dim // 2
+            cos, sin = (t[..., :half].float().contiguous() for t in call.rope)
+            self._rope = call.rope[0], cos, sin
+        return self._rope[1:]
 
     def _keys(
-        self,
-        layer: int,
-        k: Tensor,
-        q: Tensor,
-        w: Tensor,
-        cache: Any,
-        turn: tuple[Tensor, Tensor] | None,
-    ):
-        """(keys of all tokens, their scales or None, queries and weights to match, positions [B] in a step of a `Decoder`)."""
-        fast = isinstance(cache, FastCache)
-        if cache is not None and not fast:
-            k = cache.update_indexer(
-                k, layer
-            )  # unquantised: a cache that is not ours has no place for scales
+        self, call: IndexerCall, k: Tensor, q: Tensor, w: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Store the keys, in the dtype in which they are compared.
+
+        Returns:
+            The keys of all tokens, their scales or None, queries and weights to match, and in a
+            step of a `Decoder` the positions [B].
+        """
+        fast = isinstance(call.cache, FastCache)
+        if call.cache is not None and not fast:
+            # Unquantised: a cache that is not ours has no place for scales.
+            k = call.cache.update_indexer(k, call.layer)
         scale = None
         if self.index_dtype == "fp8":
-            cos, sin = turn or (None, None)
+            cos, sin = rope or (None, None)
             q, w = ops.quantize_index_queries(
                 q, w, rotate=True, cos_BSr=cos, sin_BSr=sin, interleaved=self.family.interleaved
             )
@@ -193,85 +163,84 @@ class FastSelector(StockSelector):
             k = k.to(q.dtype)
         if not fast:
             return k, scale, q, w, None
-        k, scale = cache.layers[layer].store_index(k, scale)
-        return k, scale, q, w, cache.layers[layer].positions
+        entry = call.cache.layers[call.layer]
+        k, scale = entry.store_index(k, scale)
+        return k, scale, q, w, entry.positions
 
 
 def _shift(ids: Tensor, by: int) -> Tensor:
     return ids if by == 0 else torch.where(ids < 0, ids, ids + by)
 
 
-class Accelerated:
-    """A model on the fast path. `undo()` (or leaving it as a context) restores stock, also after an exception."""
+class FastModel:
+    """A model on the fast path. `undo()`, or leaving it as a context, restores stock."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._before: list[tuple[nn.Module, Any]] = []
+        self.patches = Patches()
         self._experts: Any = None  # the implementation before
 
     def undo(self) -> None:
-        """Restore the stock model; calling it twice changes nothing. Raises ValueError under a pattern."""
-        if self._before and in_force(self.model):
+        """Restore the stock model. Calling it twice changes nothing.
+
+        Raises:
+            ValueError: a pattern is in force.
+        """
+        if self.patches and in_force(self.model):
             raise ValueError(
-                "Leave use_pattern before undoing accelerate: the pattern is in force on the fast path."
+                "Leave use_pattern before undoing accelerate: the pattern is in force on the fast "
+                "path."
             )
-        for module, forward in reversed(self._before):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-        if self._before:
-            choose_selector(self.model, None)
-            _running.discard(self.model)
-        self._before.clear()
+        if self.patches:
+            state_of(self.model).selector = None
+        self.patches.undo()
         if self._experts is not None:
             self.model.set_experts_implementation(self._experts)  # type: ignore[operator]
             self._experts = None
 
-    def __enter__(self) -> Accelerated:
+    def __enter__(self) -> FastModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _replace(self, module: nn.Module, forward: Any) -> None:
-        self._before.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+    def group_experts(self) -> None:
+        """Run the experts in one grouped product each.
 
-    def _group_experts(self) -> None:
-        """Experts in one grouped product each: stock's loop over experts waits for the GPU, which a CUDA graph cannot."""
+        Stock loops over experts and waits for the GPU, which a CUDA graph cannot.
+        """
         before = self.model.config._experts_implementation  # type: ignore[union-attr]
         if before == "eager":
             self.model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
             self._experts = before
 
 
-_running: WeakSet[nn.Module] = WeakSet()
+def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = False) -> FastModel:
+    """Put a loaded model on the fast path, until `undo`.
 
-
-def accelerate(
-    model: nn.Module, *, index_dtype: str = "auto", compile: bool = False
-) -> Accelerated:
-    """Turn a loaded model to the fast path, until `undo`. Weights, module tree and state dict stay as they are.
-
-    Results differ from stock by rounding, and where two keys have all but the same indexer score, by which of them is
-    selected. Inference only; attention weights are not returned. Routers that must take all groups of experts skip
+    Weights, module tree and state dict stay as they are. Results differ from stock by rounding,
+    and where two keys have all but the same indexer score, by which of them is selected. Inference
+    only; attention weights are not returned. Routers that must take all groups of experts skip
     their choice. On a GPU the norms are fused and the experts run in grouped products as well.
 
     Args:
-        index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3 with a scale for each vector, after a
-            Hadamard rotation: half the memory and time, another selection at the edge).
-        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what lies between the products, and
-            a step of one sequence with a `FastCache` in three pieces a layer, in which hooks put on parts of a layer later are not
-            called; it takes its time at the first calls.
+        model: a loaded transformers model of a known family.
+        index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3
+            with a scale for each vector, after a Hadamard rotation: half the memory and time,
+            another selection at the edge).
+        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what
+            lies between the products, and a step of one sequence with a `FastCache` in three pieces
+            a layer, in which hooks put on submodules of a layer later are not called. The first
+            calls take their time.
 
     Raises:
-        ValueError: unknown family, a model that is accelerated already or under a pattern, one without latent queries, an
-            unknown index_dtype.
+        ValueError: unknown family, a model that is accelerated already or under a pattern, one
+            without latent queries, an unknown index_dtype.
     """
     family = family_of(model)
     if index_dtype not in INDEX_DTYPES:
         raise ValueError(f"index_dtype is one of {', '.join(INDEX_DTYPES)}, not {index_dtype!r}.")
-    if model in _running:
+    if state_of(model).accelerated:
         raise ValueError("This model is accelerated already; undo that first.")
     if in_force(model):
         raise ValueError(
@@ -282,53 +251,53 @@ def accelerate(
         raise ValueError(
             "The fast path needs queries from a latent (q_lora_rank); this model has none."
         )
-    turn: Turn = partial(torch.compile, dynamic=True) if compile else lambda f: f
+    wrap: Wrap = partial(torch.compile, dynamic=True) if compile else lambda f: f
     gpu = on_gpu(model)
-    projection = turn(partial(project, family.rotate, fused_norm if gpu else stock_norm))
-    norm = turn(fused_norm)
-    step = Step.compiled(family.rotate, fused_norm if gpu else stock_norm) if compile else None
-    pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
-    if step is not None and not all(pieces):
+    norm = fused_norm if gpu else stock_norm
+    projection = wrap(partial(project, family.rotate, norm))
+    wrapped_norm = wrap(fused_norm)
+    step = CompiledStep.of(family.rotate, norm) if compile else None
+    in_pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
+    if step is not None and not all(in_pieces):
         warnings.warn(
             "Steps of decoding run whole where a layer has a forward, a hook or experts of its own.",
             stacklevel=2,
         )
-    selector, plans = (
-        FastSelector(model, index_dtype, turn, step_turn() if compile else turn),
-        Plans(),
-    )
-    done = Accelerated(model)
+    selector = FastSelector(model, index_dtype, wrap, wrap_step() if compile else wrap)
+    plans = Plans()
+    state = state_of(model)
+    fast = FastModel(model)
     try:
-        done._replace(model.model, _model_forward(model, plans, selector))  # type: ignore[arg-type]
+        fast.patches.replace(model.model, _model_forward(model, plans, selector))  # type: ignore[arg-type]
         for i, (layer, indexer) in enumerate(zip(layers, indexers(model), strict=True)):
-            done._replace(
+            fast.patches.replace(
                 layer.self_attn,  # type: ignore[arg-type]
                 attention_forward(layer.self_attn, family.native_sharing, projection, plans),
             )
-            done._replace(layer.mlp, _timed("mlp", turn(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
+            fast.patches.replace(layer.mlp, _timed("mlp", wrap(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
-                done._replace(indexer, _indexer_forward(selector, i, indexer))
-            if step is not None and pieces[i]:
-                done._replace(layer, layer_forward(layer, family.native_sharing, step))
+                fast.patches.replace(
+                    indexer, indexer_forward(i, indexer, lambda call: selector.full(call)[0])
+                )
+            if step is not None and in_pieces[i]:
+                fast.patches.replace(layer, layer_forward(layer, family.native_sharing, step))
         for module in model.modules():
             if has_one_choice_of_groups(module):
-                done._replace(
-                    module, MethodType(route, module)
-                )  # a partial would be compiled anew for each
+                # A method, since a partial would be compiled anew for each router.
+                fast.patches.replace(module, MethodType(route, module))
             elif gpu and hasattr(module, "variance_epsilon"):
-                done._replace(module, partial(norm, module))
+                fast.patches.replace(module, partial(wrapped_norm, module))
         if gpu:
-            done._group_experts()
-        choose_selector(model, selector)
-        _running.add(model)
+            fast.group_experts()
+        state.selector = selector
     except BaseException:
-        done.undo()
+        fast.undo()
         raise
-    return done
+    return fast
 
 
 def on_gpu(model: nn.Module) -> bool:
-    """Replace also what is only slow on a GPU."""
+    """Return whether the model's weights are on a CUDA device."""
     return next(model.parameters()).device.type == "cuda"
 
 
@@ -401,20 +370,3 @@ def padding_of(mask: Any) -> Padding:
             "The attention mask has a sequence without tokens or with holes; the fast path takes padding at the ends."
         )
     return Padding(tuple(left.tolist())) if int(left.max()) else Padding()
-
-
-def _indexer_forward(selector: FastSelector, layer: int, indexer: Any):
-    def forward(
-        x: Tensor,
-        q_resid: Tensor,
-        rope,
-        mask: Padding,
-        position_ids=None,
-        cache=None,
-        past_key_values=None,
-    ) -> Tensor:
-        return selector.full(
-            layer, indexer, x, q_resid, rope, mask, position_ids, either(cache, past_key_values)
-        )[0]
-
-    return forward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from indexcache.models.family import decoder_layers
-from indexcache.models.selector import selector_of
+from indexcache.models.seam import selector_of
 
 GROWTH = 1.5  # of a cache without a capacity, and at least
 BLOCK = 256  # tokens

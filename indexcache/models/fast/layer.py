@@ -1,6 +1,6 @@
 """What a decoder layer computes on the fast path: MLA in MQA form, routers and experts, whole or for one token.
 
-With one row a product is a reading of its weights, and a layer is two dozen short kernels. `Step` runs what lies between the
+With one row a product is a reading of its weights, and a layer is two dozen short kernels. `CompiledStep` runs what lies between the
 cache, the selection and attention in three pieces of torch.compile with coordinate descent, which writes such products itself
 and fuses them with norms, RoPE, the gathering of experts and residuals.
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.models.family import either
 from indexcache.models.fast.cache import FastCache
+from indexcache.models.mla import head_weights, project, weight_of
 from indexcache.models.timing import part
 
-Turn = Callable[[Any], Any]  # a function into what runs in its place
+# Wraps a function before it is installed: `torch.compile`, or the identity.
+Wrap = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,6 @@ def group_size(ids: Tensor, heads: int) -> int:
     return group if queries >= group and batch * queries >= launch_mla.SETTINGS.programs else 1
 
 
-def fused_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm in one kernel where stock launches seven. The product with the weight is rounded once, not twice."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def stock_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm(x)
-
-
 def has_one_choice_of_groups(module: Any) -> bool:
     """A router that chooses among groups of experts, and must take them all."""
     return hasattr(module, "e_score_correction_bias") and getattr(
@@ -92,7 +85,7 @@ def has_one_choice_of_groups(module: Any) -> bool:
 
 def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stock's choice of experts without the choice of groups, in a third of the kernels: (logits, weights, indices)."""
-    x, weight = x.view(-1, router.hidden_dim), router.weight
+    x, weight = x.view(-1, router.hidden_dim), weight_of(router)
     # products of bf16 are exact in fp32, in which tensor cores add them up; a compiled product of one row is a sum in fp32 anyway
     one = x.shape[0] == 1 and torch.compiler.is_compiling()
     if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not one:
@@ -109,18 +102,7 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, weights * router.routed_scaling_factor, indices
 
 
-def project(
-    rotate: Any, norm: Any, a: Any, x: Tensor, rope: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What attention computes of its input alone: q_resid, q [B, S, H, n + r] (its last r not rotated), q_rot, latent, k_rot."""
-    q_resid = norm(a.q_a_layernorm, a.q_a_proj(x))
-    latent, k_rot = a.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
-    q = a.q_b_proj(q_resid).unflatten(-1, (-1, a.qk_head_dim))
-    q_rot, k_rot = rotate(q[..., a.qk_nope_head_dim :], k_rot.unsqueeze(2), *rope, unsqueeze_dim=2)
-    return q_resid, q, q_rot, norm(a.kv_a_layernorm, latent), k_rot.squeeze(2)
-
-
-def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Plans):
+def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans: Plans):
     """MLA in MQA form: queries absorb kv_b_proj's key part, attention runs over latents, its value part comes after."""
     a = attention
 
@@ -137,12 +119,14 @@ def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Pl
         cache = either(cache, past_key_values)
         batch, queries, _width = hidden_states.shape
         with part("linears"):
-            q_resid, q, q_rot, latent, k_rot = project(a, hidden_states, position_embeddings)
+            q_latent, q_nope, q_rot, latent, k_rot = projection(
+                a, hidden_states, position_embeddings
+            )
             latents = _cached(cache, a, latent, k_rot)
         ids = _selected(
             a,
             hidden_states,
-            q_resid,
+            q_latent,
             position_embeddings,
             attention_mask,
             position_ids,
@@ -151,11 +135,11 @@ def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Pl
         )
         plan = plans.of(ids, group_size(ids, a.num_heads))
         with part("linears"):
-            w_k, w_v = _absorbed(a)
-            absorbed = q.new_empty(batch, queries, a.num_heads, latents.shape[-1])
-            _heads_times(q[..., : a.qk_nope_head_dim], w_k, absorbed[..., : a.kv_lora_rank])
+            w_k, w_v = head_weights(a)
+            absorbed = q_nope.new_empty(batch, queries, a.num_heads, latents.shape[-1])
+            _heads_times(q_nope, w_k, absorbed[..., : a.kv_lora_rank])
             absorbed[..., a.kv_lora_rank :] = q_rot
-            del q, q_rot
+            del q_nope, q_rot
         with part("attention"):
             out, _lse = ops.sparse_mla(
                 absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, plan=plan
@@ -173,7 +157,7 @@ def attention_forward(attention: Any, returns_ids: bool, project: Any, plans: Pl
 def _selected(
     a: Any,
     x: Tensor,
-    q_resid: Tensor,
+    q_latent: Tensor,
     rope,
     padding: Padding,
     position_ids,
@@ -182,17 +166,10 @@ def _selected(
 ) -> Tensor:
     """The ids of a layer: its indexer's, or those that the layer before it passed on."""
     if a.indexer is not None:
-        return a.indexer(x, q_resid, rope, padding, position_ids, cache)
+        return a.indexer(x, q_latent, rope, padding, position_ids, cache)
     if before is None:
         raise ValueError("A shared layer needs the selection of a full layer before it.")
     return before
-
-
-def _absorbed(a: Any) -> tuple[Tensor, Tensor]:
-    """kv_b_proj as two weights for each head: keys [H, n, c] and values [H, v, c]."""
-    return a.kv_b_proj.weight.view(a.num_heads, -1, a.kv_lora_rank).split(
-        [a.qk_nope_head_dim, a.v_head_dim], 1
-    )  # type: ignore[return-value]
 
 
 def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor) -> Tensor:
@@ -220,10 +197,10 @@ def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Step:
+class CompiledStep:
     """The pieces of a layer for one token of one sequence, all in the model's dtype; x is the hidden state [1, 1, E].
 
-    before: (layer, x, (cos, sin) [1, 1, r]) -> x normed [1, 1, E], q_resid [1, 1, Q], absorbed queries [1, 1, H, c + r], latent
+    before: (layer, x, (cos, sin) [1, 1, r]) -> x normed [1, 1, E], q_latent [1, 1, Q], absorbed queries [1, 1, H, c + r], latent
         [1, 1, c], rotary key [1, 1, r].
     after: (layer, x, attention's output [1, 1, H, c]) -> x with attention added.
     feed: (layer, x) -> x with the MLP added.
@@ -234,10 +211,12 @@ class Step:
     feed: Callable[..., Tensor]
 
     @staticmethod
-    def compiled(rotate: Any, norm: Any) -> Step:
+    def of(rotate: Any, norm: Any) -> CompiledStep:
         """norm: `fused_norm` or `stock_norm`."""
-        turn = step_turn()
-        return Step(turn(partial(_before, rotate, norm)), turn(_after), turn(partial(_feed, norm)))
+        wrap = wrap_step()
+        return CompiledStep(
+            wrap(partial(_before, rotate, norm)), wrap(_after), wrap(partial(_feed, norm))
+        )
 
 
 def runs_in_pieces(layer: Any) -> bool:
@@ -253,7 +232,7 @@ def runs_in_pieces(layer: Any) -> bool:
     return not touched and chosen in (None, "eager", "grouped_mm", "batched_mm")
 
 
-def step_turn() -> Turn:
+def wrap_step() -> Wrap:
     """torch.compile for one row: products are written as reductions, each tuned on the device at the first step."""
     return partial(torch.compile, dynamic=True, options={"coordinate_descent_tuning": True})
 
@@ -263,14 +242,14 @@ def _before(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a = layer.self_attn
     x = norm(layer.input_layernorm, x)
-    q_resid, q, q_rot, latent, k_rot = project(rotate, norm, a, x, rope)
-    q = torch.einsum("bshn,hnc->bshc", q[..., : a.qk_nope_head_dim], _absorbed(a)[0])
-    return x, q_resid, torch.cat([q, q_rot], -1), latent, k_rot
+    q_latent, q_nope, q_rot, latent, k_rot = project(rotate, norm, a, x, rope)
+    q = torch.einsum("bshn,hnc->bshc", q_nope, head_weights(a)[0])
+    return x, q_latent, torch.cat([q, q_rot], -1), latent, k_rot
 
 
 def _after(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     a = layer.self_attn
-    return x + a.o_proj(torch.einsum("bshc,hvc->bshv", out, _absorbed(a)[1]).flatten(2))
+    return x + a.o_proj(torch.einsum("bshc,hvc->bshv", out, head_weights(a)[1]).flatten(2))
 
 
 def _feed(norm: Any, layer: Any, x: Tensor) -> Tensor:
@@ -288,8 +267,8 @@ def _feed(norm: Any, layer: Any, x: Tensor) -> Tensor:
 def _experts_of_one(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """As `batched_mm_experts_forward` of transformers, for one token x [1, E] with its experts [k] (indices int64, weights fp32):
     compiled, gathering is a part of the products."""
-    gate, up = (experts.gate_up_proj[indices] @ x[0]).chunk(2, -1)
-    out = experts.down_proj[indices] @ _stored(experts.act_fn(gate) * up)[..., None]
+    gate, up = (weight_of(experts, "gate_up_proj")[indices] @ x[0]).chunk(2, -1)
+    out = weight_of(experts, "down_proj")[indices] @ _stored(experts.act_fn(gate) * up)[..., None]
     return (out[..., 0] * weights[:, None]).sum(0).to(x.dtype)
 
 
@@ -302,7 +281,7 @@ def _stored(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def layer_forward(layer: Any, returns_ids: bool, step: Step):
+def layer_forward(layer: Any, returns_ids: bool, step: CompiledStep):
     """A decoder layer's forward: one token of one sequence with a `FastCache` in a step's pieces, otherwise as it was."""
     a, stock = layer.self_attn, layer.forward
 
@@ -312,12 +291,12 @@ def layer_forward(layer: Any, returns_ids: bool, step: Step):
             return stock(hidden_states, *args, **kwargs)
         rope = kwargs["position_embeddings"]
         with part("linears"):
-            x, q_resid, q, latent, k_rot = step.before(layer, hidden_states, rope)
+            x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
             latents = _cached(cache, a, latent, k_rot)
         padding, positions, before = (
             kwargs.get(n) for n in ("attention_mask", "position_ids", "prev_topk_indices")
         )
-        ids = _selected(a, x, q_resid, rope, padding or Padding(), positions, cache, before)
+        ids = _selected(a, x, q_latent, rope, padding or Padding(), positions, cache, before)
         with part("attention"):
             out, _lse = ops.sparse_mla(q, latents, ids, a.scaling, value_dim=a.kv_lora_rank)
         with part("linears"):
