@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache import accelerate, load_model  # noqa: E402
-from indexcache.inputs import Text, make_inputs, shipped_text  # noqa: E402
+from indexcache.data import batches  # noqa: E402
 from indexcache.models.lm import hidden_states, token_losses  # noqa: E402
 
 CASES = [
@@ -64,9 +64,7 @@ def check() -> float:
     """The largest difference of a mean loss between the paths on held-out text; raises when it is not rounding."""
     loaded = load_model("tiny")
     worst = 0.0
-    for batch in make_inputs(
-        loaded, Text(source=shipped_text("heldout"), length=1024, sequences=3)
-    ):
+    for batch in batches("heldout", loaded.encode, loaded.model.config, length=1024, sequences=3):
         stock = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
         with accelerate(loaded.model):
             fast = token_losses(

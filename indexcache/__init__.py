@@ -1,6 +1,7 @@
-"""indexcache: sharing patterns for DeepSeek-Sparse-Attention models - find one, prove it safe, export it.
+"""indexcache: sharing patterns for models with DeepSeek Sparse Attention.
 
-Importing the package is fast and changes nothing; torch and transformers are imported when a name is first used.
+It finds a pattern, measures what it costs, and exports it. Importing the package is fast and changes
+nothing: torch and transformers are imported when a name is first used.
 """
 
 from __future__ import annotations
@@ -10,40 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 from indexcache.pattern import Pattern
 
-if TYPE_CHECKING:
-    from indexcache.evals.evaluate import evaluate_pattern
-    from indexcache.evals.overlap import measure_overlap
-    from indexcache.exporting import export_pattern
+if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads lazily.
+    # ruff: noqa: F401
+    from indexcache.distilling.delta import apply_delta
+    from indexcache.distilling.settings import DistillSettings
+    from indexcache.distilling.trainer import distill_pattern as distill
+    from indexcache.evals.evaluate import evaluate
+    from indexcache.evals.overlap import overlap
+    from indexcache.exporting import export
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load_model
+    from indexcache.models.fast.cache import FastCache
+    from indexcache.models.fast.decode import Decoder
+    from indexcache.models.fast.prefill import prefill
+    from indexcache.models.loading import load_model as load
     from indexcache.models.seam import use_pattern
-    from indexcache.searching.run import SearchSettings, search_pattern
+    from indexcache.searching.run import SearchSettings, search
 
 __version__ = "0.1.0"
-__all__ = [
-    "Pattern",
-    "SearchSettings",
-    "accelerate",
-    "evaluate_pattern",
-    "export_pattern",
-    "load_model",
-    "measure_overlap",
-    "search_pattern",
-    "use_pattern",
-]
+
 _HOME = {
-    "SearchSettings": "indexcache.searching.run",
-    "accelerate": "indexcache.models.fast.accelerate",
-    "evaluate_pattern": "indexcache.evals.evaluate",
-    "export_pattern": "indexcache.exporting",
-    "load_model": "indexcache.models.loading",
-    "measure_overlap": "indexcache.evals.overlap",
-    "search_pattern": "indexcache.searching.run",
-    "use_pattern": "indexcache.models.seam",
+    "Decoder": "indexcache.models.fast.decode:Decoder",
+    "DistillSettings": "indexcache.distilling.settings:DistillSettings",
+    "FastCache": "indexcache.models.fast.cache:FastCache",
+    "Pattern": "indexcache.pattern:Pattern",
+    "SearchSettings": "indexcache.searching.run:SearchSettings",
+    "accelerate": "indexcache.models.fast.accelerate:accelerate",
+    "apply_delta": "indexcache.distilling.delta:apply_delta",
+    "distill": "indexcache.distilling.trainer:distill_pattern",
+    "evaluate": "indexcache.evals.evaluate:evaluate",
+    "export": "indexcache.exporting:export",
+    "load": "indexcache.models.loading:load_model",
+    "overlap": "indexcache.evals.overlap:overlap",
+    "prefill": "indexcache.models.fast.prefill:prefill",
+    "search": "indexcache.searching.run:search",
+    "use_pattern": "indexcache.models.seam:use_pattern",
 }
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'indexcache' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, attribute = _HOME[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,18 +1,20 @@
-"""Text to token batches: documents with a domain each, split by document, cut into sequences of one length.
+"""Text to batches of token ids: documents with a domain each, split by document, cut into sequences.
 
-A source is a `.jsonl` file (a `text` or an `ids` field, an optional `domain`), a `.txt`/`.md` file (one document), a
-`.npy` file (one document of token ids), or a folder of those (the name of the sub-folder is the domain). Everything
-is a function of the text and the seed: no global random state is read or changed.
+A source of text is a `.jsonl` file (a `text` or an `ids` field and an optional `domain` per line), a
+`.txt`, `.md` or `.rst` file (one document), a `.npy` file (one document of token ids), or a folder of
+those, where the name of the sub-folder is the domain. Everything is a function of the text and the
+random seed: no global random state is read or changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,15 +24,23 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".npy", *TEXT_SUFFIXES)
 SPLITS = ("calibration", "heldout", "all")
-ALL = "all"  # the name of all domains together in results
-LEAST_BEYOND = 0.75  # share of queries that must see more than k tokens
+SHIPPED = ("calibration", "heldout")  # the names of the two shipped texts
+ALL = "all"  # In results, this name stands for all domains together.
+MIN_SHARE_BEYOND = 0.75  # share of queries that must see more than k tokens
 
 Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One document: token ids (int64, [n]), its domain, a name for messages, and the digest of its ids."""
+    """One document.
+
+    Attributes:
+        ids: token ids, int64 [n].
+        domain: the kind of text, e.g. "code".
+        name: where the document was read, for messages.
+        digest: sha256 of the ids.
+    """
 
     ids: np.ndarray
     domain: str
@@ -40,13 +50,110 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of one domain. `ids` int64 [B, T]; `units` names, per sequence, the document(s) it is cut from: what a
-    bootstrap over documents may resample; `digests` are all documents in it."""
+    """Sequences of one domain that go through the model together.
+
+    Attributes:
+        ids: token ids, int64 [B, T].
+        domain: the domain of all of them.
+        units: per sequence, the document(s) it is cut from; a bootstrap over documents resamples these.
+        digests: the digests of all documents in the batch.
+    """
 
     ids: Tensor
     domain: str
     units: tuple[str, ...]
     digests: tuple[str, ...]
+
+
+def batches(
+    source: str | Path,
+    encode: Encode,
+    config: Any,
+    *,
+    split: str | None = None,
+    length: int | None = None,
+    sequences: int = 24,
+    batch: int = 1,
+    seed: int = 0,
+) -> list[Batch]:
+    """Read a text and cut it into the batches on which a model is searched or evaluated.
+
+    Args:
+        source: "calibration" or "heldout" for the shipped text, else a file or folder (see the module).
+        encode: maps a text to token ids, without special tokens.
+        config: the model's config: `vocab_size`, `max_position_embeddings` and `index_topk`.
+        split: which documents to take: "calibration", "heldout" or "all" (None: all).
+        length: tokens per sequence; None is `default_length`.
+        sequences: number of sequences, spread evenly over the domains.
+        batch: sequences per batch.
+        seed: random seed that decides which parts of the text are taken.
+
+    Raises:
+        ValueError: text that `load_documents`, `split_documents` or `make_batches` refuses, or a
+            length that `check_length` refuses.
+    """
+    length = check_length(length, config)
+    path = shipped_text(str(source)) if source in SHIPPED else Path(source)
+    documents = split_documents(load_documents(path, encode, config.vocab_size), split or "all")
+    return make_batches(documents, length=length, sequences=sequences, batch=batch, seed=seed)
+
+
+def shipped_text(name: str) -> Path:
+    """Return the file of a shipped text, "calibration" or "heldout"; the licences are in NOTICE."""
+    return Path(str(resources.files("indexcache") / "assets" / "text" / f"{name}.jsonl"))
+
+
+def text_for(model: str, source: str | Path | None, split: str) -> tuple[Path, str]:
+    """Return (file or folder, split of it): the user's text, or the shipped text for the model `tiny`.
+
+    Raises:
+        ValueError: no text is given for a model other than `tiny`.
+    """
+    if source is not None:
+        return Path(source), split
+    if model != "tiny":
+        raise ValueError(
+            "Give the text with --data: a .jsonl or text file, a folder of them, or token ids."
+        )
+    return shipped_text("heldout" if split == "heldout" else "calibration"), "all"
+
+
+def default_length(topk: int, context: int) -> int:
+    """Return the default number of tokens per sequence: 4 k, min 1024, max the model's context."""
+    return min(max(4 * topk, 1024), context)
+
+
+def check_length(length: int | None, config: Any) -> int:
+    """Return the length of sequences for a model; None becomes the default.
+
+    Raises:
+        ValueError: the length exceeds `max_position_embeddings`, or `check_context` refuses it.
+    """
+    topk, context = int(config.index_topk), int(config.max_position_embeddings)
+    length = length or default_length(topk, context)
+    if length > context:
+        raise ValueError(
+            f"Sequences of {length} tokens are longer than the model's context of {context}."
+        )
+    check_context(length, topk)
+    return length
+
+
+def check_context(length: int, topk: int) -> float:
+    """Return the share of queries that see more than k tokens; only there does a selection choose.
+
+    Raises:
+        ValueError: the share is below three quarters. With at most k tokens of context every pattern
+            computes the same, so the result would say nothing.
+    """
+    share = max(length - topk, 0) / length if length > 0 else 0.0
+    if share < MIN_SHARE_BEYOND:
+        raise ValueError(
+            f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} only "
+            f"{share:.0%} of the queries have more than {topk} tokens to select from, elsewhere every "
+            f"pattern is the same; use at least {4 * topk} tokens ({MIN_SHARE_BEYOND:.0%} of the queries)."
+        )
+    return share
 
 
 def load_documents(
@@ -55,35 +162,23 @@ def load_documents(
     """Read a file or a folder into documents, in a fixed order; exact repetitions are dropped.
 
     Args:
-        source: file or folder, as described above.
-        encode: text -> token ids, without special tokens.
+        source: a file or folder, as the module describes.
+        encode: maps a text to token ids, without special tokens.
         vocabulary: ids must lie in 0..vocabulary-1.
-        domain: the domain where none is given.
+        domain: the domain of documents that name none.
 
     Raises:
-        ValueError: nothing readable there, a line that is not JSON or has neither text nor ids, ids outside the
-            vocabulary.
+        ValueError: nothing readable is there, a line is not JSON or has neither text nor ids, or ids
+            lie outside the vocabulary.
     """
     root = Path(source)
-    if root.is_dir():
-        paths = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
-        if not paths:
-            raise ValueError(f"{root}: no {', '.join(SUFFIXES)} file in this folder.")
-        pairs = [(p, p.relative_to(root).parts[0] if p.parent != root else domain) for p in paths]
-    elif root.is_file():
-        if root.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{root}: text is read from {', '.join(SUFFIXES)} files, not from {root.suffix or 'this'}."
-            )
-        pairs = [(root, domain)]
-    else:
-        raise ValueError(f"{root}: no such file or folder.")
     documents: dict[str, Document] = {}
-    for path, name in pairs:
-        for ids, where, label in _read(path, encode, name):
-            if label == ALL:
+    for path, folder_domain in _files(root, domain):
+        for ids, where, label in _read(path, encode, folder_domain):
+            if not isinstance(label, str) or label in ("", ALL):
                 raise ValueError(
-                    f"{where}: the domain cannot be called {ALL!r}; results use that name for all domains together."
+                    f"{where}: the domain is {label!r}, but it must be a name other than {ALL!r}, "
+                    "which stands for all domains together in results."
                 )
             array = _ids(ids, vocabulary, where)
             digest = hashlib.sha256(array.tobytes()).hexdigest()
@@ -94,7 +189,23 @@ def load_documents(
     return list(documents.values())
 
 
-def _read(path: Path, encode: Encode, domain: str):
+def _files(root: Path, domain: str) -> list[tuple[Path, str]]:
+    """List (file, domain) of everything readable below a source."""
+    if root.is_dir():
+        paths = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        if not paths:
+            raise ValueError(f"{root}: no {', '.join(SUFFIXES)} file in this folder.")
+        return [(p, p.relative_to(root).parts[0] if p.parent != root else domain) for p in paths]
+    if not root.is_file():
+        raise ValueError(f"{root}: no such file or folder.")
+    if root.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{root}: text is read from {', '.join(SUFFIXES)} files, not from {root.suffix or 'this'}."
+        )
+    return [(root, domain)]
+
+
+def _read(path: Path, encode: Encode, domain: str) -> Iterator[tuple[Any, str, Any]]:
     """Yield (ids, where, domain) of every document in one file."""
     try:
         if path.suffix == ".npy":
@@ -106,7 +217,7 @@ def _read(path: Path, encode: Encode, domain: str):
                         yield _row(line, f"{path}:{number}", encode, domain)
         else:
             yield encode(path.read_text(encoding="utf-8")), str(path), domain
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise ValueError(f"{path}: is not UTF-8 text.") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from None
@@ -118,157 +229,160 @@ def _load_array(path: Path) -> np.ndarray:
             return np.lib.format.read_array(f, allow_pickle=False)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of a damaged header numpy raises what its parser happens to meet
+    except Exception as error:  # On a damaged header numpy raises whatever its parser meets.
         raise ValueError(
             f"{path}: is not a .npy file of numbers ({' '.join(str(error).split())})."
         ) from None
 
 
-def _row(line: str, where: str, encode: Encode, domain: str):
+def _row(line: str, where: str, encode: Encode, domain: str) -> tuple[Any, str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError(
             f"{where}: is not JSON; every line of a .jsonl file is one JSON object."
         ) from None
-    if not isinstance(row, dict) or not (
-        isinstance(row.get("text"), str) or isinstance(row.get("ids"), list)
-    ):
-        raise ValueError(
-            f"{where}: has neither a text field (a string) nor an ids field (a list of token ids)."
-        )
-    try:
-        json.dumps([row.get("text"), row.get("domain")], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: has half of a surrogate pair, which is not text.") from None
-    label = row.get("domain", domain)
-    if not isinstance(label, str) or not label:
-        raise ValueError(f"{where}: the domain is {label!r}, but it must be a name.")
-    return (row["ids"] if isinstance(row.get("ids"), list) else encode(row["text"])), where, label
+    fields = row if isinstance(row, dict) else {}
+    label = fields.get("domain", domain)
+    if isinstance(fields.get("ids"), list):
+        return fields["ids"], where, label
+    if isinstance(fields.get("text"), str):
+        return encode(fields["text"]), where, label
+    raise ValueError(
+        f"{where}: has neither a text field (a string) nor an ids field (a list of token ids)."
+    )
 
 
-def _ids(ids, vocabulary: int, where: str) -> np.ndarray:
+def _ids(ids: Any, vocabulary: int, where: str) -> np.ndarray:
     try:
         array = np.asarray(ids)
-    except ValueError:  # ragged
-        array = np.empty((0, 0))
-    if isinstance(ids, list) and any(isinstance(i, bool) for i in ids):
+    except ValueError:  # numpy refuses a ragged list.
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"{where}: token ids must be one list of whole numbers.")
     array = array.astype(np.int64)
-    if array.size and not (int(array.min()) >= 0 and int(array.max()) < vocabulary):
-        bad = int(array.max() if array.max() >= vocabulary else array.min())
+    outside = array[(array < 0) | (array >= vocabulary)]
+    if outside.size:
         raise ValueError(
-            f"{where}: token id {bad} is outside the model's vocabulary of {vocabulary}."
+            f"{where}: token id {outside[0]} is outside the model's vocabulary of {vocabulary}."
         )
     return array
 
 
 def split_documents(documents: Sequence[Document], split: str) -> list[Document]:
-    """The documents of one split: "calibration", "heldout" or "all". A document's side depends on nothing but its
-    content, so the two sides never share one, whatever else is in the source."""
+    """Return the documents of one split: "calibration", "heldout" or "all".
+
+    The side of a document depends on its content alone, so the two sides never share one, whatever
+    else is in the source.
+
+    Raises:
+        ValueError: an unknown split, or one without a document.
+    """
     if split not in SPLITS:
         raise ValueError(f"The split is one of {', '.join(SPLITS)}, not {split!r}.")
     if split == "all":
         return list(documents)
-    held_out = split == "heldout"
-    chosen = [d for d in documents if (int(d.digest[:8], 16) % 2 == 1) == held_out]
-    if not chosen:
+    parity = int(split == "heldout")
+    side = [d for d in documents if int(d.digest[:8], 16) % 2 == parity]
+    if not side:
         raise ValueError(
-            f"None of the {len(documents)} documents falls into the {split} half; give calibration and held-out "
-            "text as two sources and use the split 'all' for each."
+            f"None of the {len(documents)} documents falls into the {split} half; give calibration and "
+            "held-out text as two sources and use the split 'all' for each."
         )
-    return chosen
-
-
-def check_context(length: int, topk: int) -> float:
-    """The share of queries whose context holds more than k tokens; only there does a selection choose anything.
-
-    Raises:
-        ValueError: the share is below three quarters: with at most k tokens of context every pattern is the same, and
-            the result would say nothing.
-    """
-    beyond = max(length - topk, 0) / length if length > 0 else 0.0
-    if beyond < LEAST_BEYOND:
-        raise ValueError(
-            f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} only {beyond:.0%} of the "
-            f"queries have more than {topk} tokens to select from, elsewhere every pattern is the same; use at least "
-            f"{4 * topk} tokens ({LEAST_BEYOND:.0%} of the queries)."
-        )
-    return beyond
+    return side
 
 
 def make_batches(
     documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0
 ) -> list[Batch]:
-    """Cut documents into `sequences` sequences of `length` tokens, spread evenly over the domains, in batches of one
-    domain each. A long document gives its first window before any gives its second; documents shorter than `length`
-    are joined with others of their domain until the sequence is full.
+    """Cut documents into `sequences` sequences of `length` tokens, in batches of one domain each.
+
+    The sequences are spread evenly over the domains. A long document gives its first window before
+    any gives its second; documents shorter than `length` are joined with others of their domain until
+    the sequence is full.
 
     Raises:
-        ValueError: a number that is not positive, or a domain with too little text.
+        ValueError: a number that is too small, or a domain with too little text.
     """
-    for name, value in (("length", length), ("sequences", sequences), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}.")
+    for name, value, minimum in (
+        ("length", length, 1),
+        ("sequences", sequences, 1),
+        ("batch", batch, 1),
+        ("seed", seed, 0),
+    ):
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {value}.")
     domains = sorted({d.domain for d in documents})
     if not domains:
         raise ValueError("There is no document to make sequences from.")
     if sequences < len(domains):
         raise ValueError(
-            f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); ask for more."
+            f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); "
+            "ask for more."
         )
-    import torch  # here, so that --help need not wait for it
+    import torch  # It is imported here so that --help need not wait for it.
 
-    batches = []
+    result = []
     for i, domain in enumerate(domains):
-        wanted = sequences // len(domains) + (i < sequences % len(domains))
+        count = sequences // len(domains) + (i < sequences % len(domains))
         rng = np.random.default_rng([seed, *domain.encode()])
         windows = _windows([d for d in documents if d.domain == domain], length, rng)
-        if len(windows) < wanted:
+        if len(windows) < count:
             raise ValueError(
-                f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, but {wanted} are "
-                "asked for; give more text, shorter sequences or fewer of them."
+                f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, but "
+                f"{count} are asked for; give more text, shorter sequences or fewer of them."
             )
-        for start in range(0, wanted, batch):
-            part = windows[start : min(start + batch, wanted)]
-            ids = torch.from_numpy(np.stack([w[0] for w in part]))
-            batches.append(
-                Batch(ids, domain, tuple(w[1] for w in part), tuple(d for w in part for d in w[2]))
-            )
-    return batches
+        for start in range(0, count, batch):
+            taken = windows[start : min(start + batch, count)]
+            ids = torch.from_numpy(np.stack([w.ids for w in taken]))
+            units = tuple(w.unit for w in taken)
+            result.append(Batch(ids, domain, units, tuple(d for w in taken for d in w.digests)))
+    return result
 
 
-def _windows(
-    documents: list[Document], length: int, rng: np.random.Generator
-) -> list[tuple[np.ndarray, str, tuple[str, ...]]]:
-    """(ids [length], unit, digests) of every full sequence of one domain, in the order they are taken."""
-    documents = [documents[i] for i in rng.permutation(len(documents))]
-    rounds: list[tuple[int, int, np.ndarray, str, tuple[str, ...]]] = []
-    held: list[Document] = []
-    for order, d in enumerate(documents):
-        for turn in range(len(d.ids) // length):
-            rounds.append(
-                (turn, order, d.ids[turn * length : (turn + 1) * length], d.name, (d.digest,))
-            )
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """One sequence, with its place in the order in which sequences are taken."""
+
+    order: tuple[int, int]  # (number of the window in its document, place of the document)
+    ids: np.ndarray
+    unit: str
+    digests: tuple[str, ...]
+
+
+def _windows(documents: list[Document], length: int, rng: np.random.Generator) -> list[_Window]:
+    """Cut one domain into every full sequence it has, in the order in which they are taken."""
+    windows: list[_Window] = []
+    short: list[Document] = []
+    for place, index in enumerate(rng.permutation(len(documents))):
+        d = documents[index]
+        for n in range(len(d.ids) // length):
+            ids = d.ids[n * length : (n + 1) * length]
+            windows.append(_Window((n, place), ids, d.name, (d.digest,)))
         if len(d.ids) < length:
-            held.append(d)
-            if sum(len(h.ids) for h in held) >= length:
-                ids = np.concatenate([h.ids for h in held])[:length]
-                rounds.append(
-                    (0, order, ids, " + ".join(h.name for h in held), tuple(h.digest for h in held))
-                )
-                held = []
-    rounds.sort(key=lambda r: r[:2])
-    return [r[2:] for r in rounds]
+            short.append(d)
+            if sum(len(s.ids) for s in short) >= length:
+                ids = np.concatenate([s.ids for s in short])[:length]
+                unit = " + ".join(s.name for s in short)
+                windows.append(_Window((0, place), ids, unit, tuple(s.digest for s in short)))
+                short = []
+    return sorted(windows, key=lambda w: w.order)
 
 
 def digest_of(batches: Sequence[Batch]) -> str:
-    """One digest of everything that is in the batches, order included."""
+    """Return one digest of everything that is in the batches, order included."""
     h = hashlib.sha256()
     for b in batches:
         h.update(f"{b.domain}|{tuple(b.ids.shape)}|{b.digests}".encode() + b.ids.numpy().tobytes())
     return h.hexdigest()
+
+
+def check_unseen(batches: Sequence[Batch], seen: Iterable[str]) -> None:
+    """Raise ValueError when a document of these batches was calibration text of a search."""
+    shared = {d for b in batches for d in b.digests} & set(seen)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the held-out documents were calibration text of the search, so this would "
+            "not be evidence; give other text, or use the split 'heldout' of the text the search took its "
+            "'calibration' from."
+        )

@@ -76,6 +76,11 @@ class Pattern:
     # -- reading --------------------------------------------------------------------------------------------------
 
     @classmethod
+    def of(cls, value: Pattern | str | Sequence[str]) -> Pattern:
+        """Return a pattern as it is, and anything else that describes one as a `Pattern`."""
+        return value if isinstance(value, Pattern) else cls(value)
+
+    @classmethod
     def full(cls, layers: int) -> Pattern:
         """Every layer full."""
         return cls("F" * _layer_count(layers))

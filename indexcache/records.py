@@ -1,4 +1,8 @@
-"""Run folders: settings that must not change, an append-only journal, atomic results. Resume = the same command again."""
+"""Run folders: settings that must not change, an append-only journal, and results.
+
+Everything that is written as a whole goes through `atomic`, `atomic_folder` or `publish`; everything
+that one process at a time may write goes through `locked`. A run is resumed by the same command.
+"""
 
 from __future__ import annotations
 
@@ -7,82 +11,135 @@ import fcntl
 import json
 import os
 import re
+import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part of it."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, allow_nan=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which replaces `path` when the block ends.
+
+    A reader sees the old file or the new one, also after a kill, never a part of it. After an error the
+    old file is there and nothing else.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes `path` when the block ends and vanishes on an error.
+
+    Its name is fixed and it is locked, so what a killed process left there (perhaps a terabyte) is
+    cleared by the next one, and two processes that write one folder do not mix.
+
+    Raises:
+        ValueError: another process is writing this folder.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.mkdir(parents=True, exist_ok=True)
+    with locked(temporary, f"{path}: another process is writing this folder"):
+        try:
+            for old in temporary.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            yield temporary
+            publish(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Force a file or a folder to the disk and rename it to `path`, which it replaces."""
+    files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
+    for file in files:
+        _sync(file)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, or on a file that is created when it is missing.
+
+    Args:
+        busy: the error where another process holds the lock; None waits until it is free.
+
+    Raises:
+        ValueError: another process holds the lock and `busy` is given.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise ValueError(f"{busy}; wait for it or choose another --out.") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What libraries raise where the system refuses to write below `path` (safetensors and torch wrap it), as the OSError it is."""
+    """Re-raise write errors that safetensors and torch wrap as the OSError that caused them."""
     try:
         yield
-    except (OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except OSError:
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        number = _refusal(error)
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from None
+    except BaseException as error:  # torch's CheckpointException is not an Exception.
+        failures = [e for e, _ in getattr(error, "failures", {}).values()]
+        text = "".join(line for e in (error, *failures) for line in traceback.format_exception(e))
+        for number in map(int, re.findall(r"(?:\(os error |\[Errno )(\d+)", text)):
+            if number in WRITE_ERRORS:
+                raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-)  # of what is written
-
-
-def _refusal(error: BaseException) -> int | None:
-    """The number of the OSError of `REFUSALS` behind an exception; None where there is none."""
-    waiting: list[BaseException] = [error]
-    seen: set[int] = set()
-    while waiting:
-        e = waiting.pop()
-        seen.add(id(e))
-        said = re.search(r"\(os error (\d+)\)", str(e))  # as Rust says it
-        number = e.errno if isinstance(e, OSError) else int(said[1]) if said else None
-        if number in REFUSALS:
-            return number
-        failures = [
-            x for x, _ in getattr(e, "failures", {}).values()
-        ]  # CheckpointException: {rank: (exception, traceback)}
-        waiting += [
-            x
-            for x in (*failures, e.__cause__, e.__context__)
-            if x is not None and id(x) not in seen
-        ]
-    return None
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, allow_nan=False)
+        f.write("\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError, naming the file, where it cannot be read or is not JSON."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it cannot be read or is not JSON; the message names the file.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
 
 
 class Run:
-    """One run's folder, open for writing: `settings.json`, `journal.jsonl`, and whatever results are saved.
+    """One run's folder, open for writing: `settings.json`, `journal.jsonl` and the saved results.
 
-    Use it as `with open_run(out, settings) as run:`. The journal holds one JSON object a line; a line that a kill cut
-    off is dropped when the folder is opened again.
+    Use it as `with open_run(out, settings) as run:`. The journal holds one JSON object per line; a line
+    that a kill cut off is dropped when the folder is opened again.
     """
 
     def __init__(self, folder: Path):
@@ -93,11 +150,11 @@ class Run:
     def _recover(self) -> list[dict[str, Any]]:
         path = self.folder / "journal.jsonl"
         raw = path.read_bytes() if path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
+        complete = raw[: raw.rfind(b"\n") + 1]
+        if len(complete) < len(raw):
             with open(path, "r+b") as f:
-                f.truncate(len(whole))
-        return _entries(path, whole)
+                f.truncate(len(complete))
+        return _entries(path, complete)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line and force it to the disk before returning."""
@@ -118,17 +175,18 @@ class Run:
 def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
     try:
         entries = [json.loads(line) for line in lines.splitlines()]
-    except (ValueError, RecursionError):
+    except ValueError:
         entries = [None]
     if not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
-            f"{path}: a line is not a JSON object, so the journal was changed by hand; start in a new folder."
+            f"{path}: a line is not a JSON object, so the journal was changed by hand; "
+            "start in a new folder."
         )
     return entries
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal of a run, which may be writing it now: a line without its end is left out.
+    """Read the journal of a run, which may be writing it now: a line without its end is left out.
 
     Raises:
         ValueError: it cannot be read.
@@ -138,18 +196,11 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     return _entries(path, raw[: raw.rfind(b"\n") + 1])
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
-
-
 def finished_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal of a run that has its result.
+    """Read the journal of a run that has its result.
 
     Raises:
-        ValueError: the folder has none, or the journal cannot be read.
+        ValueError: the folder has no result, or the journal cannot be read.
     """
     path = folder / "journal.jsonl"
     if not (folder / "result.json").is_file():
@@ -157,22 +208,23 @@ def finished_journal(folder: Path) -> list[dict[str, Any]]:
     return _entries(path, _read(path))
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from None
+
+
 @contextmanager
 def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
     """Open a run's folder, new or interrupted.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings (each difference is named), or to one that is
-            running now.
+        ValueError: the folder belongs to a run with other settings (each difference is named), or to one
+            that is running now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{folder}: another process is writing this run; wait for it or choose another --out."
-            ) from None
+    with locked(folder / ".lock", f"{folder}: another process is writing this run"):
         _claim(folder, settings)
         run = Run(folder)
         try:
@@ -182,36 +234,40 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `settings` those of a folder that has none, without opening a run; processes that do it together wait for each other.
-    For a folder of several runs, each in a folder of its own. Raises ValueError where it has others (each difference is named)."""
+    """Make `settings` those of a folder of several runs, without opening a run in it.
+
+    Processes that claim a folder at the same time wait for each other.
+
+    Raises:
+        ValueError: the folder has other settings; each difference is named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / ".lock"):
         _claim(folder, settings)
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        before = read_json(path)
-        if not isinstance(before, dict):
-            raise ValueError(
-                f"{path}: is not a JSON object, so it was changed by hand; choose another --out."
-            )
-        changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-        if changed:
-            what = "; ".join(
-                f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed
-            )
-            raise ValueError(
-                f"{folder}: this run was begun with other settings ({what}); choose another --out."
-            )
-    else:
+    if not path.exists():
         if (folder / "journal.jsonl").exists():
             raise ValueError(
                 f"{folder}: there is a journal but no settings.json; choose another --out."
             )
         write_json(path, settings)
+        return
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"{path}: is not a JSON object, so it was changed by hand; choose another --out."
+        )
+    changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+    if changed:
+        differences = "; ".join(
+            f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed
+        )
+        raise ValueError(
+            f"{folder}: this run was begun with other settings ({differences}); choose another --out."
+        )
 
 
 def _short(value: Any) -> str:

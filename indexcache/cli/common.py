@@ -38,8 +38,9 @@ class ModelSettings:
 
 def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Batch]]:
     """The model and the batches of one split of its text."""
-    from indexcache.inputs import Text, load_model, make_inputs, text_for
+    from indexcache.data import batches, text_for
     from indexcache.models.fast.accelerate import accelerate
+    from indexcache.models.loading import load_model
 
     if s.device == "cpu":
         keep_freed_memory()
@@ -52,17 +53,23 @@ def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Bat
             accelerate(loaded.model)
         except ValueError as error:
             print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
-    text = Text(
-        source=source, split=part, length=s.length, sequences=sequences, batch=s.batch, seed=s.seed
+    text = batches(
+        source,
+        loaded.encode,
+        loaded.model.config,
+        split=part,
+        length=s.length,
+        sequences=sequences,
+        batch=s.batch,
+        seed=s.seed,
     )
-    batches = make_inputs(loaded, text)
-    length, domains = batches[0].ids.shape[1], ", ".join(sorted({b.domain for b in batches}))
+    length, domains = text[0].ids.shape[1], ", ".join(sorted({b.domain for b in text}))
     print(
         f"{sequences} sequences of {length} tokens ({domains}); {check_context(length, loaded.topk):.0%} of the queries see more than "
         f"k = {loaded.topk} tokens",
         file=sys.stderr,
     )
-    return loaded, batches
+    return loaded, text
 
 
 def keep_freed_memory() -> None:

@@ -104,9 +104,8 @@ def run(s: Settings) -> int:
     from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
     from indexcache.distilling.layer_weights import layer_weights
     from indexcache.distilling.parallel import own_device
-    from indexcache.inputs import load_model
     from indexcache.models.family import indexers
-    from indexcache.models.loading import check_device, fingerprint
+    from indexcache.models.loading import check_device, fingerprint, load_model
     from indexcache.report.tables import table
     from indexcache.spec import parse_pattern
 
@@ -214,8 +213,7 @@ def run(s: Settings) -> int:
 
 def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Document]]:
     """(training documents, held-out documents), which share none."""
-    from indexcache.data import load_documents, split_documents
-    from indexcache.inputs import shipped_text, text_for
+    from indexcache.data import load_documents, shipped_text, split_documents, text_for
 
     vocabulary = int(loaded.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     source, split = text_for(s.model, s.data, "calibration")
@@ -263,7 +261,7 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
     import torch
 
     from indexcache.distilling.delta import save_whole
-    from indexcache.exporting import export_pattern
+    from indexcache.exporting import export
     from indexcache.models.family import family_of
 
     target, part = Path(s.out) / "checkpoint", Path(s.out) / "checkpoint.part"
@@ -291,6 +289,6 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
         )
         part.rename(target)
     else:
-        export_pattern(part, pattern, target, engines=("transformers",))
+        export(part, pattern, target, engines=("transformers",))
         shutil.rmtree(part)
     return str(target)

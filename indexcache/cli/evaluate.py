@@ -31,8 +31,8 @@ class Settings(ModelSettings):
 
 
 def run(s: Settings) -> int:
-    from indexcache.evals import evaluate_pattern
-    from indexcache.inputs import check_unseen
+    from indexcache.data import check_unseen
+    from indexcache.evals.evaluate import evaluate
     from indexcache.models.family import indexers
     from indexcache.records import write_json
     from indexcache.report.tables import domains, evidence, positions
@@ -48,7 +48,7 @@ def run(s: Settings) -> int:
     if against:
         check_unseen(batches, against.seen)
     patterns = {c.name: c.pattern for c in chosen}
-    result = evaluate_pattern(
+    result = evaluate(
         loaded.model, patterns, batches, against=against.pattern if against else None, seed=s.seed
     )
     base = against.name if against else "full"

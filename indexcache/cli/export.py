@@ -29,13 +29,13 @@ class Settings:
 def run(s: Settings) -> int:
     import sys
 
-    from indexcache.exporting import export_pattern
+    from indexcache.exporting import export
     from indexcache.models.loading import describe
     from indexcache.spec import parse_pattern
 
     facts = describe(s.model)
     chosen = parse_pattern(s.pattern, facts["num_hidden_layers"])
-    result = export_pattern(
+    result = export(
         facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune
     )
     for warning in result["warnings"]:

@@ -25,7 +25,7 @@ class Settings(ModelSettings):
 
 
 def run(s: Settings) -> int:
-    from indexcache.evals.overlap import measure_overlap
+    from indexcache.evals.overlap import overlap
     from indexcache.models.family import indexers
     from indexcache.records import write_json
     from indexcache.report.plots import draw_overlap
@@ -34,7 +34,7 @@ def run(s: Settings) -> int:
 
     loaded, batches = load(s, s.split, s.sequences)
     chosen = parse_pattern(s.pattern, len(indexers(loaded.model))) if s.pattern else None
-    measured = measure_overlap(loaded.model, batches)
+    measured = overlap(loaded.model, batches)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(

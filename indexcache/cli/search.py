@@ -30,14 +30,14 @@ class Settings(ModelSettings):
 def run(s: Settings) -> int:
     from indexcache.models.loading import fingerprint
     from indexcache.report.tables import table
-    from indexcache.searching.run import SearchSettings, search_pattern
+    from indexcache.searching.run import SearchSettings, search
 
     loaded, batches = load(s, s.split, s.sequences)
     settings = SearchSettings(
         keep=s.keep, stages=s.stages, uniform=s.uniform, pool_factor=s.pool_factor
     )
     identity = {"model": fingerprint(loaded.path), "seed": s.seed}
-    result = search_pattern(loaded.model, batches, s.out, settings, identity=identity)
+    result = search(loaded.model, batches, s.out, settings, identity=identity)
     base = result["frontier"][0]["loss"]
     rows = [
         [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from indexcache.distilling.indexers import indexer_names
 from indexcache.models.family import indexers
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
-from indexcache.records import writing
+from indexcache.records import atomic, writing
 
 FORMAT = "indexcache-delta-1"
 
@@ -37,12 +36,10 @@ def save_delta(model: nn.Module, pattern: Pattern, path: Path, base: dict[str, s
                 full: parts[name].detach().cpu().contiguous()
                 for name, full in indexer_names(model, layer).items()
             }
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(save(tensors, metadata={"format": FORMAT, "pattern": str(pattern), **base}))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    with atomic(path) as temporary:
+        temporary.write_bytes(
+            save(tensors, metadata={"format": FORMAT, "pattern": str(pattern), **base})
+        )
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def measure_kept(model: nn.Module, pattern: Pattern | str, rows: Sequence[Row]) 
     Raises:
         ValueError: as `check_model`; no query that sees more than k tokens.
     """
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    pattern = Pattern.of(pattern)
     check_model(model, pattern, max(len(row.ids) for row in rows))
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
     measure = _Measure(model, pattern, make_students(model, pattern, weight.dtype))

@@ -59,7 +59,7 @@ def oracle_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
     Raises:
         ValueError: as `check_model`; a pattern with R layers, whose selections are their own.
     """
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    pattern = Pattern.of(pattern)
     if "R" in pattern.roles:
         raise ValueError(
             f"The oracle selects for layers that share a selection; in {pattern} R layers select for themselves."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from indexcache.distilling.parallel import World
-from indexcache.records import writing
+from indexcache.records import publish, writing
 
 Trained = Mapping[
     str, tuple[nn.Module, torch.optim.Optimizer]
@@ -64,11 +63,7 @@ def save_state(
         ) from None
     world.wait()
     if world.rank == 0:
-        for path in part.iterdir():
-            _sync(path)
-        shutil.rmtree(whole, ignore_errors=True)
-        os.replace(part, whole)
-        _sync(folder)
+        publish(part, whole)
         for old in found_states(folder, kind):
             if old != whole:
                 shutil.rmtree(old, ignore_errors=True)
@@ -138,11 +133,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -79,7 +79,7 @@ def distill_pattern(
         ValueError: whatever `check_model`, `check_beyond` and the settings refuse; a folder of another run; rows that the processes cannot
             share evenly; a loss that is not finite (the last good checkpoint stays).
     """
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    pattern = Pattern.of(pattern)
     settings.check()
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):

@@ -1,5 +1,1 @@
-"""Evidence on held-out text."""
-
-from indexcache.evals.evaluate import evaluate_pattern
-
-__all__ = ["evaluate_pattern"]
+"""Evidence on held-out text: what a pattern costs, and how much the layers' selections overlap."""

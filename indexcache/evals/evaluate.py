@@ -24,7 +24,7 @@ BUCKETS = 4  # position buckets, equal parts of the sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
 
 
-def evaluate_pattern(
+def evaluate(
     model: nn.Module,
     patterns: Mapping[str, Pattern | str] | Sequence[Pattern | str],
     batches: Sequence[Batch],

@@ -18,7 +18,7 @@ from indexcache.progress import progress
 CHUNK_BYTES = 1 << 26
 
 
-def measure_overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+def overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """Overlap of the selections of all pairs of layers when every layer that has an indexer runs it.
 
     Only queries with more than k tokens of context count: before that every layer selects everything.
@@ -48,9 +48,9 @@ def measure_overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any
                 (topk / torch.arange(topk + 1, length + 1).double()).sum()
             )
             bar.update()
-    overlap = total / queries / topk
+    shares = total / queries / topk
     return {
-        "overlap": overlap.tolist(),
+        "overlap": shares.tolist(),
         "chance": chance / queries,
         "queries": queries,
         "layers": len(pattern),

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import read_config
 from indexcache.exporting import sglang, transformers, vllm
-from indexcache.exporting.checks import ENGINES, as_pattern, check_engines, check_export
+from indexcache.exporting.checks import ENGINES, check_engines, check_export
 from indexcache.pattern import Pattern
+from indexcache.records import atomic_folder
 
-__all__ = ["ENGINES", "check_export", "export_pattern"]
+__all__ = ["ENGINES", "check_export", "export"]
 
 SMALL_FILES = 1 << 20  # bytes set aside for flags, config and index
 
 
-def export_pattern(
+def export(
     checkpoint: str | Path,
     pattern: Pattern | str,
     out: str | Path,
@@ -53,13 +51,13 @@ def export_pattern(
         ValueError: as `check_export`; `out` is in use or not empty; or the disk is too small, full or not writable.
     """
     checkpoint, out = Path(checkpoint), Path(out).resolve()
-    engines, pattern = check_engines(engines), as_pattern(pattern)
+    engines, pattern = check_engines(engines), Pattern.of(pattern)
     _check_free(out)
     warnings = check_export(checkpoint, pattern, engines, stages)
     config = read_config(checkpoint)
     files: dict[str, list[str]] = {}
     try:
-        with _whole_or_absent(out) as part:
+        with atomic_folder(out) as part:
             pattern.to_file(part / "pattern.json")
             if "transformers" in engines:
                 shards = transformers.plan_shards(checkpoint, pattern, prune=prune)
@@ -109,33 +107,3 @@ def _check_space(out: Path, needed: int) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-@contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` if all goes well and vanishes if not.
-
-    Its name is fixed and it is locked, so what a killed export left (perhaps a terabyte) is cleared by the next one,
-    and two exports to one place do not mix.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.mkdir(exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{out}: another process is exporting to this folder; wait for it or choose another one."
-            ) from None
-        try:
-            for left in part.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield part
-            os.rename(part, out)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)

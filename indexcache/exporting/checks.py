@@ -35,7 +35,7 @@ def check_export(
             checkpoint; a pattern with R, of another length, or with a stage that does not begin with F; an F layer
             whose indexer is not in the checkpoint; or an engine that cannot share on this model.
     """
-    engines, pattern = check_engines(engines), as_pattern(pattern)
+    engines, pattern = check_engines(engines), Pattern.of(pattern)
     config = read_config(checkpoint)
     section = text_section(config)
     model_type = section.get("model_type") or config.get("model_type")
@@ -72,11 +72,6 @@ def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"No engine was given; known are {', '.join(ENGINES)}.")
     return names
-
-
-def as_pattern(pattern: Pattern | str) -> Pattern:
-    """A Pattern as it is, a string parsed. Raises ValueError for what is not a pattern."""
-    return pattern if isinstance(pattern, Pattern) else Pattern(pattern)
 
 
 def _whole(stages: Any) -> int:

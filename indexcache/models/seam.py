@@ -264,7 +264,7 @@ def use_pattern(
             shared. After it: the same for a layer that is full in the model itself.
     """
     family_of(model)  # refuses an unknown one
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+    pattern = Pattern.of(pattern)
     missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     pattern.check(layers=len(indexers(model)), without_indexer=missing)
     seam = Seam(model, pattern, capture)

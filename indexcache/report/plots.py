@@ -11,7 +11,7 @@ from indexcache.pattern import Pattern
 def draw_overlap(
     measured: dict[str, Any], path: str | Path, pattern: Pattern | None = None, title: str = ""
 ) -> None:
-    """Write a PNG of `measure_overlap`'s result; each block of `pattern` is a full layer and those that live on it.
+    """Write a PNG of `overlap`'s result; each block of `pattern` is a full layer and those that live on it.
 
     Raises:
         ValueError: matplotlib is not installed.

@@ -32,7 +32,7 @@ class SearchSettings:
     pool_factor: int = 8
 
 
-def search_pattern(
+def search(
     model: nn.Module,
     batches: Sequence[Batch],
     out: str | Path,

@@ -26,8 +26,7 @@ from rewrite import load_llama
 from torch import nn
 
 from indexcache.cli import guarded
-from indexcache.data import load_documents, make_batches
-from indexcache.inputs import shipped_text
+from indexcache.data import load_documents, make_batches, shipped_text
 from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, logit_chunks, token_losses

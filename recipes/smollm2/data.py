@@ -32,7 +32,7 @@ import numpy as np
 from weights import download, make_tokenizer, read_gguf
 
 from indexcache.cli import guarded
-from indexcache.inputs import shipped_text
+from indexcache.data import shipped_text
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tiny"))
 import corpus

@@ -61,7 +61,7 @@ from indexcache.distilling import (
 from indexcache.distilling.forward import served_layers
 from indexcache.distilling.layer_weights import sharing_costs, weights_of_costs
 from indexcache.distilling.rows import Row
-from indexcache.evals.overlap import measure_overlap
+from indexcache.evals.overlap import overlap
 from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, token_losses
@@ -70,7 +70,7 @@ from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, claim, open_run, read_journal, write_json
 from indexcache.report.plots import draw_overlap
-from indexcache.searching.run import SearchSettings, search_pattern
+from indexcache.searching.run import SearchSettings, search
 from indexcache.spec import parse_pattern
 
 STAGES = ("train", "search", "vary", "reference", "evaluate", "groups", "table")
@@ -254,7 +254,7 @@ class Experiment:
             self.take(seed, "full")
             with accelerate(self.model):
                 settings = SearchSettings(keep=1 / KEPT[-1], uniform=False)
-                search_pattern(
+                search(
                     self.model,
                     batches,
                     self.folder(seed, "search"),
@@ -357,7 +357,7 @@ class Experiment:
                         ]
                     if method == "full":
                         with accelerate(self.model):
-                            facts["overlap"] = measure_overlap(
+                            facts["overlap"] = overlap(
                                 self.model, held_out[:: max(len(held_out) // 3, 1)]
                             )
                     self.note(run, seed, method, kept, pattern, facts)

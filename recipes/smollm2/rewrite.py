@@ -283,7 +283,7 @@ def load_llama(wheel: Path, device: str = "cpu"):
 
 def some_text(tokenizer: Any) -> Tensor:
     """int64 [3, 1024]: the beginning of three calibration documents of the package, one of each domain."""
-    from indexcache.inputs import shipped_text
+    from indexcache.data import shipped_text
 
     rows = [
         json.loads(x) for x in shipped_text("calibration").read_text(encoding="utf-8").splitlines()

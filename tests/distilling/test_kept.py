@@ -14,7 +14,7 @@ from indexcache.distilling.forward import served_layers
 from indexcache.distilling.layer_weights import layer_weights, sharing_costs
 from indexcache.models.family import decoder_layers
 from indexcache.models.lm import hidden_states, token_losses
-from indexcache.searching.run import SearchSettings, search_pattern
+from indexcache.searching.run import SearchSettings, search
 from tests.distilling import worker
 from tests.distilling.worker import dense, row_of
 from tests.support import make_model, refused
@@ -115,7 +115,7 @@ def test_costs_of_a_search(tmp_path):
     """The first step of one over all layers has them; stage after stage, only the first stage's layers are tried alone."""
     model = make_model("glm_moe_dsa")
     for stages in (1, 2):
-        search_pattern(
+        search(
             model,
             worker.held_out(),
             tmp_path / str(stages),

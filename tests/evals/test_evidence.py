@@ -1,4 +1,4 @@
-"""evaluate_pattern and measure_overlap against direct computations on stock models."""
+"""evaluate and overlap against direct computations on stock models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from indexcache import Pattern, evaluate_pattern, measure_overlap, use_pattern
+from indexcache import Pattern, evaluate, overlap, use_pattern
 from indexcache.data import make_batches
 from tests.support import SHAPE, documents, make_model, stock_loss
 
@@ -19,7 +19,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def evidence(glm, batches):
-    return evaluate_pattern(
+    return evaluate(
         glm, {"half": "FSFSFS", "quarter": "FSSSSS", "same": "FFFFFF", "R": "FRRRRR@2"}, batches
     )
 
@@ -106,7 +106,7 @@ def test_interval_resamples_documents(glm, batches, evidence):
 
 def test_another_baseline(glm, batches, evidence):
     """Paired differences between two patterns are the differences of their differences to full."""
-    against = evaluate_pattern(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
+    against = evaluate(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
     row, same = (rows(against, name)["all"] for name in ("half", "same"))
     expected = (
         rows(evidence, "half")["all"]["delta_loss"] - rows(evidence, "quarter")["all"]["delta_loss"]
@@ -119,20 +119,20 @@ def test_another_baseline(glm, batches, evidence):
 
 def test_one_document_has_no_interval(glm):
     one = make_batches(documents(1), length=64, sequences=1)
-    row = evaluate_pattern(glm, ["FSSSSS"], one)["rows"][0]
+    row = evaluate(glm, ["FSSSSS"], one)["rows"][0]
     assert row["ci_low"] is None
     assert row["ci_high"] is None
 
 
 def test_evaluate_refuses_vacuous_text_and_nothing(glm):
     with pytest.raises(ValueError, match="too short"):
-        evaluate_pattern(glm, ["FSSSSS"], make_batches(documents(), length=31, sequences=2))
+        evaluate(glm, ["FSSSSS"], make_batches(documents(), length=31, sequences=2))
     with pytest.raises(ValueError, match="no pattern"):
-        evaluate_pattern(glm, [], make_batches(documents(), length=64, sequences=2))
+        evaluate(glm, [], make_batches(documents(), length=64, sequences=2))
 
 
 def test_overlap_against_sets(model, batches):
-    measured = measure_overlap(model, batches[:2])
+    measured = overlap(model, batches[:2])
     k, expected, count = SHAPE["index_topk"], np.zeros((6, 6)), 0
     for batch in batches[:2]:
         with use_pattern(model, "FFFFFF", capture=True) as seam, torch.no_grad():
@@ -153,13 +153,13 @@ def test_overlap_of_a_natively_shared_model_is_one_within_its_groups(batches):
     native = make_model(
         "glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"]
     )
-    overlap = measure_overlap(native, batches[:1])["overlap"]
-    assert overlap[0][1] == overlap[1][2] == overlap[3][5] == pytest.approx(1)
-    assert overlap[0][3] < 1
+    shares = overlap(native, batches[:1])["overlap"]
+    assert shares[0][1] == shares[1][2] == shares[3][5] == pytest.approx(1)
+    assert shares[0][3] < 1
 
 
 def test_heat_map_is_drawn(glm, batches, tmp_path):
     from indexcache.report.plots import draw_overlap
 
-    draw_overlap(measure_overlap(glm, batches[:1]), tmp_path / "map.png", Pattern("FSSFSS"))
+    draw_overlap(overlap(glm, batches[:1]), tmp_path / "map.png", Pattern("FSSFSS"))
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

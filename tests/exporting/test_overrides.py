@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from indexcache.checkpoint import read_config
-from indexcache.exporting import export_pattern
+from indexcache.exporting import export
 from indexcache.pattern import Pattern
 from tests.exporting.support import LAYERS, PATTERN, UNIFORM, edit_config, load, logits
 
@@ -132,7 +132,7 @@ def flag_value(path: Path, flag: str) -> Config:
 def test_every_engine_resolves_the_flags_to_the_same_pattern(base, pattern, broken, tmp_path):
     config = {**read_config(edit_config(broken, indexer_types=None)), **BASES[base]}
     (broken / "config.json").write_text(json.dumps(config))
-    export_pattern(broken, pattern, tmp_path / "out")
+    export(broken, pattern, tmp_path / "out")
     saved = read_config(tmp_path / "out" / "transformers")
     for name, flag in (("vllm", "--hf-overrides"), ("sglang", "--json-model-override-args")):
         value = flag_value(tmp_path / "out" / f"{name}.txt", flag)
@@ -151,7 +151,7 @@ def test_every_engine_resolves_the_flags_to_the_same_pattern(base, pattern, brok
 
 
 def test_all_full_flags_are_allowed_for_every_engine_of_deepseek(deepseek, tmp_path):
-    result = export_pattern(deepseek, "F" * LAYERS, tmp_path / "out")
+    result = export(deepseek, "F" * LAYERS, tmp_path / "out")
     assert set(result["files"]) == {"transformers", "vllm", "sglang"}
     model, info = load(tmp_path / "out" / "transformers")
     assert not info["missing_keys"]
@@ -160,7 +160,7 @@ def test_all_full_flags_are_allowed_for_every_engine_of_deepseek(deepseek, tmp_p
 
 
 def test_deepseek_flags(deepseek, tmp_path):
-    result = export_pattern(deepseek, PATTERN, tmp_path / "out", engines=("sglang", "vllm"))
+    result = export(deepseek, PATTERN, tmp_path / "out", engines=("sglang", "vllm"))
     assert set(result["files"]) == {"sglang", "vllm"}
     assert all(Path(path).is_file() for paths in result["files"].values() for path in paths)
     assert not (tmp_path / "out" / "transformers").exists()

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import indexcache.exporting as export_package
 from indexcache.checkpoint import INDEX_NAME
-from indexcache.exporting import export_pattern
+from indexcache.exporting import export
 from indexcache.exporting import transformers as export_transformers
 from indexcache.pattern import Pattern
+from indexcache.records import atomic_folder
 from tests.exporting.support import PATTERN, edit_config, packed, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,42 +28,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_patterns_that_are_refused(glm_folder, deepseek, tmp_path):
     out = tmp_path / "out"
-    refused(lambda: export_pattern(glm_folder, "FSRFSS", out), "Layer 2 is R", "F and S")
-    refused(lambda: export_pattern(glm_folder, "FSS", out), "3 layers", "6")
-    refused(lambda: export_pattern(glm_folder, "fssfss", out), "Layer 0")
-    refused(lambda: export_pattern(glm_folder, "SFFFFF", out), "Layer 0")
-    refused(
-        lambda: export_pattern(glm_folder, PATTERN, out, stages=3), "stage begins at layer 2", "S"
-    )
-    refused(lambda: export_pattern(glm_folder, PATTERN, out, stages=0), "0 pipeline stages")
-    refused(lambda: export_pattern(glm_folder, PATTERN, out, stages=True), "stages")
-    refused(
-        lambda: export_pattern(deepseek, PATTERN, out),
-        "deepseek_v32",
-        "use_pattern",
-        "vllm",
-        "sglang",
-    )
+    refused(lambda: export(glm_folder, "FSRFSS", out), "Layer 2 is R", "F and S")
+    refused(lambda: export(glm_folder, "FSS", out), "3 layers", "6")
+    refused(lambda: export(glm_folder, "fssfss", out), "Layer 0")
+    refused(lambda: export(glm_folder, "SFFFFF", out), "Layer 0")
+    refused(lambda: export(glm_folder, PATTERN, out, stages=3), "stage begins at layer 2", "S")
+    refused(lambda: export(glm_folder, PATTERN, out, stages=0), "0 pipeline stages")
+    refused(lambda: export(glm_folder, PATTERN, out, stages=True), "stages")
+    refused(lambda: export(deepseek, PATTERN, out), "deepseek_v32", "use_pattern", "vllm", "sglang")
     assert not any(tmp_path.iterdir())
 
 
 def test_engines_that_are_refused(glm_folder, tmp_path):
     refused(
-        lambda: export_pattern(glm_folder, PATTERN, tmp_path / "o", engines=("vllm", "tgi")),
+        lambda: export(glm_folder, PATTERN, tmp_path / "o", engines=("vllm", "tgi")),
         "'tgi'",
         "sglang",
     )
-    refused(lambda: export_pattern(glm_folder, PATTERN, tmp_path / "o", engines="tgi"), "'tgi'")
-    refused(lambda: export_pattern(glm_folder, PATTERN, tmp_path / "o", engines=()), "No engine")
+    refused(lambda: export(glm_folder, PATTERN, tmp_path / "o", engines="tgi"), "'tgi'")
+    refused(lambda: export(glm_folder, PATTERN, tmp_path / "o", engines=()), "No engine")
 
 
 def test_configs_that_are_refused(broken, tmp_path):
-    call = partial(export_pattern, broken, PATTERN, tmp_path / "out")
-    refused(
-        lambda: export_pattern(tmp_path / "nowhere", PATTERN, tmp_path / "out"),
-        "nowhere",
-        "no such",
-    )
+    call = partial(export, broken, PATTERN, tmp_path / "out")
+    refused(lambda: export(tmp_path / "nowhere", PATTERN, tmp_path / "out"), "nowhere", "no such")
     edit_config(broken, model_type="llama")
     refused(call, "'llama'", "glm_moe_dsa")
     edit_config(broken, model_type="glm_moe_dsa", num_hidden_layers=None)
@@ -107,12 +95,12 @@ def test_configs_that_are_refused(broken, tmp_path):
 def test_damaged_weight_files_are_refused(damage, words, broken, tmp_path):
     path = broken / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    refused(lambda: export_pattern(broken, PATTERN, tmp_path / "out"), *words)
+    refused(lambda: export(broken, PATTERN, tmp_path / "out"), *words)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
 def test_incomplete_weights_are_refused(broken, tmp_path):
-    call = partial(export_pattern, broken, PATTERN, tmp_path / "out")
+    call = partial(export, broken, PATTERN, tmp_path / "out")
     path = broken / "model.safetensors"
     weights = load_file(path)
     save_file(
@@ -136,7 +124,7 @@ def test_indexes_that_are_refused(sharded, tmp_path):
     base = Path(shutil.copytree(sharded, tmp_path / "base"))
     index = json.loads((base / INDEX_NAME).read_text())
     name, shard = next(iter(index["weight_map"].items()))
-    call = partial(export_pattern, base, PATTERN, tmp_path / "out")
+    call = partial(export, base, PATTERN, tmp_path / "out")
 
     for bad, words in (
         ({}, ["weight_map"]),
@@ -155,12 +143,12 @@ def test_indexes_that_are_refused(sharded, tmp_path):
 def test_an_existing_folder_is_never_overwritten(glm_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    export_pattern(glm_folder, PATTERN, out, engines="vllm")  # empty: allowed
-    refused(lambda: export_pattern(glm_folder, PATTERN, out, engines="vllm"), "not an empty folder")
+    export(glm_folder, PATTERN, out, engines="vllm")  # empty: allowed
+    refused(lambda: export(glm_folder, PATTERN, out, engines="vllm"), "not an empty folder")
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(lambda: export_pattern(glm_folder, PATTERN, file), "not an empty folder")
-    refused(lambda: export_pattern(glm_folder, PATTERN, file / "below"), "below")
+    refused(lambda: export(glm_folder, PATTERN, file), "not an empty folder")
+    refused(lambda: export(glm_folder, PATTERN, file / "below"), "below")
     assert file.read_text() == "mine"
 
 
@@ -172,7 +160,7 @@ def test_too_little_space_is_seen_before_writing(glm_folder, tmp_path, monkeypat
         shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     )
     monkeypatch.setattr(export_transformers, "write", lambda *_a: pytest.fail("began to write"))
-    refused(lambda: export_pattern(glm_folder, PATTERN, tmp_path / "out"), "free", "MiB")
+    refused(lambda: export(glm_folder, PATTERN, tmp_path / "out"), "free", "MiB")
     assert not any(tmp_path.iterdir())
 
 
@@ -182,7 +170,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(glm_folder, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export_transformers, "write_shard", full)
-    refused(lambda: export_pattern(glm_folder, PATTERN, tmp_path / "out"), "disk is full")
+    refused(lambda: export(glm_folder, PATTERN, tmp_path / "out"), "disk is full")
     assert not any(tmp_path.iterdir())
 
 
@@ -207,13 +195,13 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_cleared(
     with monkeypatch.context() as patch:
         patch.setattr(export_transformers, "write_shard", stop)
         with pytest.raises(KeyboardInterrupt):
-            export_pattern(glm_folder, PATTERN, tmp_path / "out")
+            export(glm_folder, PATTERN, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
     left = tmp_path / ".out.part"
     (left / "transformers").mkdir(parents=True)
     (left / "junk").write_text("of a killed run")
-    export_pattern(glm_folder, PATTERN, tmp_path / "out", engines="vllm")
+    export(glm_folder, PATTERN, tmp_path / "out", engines="vllm")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "pattern.json",
@@ -223,10 +211,9 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_cleared(
 
 
 def test_two_exports_to_one_folder_do_not_mix(glm_folder, tmp_path):
-    with export_package._whole_or_absent(tmp_path / "out") as part:
+    with atomic_folder(tmp_path / "out") as part:
         refused(
-            lambda: export_pattern(glm_folder, PATTERN, tmp_path / "out", engines="vllm"),
-            "another process",
+            lambda: export(glm_folder, PATTERN, tmp_path / "out", engines="vllm"), "another process"
         )
         (part / "mine").write_text("kept")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
@@ -234,5 +221,5 @@ def test_two_exports_to_one_folder_do_not_mix(glm_folder, tmp_path):
 
 def test_the_source_is_never_changed(sharded, tmp_path):
     before = {path.name: path.read_bytes() for path in sharded.iterdir()}
-    export_pattern(sharded, PATTERN, tmp_path / "out")
+    export(sharded, PATTERN, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in sharded.iterdir()} == before

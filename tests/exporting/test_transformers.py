@@ -22,7 +22,7 @@ from indexcache.checkpoint import (
     read_headers,
     tensor_names,
 )
-from indexcache.exporting import check_export, export_pattern
+from indexcache.exporting import check_export, export
 from indexcache.exporting import transformers as export_transformers
 from indexcache.pattern import Pattern
 from tests.exporting.support import LAYERS, PATTERN, edit_config, load, logits, packed, refused
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("pattern", [PATTERN, "FSSSSS"])
 def test_pruned_checkpoint_gives_bitwise_the_stock_logits(kind, pattern, request, tmp_path):
     base = request.getfixturevalue(kind)
-    result = export_pattern(base, pattern, tmp_path / "out")
+    result = export(base, pattern, tmp_path / "out")
     pruned = tmp_path / "out" / "transformers"
     assert result["files"]["transformers"] == [str(pruned)]
     assert result["pattern"] == pattern
@@ -66,7 +66,7 @@ def test_pruned_checkpoint_gives_bitwise_the_stock_logits(kind, pattern, request
 
 
 def test_every_kept_tensor_and_the_metadata_are_the_same(sharded, tmp_path):
-    export_pattern(sharded, PATTERN, tmp_path / "out", engines="transformers")
+    export(sharded, PATTERN, tmp_path / "out", engines="transformers")
     pruned = tmp_path / "out" / "transformers"
     before, after = tensor_names(sharded), tensor_names(pruned)
     for name, shard in after.items():
@@ -81,7 +81,7 @@ def test_every_kept_tensor_and_the_metadata_are_the_same(sharded, tmp_path):
 
 
 def test_index_of_a_sharded_export(sharded, tmp_path):
-    export_pattern(sharded, "FSSSSS", tmp_path / "out", engines="transformers")
+    export(sharded, "FSSSSS", tmp_path / "out", engines="transformers")
     pruned = tmp_path / "out" / "transformers"
     old, new = (json.loads((folder / INDEX_NAME).read_text()) for folder in (sharded, pruned))
     headers = read_headers(pruned)
@@ -114,7 +114,7 @@ def test_empty_shards_vanish_and_unchanged_ones_are_not_rewritten(glm_folder, tm
         json.dumps({"weight_map": {n: p for p, t in parts.items() for n in t}})
     )
 
-    result = export_pattern(base, "FSSFFF", tmp_path / "out", engines="transformers")
+    result = export(base, "FSSFFF", tmp_path / "out", engines="transformers")
     pruned = tmp_path / "out" / "transformers"
     assert {p.name for p in pruned.glob("*.safetensors")} == {"a.safetensors", "c.safetensors"}
     assert "b.safetensors" not in (pruned / INDEX_NAME).read_text()
@@ -130,7 +130,7 @@ def test_without_hard_links_bytes_are_copied(broken, tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    result = export_pattern(broken, PATTERN, tmp_path / "out", engines="transformers", prune=False)
+    result = export(broken, PATTERN, tmp_path / "out", engines="transformers", prune=False)
     source, target = (
         broken / "model.safetensors",
         tmp_path / "out" / "transformers" / "model.safetensors",
@@ -145,14 +145,14 @@ def test_links_are_made_to_files_not_to_symbolic_links(glm_folder, tmp_path):
     base.mkdir()
     for path in glm_folder.iterdir():
         (base / path.name).symlink_to(os.path.relpath(path, base))
-    export_pattern(base, PATTERN, tmp_path / "out", engines="transformers", prune=False)
+    export(base, PATTERN, tmp_path / "out", engines="transformers", prune=False)
     weights = tmp_path / "out" / "transformers" / "model.safetensors"
     assert not weights.is_symlink()
     assert os.path.samefile(weights, glm_folder / "model.safetensors")
 
 
 def test_unpruned_export_keeps_every_tensor(glm_folder, tmp_path):
-    export_pattern(glm_folder, PATTERN, tmp_path / "out", engines="transformers", prune=False)
+    export(glm_folder, PATTERN, tmp_path / "out", engines="transformers", prune=False)
     assert tensor_names(tmp_path / "out" / "transformers") == tensor_names(glm_folder)
     assert read_config(tmp_path / "out" / "transformers")["index_topk_pattern"] == PATTERN
 
@@ -214,7 +214,7 @@ def test_layers_outside_the_pattern_keep_their_indexer(broken, tmp_path):
         metadata={"format": "pt"},
     )
     edit_config(broken, num_nextn_predict_layers=1)
-    result = export_pattern(broken, PATTERN, tmp_path / "out")
+    result = export(broken, PATTERN, tmp_path / "out")
     assert set(mtp) <= set(tensor_names(tmp_path / "out" / "transformers"))
     assert any("MTP" in warning for warning in result["warnings"])
 
@@ -227,7 +227,7 @@ def test_saved_config_has_the_pattern_and_no_stale_key(broken, tmp_path):
         index_topk_pattern="F" * LAYERS,
         auto_map={"A": "b"},
     )
-    export_pattern(broken, PATTERN, tmp_path / "out")
+    export(broken, PATTERN, tmp_path / "out")
     config = read_config(tmp_path / "out" / "transformers")
     assert config["indexer_types"] == Pattern(PATTERN).to_types()
     assert config["index_topk_pattern"] == PATTERN
@@ -244,7 +244,7 @@ def test_nested_text_config(broken, tmp_path):
     text = json.loads((broken / "config.json").read_text())
     outer = {"model_type": "glm_moe_dsa_vision", "text_config": text, "index_topk_pattern": "stale"}
     (broken / "config.json").write_text(json.dumps(outer))
-    result = export_pattern(broken, PATTERN, tmp_path / "out")
+    result = export(broken, PATTERN, tmp_path / "out")
     config = read_config(tmp_path / "out" / "transformers")
     assert config["text_config"]["index_topk_pattern"] == PATTERN
     assert "layer_types" not in config["text_config"]
@@ -256,7 +256,7 @@ def test_nested_text_config(broken, tmp_path):
 
 
 def test_other_files_are_copied_but_no_code_and_no_other_weights(glm_folder, tmp_path):
-    result = export_pattern(glm_folder, PATTERN, tmp_path / "out")
+    result = export(glm_folder, PATTERN, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out" / "transformers").iterdir()}
     assert names == {
         "config.json",
@@ -312,11 +312,9 @@ def test_uneven_stages_name_the_cut_that_was_checked(glm_folder):
 
 
 def test_a_pruned_checkpoint_can_be_exported_again_but_not_widened(glm_folder, tmp_path):
-    export_pattern(glm_folder, PATTERN, tmp_path / "one")
+    export(glm_folder, PATTERN, tmp_path / "one")
     pruned = tmp_path / "one" / "transformers"
-    result = export_pattern(pruned, "FSSFSS", tmp_path / "two")
+    result = export(pruned, "FSSFSS", tmp_path / "two")
     assert any("no indexer at layers 1, 2, 4" in warning for warning in result["warnings"])
     assert layers_without_indexer(tmp_path / "two" / "transformers") == (1, 2, 4, 5)
-    refused(
-        lambda: export_pattern(pruned, "FFSFFF", tmp_path / "three"), "layers 1, 4,", "only be S"
-    )
+    refused(lambda: export(pruned, "FFSFFF", tmp_path / "three"), "layers 1, 4,", "only be S")

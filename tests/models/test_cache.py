@@ -167,15 +167,10 @@ def _plain(model):
 @pytest.mark.parametrize("pattern", ["F" * 12, "FFSSSSSSSFSS", "FFRRRRRRRFRR@8"])
 def test_tiny_on_real_text(tiny, pattern):
     """Chunks that do not divide the length, unequal lengths, decoding: against one stock pass."""
-    from indexcache.inputs import Text, make_inputs, shipped_text
+    from indexcache.data import batches
 
     ids = torch.cat(
-        [
-            b.ids
-            for b in make_inputs(
-                tiny, Text(source=shipped_text("heldout"), length=300, sequences=3)
-            )
-        ]
+        [b.ids for b in batches("heldout", tiny.encode, tiny.model.config, length=300, sequences=3)]
     )[:2]
     model, lengths = tiny.model, [211, 290]
     with use_pattern(model, pattern):
@@ -195,16 +190,11 @@ def test_tiny_on_real_text(tiny, pattern):
 
 def test_fp8_on_tiny(tiny):
     """What the fp8 indexer costs: overlap of the selections, and the held-out loss (printed with -s)."""
-    from indexcache.inputs import Text, make_inputs, shipped_text
+    from indexcache.data import batches
     from indexcache.models.lm import hidden_states, token_losses
 
     ids = torch.cat(
-        [
-            b.ids
-            for b in make_inputs(
-                tiny, Text(source=shipped_text("heldout"), length=384, sequences=4)
-            )
-        ]
+        [b.ids for b in batches("heldout", tiny.encode, tiny.model.config, length=384, sequences=4)]
     )
     k, seen, losses = tiny.topk, [], []
     for index_dtype in ("auto", "fp8"):

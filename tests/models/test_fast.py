@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from indexcache import Pattern, SearchSettings, evaluate_pattern, search_pattern, use_pattern
+from indexcache import Pattern, SearchSettings, evaluate, search, use_pattern
 from indexcache.data import make_batches
 from indexcache.models.family import decoder_layers, family_of, indexers
 from indexcache.models.fast import accelerate as fast_path
@@ -163,13 +163,13 @@ def test_prefix_reuse_is_bitwise_on_the_fast_path_too(model, ids):
 def test_search_and_evidence_agree_with_stock(glm, tmp_path):
     batches = make_batches(documents(), length=64, sequences=4, batch=2)
     settings = SearchSettings(keep=1 / 3)
-    stock = search_pattern(glm, batches, tmp_path / "stock", settings)
-    rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+    stock = search(glm, batches, tmp_path / "stock", settings)
+    rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
     with accelerate(glm):
-        fast = search_pattern(glm, batches, tmp_path / "fast", settings)
-        fast_rows = evaluate_pattern(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+        fast = search(glm, batches, tmp_path / "fast", settings)
+        fast_rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
         with pytest.raises(ValueError, match="path was"):
-            search_pattern(glm, batches, tmp_path / "stock", settings)
+            search(glm, batches, tmp_path / "stock", settings)
     for a, b in zip(
         stock["frontier"] + stock["uniform"], fast["frontier"] + fast["uniform"], strict=True
     ):
@@ -376,9 +376,9 @@ def test_masks():
 
 def test_tiny_agrees_on_real_text(tiny):
     """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
-    from indexcache.inputs import Text, make_inputs, shipped_text
+    from indexcache.data import batches
 
-    (batch, *_) = make_inputs(tiny, Text(source=shipped_text("heldout"), length=512, sequences=3))
+    (batch, *_) = batches("heldout", tiny.encode, tiny.model.config, length=512, sequences=3)
     for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
         losses = []
         for fast in (False, True):

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from indexcache import Pattern, evaluate_pattern, export_pattern, use_pattern
-from indexcache.data import Batch
-from indexcache.inputs import Text, make_inputs, shipped_text
+from indexcache import Pattern, evaluate, export, use_pattern
+from indexcache.data import Batch, batches, shipped_text
 from indexcache.models.lm import hidden_states
 from indexcache.records import read_json
 
@@ -22,9 +21,7 @@ SEARCHED = next(
 
 @pytest.fixture(scope="module")
 def held_out(tiny):
-    return make_inputs(
-        tiny, Text(source=shipped_text("heldout"), length=512, sequences=12, batch=2)
-    )
+    return batches("heldout", tiny.encode, tiny.model.config, length=512, sequences=12, batch=2)
 
 
 def test_it_is_what_was_promised(tiny):
@@ -70,7 +67,7 @@ def test_cached_decoding_equals_one_pass(tiny, held_out):
 def test_exported_pruned_checkpoint_is_bitwise_use_pattern(tiny, held_out, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    result = export_pattern(tiny.path, SEARCHED, tmp_path / "out")
+    result = export(tiny.path, SEARCHED, tmp_path / "out")
     pruned, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out" / "transformers", dtype=torch.float32, output_loading_info=True
     )
@@ -89,7 +86,7 @@ def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny, held
     patterns = {"uniform": "FSSSFSSSFSSS", "searched": SEARCHED, "reindex": "FFRRRRRRRFRR@8"}
     rows = {
         r["name"]: r
-        for r in evaluate_pattern(tiny.model, patterns, held_out)["rows"]
+        for r in evaluate(tiny.model, patterns, held_out)["rows"]
         if r["domain"] == "all"
     }
     assert rows["uniform"]["ci_low"] > 0

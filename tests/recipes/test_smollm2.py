@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from indexcache.checkpoint import read_header
-from indexcache.data import load_documents
-from indexcache.inputs import shipped_text
+from indexcache.data import load_documents, shipped_text
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import describe, fingerprint, load_model
 from tests.recipes.support import DIGEST, LLAMA

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from indexcache.inputs import shipped_text
+from indexcache.data import shipped_text
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny"
 

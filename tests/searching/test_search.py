@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 
-from indexcache import Pattern, SearchSettings, search_pattern
+from indexcache import Pattern, SearchSettings, search
 from indexcache.data import make_batches
 from indexcache.records import read_json
 from tests.support import documents, make_model, stock_loss
@@ -39,9 +39,7 @@ def brute_force(model, batches, full: int):
 
 
 def test_greedy_equals_brute_force_on_stock_models(glm, batches, tmp_path):
-    result = search_pattern(
-        glm, batches, tmp_path / "run", SearchSettings(keep=1 / 6, uniform=False)
-    )
+    result = search(glm, batches, tmp_path / "run", SearchSettings(keep=1 / 6, uniform=False))
     expected = brute_force(glm, batches, 1)
     assert [p["pattern"] for p in result["frontier"]] == [p for p, _ in expected]
     for point, (_, loss) in zip(result["frontier"], expected, strict=True):
@@ -52,14 +50,14 @@ def test_greedy_equals_brute_force_on_stock_models(glm, batches, tmp_path):
 
 
 def test_search_works_on_deepseek_v32(batches, tmp_path):
-    result = search_pattern(make_model("deepseek_v32"), batches, tmp_path, SearchSettings(keep=0.5))
+    result = search(make_model("deepseek_v32"), batches, tmp_path, SearchSettings(keep=0.5))
     assert result["frontier"][-1]["full"] == 3
     assert {p["pattern"] for p in result["uniform"]} == {"FSFSFS", "FRFRFR@8"}
 
 
 def test_stages_keep_their_first_layer_and_take_fewer_evaluations(glm, batches, tmp_path):
-    search_pattern(glm, batches, tmp_path / "a", SearchSettings(keep=1 / 3, uniform=False))
-    result = search_pattern(
+    search(glm, batches, tmp_path / "a", SearchSettings(keep=1 / 3, uniform=False))
+    result = search(
         glm, batches, tmp_path / "b", SearchSettings(keep=1 / 3, stages=2, uniform=False)
     )
     assert all(p["pattern"][0] == p["pattern"][3] == "F" for p in result["frontier"])
@@ -69,14 +67,14 @@ def test_stages_keep_their_first_layer_and_take_fewer_evaluations(glm, batches, 
 
 def test_two_runs_are_identical(glm, batches, tmp_path):
     for name in "ab":
-        search_pattern(glm, batches, tmp_path / name)
+        search(glm, batches, tmp_path / name)
     for file in ("journal.jsonl", "result.json", "settings.json", "pattern.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_resume_from_every_journal_line(glm, batches, tmp_path):
     settings = SearchSettings(keep=1 / 3)
-    search_pattern(glm, batches, tmp_path / "whole", settings)
+    search(glm, batches, tmp_path / "whole", settings)
     journal = (tmp_path / "whole" / "journal.jsonl").read_bytes()
     lines = journal.splitlines(keepends=True)
     for n in range(len(lines)):
@@ -84,7 +82,7 @@ def test_resume_from_every_journal_line(glm, batches, tmp_path):
         folder.mkdir()
         (folder / "settings.json").write_bytes((tmp_path / "whole" / "settings.json").read_bytes())
         (folder / "journal.jsonl").write_bytes(b"".join(lines[:n]) + lines[n][: n % len(lines[n])])
-        search_pattern(glm, batches, folder, settings)
+        search(glm, batches, folder, settings)
         assert (folder / "journal.jsonl").read_bytes() == journal
         assert (folder / "result.json").read_bytes() == (
             tmp_path / "whole" / "result.json"
@@ -92,24 +90,22 @@ def test_resume_from_every_journal_line(glm, batches, tmp_path):
 
 
 def test_changed_settings_data_or_model_are_refused(glm, batches, tmp_path):
-    search_pattern(glm, batches, tmp_path, SearchSettings(keep=0.5), identity={"model": "a"})
+    search(glm, batches, tmp_path, SearchSettings(keep=0.5), identity={"model": "a"})
     before = (tmp_path / "journal.jsonl").read_bytes()
     other = make_batches(documents(seed=1), length=64, sequences=4, batch=2)
     for change, name in (
         (
-            lambda: search_pattern(
+            lambda: search(
                 glm, batches, tmp_path, SearchSettings(keep=0.25), identity={"model": "a"}
             ),
             "keep",
         ),
         (
-            lambda: search_pattern(
-                glm, other, tmp_path, SearchSettings(keep=0.5), identity={"model": "a"}
-            ),
+            lambda: search(glm, other, tmp_path, SearchSettings(keep=0.5), identity={"model": "a"}),
             "data",
         ),
         (
-            lambda: search_pattern(
+            lambda: search(
                 glm, batches, tmp_path, SearchSettings(keep=0.5), identity={"model": "b"}
             ),
             "model",
@@ -121,10 +117,10 @@ def test_changed_settings_data_or_model_are_refused(glm, batches, tmp_path):
 
 
 def test_another_model_is_refused_without_being_told(glm, batches, tmp_path):
-    search_pattern(glm, batches, tmp_path, SearchSettings(keep=0.5))
+    search(glm, batches, tmp_path, SearchSettings(keep=0.5))
     other = make_model("glm_moe_dsa", seed=7)
     with pytest.raises(ValueError, match=r"other settings .*weights was"):
-        search_pattern(other, batches, tmp_path, SearchSettings(keep=0.5))
+        search(other, batches, tmp_path, SearchSettings(keep=0.5))
 
 
 def test_a_model_trained_with_sharing_is_refused(glm, batches, tmp_path):
@@ -135,19 +131,19 @@ def test_a_model_trained_with_sharing_is_refused(glm, batches, tmp_path):
         ValueError,
         match="can never be full. A search is pointless on a model that was trained with sharing",
     ):
-        search_pattern(native, batches, tmp_path)
+        search(native, batches, tmp_path)
 
 
 def test_short_sequences_are_refused(glm, tmp_path):
     with pytest.raises(ValueError, match="too short for this model: with index_topk = 8 only 50%"):
-        search_pattern(glm, make_batches(documents(), length=16, sequences=4), tmp_path)
+        search(glm, make_batches(documents(), length=16, sequences=4), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_journal(batches, tmp_path):
     model = make_model("glm_moe_dsa")
     with pytest.raises(ValueError, match="loss of .* is nan"):
         model.model.norm.weight.data[3] = float("nan")
-        search_pattern(model, batches, tmp_path)
+        search(model, batches, tmp_path)
     assert (tmp_path / "journal.jsonl").read_text() == ""
 
 
@@ -166,10 +162,10 @@ def test_a_full_disk_loses_nothing(glm, batches, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "append", full)
     with pytest.raises(OSError, match="No space"):
-        search_pattern(glm, batches, tmp_path / "a")
+        search(glm, batches, tmp_path / "a")
     monkeypatch.undo()
-    search_pattern(glm, batches, tmp_path / "a")
-    search_pattern(glm, batches, tmp_path / "b")
+    search(glm, batches, tmp_path / "a")
+    search(glm, batches, tmp_path / "b")
     assert (tmp_path / "a" / "journal.jsonl").read_bytes() == (
         tmp_path / "b" / "journal.jsonl"
     ).read_bytes()
