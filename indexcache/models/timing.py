@@ -1,8 +1,9 @@
-"""Where the time of a forward pass goes: named parts, timed only while a `PartTimer` is open.
+"""Time the parts of a forward pass by name, only while a `PartTimer` is open.
 
-The names in use: "indexer" (its projections and keys), "index_topk" (the operation: scores and selection), "plan" (the union
-of neighbouring queries), "attention" (sparse MLA), "linears" (projections of attention, absorption included), "mlp" (MLPs and
-experts), "head" (the logits). In a compiled step of one sequence "linears" and "mlp" each hold a norm and a residual as well.
+The names in use: "indexer" (its projections and keys), "index_topk" (the operation: scores and
+top-k), "plan" (the query groups), "attention" (sparse MLA), "linears" (projections of attention,
+absorption included), "mlp" (MLPs and experts), "head" (the logits). In a compiled step of one
+sequence "linears" and "mlp" each include a norm and a residual as well.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ _open: PartTimer | None = None
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def part(name: str) -> AbstractContextManager[None]:
-    """A context that counts its time under `name` while a timer is open, and is free otherwise. Parts do not nest."""
-    if _open is None or (
-        _open.cuda and torch.cuda.is_current_stream_capturing()
-    ):  # a graph has no parts
+def timed(name: str) -> AbstractContextManager[None]:
+    """Count the time of a context under `name` while a timer is open; otherwise cost nothing.
+
+    These contexts do not nest.
+    """
+    if _open is None:
         return _NOTHING
-    return _Part(_open, name)
+    if _open.cuda and torch.cuda.is_current_stream_capturing():
+        return _NOTHING  # A replayed graph runs none of this code.
+    return _Span(_open, name)
 
 
-class _Part(AbstractContextManager[None]):
+class _Span(AbstractContextManager[None]):
     def __init__(self, timer: PartTimer, name: str):
-        self.timer, self.name = timer, name
+        self.timer = timer
+        self.name = name
 
     def __enter__(self) -> None:
         self.start = self.timer._now()
@@ -38,8 +43,10 @@ class _Part(AbstractContextManager[None]):
 
 
 class PartTimer(AbstractContextManager["PartTimer"]):
-    """Times every `part` that runs while it is open: CUDA events where there is a GPU (read when asked, so that nothing waits
-    inside), `time.perf_counter` otherwise. One at a time.
+    """A timer of every `timed` context that runs while it is open. Only one can be.
+
+    On a machine with a GPU it records CUDA events, which are read when asked for, so that nothing
+    waits inside; otherwise it reads `time.perf_counter`.
 
     Raises:
         ValueError: another timer is open.
@@ -48,7 +55,7 @@ class PartTimer(AbstractContextManager["PartTimer"]):
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
         self._spans: list[tuple[str, Any, Any]] = []
-        self._whole: tuple[Any, Any] | None = None
+        self._total: tuple[Any, Any] | None = None
 
     def __enter__(self) -> Self:
         global _open
@@ -62,22 +69,24 @@ class PartTimer(AbstractContextManager["PartTimer"]):
     def __exit__(self, *_: object) -> None:
         global _open
         _open = None
-        self._whole = (self._start, self._now())
+        self._total = (self._start, self._now())
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of each part that ran, summed over its calls, then "rest" and "total". Waits for the GPU.
+        """Return the milliseconds of each name, summed, then "rest" and "total".
+
+        It waits for the GPU.
 
         Raises:
             ValueError: the timer is open, or was never.
         """
-        if self._whole is None or _open is self:
+        if self._total is None or _open is self:
             raise ValueError("milliseconds() is for after the context: with PartTimer() as t: ..")
         if self.cuda:
             torch.cuda.synchronize()
         sums: dict[str, float] = {}
         for name, start, end in self._spans:
             sums[name] = sums.get(name, 0.0) + self._between(start, end)
-        total = self._between(*self._whole)
+        total = self._between(*self._total)
         return {**sums, "rest": total - sum(sums.values()), "total": total}
 
     def _now(self) -> Any:

@@ -347,7 +347,7 @@ def test_a_killed_bench_goes_on(subject, tmp_path, monkeypatch):
 def test_parts_of_a_graph_are_those_that_were_captured(monkeypatch):
     """With a stand-in for CUDA: marks of the capture count, those before it do not, and each replay is read anew."""
     from indexcache.bench.measure import GraphTimer
-    from indexcache.models.timing import part
+    from indexcache.models.timing import timed
 
     clock = {"now": 0.0}
 
@@ -366,11 +366,11 @@ def test_parts_of_a_graph_are_those_that_were_captured(monkeypatch):
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     with GraphTimer() as timer:
-        with part("attention"):
+        with timed("attention"):
             pass
         capturing[0] = True
         for name in ("attention", "mlp", "attention"):
-            with part(name):
+            with timed(name):
                 pass
         capturing[0] = False
     assert timer.replayed() == {"attention": 2.0, "mlp": 1.0}

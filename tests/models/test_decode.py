@@ -18,7 +18,7 @@ from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, choose, on_host
 from indexcache.models.fast.prefill import prefill
-from indexcache.models.timing import PartTimer, part
+from indexcache.models.timing import PartTimer, timed
 from tests.support import PATTERNS, SHAPE, logits, make_model, refused, relative
 
 LENGTHS = [41, 57]
@@ -251,15 +251,15 @@ def test_parts_add_up(fast, ids):
 
 
 def test_parts_cost_nothing_without_a_timer():
-    assert part("a") is part("b")
+    assert timed("a") is timed("b")
     with PartTimer() as timer:
         for _ in range(2):
-            with part("a"):
+            with timed("a"):
                 time.sleep(0.01)
     assert 20 <= timer.milliseconds()["a"] <= timer.milliseconds()["total"]
     with pytest.raises(RuntimeError), PartTimer():
         raise RuntimeError
-    assert part("a") is part("b")
+    assert timed("a") is timed("b")
 
 
 # -- on a GPU

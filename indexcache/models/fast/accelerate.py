@@ -34,7 +34,7 @@ from indexcache.models.fast.layer import (
 from indexcache.models.mla import fused_norm, project, stock_norm
 from indexcache.models.patch import Patches, state_of
 from indexcache.models.seam import IndexerCall, Selector, in_force, indexer_forward
-from indexcache.models.timing import part
+from indexcache.models.timing import timed
 
 INDEX_DTYPES = ("auto", "bf16", "fp8")
 
@@ -74,7 +74,7 @@ class FastSelector(Selector):
     @torch.no_grad()
     def _select(self, call: IndexerCall, pool: int, candidates: Tensor | None = None):
         x, padding = call.x, call.mask
-        with part("indexer"):
+        with timed("indexer"):
             project = self.project_one if x.shape[:2] == (1, 1) else self.project
             # RoPE goes with the quantisation where the keys need not be kept without.
             fused = self.index_dtype == "fp8" and (
@@ -93,7 +93,7 @@ class FastSelector(Selector):
                 k.shape[1] - x.shape[1] - left if decoding is None else decoding
             )  # which has no padding
             scales = None if scale is None else scale[rows, left:]
-            with part("index_topk"):
+            with timed("index_topk"):
                 found = ops.index_topk(
                     q[rows],
                     k[rows, left:],
@@ -302,11 +302,11 @@ def on_gpu(model: nn.Module) -> bool:
 
 
 def _timed(name: str, forward: Any):
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with part(name):
+    def forward_timed(*args: Any, **kwargs: Any) -> Any:
+        with timed(name):
             return forward(*args, **kwargs)
 
-    return timed
+    return forward_timed
 
 
 def _model_forward(model: Any, plans: Plans, selector: FastSelector):

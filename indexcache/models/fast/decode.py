@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from indexcache.models.family import indexers
 from indexcache.models.fast.cache import FastCache
-from indexcache.models.timing import part
+from indexcache.models.timing import timed
 
 WARMUP = 3  # steps before the capture: kernels are compiled and workspaces allocated in them
 
@@ -131,7 +131,7 @@ class Decoder:
             out = self.model.model(  # type: ignore[operator, union-attr]
                 self.tokens_B1, None, self.positions_B[:, None], self.cache, use_cache=True
             )
-        with part("head"):
+        with timed("head"):
             return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]
 
     def _capture(self) -> None:

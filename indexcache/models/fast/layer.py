@@ -23,7 +23,7 @@ from indexcache import ops
 from indexcache.models.family import either
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.mla import head_weights, project, weight_of
-from indexcache.models.timing import part
+from indexcache.models.timing import timed
 
 # Wraps a function before it is installed: `torch.compile`, or the identity.
 Wrap = Callable[[Any], Any]
@@ -58,7 +58,7 @@ class Plans:
         if self.ids is not ids:
             self.ids, self.plan = ids, None
             if group > 1:
-                with part("plan"):
+                with timed("plan"):
                     self.plan = ops.group_queries(ids, group)
         return self.plan
 
@@ -118,7 +118,7 @@ def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans:
     ):
         cache = either(cache, past_key_values)
         batch, queries, _width = hidden_states.shape
-        with part("linears"):
+        with timed("linears"):
             q_latent, q_nope, q_rot, latent, k_rot = projection(
                 a, hidden_states, position_embeddings
             )
@@ -134,18 +134,18 @@ def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans:
             prev_topk_indices,
         )
         plan = plans.of(ids, group_size(ids, a.num_heads))
-        with part("linears"):
+        with timed("linears"):
             w_k, w_v = head_weights(a)
             absorbed = q_nope.new_empty(batch, queries, a.num_heads, latents.shape[-1])
             _heads_times(q_nope, w_k, absorbed[..., : a.kv_lora_rank])
             absorbed[..., a.kv_lora_rank :] = q_rot
             del q_nope, q_rot
-        with part("attention"):
+        with timed("attention"):
             out, _lse = ops.sparse_mla(
                 absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, plan=plan
             )
             del absorbed
-        with part("linears"):
+        with timed("linears"):
             values = out.new_empty(batch, queries, a.num_heads, a.v_head_dim)
             _heads_times(out, w_v.transpose(1, 2), values)
             out = a.o_proj(values.flatten(2))
@@ -290,18 +290,18 @@ def layer_forward(layer: Any, returns_ids: bool, step: CompiledStep):
         if args or hidden_states.shape[:2] != (1, 1) or not isinstance(cache, FastCache):
             return stock(hidden_states, *args, **kwargs)
         rope = kwargs["position_embeddings"]
-        with part("linears"):
+        with timed("linears"):
             x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
             latents = _cached(cache, a, latent, k_rot)
         padding, positions, before = (
             kwargs.get(n) for n in ("attention_mask", "position_ids", "prev_topk_indices")
         )
         ids = _selected(a, x, q_latent, rope, padding or Padding(), positions, cache, before)
-        with part("attention"):
+        with timed("attention"):
             out, _lse = ops.sparse_mla(q, latents, ids, a.scaling, value_dim=a.kv_lora_rank)
-        with part("linears"):
+        with timed("linears"):
             x = step.after(layer, hidden_states, out)
-        with part("mlp"):
+        with timed("mlp"):
             x = step.feed(layer, x)
         return (x, ids) if returns_ids else x
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from indexcache.models.fast.cache import FastCache
-from indexcache.models.timing import part
+from indexcache.models.timing import timed
 from indexcache.progress import progress as bar
 
 CHUNK = 8192  # tokens of all sequences together
@@ -98,5 +98,5 @@ def prefill(
                 shown.update(ids.numel())
     if lengths is not None and isinstance(cache, FastCache):
         cache.set_lengths([before + n for n in lengths])
-    with part("head"):
+    with timed("head"):
         return model.get_output_embeddings()(torch.stack([x for x in last if x is not None]))  # type: ignore[operator]
