@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from indexcache import Pattern, load_model  # noqa: E402
 from indexcache.distilling.forward import Lesson, run_decoder, teaching  # noqa: E402
-from indexcache.distilling.indexers import make_students  # noqa: E402
+from indexcache.distilling.indexers import trainable_indexers  # noqa: E402
 from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
 
@@ -99,9 +99,9 @@ def one(what: str, length: int, device: str) -> None:
     if what == "pass":
         model = load_model("tiny", device=device).model.requires_grad_(False)
         model.config.max_position_embeddings = max(length, 4096)
-        students = make_students(model, Pattern("FSSSFSSSFSSS"), torch.float32)
+        students = trainable_indexers(model, Pattern("FSSSFSSSFSSS"), torch.float32)
         lesson = Lesson(model, Pattern("FSSSFSSSFSSS"), students, sparse=False)
-        row = Row.whole(
+        row = Row.one_document(
             torch.randint(1, 4096, (length,), generator=torch.Generator().manual_seed(0)).numpy()
         )
     else:

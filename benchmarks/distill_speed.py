@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from indexcache.distilling import DistillSettings, distill_pattern  # noqa: E402
+from indexcache.distilling import DistillSettings, distill  # noqa: E402
 from indexcache.distilling import loss as loss_module  # noqa: E402
 from indexcache.distilling.flops import flops_per_token  # noqa: E402
 from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
@@ -94,14 +94,14 @@ def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
     model = random_model(SHAPE, device="cuda")
     chosen = parse_pattern(pattern, SHAPE["num_hidden_layers"]).pattern
     rng = np.random.default_rng(0)
-    rows = [Row.whole(rng.integers(0, SHAPE["vocab_size"], length)) for _ in range(steps)]
+    rows = [Row.one_document(rng.integers(0, SHAPE["vocab_size"], length)) for _ in range(steps)]
     settings = DistillSettings(
         stage="warmup", freeze_backbone=True, steps=steps, rows=1, eval_every=0, save_every=steps
     )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as out:
-        distill_pattern(model, chosen, rows, out, settings)
+        distill(model, chosen, rows, out, settings)
         lines = [
             json.loads(line) for line in (Path(out) / "journal.jsonl").read_text().splitlines()
         ]

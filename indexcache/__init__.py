@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     # ruff: noqa: F401
     from indexcache.distilling.delta import apply_delta
     from indexcache.distilling.settings import DistillSettings
-    from indexcache.distilling.trainer import distill_pattern as distill
+    from indexcache.distilling.trainer import distill
     from indexcache.evals.evaluate import evaluate
     from indexcache.evals.overlap import overlap
     from indexcache.exporting import export
@@ -37,7 +37,7 @@ _HOME = {
     "SearchSettings": "indexcache.searching.run:SearchSettings",
     "accelerate": "indexcache.models.fast.accelerate:accelerate",
     "apply_delta": "indexcache.distilling.delta:apply_delta",
-    "distill": "indexcache.distilling.trainer:distill_pattern",
+    "distill": "indexcache.distilling.trainer:distill",
     "evaluate": "indexcache.evals.evaluate:evaluate",
     "export": "indexcache.exporting:export",
     "load": "indexcache.models.loading:load_model",

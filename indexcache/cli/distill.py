@@ -9,7 +9,7 @@ GPUs: torchrun --nproc-per-node 8 -m indexcache distill .. --device cuda
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from indexcache.cli.common import keep_freed_memory
 from indexcache.cli.flags import emit, flag, required
@@ -101,15 +101,14 @@ def run(s: Settings) -> int:
 
     from indexcache.checkpoint import resolve
     from indexcache.data import check_context, make_batches
-    from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
+    from indexcache.distilling import DistillSettings, apply_delta, distill, pack_rows
     from indexcache.distilling.layer_weights import layer_weights
-    from indexcache.distilling.parallel import own_device
+    from indexcache.distilling.parallel import local_device
     from indexcache.models.family import indexers
     from indexcache.models.loading import check_device, fingerprint, load_model
-    from indexcache.report.tables import table
     from indexcache.spec import parse_pattern
 
-    out, device, first = Path(s.out), own_device(s.device), os.environ.get("RANK", "0") == "0"
+    out, device, first = Path(s.out), local_device(s.device), os.environ.get("RANK", "0") == "0"
     if not s.resume and (out / "settings.json").exists():
         raise ValueError(
             f"{out}: there is a run in this folder already; leave out --no-resume to continue it, or choose another --out."
@@ -153,9 +152,9 @@ def run(s: Settings) -> int:
         else tuple(layer_weights(s.layer_weights, len(pattern), digest))
     )
     settings = DistillSettings(
-        stage=s.stage,
+        stage=cast(Any, s.stage),
         freeze_backbone=s.freeze_backbone,
-        loss=s.loss,
+        objective=cast(Any, s.loss),
         layer_weights=weights,
         keep_zeros=s.keep_zeros,
         steps=s.steps,
@@ -174,40 +173,27 @@ def run(s: Settings) -> int:
     if s.eval_every:
         batches = make_batches(held, length=length, sequences=s.eval_sequences, seed=s.seed)
     base = {"base": loaded.path.name, "base_digest": digest}
-    result = distill_pattern(
-        loaded.model, pattern, rows, out, settings, held_out=batches, base=base, device=device
+    result = distill(
+        loaded.model,
+        pattern,
+        rows,
+        out,
+        settings,
+        held_out=batches,
+        base=base,
+        device=device,
+        progress=True,
     )
-    trained = result.pop("weights", None)
     if not first:
         return 0
+    document = result.to_json()
+    files = [result.delta] if result.delta else []
     if s.whole or not frozen:
-        files = _write_whole(s, loaded, pattern, trained)
-        result["checkpoint"] = files
-    print(
-        table(
-            ["layer", "serves", *(["counting"] if weights else []), "KL, nats a token"],
-            _served(result, weights),
-        )
-    )
-    if result["held_out"]:
-        h = result["held_out"]
-        print(
-            f"\nheld-out loss under {pattern}: {h['first']:.4f} before, {h['best']:.4f} at step {h['best_step']} (the one kept), "
-            f"{h['last']:.4f} at the end"
-        )
-    print(
-        f"{s.out}: "
-        + ", ".join(
-            x
-            for x in (
-                result["delta"],
-                "checkpoint" if result.get("checkpoint") else None,
-                "journal.jsonl",
-            )
-            if x
-        )
-    )
-    emit(s.json, result)
+        document["checkpoint"] = _write_whole(s, loaded, pattern, result.weights)
+        files.append("checkpoint")
+    print(result.table())
+    print(f"{s.out}: {', '.join([*files, 'journal.jsonl'])}")
+    emit(s.json, document)
     return 0
 
 
@@ -237,21 +223,6 @@ def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Docume
     return found, held
 
 
-def _served(result: dict[str, Any], weights: tuple[float, ...] | None) -> list[list[str]]:
-    from indexcache.distilling.forward import served_layers
-    from indexcache.pattern import Pattern
-
-    rows = []
-    for i, group in served_layers(Pattern(result["pattern"]), own=result["loss"] == "own").items():
-        shares = (
-            []
-            if weights is None
-            else [" ".join(f"{weights[j] / sum(weights[n] for n in group):.2f}" for j in group)]
-        )
-        rows.append([str(i), " ".join(map(str, group)), *shares, f"{result['kl'][str(i)]:.4f}"])
-    return rows
-
-
 def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, Any] | None) -> str:
     """The whole checkpoint: for stock transformers with the pattern in its config where it can express that."""
     import shutil
@@ -260,7 +231,7 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
 
     import torch
 
-    from indexcache.distilling.delta import save_whole
+    from indexcache.distilling.delta import save_checkpoint
     from indexcache.exporting import export
     from indexcache.models.family import family_of
 
@@ -276,7 +247,7 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
             k: v if k.endswith(keep) or not v.is_floating_point() else v.to(torch.bfloat16)
             for k, v in weights.items()
         }
-    save_whole(loaded.model, weights, part, loaded.path)
+    save_checkpoint(loaded.model, weights, part, loaded.path)
     if "R" in pattern.roles or not family_of(loaded.model).native_sharing:
         why = (
             "stock transformers has no R layers"

@@ -32,7 +32,7 @@ def flops_per_token(
         + shape.layers * attention
         + (0 if settings.frozen else 2 * shape.head_weights)
     )
-    groups = served_layers(pattern, own=settings.loss == "own")
+    groups = served_layers(pattern, own=settings.objective == "own")
     teachers = sum(len(group) for group in groups.values())
     pairs = shape.index_pair_operations
     student = 3 * (2 * shape.indexer_weights + pairs * keys) + (

@@ -1,4 +1,4 @@
-"""The indexers under training: fp32 master weights beside the model, computing in the model's dtype."""
+"""The indexers that train: fp32 master weights beside the model, computing in its dtype."""
 
 from __future__ import annotations
 
@@ -10,72 +10,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from indexcache.models.family import Family, decoder_layers, family_of, indexers
+from indexcache.models.family import Family, family_of
+from indexcache.models.family import indexers as indexers_of
 from indexcache.pattern import Pattern
 
 
-class Student(nn.Module):
-    """The fp32 master of one layer's indexer.
+class TrainableIndexer(nn.Module):
+    """The fp32 master of one layer's indexer."""
 
-    Calling it: x [B, S, E] and q_resid [B, S, Q] (detached by the caller), (cos, sin) -> q [B, S, J, D], k [B, S, D] in `dtype`
-    and w fp32 [B, S, J] with both scales, as the stock indexer computes them; differentiable in the master weights.
-    """
+    indexer: nn.Module
 
     def __init__(self, family: Family, indexer: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.family, self.dtype = family, dtype
+        self.family = family
+        self.dtype = dtype
         self.indexer = copy.deepcopy(indexer).float().requires_grad_(True)
 
     def forward(
         self, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, w = self.family.project(_Cast(self.indexer, self.dtype), x, q_resid, rope)  # type: ignore[arg-type]
-        return q, k.clone(), w  # a view would be unsafe to hand out through FSDP2
+        """Project as the stock indexer does, differentiable in the master weights.
+
+        Args:
+            x: hidden states [B, S, E], detached by the caller.
+            q_resid: the queries' latents [B, S, Q], detached by the caller.
+            rope: (cos, sin).
+
+        Returns:
+            q [B, S, J, D] and k [B, S, D] in `dtype`, and w fp32 [B, S, J] with both scales.
+        """
+        cast: Any = _Cast(self.indexer, self.dtype)
+        q, k, w = self.family.project(cast, x, q_resid, rope)
+        return q, k.clone(), w  # FSDP2 must not be handed a view.
 
 
 class _Cast:
-    """An indexer as its projections see it: weights cast to the compute dtype, but for weights_proj, which stock keeps in fp32."""
+    """An indexer whose weights are cast to the compute dtype where its projections read them.
+
+    weights_proj stays fp32, as in the stock model.
+    """
 
     def __init__(self, indexer: nn.Module, dtype: torch.dtype):
-        self._indexer, self._dtype = indexer, dtype
+        self._indexer = indexer
+        self._dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
-        part, dtype = getattr(self._indexer, name), self._dtype
-        if name == "weights_proj" or not isinstance(part, (nn.Linear, nn.LayerNorm)):
-            return part
-        bias = None if part.bias is None else part.bias.to(dtype)
-        if isinstance(part, nn.Linear):
-            return lambda x: F.linear(x, part.weight.to(dtype), bias)
-        return lambda x: F.layer_norm(
-            x, part.normalized_shape, part.weight.to(dtype), bias, part.eps
-        )
+        value, dtype = getattr(self._indexer, name), self._dtype
+        if name == "weights_proj" or not isinstance(value, (nn.Linear, nn.LayerNorm)):
+            return value
+        weight = value.weight
+        bias = None if value.bias is None else value.bias.to(dtype)
+        if isinstance(value, nn.Linear):
+            return lambda x: F.linear(x, weight.to(dtype), bias)
+        return lambda x: F.layer_norm(x, value.normalized_shape, weight.to(dtype), bias, value.eps)
 
 
-def make_students(model: nn.Module, pattern: Pattern, dtype: torch.dtype) -> nn.ModuleDict:
-    """A student for every F and R layer of the pattern, by layer number (a string); S layers get none."""
+def trainable_indexers(model: nn.Module, pattern: Pattern, dtype: torch.dtype) -> nn.ModuleDict:
+    """Make a `TrainableIndexer` for every F and R layer, under the layer's number as a string."""
     family = family_of(model)
     return nn.ModuleDict(
         {
-            str(i): Student(family, m, dtype)
-            for i, m in enumerate(indexers(model))
+            str(i): TrainableIndexer(family, indexer, dtype)
+            for i, indexer in enumerate(indexers_of(model))
             if pattern[i] != "S"
         }
     )
 
 
 def indexer_names(model: nn.Module, layer: int) -> dict[str, str]:
-    """Name inside the indexer -> name in the checkpoint, for one layer."""
+    """Map the names of parameters inside a layer's indexer to their names in the checkpoint."""
     prefix = f"model.layers.{layer}.self_attn.indexer."
-    return {
-        name: prefix + name
-        for name, _ in decoder_layers(model)[layer].self_attn.indexer.named_parameters()  # type: ignore[union-attr, operator]
-    }
+    return {name: prefix + name for name, _ in indexers_of(model)[layer].named_parameters()}
 
 
 @torch.no_grad()
-def write_back(model: nn.Module, students: nn.ModuleDict) -> None:
-    """Copy the masters into the model's indexers, in the dtype those have. Every process must call it."""
-    for layer, student in students.items():
-        target = dict(indexers(model)[int(layer)].named_parameters())
-        for name, p in student.indexer.named_parameters():  # type: ignore[union-attr, operator]
+def write_back(model: nn.Module, indexers: nn.ModuleDict) -> None:
+    """Copy the masters into the model's indexers, in the dtype those have.
+
+    Every process must call it.
+    """
+    for layer, trained in indexers.items():
+        target = dict(indexers_of(model)[int(layer)].named_parameters())
+        assert isinstance(trained, TrainableIndexer)
+        for name, p in trained.indexer.named_parameters():
             target[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.distilling.forward import Lesson, run_decoder, teaching
-from indexcache.distilling.indexers import make_students
+from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.loss import Teacher, attention_kept
 from indexcache.distilling.rows import Row
 from indexcache.distilling.settings import check_model
@@ -45,7 +45,7 @@ def measure_kept(model: nn.Module, pattern: Pattern | str, rows: Sequence[Row]) 
     pattern = Pattern.of(pattern)
     check_model(model, pattern, max(len(row.ids) for row in rows))
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
-    measure = _Measure(model, pattern, make_students(model, pattern, weight.dtype))
+    measure = _Measure(model, pattern, trainable_indexers(model, pattern, weight.dtype))
     with teaching(model, measure):
         for row in rows:
             with measure.row(row, learn=True):

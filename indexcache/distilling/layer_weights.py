@@ -1,4 +1,4 @@
-"""What sharing costs each layer, from the first step of a search; and what that says of a distillation's layers."""
+"""How much each layer counts in a distillation, from what sharing costs it in a search."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from pathlib import Path
 
 from indexcache.records import finished_journal, read_json
 
-LEAST_SHARE = 0.1  # of the mean cost: what a layer counts that loses nothing
+MIN_SHARE = 0.1
+"""A layer counts at least this share of the mean cost."""
 
 
 def sharing_costs(folder: Path, layers: int, model: str | None = None) -> list[float | None]:
-    """For each layer but the first, which is None, the loss in nats a token that it adds to the full model's on the search's
-    calibration text when it alone reads the selection of the layer before it: what a search's first step tries.
+    """Return what it costs each layer to read the selection of the layer before it.
+
+    The first step of a search tries this for every layer alone.
 
     Args:
-        model: the fingerprint of the checkpoint whose layers are asked for; None: not compared.
+        folder: a finished search.
+        layers: number of layers of the model.
+        model: the fingerprint of the checkpoint; None: not compared.
+
+    Returns:
+        For each layer the loss that is added to the full model's, in nats a token on the search's
+        calibration text; None for the first layer, which has no layer before it.
 
     Raises:
         ValueError: `folder` holds no finished search of this model that has tried every layer.
@@ -35,44 +43,52 @@ def sharing_costs(folder: Path, layers: int, model: str | None = None) -> list[f
             f"{folder}: a line of its journal has no loss of a pattern, so it was changed by hand."
         ) from None
     full = "F" * layers
-    alone = [losses.get(full[:i] + "S" + full[i + 1 :]) for i in range(layers)]
-    missing = [i for i, x in enumerate(alone) if x is None and i]
+    shared_alone = [losses.get(full[:i] + "S" + full[i + 1 :]) for i in range(layers)]
+    missing = [i for i, loss in enumerate(shared_alone) if loss is None and i]
     if full not in losses or len(missing) == layers - 1:
         raise ValueError(
             f"{folder}: this is no search of {layers} layers, or one that kept them all."
         )
     if missing:
         raise ValueError(
-            f"{folder}: this search has not tried to share layer {missing[0]} alone, as those with --stages above 1 do not; "
-            "search with --stages 1."
+            f"{folder}: this search has not tried to share layer {missing[0]} alone, as those with "
+            "--stages above 1 do not; search with --stages 1."
         )
-    return [None if x is None else x - losses[full] for x in alone]
+    return [None if loss is None else loss - losses[full] for loss in shared_alone]
 
 
 def weights_of_costs(costs: Sequence[float | None]) -> list[float]:
-    """How much each layer counts where several learn from one indexer: its cost, at least a tenth of the mean cost, so that no layer
-    is left out. A layer without a cost counts as the mean."""
-    known = [max(c, 0.0) for c in costs if c is not None]
-    mean = sum(known) / max(len(known), 1)
+    """Return layer weights that are the layers' costs, each at least a tenth of the mean cost.
+
+    The lower bound leaves no layer out. A layer without a cost counts as the mean.
+    """
+    positive = [max(cost, 0.0) for cost in costs if cost is not None]
+    mean = sum(positive) / max(len(positive), 1)
     if mean == 0:
         return [1.0] * len(costs)
-    return [mean if c is None else max(c, LEAST_SHARE * mean) for c in costs]
+    return [mean if cost is None else max(cost, MIN_SHARE * mean) for cost in costs]
 
 
 def layer_weights(spec: str, layers: int, model: str | None = None) -> list[float]:
-    """What a user gives: numbers with commas, one a layer, or the folder of a search (of `model`, as in `sharing_costs`).
+    """Parse layer weights: numbers with commas, one a layer, or the folder of a search.
+
+    Args:
+        spec: what a user gives with --layer-weights.
+        layers: number of layers of the model.
+        model: as in `sharing_costs`.
 
     Raises:
-        ValueError: neither, or another number of them.
+        ValueError: `spec` is neither, or has another number of weights.
     """
     try:
-        found = [float(x) for x in spec.split(",")]
+        weights = [float(x) for x in spec.split(",")]
     except ValueError:
-        if not spec or not os.path.isdir(spec):  # a Path raises where the name is too long
+        if not spec or not os.path.isdir(spec):  # A Path raises where the name is too long.
             raise ValueError(
-                f"--layer-weights takes numbers with commas, one a layer, or the folder of a search, not {spec!r:.80}."
+                "--layer-weights takes numbers with commas, one a layer, or the folder of a "
+                f"search, not {spec!r:.80}."
             ) from None
         return weights_of_costs(sharing_costs(Path(spec), layers, model))
-    if len(found) != layers:
-        raise ValueError(f"--layer-weights has {len(found)} numbers, the model {layers} layers.")
-    return found
+    if len(weights) != layers:
+        raise ValueError(f"--layer-weights has {len(weights)} numbers, the model {layers} layers.")
+    return weights

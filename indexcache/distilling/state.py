@@ -1,4 +1,4 @@
-"""Checkpoints of a run: PyTorch's distributed checkpoint in a folder that appears whole or not at all."""
+"""Checkpoints of a run, as PyTorch's distributed checkpoints in folders that appear atomically."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from indexcache.distilling.parallel import World
 from indexcache.records import publish, writing
 
-Trained = Mapping[
-    str, tuple[nn.Module, torch.optim.Optimizer]
-]  # name -> what trains and what trains it
+Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
+"""Modules that train, each with its optimizer, by name."""
 
 
 def save_state(
@@ -41,37 +40,36 @@ def save_state(
 ) -> None:
     """Write `folder/KIND-STEP` and remove earlier ones of that kind. Every process must call it.
 
-    The folder is written under another name, forced to the disk and renamed: a kill at any moment leaves the old or the new one.
+    The folder is written under another name, forced to the disk and renamed: a kill at any moment
+    leaves the old or the new one.
 
     Raises:
         OSError: it cannot be written, e.g. the disk is full; on every process. The old one stays.
         ValueError: it cannot be written for another reason.
     """
-    part, whole = folder / f"{kind}.part", folder / f"{kind}-{step:08d}"
+    tmp = folder / f"{kind}.part"
+    path = folder / f"{kind}-{step:08d}"
     if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
     world.wait()
-    values = {name: _values(*pair, optimizers) for name, pair in trained.items()}
+    values = {name: _state_of(*pair, optimizers) for name, pair in trained.items()}
     state = {**values, "facts": {"step": step, **facts}, "rng": torch.get_rng_state()}
     try:
-        with _quiet(), writing(part):
-            dcp.save(state, checkpoint_id=part, no_dist=world.size == 1)
+        with _quiet(), writing(tmp):
+            dcp.save(state, checkpoint_id=tmp, no_dist=world.size == 1)
     except CheckpointException as error:
-        why = "; ".join(str(e) for e, _ in error.failures.values())
-        raise ValueError(
-            f"{whole}: this checkpoint cannot be written ({' '.join(why.split()):.200})."
-        ) from None
+        raise ValueError(f"{path}: this checkpoint cannot be written ({_reason(error)}).") from None
     world.wait()
     if world.rank == 0:
-        publish(part, whole)
-        for old in found_states(folder, kind):
-            if old != whole:
+        publish(tmp, path)
+        for old in list_states(folder, kind):
+            if old != path:
                 shutil.rmtree(old, ignore_errors=True)
     world.wait()
 
 
-def found_states(folder: Path, kind: str) -> list[Path]:
-    """The whole checkpoints of a kind, oldest first."""
+def list_states(folder: Path, kind: str) -> list[Path]:
+    """List the complete checkpoints of a kind, oldest first."""
     return sorted(
         path
         for path in folder.glob(f"{kind}-*")
@@ -82,28 +80,27 @@ def found_states(folder: Path, kind: str) -> list[Path]:
 def load_state(
     path: Path, trained: Trained, facts: dict[str, Any], world: World, *, optimizers: bool = True
 ) -> dict[str, Any]:
-    """Load a checkpoint into modules and optimizers; the facts that were saved, of the same keys as `facts`.
+    """Load a checkpoint into modules and optimizers.
+
+    Args:
+        facts: has the keys of the facts to load; its values do not count.
+
+    Returns:
+        The facts that were saved, and "step".
 
     Raises:
         ValueError: it cannot be read, or is of other modules.
     """
-    values = {name: _values(*pair, optimizers) for name, pair in trained.items()}
+    values = {name: _state_of(*pair, optimizers) for name, pair in trained.items()}
     state: dict[str, Any] = {**values, "facts": {"step": 0, **facts}, "rng": torch.get_rng_state()}
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # whatever its parts raise on a damaged file; the latter is no Exception
-        why = (
-            "; ".join(str(e) for e, _ in error.failures.values())
-            if isinstance(error, CheckpointException)
-            else str(error)
-        )
+    # A damaged file makes torch raise many types; CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{path}: this checkpoint cannot be read ({' '.join(why.split()):.200}); without it the run begins again: "
-            "remove the run folder, or choose another --out."
+            f"{path}: this checkpoint cannot be read ({_reason(error)}); without it the run begins "
+            "again: remove the run folder, or choose another --out."
         ) from None
     for name, (module, optimizer) in trained.items():
         set_model_state_dict(module, state[name]["model"])
@@ -113,7 +110,7 @@ def load_state(
     return state["facts"]
 
 
-def _values(
+def _state_of(
     module: nn.Module, optimizer: torch.optim.Optimizer, optimizers: bool
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"model": get_model_state_dict(module)}
@@ -122,9 +119,16 @@ def _values(
     return values
 
 
+def _reason(error: BaseException) -> str:
+    """Say in one short line what an error of torch's checkpoints means."""
+    failures = getattr(error, "failures", None)
+    text = "; ".join(str(e) for e, _ in failures.values()) if failures else str(error)
+    return f"{' '.join(text.split()):.200}"
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a process alone is meant to be alone, and without the tracebacks that torch logs beside raising."""
+    """Silence torch's single-process warning and the tracebacks it logs before raising."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

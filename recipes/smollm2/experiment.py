@@ -53,7 +53,7 @@ from indexcache.data import Batch, Document, load_documents, make_batches
 from indexcache.distilling import (
     DistillSettings,
     apply_delta,
-    distill_pattern,
+    distill,
     measure_kept,
     oracle_states,
     pack_rows,
@@ -217,8 +217,9 @@ class Experiment:
             }
             | changes
         )
-        result = distill_pattern(self.model, pattern, rows, folder, settings, base=self.base)
-        said(f"seed {seed} {name}: KL {sum(result['kl'].values()) / len(result['kl']):.4f}")
+        result = distill(self.model, pattern, rows, folder, settings, base=self.base)
+        kl = list(result.kl.values())
+        said(f"seed {seed} {name}: KL {sum(kl) / len(kl):.4f}")
 
     @torch.no_grad()
     def take_one(self, seed: int, layer: int, name: str) -> None:
@@ -349,7 +350,7 @@ class Experiment:
                     facts = self.measure(held_out, self.tasks, pattern, method)
                     if method in ("full", "own", "multi"):
                         rows = [
-                            Row.whole(b.ids[0].numpy())
+                            Row.one_document(b.ids[0].numpy())
                             for b in held_out[:: max(len(held_out) // 5, 1)]
                         ]
                         facts["mass_kept"] = [
@@ -398,7 +399,7 @@ class Experiment:
 
         def oracle(ids: torch.Tensor) -> torch.Tensor:
             return torch.cat(
-                [oracle_states(self.model, pattern, Row.whole(row.numpy())) for row in ids]
+                [oracle_states(self.model, pattern, Row.one_document(row.numpy())) for row in ids]
             )
 
         states = oracle if method == "oracle" else partial(hidden_states, self.model)

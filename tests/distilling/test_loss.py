@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from indexcache import Pattern
 from indexcache.distilling.forward import Lesson, run_decoder, teaching
-from indexcache.distilling.indexers import make_students
+from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.loss import Teacher, attention_kept, distill_loss
 from indexcache.distilling.rows import Row
 from indexcache.records import read_json
@@ -146,11 +146,11 @@ def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
         "The committee on finance has considered the bill, and reports it with amendments, as follows. "
         * 3
     )
-    row = Row.whole(np.array(tiny.encode(text))[:80])
+    row = Row.one_document(np.array(tiny.encode(text))[:80])
     assert len(row.ids) == 80
     for size in (1, 2, 3, 5, 8):
         pattern = Pattern("F" * (12 - size) + "F" + "S" * (size - 1))
-        students = make_students(tiny.model, pattern, torch.float32)
+        students = trainable_indexers(tiny.model, pattern, torch.float32)
         lesson = Caught(tiny.model, pattern, students, sparse=sparse)
         with teaching(tiny.model, lesson), torch.no_grad(), lesson.row(row, learn=True):
             run_decoder(tiny.model, row, "cpu")

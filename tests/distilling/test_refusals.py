@@ -1,4 +1,4 @@
-"""What a distillation refuses and says: damaged runs and deltas, full disks, losses that are not finite, wrong input; the command."""
+"""Test what a distillation refuses and says, and the command."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from indexcache import Pattern, use_pattern
 from indexcache.cli import main
-from indexcache.distilling import DistillSettings, apply_delta, distill_pattern, pack_rows
-from indexcache.distilling.delta import FORMAT, save_delta, save_whole
+from indexcache.distilling import DistillSettings, apply_delta, distill, pack_rows
+from indexcache.distilling.delta import FORMAT, save_checkpoint, save_delta
 from indexcache.models.family import indexers
 from tests.distilling import worker
 from tests.distilling.worker import steps
@@ -83,10 +83,12 @@ def test_a_damaged_run_is_refused(kind, part, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     bad, when, kept, tmp_path, monkeypatch
 ):
-    """The update of step 6 (5 from 0) ruins the weights that would be saved next, that of step 7 those that would be given out."""
-    whole = DistillSettings.scale
+    """Step 6 (5 from 0) ruins the weights that would be saved next, step 7 those of the result."""
+    lr_scale = DistillSettings.lr_scale
     monkeypatch.setattr(
-        DistillSettings, "scale", lambda self, step: 1e30 if step == bad else whole(self, step)
+        DistillSettings,
+        "lr_scale",
+        lambda self, step: 1e30 if step == bad else lr_scale(self, step),
     )
     refused(
         lambda: worker.train(tmp_path / "run", "warmup", eval_every=0),
@@ -105,7 +107,9 @@ def test_what_the_disk_refuses_is_said_as_such(tmp_path):
     model = make_model("glm_moe_dsa")
     calls = {
         "state.part": lambda: worker.train(tmp_path / "run", "warmup", eval_every=0),
-        "whole": lambda: save_whole(model, dict(model.state_dict()), tmp_path / "whole", tmp_path),
+        "whole": lambda: save_checkpoint(
+            model, dict(model.state_dict()), tmp_path / "whole", tmp_path
+        ),
     }
     for name, call in calls.items():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
@@ -126,7 +130,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     )
     refused(lambda: DistillSettings(layer_weights=(1.0, 0.0)).check(), "above 0")
     refused(lambda: DistillSettings(layer_weights=(1.0, 1e308)).check(), "at most 1e+30")
-    refused(lambda: DistillSettings(layer_weights=(1.0, 1.0), loss="own").check(), "loss own")
+    refused(lambda: DistillSettings(layer_weights=(1.0, 1.0), objective="own").check(), "loss own")
     refused(
         lambda: worker.train(tmp_path / "w", "warmup", pattern="FFFFFF", layer_weights=(1.0,) * 6),
         "no two layers",
@@ -135,7 +139,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     out = tmp_path / "run"
 
     def call(pattern="FSSFSS", rows=rows, model=model, held_out=(), **settings):
-        return lambda: distill_pattern(
+        return lambda: distill(
             model,
             pattern,
             rows,
@@ -149,7 +153,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     refused(call(rows=[]), "at least one")
     refused(call(eval_every=1), "no held-out text")
     refused(call(stage="dense"), "warmup, sparse")
-    refused(call(loss="sum"), "multi, avg, own")
+    refused(call(objective="sum"), "multi, avg, own")
     refused(call(steps=0), "at least 1")
     refused(call(lr=-1.0), "above 0")
     refused(call(lr=3e38), "at most 1e+30")
@@ -165,7 +169,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     assert not out.exists()
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

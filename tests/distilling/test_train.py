@@ -1,4 +1,4 @@
-"""The trainer: what it changes and what not, resumption after kill -9, two processes, checkpoints and delta."""
+"""Test the trainer: what it changes and what not, kill -9, two processes, checkpoints, delta."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from indexcache import Pattern, use_pattern
 from indexcache.cli import main
 from indexcache.data import Document
-from indexcache.distilling import DistillSettings, Row, apply_delta, distill_pattern, pack_rows
-from indexcache.distilling import parallel as engine
+from indexcache.distilling import DistillSettings, Row, apply_delta, distill, pack_rows, parallel
 from indexcache.distilling.forward import Lesson, run_decoder, served_layers, teaching
-from indexcache.distilling.indexers import make_students
+from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.rows import check_beyond, rows_of_step
 from indexcache.distilling.trainer import Trainer
 from indexcache.models.family import decoder_layers, indexers
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("glm_moe_dsa", "deepseek_v32")
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_packing_keeps_every_token_and_boundary():
@@ -67,14 +66,14 @@ def test_every_row_once_a_round_whatever_the_steps():
     assert [id(r) for r in taken[:5]] != [id(r) for r in taken[5:]]
 
 
-# -- the forward pass ---------------------------------------------------------------------------------------------------
+# -- the forward pass ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS", "FSFRSS@2"])
 def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
     model, row = make_model(family).requires_grad_(False), row_of(96)
-    students = make_students(model, Pattern(pattern), torch.float32)
+    trained = trainable_indexers(model, Pattern(pattern), torch.float32)
     ids = torch.from_numpy(row.ids)[None]
     stock = {False: hidden_states(dense(model), ids)}
     with use_pattern(model, pattern):
@@ -82,25 +81,25 @@ def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
     other = row_of(40, 5)
     packed = Row(np.concatenate([other.ids, row.ids]), ((0, 40), (40, 136)))
     for sparse in (False, True):
-        lesson = Lesson(model, Pattern(pattern), students, sparse=sparse)
-        with teaching(model, lesson), torch.no_grad():
-            with lesson.row(row, learn=True):
+        forward = Lesson(model, Pattern(pattern), trained, sparse=sparse)
+        with teaching(model, forward), torch.no_grad():
+            with forward.row(row, learn=True):
                 found = run_decoder(model, row, "cpu")
-            alone = {i: float(v) for i, v in lesson.losses.items()}
-            with lesson.row(packed, learn=True):
+            alone = {i: float(v) for i, v in forward.losses.items()}
+            with forward.row(packed, learn=True):
                 together = run_decoder(model, packed, "cpu")
-            with lesson.row(other, learn=True):
+            with forward.row(other, learn=True):
                 run_decoder(model, other, "cpu")
         assert float((found - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
         assert float((together[:, 40:] - found).norm() / found.norm()) < 1e-5
-        with torch.no_grad(), teaching(model, lesson), lesson.row(packed, learn=True):
+        with torch.no_grad(), teaching(model, forward), forward.row(packed, learn=True):
             run_decoder(model, packed, "cpu")
-        both = {i: float(v) for i, v in lesson.losses.items()}
-        with torch.no_grad(), teaching(model, lesson), lesson.row(other, learn=True):
+        both = {i: float(v) for i, v in forward.losses.items()}
+        with torch.no_grad(), teaching(model, forward), forward.row(other, learn=True):
             run_decoder(model, other, "cpu")
         for i in alone:
             assert both[i] == pytest.approx(
-                (40 * float(lesson.losses[i]) + 96 * alone[i]) / 136, rel=1e-4
+                (40 * float(forward.losses[i]) + 96 * alone[i]) / 136, rel=1e-4
             )
     assert all("forward" not in layer.self_attn.__dict__ for layer in decoder_layers(model))
 
@@ -112,7 +111,7 @@ def test_queries_without_a_part_that_is_not_rotated(sparse):
         make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16).requires_grad_(False),
         row_of(64),
     )
-    students = make_students(model, Pattern("FSSFSS"), torch.float32)
+    trained = trainable_indexers(model, Pattern("FSSFSS"), torch.float32)
     with use_pattern(model, "FSSFSS"):
         stock = hidden_states(
             model
@@ -120,26 +119,26 @@ def test_queries_without_a_part_that_is_not_rotated(sparse):
             else dense(make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)),
             torch.from_numpy(row.ids)[None],
         )
-    lesson = Lesson(model, Pattern("FSSFSS"), students, sparse=sparse)
-    with teaching(model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+    forward = Lesson(model, Pattern("FSSFSS"), trained, sparse=sparse)
+    with teaching(model, forward), torch.no_grad(), forward.row(row, learn=True):
         found = run_decoder(model, row, "cpu")
     assert float((found - stock).norm() / stock.norm()) < 1e-5
-    assert set(lesson.losses) == {0, 3}
-    assert all(float(p.grad.norm()) > 0 for p in students.parameters())
+    assert set(forward.losses) == {0, 3}
+    assert all(float(p.grad.norm()) > 0 for p in trained.parameters())
 
 
 def test_served_layers():
     p = Pattern("FSFRSS@2")
     assert served_layers(p) == {0: (0, 1), 2: (2,), 3: (3, 4, 5)}
     assert served_layers(p, own=True) == {0: (0,), 2: (2,), 3: (3,)}
-    assert set(make_students(make_model("glm_moe_dsa"), p, torch.float32)) == {
+    assert set(trainable_indexers(make_model("glm_moe_dsa"), p, torch.float32)) == {
         "0",
         "2",
         "3",
     }  # S layers get no indexer
 
 
-# -- what trains ----------------------------------------------------------------------------------------------------------
+# -- what trains -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +146,7 @@ def test_served_layers():
 def test_frozen_changes_nothing_but_the_indexers(family, mode, tmp_path):
     before = make_model(family).state_dict()
     model, result = worker.train(tmp_path / "run", mode, family, eval_every=0)
-    assert result["held_out"] is None
+    assert result.held_out is None
     for name, value in model.state_dict().items():
         trained = ".indexer." in name and int(name.split(".")[2]) in (0, 2, 3)
         assert torch.equal(value, before[name]) != trained, name
@@ -174,7 +173,7 @@ def test_rows_of_zeros_stay_zero_where_asked(tmp_path):
 
 
 def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
-    """One step: the rest moves as stock transformers' autograd of the LM loss says, the indexers as with a frozen backbone."""
+    """The backbone's step is that of stock transformers' LM loss, the indexers' the frozen one."""
     settings = {
         "steps": 1,
         "rows": 2,
@@ -185,7 +184,7 @@ def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
     }
     _, result = worker.train(tmp_path / "full", "full", pattern="FSSFSS", **settings)
     frozen, _ = worker.train(tmp_path / "frozen", "frozen", pattern="FSSFSS", **settings)
-    weights = result["weights"]
+    weights = result.weights
     delta = {name: p for name, p in frozen.state_dict().items() if ".indexer." in name}
     assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in delta.items())
 
@@ -224,12 +223,12 @@ def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
         )  # each is clipped alone
         return load_file(tmp_path / name / "delta.safetensors")
 
-    alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", loss="own")
-    multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", loss="avg")
+    alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", objective="own")
+    multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", objective="avg")
     uneven = {"layer_weights": (1.0, 5.0, 2.0, 3.0, 1.0, 0.5)}
     other, of_avg = (
         delta("other", "FSSFSS", **uneven),
-        delta("of avg", "FSSFSS", loss="avg", **uneven),
+        delta("of avg", "FSSFSS", objective="avg", **uneven),
     )
     assert all(torch.equal(other[name], of_avg[name]) for name in own)
     assert any(not torch.equal(other[name], multi[name]) for name in own)
@@ -253,13 +252,12 @@ def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
 
 def test_evaluation_is_that_of_the_stock_model(tmp_path):
     model, result = worker.train(tmp_path / "run", "frozen", steps=3, eval_every=3)
-    held = result["held_out"]
-    assert held["best"] == min(held["first"], held["last"])
-    for (ids,), wanted in (((worker.held_out()[0].ids,), held["best"]),):
-        with use_pattern(model, worker.PATTERN):
-            assert float(
-                token_losses(model, hidden_states(model, ids), ids).mean()
-            ) == pytest.approx(wanted, abs=1e-5)
+    losses = result.held_out
+    assert losses.best == min(losses.first, losses.last)
+    ids = worker.held_out()[0].ids
+    with use_pattern(model, worker.PATTERN):
+        stock = token_losses(model, hidden_states(model, ids), ids).mean()
+    assert float(stock) == pytest.approx(losses.best, abs=1e-5)
 
 
 def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
@@ -278,7 +276,7 @@ def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
         [np.array(tiny.encode(json.loads(line)["text"][:4000])) for line in text[:8]]
     )
     rows = pack_rows([Document(ids, "t", "t", "t")], 160)
-    distill_pattern(
+    distill(
         model,
         "FSSSFSSSFSSS",
         rows,
@@ -291,63 +289,43 @@ def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
 
 
 def test_schedule():
-    s = DistillSettings(steps=1000, warmup=0.1)
-    assert [s.scale(i) for i in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1, 1])
-    assert s.scale(550) == pytest.approx(0.525) and s.scale(999) == pytest.approx(0.05, abs=1e-5)
+    s = DistillSettings(steps=1000, lr_warmup=0.1)
+    assert [s.lr_scale(i) for i in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1, 1])
+    assert s.lr_scale(550) == pytest.approx(0.525)
+    assert s.lr_scale(999) == pytest.approx(0.05, abs=1e-5)
 
 
 def test_one_step_is_adamw_with_each_gradient_clipped_apart(tmp_path, monkeypatch):
-    """By hand: Adam's first step is lr * g / (|g| + eps), with g small enough here that clipping shows against eps."""
-    gradients, clipped = {}, 1e-9
-    learn = Trainer.learn
-
-    def watched(self):
-        found = learn(self)
-        gradients.update(
-            {
-                f"{i}.{name}": p.grad.clone()
-                for i, m in self.students.items()
-                for name, p in m.indexer.named_parameters()
-            }
-        )
-        return found
-
-    monkeypatch.setattr(Trainer, "learn", watched)
-    monkeypatch.setattr(Trainer, "_save", lambda self: None)
-    monkeypatch.setattr(Trainer, "finish", lambda self, *_: {"students": self.students})
-    before = make_model("glm_moe_dsa")
-    settings = DistillSettings(
-        steps=1, rows=2, eval_every=0, lr=1e-2, weight_decay=0.1, clip=clipped
-    )
-    model = make_model("glm_moe_dsa")
-    students = {}
+    """Compute Adam's first step by hand: lr * g / (|g| + eps), with g so small that eps shows."""
+    gradients: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+    clip, lr = 1e-9, 1e-2
     update = Trainer.update
 
-    def once(self, scale):
-        grads = dict(gradients)
+    def watched(self, scale):
+        for i, trained in self.indexers.items():
+            for name, p in trained.indexer.named_parameters():
+                gradients[f"{i}.{name}"] = p.grad.clone()
         update(self, scale)
-        students.update(
-            {
-                f"{i}.{name}": p.detach().clone()
-                for i, m in self.students.items()
-                for name, p in m.indexer.named_parameters()
-            }
-        )
-        gradients.clear()
-        gradients.update(grads)
-        monkeypatch.setattr(Trainer, "learn", learn)
+        for i, trained in self.indexers.items():
+            for name, p in trained.indexer.named_parameters():
+                weights[f"{i}.{name}"] = p.detach().clone()
 
-    monkeypatch.setattr(Trainer, "update", once)
-    distill_pattern(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
+    monkeypatch.setattr(Trainer, "update", watched)
+    before = make_model("glm_moe_dsa")
+    settings = DistillSettings(steps=1, rows=2, eval_every=0, lr=lr, weight_decay=0.1, clip=clip)
+    rows = pack_rows(worker.documents(), 96)
+    distill(make_model("glm_moe_dsa"), "FSSFSS", rows, tmp_path / "run", settings)
     for layer in ("0", "3"):
-        mine = {name: g for name, g in gradients.items() if name.startswith(f"{layer}.")}
-        norm = sum(float(g.double().square().sum()) for g in mine.values()) ** 0.5
-        assert norm == pytest.approx(clipped, rel=1e-3) and len(mine) == 5
+        own = {name: g for name, g in gradients.items() if name.startswith(f"{layer}.")}
+        norm = sum(float(g.double().square().sum()) for g in own.values()) ** 0.5
+        assert norm == pytest.approx(clip, rel=1e-3)
+        assert len(own) == 5
         old = dict(indexers(before)[int(layer)].named_parameters())
-        for name, g in mine.items():
+        for name, g in own.items():
             p = old[name.removeprefix(f"{layer}.")].detach()
-            wanted = p * (1 - 1e-2 * 0.1 * (p.dim() > 1)) - 1e-2 * g / (g.abs() + 1e-8)
-            assert torch.allclose(students[name], wanted, atol=1e-6), name
+            decayed = p * (1 - lr * 0.1 * (p.dim() > 1))
+            assert torch.allclose(weights[name], decayed - lr * g / (g.abs() + 1e-8), atol=1e-6)
 
 
 def test_bf16_keeps_fp32_masters(tmp_path):
@@ -355,10 +333,10 @@ def test_bf16_keeps_fp32_masters(tmp_path):
     for indexer in indexers(model):
         indexer.weights_proj.float()
     assert {
-        p.dtype for p in make_students(model, Pattern("FSSFSS"), torch.bfloat16).parameters()
+        p.dtype for p in trainable_indexers(model, Pattern("FSSFSS"), torch.bfloat16).parameters()
     } == {torch.float32}
     settings = DistillSettings(steps=2, rows=2, eval_every=0)
-    distill_pattern(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
+    distill(model, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "run", settings)
     kinds = {
         name.rsplit(".indexer.")[1]: v.dtype
         for name, v in load_file(tmp_path / "run" / "delta.safetensors").items()
@@ -367,13 +345,12 @@ def test_bf16_keeps_fp32_masters(tmp_path):
     assert kinds["weights_proj.weight"] == torch.float32
     full = make_model("glm_moe_dsa")
     more = DistillSettings(stage="sparse", steps=2, rows=2, eval_every=0, compute_dtype="bfloat16")
-    weights = distill_pattern(
-        full, "FSSFSS", pack_rows(worker.documents(), 96), tmp_path / "full", more
-    )["weights"]
+    rows = pack_rows(worker.documents(), 96)
+    weights = distill(full, "FSSFSS", rows, tmp_path / "full", more).weights
     assert {v.dtype for v in weights.values()} == {torch.float32}
 
 
-# -- kill -9, and more than one process -------------------------------------------------------------------------------
+# -- kill -9, and more than one process ------------------------------------------------------------
 
 
 def run_worker(*argv, processes=0):
@@ -406,13 +383,13 @@ def test_kill_and_resume(mode, tmp_path):
                 k: v for k, v in y.items() if k != "tokens_s"
             }
     if mode == "full":
-        first, second = (r["weights"] for _, r in results)
+        first, second = (r.weights for _, r in results)
     else:
         first, second = (m.state_dict() for m, _ in results)
     assert len(first) == len(second) > 100
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     again = worker.train(tmp_path / "a", mode)[1]  # a finished run is not run again
-    assert again["held_out"] == results[1][1]["held_out"]
+    assert again.held_out == results[1][1].held_out
     refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
 
 
@@ -433,12 +410,12 @@ def test_a_gpu_without_a_number_is_the_current_one_or_this_processs_own(monkeypa
     chosen = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(engine.dist, "init_process_group", lambda *_, **__: None)
-    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **__: None)
+    with parallel.open_world(torch.device("cuda"), sharded=True) as world:
         assert world.device == torch.device("cuda", 3) and chosen == [world.device]
     for name, value in (("WORLD_SIZE", "8"), ("RANK", "6"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
-    with engine.open_world(torch.device("cuda"), sharded=True) as world:
+    with parallel.open_world(torch.device("cuda"), sharded=True) as world:
         assert world.device == torch.device("cuda", 2) and chosen[1:] == [world.device]
 
 
@@ -450,7 +427,7 @@ def test_the_whole_model_on_a_gpu(tmp_path):
         DistillSettings(stage="sparse", steps=3, rows=2, eval_every=0),
     )
     for device in ("cpu", "cuda"):
-        distill_pattern(
+        distill(
             make_model("glm_moe_dsa"),
             worker.PATTERN,
             rows,

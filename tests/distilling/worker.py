@@ -1,4 +1,4 @@
-"""What test_distill runs in other processes: two under torchrun, or one that is killed on the way; and what its tests share."""
+"""Train small runs, in the tests, under torchrun, or in a process that is killed on the way."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from indexcache.data import Batch, Document
-from indexcache.distilling import DistillSettings, Row, distill_pattern, pack_rows
+from indexcache.distilling import DistillResult, DistillSettings, Row, distill, pack_rows
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.records import Run
 from tests.support import make_model
@@ -28,11 +29,11 @@ MODES = {
 
 
 def row_of(length, seed=0):
-    return Row.whole(np.random.default_rng(seed).integers(0, 128, length))
+    return Row.one_document(np.random.default_rng(seed).integers(0, 128, length))
 
 
 def dense(model):
-    """The stock model with a selection of everything."""
+    """Copy the stock model so that it selects everything."""
     model = copy.deepcopy(model)
     for layer in decoder_layers(model):
         layer.self_attn.indexer.index_topk = 4096
@@ -40,7 +41,7 @@ def dense(model):
 
 
 def steps(folder: Path):
-    """(lines of the steps, lines of the evaluations) of a run's journal."""
+    """Read the lines of the steps and those of the evaluations from a run's journal."""
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     return [e for e in lines if "loss" in e], [e for e in lines if "held_out" in e]
 
@@ -58,24 +59,25 @@ def held_out():
     return [Batch(ids, "text", ("a", "b", "c"), ("a", "b", "c"))]
 
 
-def train(out: Path, mode: str, family: str = "glm_moe_dsa", pattern: str = PATTERN, **changes):
-    """(the model, the result) of a small run."""
+def train(
+    out: Path, mode: str, family: str = "glm_moe_dsa", pattern: str = PATTERN, **changes: Any
+) -> tuple[Any, DistillResult]:
+    """Train a small model in `out`; return it and the result."""
     model = make_model(family)
     if mode == "zeros":
         with torch.no_grad():
             for indexer in indexers(model):
                 indexer.wq_b.weight[1::3], indexer.wk.weight[2:5] = 0, 0
-    settings = DistillSettings(
-        **({"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes)
-    )  # type: ignore[arg-type]
-    result = distill_pattern(
-        model, pattern, pack_rows(documents(), 96), out, settings, held_out=held_out()
+    fields: dict[str, Any] = (
+        {"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes
     )
-    return model, copy.copy(result)
+    settings = DistillSettings(**fields)
+    result = distill(model, pattern, pack_rows(documents(), 96), out, settings, held_out=held_out())
+    return model, result
 
 
 def die_after(step: int) -> None:
-    """kill -9 as soon as the journal has the line of this step."""
+    """Kill this process, as kill -9 does, once the journal has the line of this step."""
     append = Run.append
 
     def watched(self: Run, entry: dict) -> None:
@@ -83,13 +85,13 @@ def die_after(step: int) -> None:
         if entry["step"] == step and "loss" in entry:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Run.append = watched  # type: ignore[method-assign]
+    Run.append = watched
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    if what == "kill":
+    action, folder = sys.argv[1], Path(sys.argv[2])
+    if action == "kill":
         die_after(5)
         train(folder, sys.argv[3])
     else:

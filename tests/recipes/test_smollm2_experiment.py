@@ -291,7 +291,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in out.rglob("journal.jsonl")}
     for path in out.rglob("*.safetensors"):  # finished seeds need their journal and results alone
         path.unlink()
-    for name in ("distill_pattern", "search"):
+    for name in ("distill", "search"):
         monkeypatch.setattr(experiment, name, None)
     monkeypatch.setattr(experiment.Experiment, "measure", None)
     run(out, "--seeds", "0", "1")

@@ -1,4 +1,4 @@
-"""What selections keep of the attention, what an oracle would select, and the weights of layers that learn together."""
+"""Test what selections keep of the attention, the oracle, and layer weights of a search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS"])
 def test_attention_kept_is_that_of_stock_attention(pattern):
-    """Against transformers' own attention weights and its own selection, over the queries beyond k."""
+    """Compare with transformers' attention weights and selection, over the queries beyond k."""
     model, row = make_model("glm_moe_dsa").requires_grad_(False), row_of(40)
     ids = torch.from_numpy(row.ids)[None]
     eager = dense(model)
@@ -53,7 +53,7 @@ def test_attention_kept_is_that_of_stock_attention(pattern):
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", "FSSFSS", "FSSSSS"])
 def test_the_oracle_selects_by_the_groups_mean_attention(pattern, monkeypatch):
-    """Stock transformers, each layer given the top k of its group's mean attention, which its own dense pass has."""
+    """Compare with stock transformers, given the top k of each group's mean dense attention."""
     model, row = make_model("glm_moe_dsa").requires_grad_(False), row_of(60)
     ids = torch.from_numpy(row.ids)[None]
     eager = dense(model)
@@ -78,7 +78,7 @@ def test_the_oracle_selects_by_the_groups_mean_attention(pattern, monkeypatch):
     assert torch.allclose(packed[:, :30], want[:, :30], atol=1e-5)
     for a, b in cuts[1:]:
         alone = oracle_states(
-            model, pattern, Row.whole(np.concatenate([row.ids[a:b], row.ids[:40]]))
+            model, pattern, Row.one_document(np.concatenate([row.ids[a:b], row.ids[:40]]))
         )[:, : b - a]
         assert torch.allclose(packed[:, a:b], alone, atol=1e-5)
     assert not any("forward" in layer.self_attn.__dict__ for layer in decoder_layers(model))
@@ -112,7 +112,7 @@ def test_weights_from_what_sharing_costs(tmp_path):
 
 
 def test_costs_of_a_search(tmp_path):
-    """The first step of one over all layers has them; stage after stage, only the first stage's layers are tried alone."""
+    """A search over all layers tries each alone; one by stages only the first stage's layers."""
     model = make_model("glm_moe_dsa")
     for stages in (1, 2):
         search(
