@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from indexcache import accelerate, load_model  # noqa: E402
+from indexcache import accelerate, load  # noqa: E402
 from indexcache.data import batches  # noqa: E402
 from indexcache.models.lm import hidden_states, token_losses  # noqa: E402
 
@@ -40,7 +40,7 @@ CASES = [
 
 def one(length: int, path: str) -> None:
     """Print the seconds of a second pass over `length` random ids, and the megabytes that both add to the loaded model."""
-    model = load_model("tiny").model
+    model = load("tiny").module
     ids = torch.randint(1, 4096, (1, length), generator=torch.Generator().manual_seed(0))
     if path == "fast":
         accelerate(model)
@@ -62,13 +62,15 @@ def one(length: int, path: str) -> None:
 
 def check() -> float:
     """The largest difference of a mean loss between the paths on held-out text; raises when it is not rounding."""
-    loaded = load_model("tiny")
+    loaded = load("tiny")
     worst = 0.0
-    for batch in batches("heldout", loaded.encode, loaded.model.config, length=1024, sequences=3):
-        stock = token_losses(loaded.model, hidden_states(loaded.model, batch.ids), batch.ids).mean()
-        with accelerate(loaded.model):
+    for batch in batches("heldout", loaded.encode, loaded.config, length=1024, sequences=3):
+        stock = token_losses(
+            loaded.module, hidden_states(loaded.module, batch.ids), batch.ids
+        ).mean()
+        with accelerate(loaded.module):
             fast = token_losses(
-                loaded.model, hidden_states(loaded.model, batch.ids), batch.ids
+                loaded.module, hidden_states(loaded.module, batch.ids), batch.ids
             ).mean()
         worst = max(worst, abs(float(stock - fast)))
     if worst > 1e-4:

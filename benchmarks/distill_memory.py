@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from indexcache import Pattern, load_model  # noqa: E402
+from indexcache import Pattern, load  # noqa: E402
 from indexcache.distilling.forward import Lesson, run_decoder, teaching  # noqa: E402
 from indexcache.distilling.indexers import trainable_indexers  # noqa: E402
 from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
@@ -97,7 +97,7 @@ def status(key: str) -> float:
 
 def one(what: str, length: int, device: str) -> None:
     if what == "pass":
-        model = load_model("tiny", device=device).model.requires_grad_(False)
+        model = load("tiny", device=device).module.requires_grad_(False)
         model.config.max_position_embeddings = max(length, 4096)
         students = trainable_indexers(model, Pattern("FSSSFSSSFSSS"), torch.float32)
         lesson = Lesson(model, Pattern("FSSSFSSSFSSS"), students, sparse=False)

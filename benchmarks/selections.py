@@ -52,7 +52,7 @@ def load(name: str) -> Tensor:
 
 
 def record() -> dict[str, Tensor]:
-    from indexcache import accelerate, load_model, ops
+    from indexcache import accelerate, load, ops
     from indexcache.data import load_documents
     from indexcache.models.lm import hidden_states
 
@@ -79,14 +79,14 @@ def record() -> dict[str, Tensor]:
                 found[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
         return select(q, k, w, scale, topk, offset, *rest, **options)
 
-    loaded = load_model("tiny")
+    loaded = load("tiny")
     text = ROOT / "indexcache" / "assets" / "text" / "heldout.jsonl"
-    documents = load_documents(text, loaded.encode, loaded.model.config.vocab_size)
+    documents = load_documents(text, loaded.encode, loaded.config.vocab_size)
     ids = torch.cat([torch.as_tensor(d.ids) for d in documents])[None, :LENGTH].long()
     ops.index_topk = recording
     try:
-        with accelerate(loaded.model), torch.no_grad():
-            hidden_states(loaded.model, ids)
+        with accelerate(loaded.module), torch.no_grad():
+            hidden_states(loaded.module, ids)
     finally:
         ops.index_topk = select
     return found

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     from indexcache.models.fast.cache import FastCache
     from indexcache.models.fast.decode import Decoder
     from indexcache.models.fast.prefill import prefill
-    from indexcache.models.loading import load_model as load
+    from indexcache.models.loading import load
     from indexcache.models.seam import use_pattern
     from indexcache.searching.run import SearchSettings, search
 
@@ -40,7 +40,7 @@ _HOME = {
     "distill": "indexcache.distilling.trainer:distill",
     "evaluate": "indexcache.evals.evaluate:evaluate",
     "export": "indexcache.exporting:export",
-    "load": "indexcache.models.loading:load_model",
+    "load": "indexcache.models.loading:load",
     "overlap": "indexcache.evals.overlap:overlap",
     "prefill": "indexcache.models.fast.prefill:prefill",
     "search": "indexcache.searching.run:search",

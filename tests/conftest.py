@@ -32,9 +32,9 @@ def ids():
 
 @pytest.fixture(scope="session")
 def tiny():
-    from indexcache.models.loading import load_model
+    from indexcache.models.loading import load
 
-    return load_model("tiny")
+    return load("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from indexcache.models.fast.accelerate import FastSelector, accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import prefill
-from indexcache.models.loading import DTYPES, fingerprint, load_model
+from indexcache.models.loading import DTYPES, fingerprint, load
 from indexcache.models.random import random_model
 from indexcache.models.seam import selector_of, use_pattern
 from indexcache.models.timing import PartTimer
@@ -88,7 +88,7 @@ def open_subject(
     """A named shape with random weights (cut to `layers`), a checkpoint folder, or `tiny`; accelerated, with `compile` on a GPU.
 
     Raises:
-        ValueError: what `shape_of`, `random_model`, `load_model` and `accelerate` refuse.
+        ValueError: what `shape_of`, `random_model`, `load` and `accelerate` refuse.
     """
     shape_of(model, layers)
     encode = None
@@ -97,8 +97,8 @@ def open_subject(
         made = random_model(config, dtype=dtype, device=device, seed=seed)
         identity = f"random, seed {seed}, {config['num_hidden_layers']} layers"
     else:
-        loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        made, identity, encode = loaded.model, fingerprint(loaded.path), loaded.encode
+        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        made, identity, encode = loaded.module, fingerprint(loaded.path), loaded.encode
     on_gpu = torch.device(device).type == "cuda"
     accelerate(made, index_dtype=index_dtype, compile=compile and on_gpu)
     name = (

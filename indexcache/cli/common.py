@@ -12,7 +12,7 @@ from indexcache.data import SPLITS, check_context
 
 if TYPE_CHECKING:
     from indexcache.data import Batch
-    from indexcache.models.loading import Loaded
+    from indexcache.models.loading import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +36,27 @@ class ModelSettings:
     json: bool = flag(False, "print one JSON object as the last line")
 
 
-def load(s: ModelSettings, split: str, sequences: int) -> tuple[Loaded, list[Batch]]:
+def load(s: ModelSettings, split: str, sequences: int) -> tuple[Model, list[Batch]]:
     """The model and the batches of one split of its text."""
     from indexcache.data import batches, text_for
+    from indexcache.models import loading
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load_model
 
     if s.device == "cpu":
         keep_freed_memory()
     source, part = text_for(s.model, s.data, split)
-    loaded = load_model(
+    loaded = loading.load(
         s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
     )
     if s.fast:
         try:
-            accelerate(loaded.model)
+            accelerate(loaded.module)
         except ValueError as error:
             print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
     text = batches(
         source,
         loaded.encode,
-        loaded.model.config,
+        loaded.config,
         split=part,
         length=s.length,
         sequences=sequences,

@@ -17,7 +17,7 @@ from indexcache.spec import SYNTAX
 
 if TYPE_CHECKING:
     from indexcache.data import Batch, Document
-    from indexcache.models.loading import Loaded
+    from indexcache.models.loading import Model
 
 EPILOG = f"SPEC is {SYNTAX}"
 
@@ -105,7 +105,7 @@ def run(s: Settings) -> int:
     from indexcache.distilling.layer_weights import layer_weights
     from indexcache.distilling.parallel import local_device
     from indexcache.models.family import indexers
-    from indexcache.models.loading import check_device, fingerprint, load_model
+    from indexcache.models.loading import check_device, fingerprint, load
     from indexcache.spec import parse_pattern
 
     out, device, first = Path(s.out), local_device(s.device), os.environ.get("RANK", "0") == "0"
@@ -118,22 +118,22 @@ def run(s: Settings) -> int:
     resolve(s.model)
     check_device(device)  # in full mode the model itself is loaded on the host
     frozen = s.freeze_backbone or s.stage == "warmup"
-    loaded = load_model(
+    loaded = load(
         s.model,
         dtype=s.dtype if frozen else "float32",
         device=device if frozen else "cpu",
         trust_remote_code=s.trust_remote_code,
     )
-    pattern = parse_pattern(s.pattern, len(indexers(loaded.model))).pattern
+    pattern = parse_pattern(s.pattern, len(indexers(loaded.module))).pattern
     if s.delta is not None:
-        begun = apply_delta(loaded.model, s.delta, base=loaded.path)
+        begun = apply_delta(loaded.module, s.delta, base=loaded.path)
         new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]
         if new and first:
             print(
                 f"indexcache: note: {s.delta} has no indexer of the layers {', '.join(new)}; they begin with the checkpoint's.",
                 file=sys.stderr,
             )
-    context = int(loaded.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    context = int(loaded.config.max_position_embeddings)
     length = min(max(4 * loaded.topk, 1024), context) if s.length is None else s.length
     check_context(length, loaded.topk)
     if length > context:
@@ -174,7 +174,7 @@ def run(s: Settings) -> int:
         batches = make_batches(held, length=length, sequences=s.eval_sequences, seed=s.seed)
     base = {"base": loaded.path.name, "base_digest": digest}
     result = distill(
-        loaded.model,
+        loaded.module,
         pattern,
         rows,
         out,
@@ -197,11 +197,11 @@ def run(s: Settings) -> int:
     return 0
 
 
-def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Document]]:
+def _documents(s: Settings, loaded: Model) -> tuple[list[Document], list[Document]]:
     """(training documents, held-out documents), which share none."""
     from indexcache.data import load_documents, shipped_text, split_documents, text_for
 
-    vocabulary = int(loaded.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = int(loaded.config.vocab_size)
     source, split = text_for(s.model, s.data, "calibration")
     other = (
         s.held_out
@@ -223,7 +223,7 @@ def _documents(s: Settings, loaded: Loaded) -> tuple[list[Document], list[Docume
     return found, held
 
 
-def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, Any] | None) -> str:
+def _write_whole(s: Settings, loaded: Model, pattern: Any, weights: dict[str, Any] | None) -> str:
     """The whole checkpoint: for stock transformers with the pattern in its config where it can express that."""
     import shutil
     import sys
@@ -240,15 +240,15 @@ def _write_whole(s: Settings, loaded: Loaded, pattern: Any, weights: dict[str, A
         return str(target)
     shutil.rmtree(part, ignore_errors=True)
     if weights is None:
-        weights = dict(loaded.model.state_dict())
+        weights = dict(loaded.module.state_dict())
     elif s.dtype == "bfloat16":
         keep = ("weights_proj.weight", "e_score_correction_bias")
         weights = {
             k: v if k.endswith(keep) or not v.is_floating_point() else v.to(torch.bfloat16)
             for k, v in weights.items()
         }
-    save_checkpoint(loaded.model, weights, part, loaded.path)
-    if "R" in pattern.roles or not family_of(loaded.model).native_sharing:
+    save_checkpoint(loaded.module, weights, part, loaded.path)
+    if "R" in pattern.roles or not family_of(loaded.module).native_sharing:
         why = (
             "stock transformers has no R layers"
             if "R" in pattern.roles

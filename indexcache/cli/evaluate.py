@@ -39,17 +39,17 @@ def run(s: Settings) -> int:
     from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
-    chosen = [parse_pattern(spec, len(indexers(loaded.model))) for spec in s.pattern]
+    chosen = [parse_pattern(spec, len(indexers(loaded.module))) for spec in s.pattern]
     for c in chosen:
         check_unseen(batches, c.seen)
     if len({c.name for c in chosen}) < len(chosen):
         raise ValueError("Two patterns have the same name; give each its own with NAME=...")
-    against = parse_pattern(s.against, len(indexers(loaded.model))) if s.against else None
+    against = parse_pattern(s.against, len(indexers(loaded.module))) if s.against else None
     if against:
         check_unseen(batches, against.seen)
     patterns = {c.name: c.pattern for c in chosen}
     result = evaluate(
-        loaded.model, patterns, batches, against=against.pattern if against else None, seed=s.seed
+        loaded.module, patterns, batches, against=against.pattern if against else None, seed=s.seed
     )
     base = against.name if against else "full"
     if not against and "S" in result["baseline"]:

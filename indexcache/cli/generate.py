@@ -44,8 +44,8 @@ class Settings:
 def run(s: Settings) -> int:
     from indexcache.models.family import indexers
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.fast.generate import end_tokens, pieces, stream_tokens
-    from indexcache.models.loading import load_model
+    from indexcache.models.fast.generate import end_tokens, stream_text, stream_tokens
+    from indexcache.models.loading import load
     from indexcache.models.seam import use_pattern
     from indexcache.spec import parse_pattern
 
@@ -54,23 +54,21 @@ def run(s: Settings) -> int:
     if s.chunk < 1:
         raise ValueError(f"--chunk must be at least 1, not {s.chunk}.")
     prompt = _read(Path(s.prompt_file))
-    loaded = load_model(
-        s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
-    )
-    accelerate(loaded.model, index_dtype=s.index_dtype)
-    chosen = parse_pattern(s.pattern, len(indexers(loaded.model))).pattern if s.pattern else None
+    loaded = load(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
+    accelerate(loaded.module, index_dtype=s.index_dtype)
+    chosen = parse_pattern(s.pattern, len(indexers(loaded.module))).pattern if s.pattern else None
     ids, tokens, text = loaded.encode(prompt), list[int](), list[str]()
     began = time.perf_counter()
     first = began
-    with use_pattern(loaded.model, chosen) if chosen else contextlib.nullcontext():
+    with use_pattern(loaded.module, chosen) if chosen else contextlib.nullcontext():
         made = stream_tokens(
-            loaded.model,
+            loaded.module,
             ids,
-            most=s.max_new_tokens,
+            max_new_tokens=s.max_new_tokens,
             temperature=s.temperature,
             seed=s.seed,
             chunk=s.chunk,
-            ends=end_tokens(loaded.model),
+            ends=end_tokens(loaded.module),
         )
 
         def noted():
@@ -80,7 +78,7 @@ def run(s: Settings) -> int:
                 tokens.append(token)
                 yield token
 
-        for piece in pieces(loaded.tokenizer, noted()):
+        for piece in stream_text(loaded.tokenizer, noted()):
             text.append(piece)
             print(piece, end="", flush=True)
     print()

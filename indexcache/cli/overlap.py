@@ -33,8 +33,8 @@ def run(s: Settings) -> int:
     from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
-    chosen = parse_pattern(s.pattern, len(indexers(loaded.model))) if s.pattern else None
-    measured = overlap(loaded.model, batches)
+    chosen = parse_pattern(s.pattern, len(indexers(loaded.module))) if s.pattern else None
+    measured = overlap(loaded.module, batches)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(

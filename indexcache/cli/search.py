@@ -37,7 +37,7 @@ def run(s: Settings) -> int:
         keep=s.keep, stages=s.stages, uniform=s.uniform, pool_factor=s.pool_factor
     )
     identity = {"model": fingerprint(loaded.path), "seed": s.seed}
-    result = search(loaded.model, batches, s.out, settings, identity=identity)
+    result = search(loaded.module, batches, s.out, settings, identity=identity)
     base = result["frontier"][0]["loss"]
     rows = [
         [

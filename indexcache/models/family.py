@@ -1,13 +1,16 @@
-"""What the rest of the package must know of a model family, and the registry of those it knows."""
+"""What the package needs to know about a model family, and the registry of all families.
+
+To add a family, add one module to `indexcache.models.families`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +22,51 @@ Projection = Callable[
 ]
 
 
-@dataclass(frozen=True)
-class Family:
-    """One model family of transformers with a lightning indexer in `model.layers[i].self_attn.indexer`.
+class DsaModule(nn.Module):
+    """A causal language model of transformers with sparse attention, as a type for annotations.
+
+    It names what this package uses of transformers' classes, which do not inherit from it. It is a
+    class and not a Protocol because a Protocol cannot be passed where an `nn.Module` is asked for.
+    `module_of` returns it.
 
     Attributes:
-        model_type: as in config.json.
-        native_sharing: stock transformers reads `indexer_types` for it.
-        project: (indexer, hidden [B, S, E], q_resid [B, S, Q], (cos, sin)) -> q [B, S, H, D], k [B, S, D] with RoPE
-            applied, and w fp32 [B, S, H] with both scales (H^-0.5 and D^-0.5) in it; the arithmetic of the stock indexer. Given
-            None for (cos, sin), q and k come without RoPE.
-        interleaved: the indexer's RoPE turns neighbouring dims together, not dims half of the rotary part apart.
-        rotate: RoPE of the attention's queries and shared key, transformers' own function (q, k, cos, sin, unsqueeze_dim=).
+        config: transformers' config.
+        model: the decoder, without the output head; `decoder_layers` returns its layers.
+    """
+
+    config: Any
+    model: Any
+    generate: Callable[..., Tensor]
+    get_input_embeddings: Callable[[], nn.Embedding]
+    get_output_embeddings: Callable[[], nn.Linear]
+    set_experts_implementation: Callable[[str], None]
+
+
+class Handle(Protocol):
+    """An object that carries a model in `.module`, as `indexcache.load` returns it."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+AnyModel: TypeAlias = nn.Module | Handle
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family of transformers with an indexer at `model.layers[i].self_attn.indexer`.
+
+    Attributes:
+        model_type: the model_type in config.json.
+        native_sharing: whether stock transformers obeys `indexer_types` of the config.
+        project: computes (indexer, hidden [B, S, E], q_resid [B, S, Q], (cos, sin)) -> queries
+            [B, S, H, D], keys [B, S, D], and weights fp32 [B, S, H], with the arithmetic of the
+            stock indexer. RoPE is applied, unless (cos, sin) is None. The weights contain both
+            scales, H^-0.5 and D^-0.5.
+        interleaved: whether the indexer's RoPE rotates neighbouring dims together; otherwise it
+            rotates dims that lie half of the rotary dims apart.
+        rotate: applies RoPE to the queries and the shared key of attention. It is transformers'
+            own function, with the arguments (q, k, cos, sin, unsqueeze_dim=).
     """
 
     model_type: str
@@ -47,14 +83,17 @@ def project_with(
     q_resid: Tensor,
     rope: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The released indexer's projections; families differ in the layout of RoPE, which `rotate` applies."""
-    heads, dim, rotated = indexer.n_heads, indexer.head_dim, indexer.qk_rope_head_dim
+    """Compute the released indexer's projections: shapes and dtypes as in `Family.project`.
+
+    Families differ only in the layout of RoPE, which `rotate` applies.
+    """
+    heads, dim, rotary = indexer.n_heads, indexer.head_dim, indexer.qk_rope_head_dim
     q = indexer.wq_b(q_resid).unflatten(-1, (heads, dim))
     k = indexer.k_norm(indexer.wk(x))
     if rope is not None:
-        q_rot, k_rot = rotate(q[..., :rotated], k[..., None, :rotated], *rope, unsqueeze_dim=2)
-        q = torch.cat([q_rot, q[..., rotated:]], dim=-1)
-        k = torch.cat([k_rot.squeeze(2), k[..., rotated:]], dim=-1)
+        q_rot, k_rot = rotate(q[..., :rotary], k[..., None, :rotary], *rope, unsqueeze_dim=2)
+        q = torch.cat([q_rot, q[..., rotary:]], dim=-1)
+        k = torch.cat([k_rot.squeeze(2), k[..., rotary:]], dim=-1)
     w = indexer.weights_proj(x.to(indexer.weights_proj.weight.dtype)).float() * (
         heads**-0.5 * indexer.softmax_scale
     )
@@ -63,46 +102,81 @@ def project_with(
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family in `indexcache.models.families`, by model_type: a family is added by adding one module there."""
+    """Import every module of `indexcache.models.families` and return its family by model_type."""
     package = importlib.import_module("indexcache.models.families")
-    found = {}
+    by_type = {}
     for info in pkgutil.iter_modules(package.__path__):
         family: Family = importlib.import_module(f"{package.__name__}.{info.name}").FAMILY
-        found[family.model_type] = family
-    return found
+        by_type[family.model_type] = family
+    return by_type
 
 
-def family_of(model: Any) -> Family:
-    """The family of a loaded model (or config).
+def family_named(model_type: Any, where: str = "") -> Family:
+    """Return the family of that model_type; `where` begins the message of the error.
 
     Raises:
-        ValueError: no family of that model_type is known.
+        ValueError: the package knows no family of that model_type.
     """
-    config = getattr(model, "config", model)
-    model_type = getattr(config, "model_type", None)
     if model_type not in families():
-        known = ", ".join(sorted(families()))
+        names = ", ".join(sorted(families()))
         raise ValueError(
-            f"The model type {model_type!r} is not a DSA family that is known here ({known})."
+            f"{where}{'the' if where else 'The'} model type {model_type!r} is not a DSA family "
+            f"that is known here ({names})."
         )
     return families()[model_type]
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, without multi-token-prediction layers."""
-    return model.model.layers  # type: ignore[union-attr, return-value]
+def family_of(model: Any) -> Family:
+    """Return the family of a model, a handle, or a transformers config.
+
+    Raises:
+        ValueError: the package knows no family of its model_type.
+    """
+    model = getattr(model, "module", model)
+    return family_named(getattr(getattr(model, "config", model), "model_type", None))
 
 
-def either(cache: Any, past_key_values: Any) -> Any:
-    """The cache that transformers hands over: its name is `cache` from 5.24 on, `past_key_values` before."""
-    return past_key_values if cache is None else cache
+def module_of(model: AnyModel) -> DsaModule:
+    """Return the transformers module of a model that is one, or that carries one in `.module`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"Expected a model, as indexcache.load or transformers return it; got "
+            f"{type(model).__name__}."
+        )
+    return cast(DsaModule, module)
 
 
-def native_pattern(model: nn.Module) -> Pattern:
-    """What the model does by itself: F where a layer has an indexer, S where it has none."""
+def decoder_layers(model: AnyModel) -> Sequence[Any]:
+    """Return the decoder layers, without multi-token-prediction layers."""
+    return module_of(model).model.layers
+
+
+def indexers(model: AnyModel) -> list[Any]:
+    """Return the indexer of each decoder layer; None where the checkpoint shares natively."""
+    return [layer.self_attn.indexer for layer in decoder_layers(model)]
+
+
+def missing_indexers(model: AnyModel) -> list[int]:
+    """Return the decoder layers that have no indexer, in ascending order."""
+    return [i for i, indexer in enumerate(indexers(model)) if indexer is None]
+
+
+def native_pattern(model: AnyModel) -> Pattern:
+    """Return the pattern the model has by itself: F where a layer has an indexer, S elsewhere."""
     return Pattern("".join("S" if indexer is None else "F" for indexer in indexers(model)))
 
 
-def indexers(model: nn.Module) -> list[Any]:
-    """The indexer module of each decoder layer; None where the checkpoint shares natively."""
-    return [layer.self_attn.indexer for layer in decoder_layers(model)]  # type: ignore[union-attr, misc]
+def check_latent_queries(model: AnyModel, user: str) -> None:
+    """Raise ValueError if a layer computes its queries without a latent; `user` needs one."""
+    if any(getattr(layer.self_attn, "q_a_proj", None) is None for layer in decoder_layers(model)):
+        raise ValueError(f"{user} needs queries from a latent (q_lora_rank); this model has none.")
+
+
+def either(cache: Any, past_key_values: Any) -> Any:
+    """Return the cache that transformers passes: `cache` from 5.24 on, `past_key_values` before."""
+    return past_key_values if cache is None else cache

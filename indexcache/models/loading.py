@@ -1,4 +1,4 @@
-"""Checkpoints to models, refusing everything that would give a wrong number later."""
+"""Load checkpoints, and refuse everything that would give a wrong number later."""
 
 from __future__ import annotations
 
@@ -9,58 +9,146 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from indexcache.checkpoint import layers_without_indexer, read_config, resolve, tensor_names
-from indexcache.models.family import families
+from indexcache.data import Batch, batches
+from indexcache.models.family import (
+    AnyModel,
+    DsaModule,
+    decoder_layers,
+    families,
+    family_named,
+    module_of,
+)
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WHOLE_FILES = (
-    1 << 30
-)  # checkpoints up to this size enter the fingerprint whole, larger ones by samples
+MAX_BYTES_READ = 1 << 30
+"""Weights of up to this many bytes enter the fingerprint completely, larger ones by samples."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready for evaluation, its tokenizer, the folder it came from, and the pattern its config asks for. The model
-    itself is full in every layer that has indexer weights, whatever the config asks for."""
+class Model:
+    """A loaded model with its tokenizer; every function of the package that needs a model takes it.
 
-    model: nn.Module
+    The module runs the indexer of every layer that has indexer weights, whatever the config asks.
+
+    Attributes:
+        module: the transformers model, in eval mode.
+        tokenizer: transformers' tokenizer of the checkpoint.
+        path: the checkpoint folder.
+        native: the pattern that the checkpoint's config asks for.
+    """
+
+    module: DsaModule
     tokenizer: Any
     path: Path
     native: Pattern
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    @property
+    def config(self) -> Any:
+        """Transformers' config of the module."""
+        return self.module.config
 
     @property
     def topk(self) -> int:
-        return self.model.config.index_topk  # type: ignore[union-attr, return-value]
+        """The number of tokens that a query selects, k."""
+        return int(self.config.index_topk)
+
+    @property
+    def layers(self) -> int:
+        """The number of decoder layers, which is the length of a pattern."""
+        return len(decoder_layers(self.module))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def batches(
+        self,
+        source: str | Path = "heldout",
+        *,
+        split: str | None = None,
+        length: int | None = None,
+        sequences: int = 24,
+        batch: int = 1,
+        seed: int = 0,
+    ) -> list[Batch]:
+        """Cut text into batches of token sequences for this model.
+
+        Args:
+            source: "heldout" or "calibration" for the text that the package ships, or a .jsonl,
+                .txt, .md, .rst or .npy file, or a folder of such files.
+            split: the documents to take: "calibration", "heldout" or "all", which is the default.
+            length: tokens of a sequence. The default is 4 k, at least 1024, and at most the model's
+                context.
+            sequences: number of sequences in all batches together.
+            batch: max number of sequences in a batch.
+            seed: random seed for the order in which documents are taken.
+
+        Raises:
+            ValueError: the source cannot be read or has too little text, or the sequences are
+                longer than the context or too short for k.
+        """
+        return batches(
+            source,
+            self.encode,
+            self.config,
+            split=split,
+            length=length,
+            sequences=sequences,
+            batch=batch,
+            seed=seed,
+        )
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 50, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Continue `prompt` under the pattern in force, and return the new text.
+
+        An accelerated model decodes from a `FastCache`; any other runs transformers' `generate`.
+
+        Args:
+            prompt: text that is encoded without special tokens.
+            max_new_tokens: max number of tokens to generate; an end token stops earlier.
+            temperature: 0 takes the best token; otherwise a token is drawn from
+                softmax(logits / temperature).
+            seed: random seed for sampling; the global random state is neither read nor changed.
+
+        Raises:
+            ValueError: the prompt is empty, `max_new_tokens` is below 1, the temperature is
+                negative, or the model's context is too short for both.
+        """
+        from indexcache.models.fast.generate import new_tokens
+
+        tokens = new_tokens(
+            self.module,
+            self.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        return self.tokenizer.decode(list(tokens))
 
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """What a checkpoint is, from its config and file headers alone.
+    """Describe a checkpoint from its config and its file headers alone.
 
     Raises:
-        ValueError: not a folder, no readable config, unknown family, no or broken safetensors.
+        ValueError: it is no folder, its config or its safetensors cannot be read, its family is
+            unknown, or the config makes a layer full that has no indexer weights.
     """
     path = resolve(model)
     config = read_config(path)
-    model_type = config.get("model_type")
-    if model_type not in families():
-        raise ValueError(
-            f"{path}: the model type {model_type!r} is not a DSA family that is known here "
-            f"({', '.join(sorted(families()))})."
-        )
+    family = family_named(config.get("model_type"), f"{path}: ")
     native = Pattern.from_config(config)
     names = tensor_names(path)
     missing = layers_without_indexer(path)
-    wrong = [i for i in missing if native[i] != "S"]
-    if wrong:
+    contradicted = [i for i in missing if native[i] != "S"]
+    if contradicted:
         raise ValueError(
-            f"{path}: the config makes layer {wrong[0]} full, but the checkpoint has no indexer weights for it; "
-            "transformers would fill them with random numbers."
+            f"{path}: the config makes layer {contradicted[0]} full, but the checkpoint has no "
+            "indexer weights for it; transformers would fill them with random numbers."
         )
     keys = (
         "model_type",
@@ -81,51 +169,53 @@ def describe(model: str | Path) -> dict[str, Any]:
         "files": len(set(names.values())),
         "native_pattern": str(native),
         "layers_without_indexer": list(missing),
-        "native_sharing": families()[model_type].native_sharing,
+        "native_sharing": family.native_sharing,
         "next_token_layers": config.get("num_nextn_predict_layers") or 0,
     }
 
 
-def load_model(
-    model: str | Path,
+def load(
+    path: str | Path,
     *,
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
-) -> Loaded:
+) -> Model:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
     Args:
-        model: checkpoint folder, or `tiny`.
-        dtype: float32, bfloat16 or float16.
+        path: checkpoint folder, or `tiny` for the packaged model.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
         device: a torch device, e.g. "cpu" or "cuda:0".
-        trust_remote_code: run Python code that lies in the checkpoint (off by default).
+        trust_remote_code: whether to run Python code that lies in the checkpoint.
 
     Raises:
-        ValueError: what `describe` refuses; an unknown dtype or device; weights that the model needs and the
-            checkpoint lacks; no tokenizer.
+        ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
+            the checkpoint lacks weights that the model needs, or it has no tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    facts = describe(model)
-    path = Path(facts["path"])
+    facts = describe(path)
+    folder = Path(facts["path"])
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     check_device(device)
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         if families()[facts["model_type"]].native_sharing:
-            # a config that shares on a checkpoint that has all indexers is an override, not how the model was trained
-            bare = set(facts["layers_without_indexer"])
+            # A config that shares, on a checkpoint that has all indexers, is an override for an
+            # engine: it does not say how the model was trained.
+            missing_layers = set(facts["layers_without_indexer"])
             config.indexer_types = [
-                "shared" if i in bare else "full" for i in range(facts["num_hidden_layers"])
+                "shared" if i in missing_layers else "full"
+                for i in range(facts["num_hidden_layers"])
             ]
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
             config=config,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -136,21 +226,22 @@ def load_model(
         )
     except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: transformers cannot load this checkpoint ({str(error).splitlines()[0]:.200})."
+            f"{folder}: transformers cannot load this checkpoint "
+            f"({str(error).splitlines()[0]:.200})."
         ) from None
-    loaded, report = found
+    module, report = result
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} weights are missing, among them {missing[0]}; transformers would fill them "
-            "with random numbers."
+            f"{folder}: {len(missing)} weights are missing, among them {missing[0]}; transformers "
+            "would fill them with random numbers."
         )
-    loaded.to(device).eval()
-    return Loaded(loaded, load_tokenizer(path), path, Pattern(facts["native_pattern"]))
+    module.to(device).eval()
+    return Model(module, load_tokenizer(folder), folder, Pattern(facts["native_pattern"]))
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for a device that is none or cannot be used here."""
+    """Raise ValueError if `device` is no torch device, or is one that cannot be used here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -160,7 +251,7 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Raises ValueError where the checkpoint has no tokenizer that transformers can read."""
+    """Load the tokenizer of a checkpoint; raise ValueError if transformers can read none there."""
     from transformers import AutoTokenizer
 
     try:
@@ -172,17 +263,20 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that changes with the config or the weights: config.json whole, and the weight files whole when they are
-    1 GiB together at most, else the header and 64 blocks of 64 KiB of each (reading a large checkpoint takes longer than
-    a search step)."""
+    """Return a digest, 64 hex digits, that changes with the config or the weights of a checkpoint.
+
+    It covers config.json, and the weights completely if they are at most `MAX_BYTES_READ` together.
+    Larger files are sampled, 64 blocks of 64 KiB of each, because reading all of a large checkpoint
+    takes longer than a step of a search.
+    """
     h = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
     files = sorted(path.glob("*.safetensors"))
-    whole = sum(file.stat().st_size for file in files) <= WHOLE_FILES
+    complete = sum(file.stat().st_size for file in files) <= MAX_BYTES_READ
     for file in files:
         size = file.stat().st_size
         h.update(f"{file.name}|{size}|".encode())
         with open(file, "rb") as f:
-            if whole:
+            if complete:
                 while block := f.read(1 << 24):
                     h.update(block)
             else:
@@ -192,10 +286,14 @@ def fingerprint(path: Path) -> str:
     return h.hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A digest of a loaded model: names, shapes and dtypes of all weights, 64 elements spread over each, and k."""
-    h = hashlib.sha256(str(getattr(model.config, "index_topk", None)).encode())
-    for name, p in model.state_dict().items():
+def weights_digest(model: AnyModel) -> str:
+    """Return a digest, 64 hex digits, of a loaded model.
+
+    It covers k, the names, shapes and dtypes of all weights, and 64 elements spread over each.
+    """
+    module = module_of(model)
+    h = hashlib.sha256(str(getattr(module.config, "index_topk", None)).encode())
+    for name, p in module.state_dict().items():
         flat = p.detach().reshape(-1)
         picks = torch.linspace(
             0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64
@@ -206,7 +304,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide the last bit of a result."""
+    """Return the versions of the libraries that decide the last bit of a result."""
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from indexcache.models.family import families
+from indexcache.models.family import family_named
 from indexcache.models.loading import DTYPES, check_device
 from indexcache.shapes import Shape
 
@@ -39,17 +39,13 @@ def random_model(
 
     values = dict(config)
     kind = values.pop("model_type", None)
-    if kind not in families():
-        raise ValueError(
-            f"The model type {kind!r} is not a DSA family that is known here "
-            f"({', '.join(sorted(families()))})."
-        )
+    family = family_named(kind)
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     check_device(device)
     _check_room(Shape.of(config).weights * DTYPES[dtype].itemsize, device)
     made = transformers.AutoConfig.for_model(kind, **values)
-    if families()[kind].native_sharing:
+    if family.native_sharing:
         made.indexer_types = ["full"] * made.num_hidden_layers
     before = torch.get_default_dtype()
     try:

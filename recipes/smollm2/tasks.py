@@ -198,7 +198,7 @@ def main() -> None:
     import json
 
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load_model
+    from indexcache.models.loading import load
     from indexcache.models.seam import use_pattern
     from indexcache.pattern import Pattern
 
@@ -218,7 +218,7 @@ def main() -> None:
     o = parser.parse_args()
     with open(o.tasks, encoding="utf-8") as f:
         rows = [r for r in map(json.loads, f) if r["seed"] < o.rows and r["length"] in o.length]
-    model = load_model(o.checkpoint, dtype=o.dtype, device=o.device).model
+    model = load(o.checkpoint, dtype=o.dtype, device=o.device).module
     layers = model.config.num_hidden_layers
     with accelerate(model):
         for pattern in ["F" * layers, *o.pattern]:

@@ -150,10 +150,10 @@ def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
     assert len(row.ids) == 80
     for size in (1, 2, 3, 5, 8):
         pattern = Pattern("F" * (12 - size) + "F" + "S" * (size - 1))
-        students = trainable_indexers(tiny.model, pattern, torch.float32)
-        lesson = Caught(tiny.model, pattern, students, sparse=sparse)
-        with teaching(tiny.model, lesson), torch.no_grad(), lesson.row(row, learn=True):
-            run_decoder(tiny.model, row, "cpu")
+        students = trainable_indexers(tiny.module, pattern, torch.float32)
+        lesson = Caught(tiny.module, pattern, students, sparse=sparse)
+        with teaching(tiny.module, lesson), torch.no_grad(), lesson.row(row, learn=True):
+            run_decoder(tiny.module, row, "cpu")
         q, k, w, teachers, ids = lesson.caught[12 - size]
         assert len(teachers) == size
         check(q, k, w, teachers, ids, block=1 << 16)

@@ -261,7 +261,7 @@ def test_evaluation_is_that_of_the_stock_model(tmp_path):
 
 
 def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
-    model = copy.deepcopy(tiny.model)
+    model = copy.deepcopy(tiny.module)
     generator = torch.Generator().manual_seed(0)
     for indexer in indexers(model):
         for p in indexer.parameters():

@@ -170,9 +170,9 @@ def test_tiny_on_real_text(tiny, pattern):
     from indexcache.data import batches
 
     ids = torch.cat(
-        [b.ids for b in batches("heldout", tiny.encode, tiny.model.config, length=300, sequences=3)]
+        [b.ids for b in batches("heldout", tiny.encode, tiny.config, length=300, sequences=3)]
     )[:2]
-    model, lengths = tiny.model, [211, 290]
+    model, lengths = tiny.module, [211, 290]
     with use_pattern(model, pattern):
         stock = logits(model, ids)
     with accelerate(model), use_pattern(model, pattern):
@@ -194,15 +194,15 @@ def test_fp8_on_tiny(tiny):
     from indexcache.models.lm import hidden_states, token_losses
 
     ids = torch.cat(
-        [b.ids for b in batches("heldout", tiny.encode, tiny.model.config, length=384, sequences=4)]
+        [b.ids for b in batches("heldout", tiny.encode, tiny.config, length=384, sequences=4)]
     )
     k, seen, losses = tiny.topk, [], []
     for index_dtype in ("auto", "fp8"):
         with (
-            accelerate(tiny.model, index_dtype=index_dtype),
-            use_pattern(tiny.model, "F" * 12, capture=True) as seam,
+            accelerate(tiny.module, index_dtype=index_dtype),
+            use_pattern(tiny.module, "F" * 12, capture=True) as seam,
         ):
-            losses.append(token_losses(tiny.model, hidden_states(tiny.model, ids), ids))
+            losses.append(token_losses(tiny.module, hidden_states(tiny.module, ids), ids))
             seen.append(dict(seam.selections))
     overlaps = []
     for a, b in ((seen[0][i][:, k:].long(), seen[1][i][:, k:].long()) for i in range(12)):

@@ -378,14 +378,14 @@ def test_tiny_agrees_on_real_text(tiny):
     """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
     from indexcache.data import batches
 
-    (batch, *_) = batches("heldout", tiny.encode, tiny.model.config, length=512, sequences=3)
+    (batch, *_) = batches("heldout", tiny.encode, tiny.config, length=512, sequences=3)
     for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
         losses = []
         for fast in (False, True):
-            handle = accelerate(tiny.model) if fast else None
-            with use_pattern(tiny.model, pattern):
+            handle = accelerate(tiny.module) if fast else None
+            with use_pattern(tiny.module, pattern):
                 losses.append(
-                    token_losses(tiny.model, hidden_states(tiny.model, batch.ids), batch.ids)
+                    token_losses(tiny.module, hidden_states(tiny.module, batch.ids), batch.ids)
                 )
             if handle:
                 handle.undo()

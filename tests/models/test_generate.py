@@ -9,7 +9,7 @@ import torch
 
 from indexcache import accelerate, use_pattern
 from indexcache.cli import main
-from indexcache.models.fast.generate import end_tokens, pieces, stream_tokens
+from indexcache.models.fast.generate import end_tokens, stream_text, stream_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,10 +44,10 @@ def test_greedy_tokens_are_those_of_stock(tiny, prompt, capsys):
     result = json.loads(captured.out.splitlines()[-1])
     ids = tiny.encode(PROMPT * 3)
     assert result["prompt_tokens"] == len(ids) > 64
-    stock = tiny.model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
+    stock = tiny.module.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[
         0, len(ids) :
     ].tolist()
-    assert result["tokens"] == [t for t in stock if t not in end_tokens(tiny.model)]
+    assert result["tokens"] == [t for t in stock if t not in end_tokens(tiny.module)]
     assert result["text"] == tiny.tokenizer.decode(result["tokens"])
     assert captured.out.startswith(result["text"] + "\n")
     assert "tokens of prompt in" in captured.err
@@ -83,16 +83,16 @@ def test_patterns_apply_as_in_the_stock_model(tiny):
     """tiny under R, token by token against the stock model without a cache."""
     ids = tiny.encode(PROMPT)
     pattern = "FFRRRRRRRFRR@8"
-    with use_pattern(tiny.model, pattern), torch.no_grad():
+    with use_pattern(tiny.module, pattern), torch.no_grad():
         wanted = list(ids)
         for _ in range(6):
-            wanted.append(int(tiny.model(torch.tensor([wanted])).logits[0, -1].argmax()))
-    with accelerate(tiny.model), use_pattern(tiny.model, pattern):
-        assert list(stream_tokens(tiny.model, ids, most=6)) == wanted[len(ids) :]
+            wanted.append(int(tiny.module(torch.tensor([wanted])).logits[0, -1].argmax()))
+    with accelerate(tiny.module), use_pattern(tiny.module, pattern):
+        assert list(stream_tokens(tiny.module, ids, max_new_tokens=6)) == wanted[len(ids) :]
         stop = wanted[len(ids) + 3]
         cut = wanted[len(ids) :].index(stop)
         assert (
-            list(stream_tokens(tiny.model, ids, most=6, ends=[stop]))
+            list(stream_tokens(tiny.module, ids, max_new_tokens=6, ends=[stop]))
             == wanted[len(ids) : len(ids) + cut]
         )
 
@@ -100,12 +100,12 @@ def test_patterns_apply_as_in_the_stock_model(tiny):
 def test_pieces_are_the_whole_text_and_whole_characters(tiny):
     text = "naïve café — 世界 🙂🙂\n  two  spaces\tand a tab\n" * 3
     tokens = tiny.encode(text)
-    found = list(pieces(tiny.tokenizer, tokens))
+    found = list(stream_text(tiny.tokenizer, tokens))
     assert "".join(found) == tiny.tokenizer.decode(tokens) == text
     assert len(found) > len(text) / 8
     assert not any("\ufffd" in piece for piece in found)
     cut = tiny.encode("🙂")[:-1]  # ends within a character
-    assert "".join(pieces(tiny.tokenizer, cut)) == tiny.tokenizer.decode(cut)
+    assert "".join(stream_text(tiny.tokenizer, cut)) == tiny.tokenizer.decode(cut)
 
 
 def test_bad_input_gets_one_sentence(tmp_path, prompt, capsys):

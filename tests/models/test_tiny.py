@@ -21,11 +21,11 @@ SEARCHED = next(
 
 @pytest.fixture(scope="module")
 def held_out(tiny):
-    return batches("heldout", tiny.encode, tiny.model.config, length=512, sequences=12, batch=2)
+    return batches("heldout", tiny.encode, tiny.config, length=512, sequences=12, batch=2)
 
 
 def test_it_is_what_was_promised(tiny):
-    config = tiny.model.config
+    config = tiny.config
     assert config.model_type == "glm_moe_dsa"
     assert config.num_hidden_layers >= 12
     assert "sparse" in config.mlp_layer_types
@@ -47,17 +47,17 @@ def test_stock_from_pretrained_loads_it(tiny, held_out):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     ids = held_out[0].ids[:1]
-    with torch.no_grad(), use_pattern(tiny.model, "F" * 12):
-        assert torch.equal(stock.eval()(ids).logits, tiny.model(ids).logits)
+    with torch.no_grad(), use_pattern(tiny.module, "F" * 12):
+        assert torch.equal(stock.eval()(ids).logits, tiny.module(ids).logits)
 
 
 def test_cached_decoding_equals_one_pass(tiny, held_out):
     ids = held_out[0].ids[:1, :192]
     for pattern in ("F" * 12, SEARCHED, "FFRRRRRRRFRR@4"):
-        with use_pattern(tiny.model, pattern), torch.no_grad():
-            whole, cache, parts = tiny.model(ids).logits, None, []
+        with use_pattern(tiny.module, pattern), torch.no_grad():
+            whole, cache, parts = tiny.module(ids).logits, None, []
             for start, stop in [(0, 150), (150, 151), *((t, t + 1) for t in range(151, 192))]:
-                out = tiny.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+                out = tiny.module(ids[:, start:stop], past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 parts.append(out.logits)
         difference = (torch.cat(parts, 1) - whole).norm() / whole.norm()
@@ -74,8 +74,8 @@ def test_exported_pruned_checkpoint_is_bitwise_use_pattern(tiny, held_out, tmp_p
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     ids = held_out[0].ids[:1]
-    with torch.no_grad(), use_pattern(tiny.model, SEARCHED):
-        assert torch.equal(pruned.eval()(ids).logits, tiny.model(ids).logits)
+    with torch.no_grad(), use_pattern(tiny.module, SEARCHED):
+        assert torch.equal(pruned.eval()(ids).logits, tiny.module(ids).logits)
     assert (
         json.loads((tmp_path / "out" / "vllm.json").read_text())["index_topk_pattern"] == SEARCHED
     )
@@ -86,7 +86,7 @@ def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny, held
     patterns = {"uniform": "FSSSFSSSFSSS", "searched": SEARCHED, "reindex": "FFRRRRRRRFRR@8"}
     rows = {
         r["name"]: r
-        for r in evaluate(tiny.model, patterns, held_out)["rows"]
+        for r in evaluate(tiny.module, patterns, held_out)["rows"]
         if r["domain"] == "all"
     }
     assert rows["uniform"]["ci_low"] > 0
@@ -114,6 +114,6 @@ def test_the_shipped_text_is_split_by_document(tiny):
 def test_batches_go_through_the_model_alike(tiny, held_out):
     """A batch of two gives what its rows give alone (up to rounding), so --batch changes no conclusion."""
     batch: Batch = held_out[0]
-    together = hidden_states(tiny.model, batch.ids)
-    alone = torch.cat([hidden_states(tiny.model, row[None]) for row in batch.ids])
+    together = hidden_states(tiny.module, batch.ids)
+    alone = torch.cat([hidden_states(tiny.module, row[None]) for row in batch.ids])
     assert (together - alone).norm() / alone.norm() < 1e-3

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from indexcache.checkpoint import read_header
 from indexcache.data import load_documents, shipped_text
 from indexcache.models.fast.accelerate import accelerate
-from indexcache.models.loading import describe, fingerprint, load_model
+from indexcache.models.loading import describe, fingerprint, load
 from tests.recipes.support import DIGEST, LLAMA
 from tests.support import refused
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("recipe_on_path")
 
 @pytest.fixture(scope="module")
 def loaded(saved):
-    return load_model(saved)
+    return load(saved)
 
 
 def relative(a, b):
@@ -39,27 +39,27 @@ def test_dense_it_is_the_llama(llama, loaded, text):
 
     with torch.no_grad():
         want = llama(text).logits
-        with dense(loaded.model):
-            assert relative(loaded.model(text).logits, want) < 1e-5
-        assert relative(loaded.model(text).logits, want) > 1e-3  # k = 16 of 96
-        for layer in loaded.model.model.layers:
+        with dense(loaded.module):
+            assert relative(loaded.module(text).logits, want) < 1e-5
+        assert relative(loaded.module(text).logits, want) > 1e-3  # k = 16 of 96
+        for layer in loaded.module.model.layers:
             layer.self_attn.indexer.index_topk = 96  # the indexers' own way to dense
         try:
-            assert relative(loaded.model(text).logits, want) < 1e-5
+            assert relative(loaded.module(text).logits, want) < 1e-5
         finally:
-            for layer in loaded.model.model.layers:
+            for layer in loaded.module.model.layers:
                 layer.self_attn.indexer.index_topk = 16
 
 
 def test_the_fast_path_takes_it(llama, loaded, text):
     """With k as long as the text, so that ties between scores of random weights decide nothing."""
-    with torch.no_grad(), accelerate(loaded.model):
-        for layer in loaded.model.model.layers:
+    with torch.no_grad(), accelerate(loaded.module):
+        for layer in loaded.module.model.layers:
             layer.self_attn.indexer.index_topk = 96
         try:
-            assert relative(loaded.model(text).logits, llama(text).logits) < 1e-5
+            assert relative(loaded.module(text).logits, llama(text).logits) < 1e-5
         finally:
-            for layer in loaded.model.model.layers:
+            for layer in loaded.module.model.layers:
                 layer.self_attn.indexer.index_topk = 16
 
 
@@ -69,7 +69,7 @@ def test_it_loads_in_bf16(rewritten, llama, tiny, text, tmp_path):
 
     save(*rewritten, tiny.tokenizer, tmp_path, torch.bfloat16, DIGEST)
     assert describe(tmp_path)["native_pattern"] == "FFF"
-    model = load_model(tmp_path, dtype="bfloat16").model
+    model = load(tmp_path, dtype="bfloat16").module
     with torch.no_grad(), dense(model):
         assert relative(model(text).logits.float(), llama(text).logits) < 0.05
     stored = read_header(tmp_path / "model.safetensors").tensors
@@ -259,7 +259,7 @@ def test_a_delta_gives_the_checkpoint_back(llama, rewritten, saved, tiny, text, 
     again, settings, pattern = build(plain, llama.state_dict(), LLAMA, DIGEST)
     save(again, settings, tiny.tokenizer, tmp_path / "shared", torch.float32, DIGEST, (1,))
     assert describe(tmp_path / "shared")["native_pattern"] == "FSF"
-    model = load_model(tmp_path / "shared").model
+    model = load(tmp_path / "shared").module
     assert model.model.layers[1].self_attn.indexer is None
     assert torch.isfinite(model(text).logits).all()
 

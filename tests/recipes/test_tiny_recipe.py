@@ -51,10 +51,10 @@ def test_the_recipe_computes_what_stock_computes(tiny):
     )
     ours = Tiny()
     ours.load_state_dict(
-        {k: v for k, v in tiny.model.state_dict().items() if k != "lm_head.weight"}
+        {k: v for k, v in tiny.module.state_dict().items() if k != "lm_head.weight"}
     )
     with torch.no_grad():
-        a, b = tiny.model(ids).logits, ours.eval()(ids, "plain")[0]
+        a, b = tiny.module(ids).logits, ours.eval()(ids, "plain")[0]
     assert (a - b).norm() / a.norm() < 1e-3
 
 

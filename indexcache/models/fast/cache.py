@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from indexcache.models.family import decoder_layers
-from indexcache.models.seam import selector_of
+from indexcache.models.family import AnyModel, decoder_layers, module_of
+from indexcache.models.patch import state_of
 
 GROWTH = 1.5  # of a cache without a capacity, and at least
 BLOCK = 256  # tokens
@@ -230,8 +230,8 @@ class FastCache(Cache):
 
     layers: list[FastLayer]  # type: ignore[assignment]
 
-    def __init__(self, model: nn.Module, capacity: int | None = None, batch: int = 1):
-        if selector_of(model).path != "fast":
+    def __init__(self, model: AnyModel, capacity: int | None = None, batch: int = 1):
+        if not state_of(module_of(model)).accelerated:
             raise ValueError(
                 "A FastCache is for an accelerated model: call accelerate(model) first."
             )

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from indexcache.models.family import indexers
+from indexcache.models.family import AnyModel, indexers, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.timing import timed
 
@@ -33,8 +33,9 @@ class Decoder:
         ValueError: what the arguments rule out, a graph without a GPU.
     """
 
-    def __init__(self, model: nn.Module, cache: FastCache, *, graph: bool | None = None):
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    def __init__(self, model: AnyModel, cache: FastCache, *, graph: bool | None = None):
+        module = module_of(model)
+        device = module.get_input_embeddings().weight.device
         if not isinstance(cache, FastCache):
             raise ValueError(f"A Decoder needs a FastCache, got {type(cache).__name__}.")
         if cache.capacity is None:
@@ -47,9 +48,9 @@ class Decoder:
             raise ValueError("This cache is empty: fill it with prefill first.")
         if graph and device.type != "cuda":
             raise ValueError(f"A CUDA graph needs a GPU, the model is on {device.type}.")
-        if graph is not False and len({p.device for p in model.parameters()}) > 1:
+        if graph is not False and len({p.device for p in module.parameters()}) > 1:
             raise ValueError("A CUDA graph needs the model on one device; use graph=False.")
-        self.model, self.cache = model, cache
+        self.module, self.cache = module, cache
         self.graph = device.type == "cuda" if graph is None else graph
         batch = len(cache.lengths)
         self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -120,7 +121,7 @@ class Decoder:
 
     def _bound(self) -> list[Any]:
         """What a graph is bound to, by identity: the role of each layer, and where the cache lies."""
-        roles = [m.__dict__.get("forward") for m in indexers(self.model) if m is not None]
+        roles = [m.__dict__.get("forward") for m in indexers(self.module) if m is not None]
         return roles + [
             held for layer in self.cache.layers for held in (layer.latents, layer.indexer_keys)
         ]
@@ -128,11 +129,11 @@ class Decoder:
     @torch.no_grad()
     def _forward(self) -> Tensor:
         with self.cache.at(self.positions_B):
-            out = self.model.model(  # type: ignore[operator, union-attr]
+            out = self.module.model(
                 self.tokens_B1, None, self.positions_B[:, None], self.cache, use_cache=True
             )
         with timed("head"):
-            return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]
+            return self.module.get_output_embeddings()(out.last_hidden_state[:, -1])
 
     def _capture(self) -> None:
         """A step writes the same values at the same positions however often it runs: the warm-up leaves no trace."""

@@ -1,4 +1,4 @@
-"""Text from a prompt of any length, piece by piece."""
+"""Generate text from a prompt of any length, token by token."""
 
 from __future__ import annotations
 
@@ -7,74 +7,141 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from tokenizers.decoders import DecodeStream
 
+from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import CHUNK, prefill
+from indexcache.models.patch import state_of
+
+
+def new_tokens(
+    model: AnyModel,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterable[int]:
+    """Continue the prompt `ids` until an end token of the model, which is not returned.
+
+    An accelerated model decodes as in `stream_tokens`; any other runs transformers' `generate`.
+    Arguments and errors are those of `stream_tokens`.
+    """
+    module, ends = module_of(model), end_tokens(model)
+    if state_of(module).accelerated:
+        return stream_tokens(
+            module,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            ends=ends,
+        )
+    _check_request(module, ids, max_new_tokens, temperature)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    device = module.get_input_embeddings().weight.device
+    prompt = torch.tensor([list(ids)], device=device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        output = module.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            **sampling,
+        )
+    tokens = output[0, len(ids) :].tolist()
+    return tokens[:-1] if tokens[-1] in ends else tokens
 
 
 @torch.no_grad()
 def stream_tokens(
-    model: nn.Module,
+    model: AnyModel,
     ids: Sequence[int],
     *,
-    most: int,
+    max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
     chunk: int = CHUNK,
     ends: Iterable[int] = (),
 ) -> Iterator[int]:
-    """Up to `most` tokens after the prompt `ids`, one by one, until one of `ends` comes (which is not given out).
+    """Yield tokens after the prompt `ids`, until one of `ends` comes, which is not yielded.
 
     Args:
-        model: accelerated; the pattern in force is used.
-        temperature: 0 takes the best token.
+        model: an accelerated model; the pattern in force applies.
+        ids: token ids of the prompt.
+        max_new_tokens: max number of tokens to yield.
+        temperature: 0 takes the best token; otherwise a token is drawn from
+            softmax(logits / temperature).
+        seed: random seed for sampling.
+        chunk: tokens of the prompt in a forward pass.
+        ends: tokens that end the text.
 
     Raises:
-        ValueError: an empty prompt, or more tokens than the model's maximum.
+        ValueError: the prompt is empty, `max_new_tokens` is below 1, the temperature is negative,
+            or the model's context is too short for both.
     """
-    context = int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-    if not ids:
-        raise ValueError("The prompt is empty; generation needs at least one token.")
-    if most < 1:
-        raise ValueError(f"At least one new token is generated, not {most}.")
-    if len(ids) + most > context:
-        raise ValueError(
-            f"The prompt of {len(ids)} tokens and {most} new ones are more than the model's maximum of {context}; "
-            "shorten the prompt or give fewer with --max-new-tokens."
-        )
-    cache = FastCache(model, len(ids) + most)
+    _check_request(module_of(model), ids, max_new_tokens, temperature)
+    cache = FastCache(model, len(ids) + max_new_tokens)
     logits = prefill(
         model, torch.tensor([list(ids)]), cache, chunk=chunk, progress=len(ids) > chunk
     )
-    decoder, stop = Decoder(model, cache), set(ends)
-    for (token,) in on_host(
-        islice(decoder.stream(logits, temperature=temperature, seed=seed), most)
-    ):
-        if token in stop:
+    drawn = Decoder(model, cache).stream(logits, temperature=temperature, seed=seed)
+    ends = set(ends)
+    for (token,) in on_host(islice(drawn, max_new_tokens)):
+        if token in ends:
             return
         yield token
 
 
-def end_tokens(model: Any) -> set[int]:
-    """The ids after which the model's configs say that a text ends."""
-    found: set[int] = set()
-    for config in (model.config, getattr(model, "generation_config", None)):
+def _check_request(
+    module: DsaModule, ids: Sequence[int], max_new_tokens: int, temperature: float
+) -> None:
+    context = int(module.config.max_position_embeddings)
+    if not ids:
+        raise ValueError("The prompt is empty; generation needs at least one token.")
+    if max_new_tokens < 1:
+        raise ValueError(f"At least one new token is generated, not {max_new_tokens}.")
+    if not temperature >= 0:
+        raise ValueError(f"The temperature must not be negative, got {temperature}.")
+    if len(ids) + max_new_tokens > context:
+        raise ValueError(
+            f"The prompt of {len(ids)} tokens and {max_new_tokens} new ones are more than the "
+            f"model's maximum of {context}; shorten the prompt or ask for fewer new tokens."
+        )
+
+
+def end_tokens(model: AnyModel) -> set[int]:
+    """Return the ids after which a text ends, according to the model's configs."""
+    module = module_of(model)
+    ids: set[int] = set()
+    for config in (module.config, getattr(module, "generation_config", None)):
         ends = getattr(config, "eos_token_id", None)
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
-    return found
+        ids |= {ends} if isinstance(ends, int) else set(ends or ())
+    return ids
 
 
-def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as soon as it is settled: what ends in half a character waits for the rest."""
-    held: list[int] = []
-    known = 0  # tokens at the start of `held` whose text was given out; they stay, because what follows may depend on them
+def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of `tokens` as soon as no later token can change it.
+
+    A token that ends within a character waits for the rest of it. A tokenizer without a backend of
+    the `tokenizers` library gives its text as one piece at the end.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield tokenizer.decode(list(tokens))
+        return
+    decoder = DecodeStream(skip_special_tokens=False)
+    ids: list[int] = []
+    characters = 0
     for token in tokens:
-        held.append(token)
-        before, text = tokenizer.decode(held[:known]), tokenizer.decode(held)
-        if len(text) > len(before) and not text.endswith("\ufffd"):
-            yield text[len(before) :]
-            held, known = held[known:], len(held) - known
-    if rest := tokenizer.decode(held)[len(tokenizer.decode(held[:known])) :]:
-        yield rest
+        ids.append(token)
+        if text := decoder.step(backend, token):
+            characters += len(text)
+            yield text
+    if incomplete := backend.decode(ids, skip_special_tokens=False)[characters:]:
+        yield incomplete

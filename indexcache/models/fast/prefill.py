@@ -24,9 +24,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
+from indexcache.models.family import AnyModel, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.timing import timed
 from indexcache.progress import progress as bar
@@ -36,7 +37,7 @@ CHUNK = 8192  # tokens of all sequences together
 
 @torch.no_grad()
 def prefill(
-    model: nn.Module,
+    model: AnyModel,
     ids_BT: Tensor,
     cache: Cache,
     *,
@@ -60,6 +61,7 @@ def prefill(
     Raises:
         ValueError: shapes, lengths or chunk that make no sense; lengths with another cache; tokens that do not fit.
     """
+    module = module_of(model)
     if ids_BT.dim() != 2 or not ids_BT.numel():
         raise ValueError(f"prefill takes token ids [batch, tokens], got {tuple(ids_BT.shape)}.")
     if chunk < 1:
@@ -80,7 +82,7 @@ def prefill(
     before = cache.get_seq_length()
     if isinstance(cache, FastCache):
         cache.check_room(total)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = module.get_input_embeddings().weight.device
     step = max(chunk // batch, 1)
     last: list[Tensor | None] = [None] * batch
     with bar(batch * total, "token") if progress else nullcontext() as shown:
@@ -90,7 +92,7 @@ def prefill(
                 if end < start + ids.shape[1]:  # what stands there need not be a token
                     ids = ids.clone()
                     ids[b, max(end - start, 0) :] = 0
-            out = model.model(ids, None, None, cache, use_cache=True)  # type: ignore[operator, union-attr]
+            out = module.model(ids, None, None, cache, use_cache=True)
             for b, end in enumerate(ends):
                 if start < end <= start + ids.shape[1]:
                     last[b] = out.last_hidden_state[b, end - 1 - start].clone()
@@ -99,4 +101,4 @@ def prefill(
     if lengths is not None and isinstance(cache, FastCache):
         cache.set_lengths([before + n for n in lengths])
     with timed("head"):
-        return model.get_output_embeddings()(torch.stack([x for x in last if x is not None]))  # type: ignore[operator]
+        return module.get_output_embeddings()(torch.stack([x for x in last if x is not None]))
