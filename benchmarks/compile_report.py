@@ -121,59 +121,53 @@ def index(
     )
 
 
-def attention(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> tuple:
-    from indexcache import ops
-
+def attention(heads: int, queries: int, dims: int = 576) -> tuple:
     latent = torch.zeros(1, 4096, dims, dtype=torch.bfloat16)
     q, ids = (
         torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16),
         torch.zeros(1, queries, 2048, dtype=torch.int32),
     )
-    return q, ops.quantize_latent(latent) if fp8 else latent, ids
+    return q, latent, ids
 
 
 def calls() -> dict[str, Callable[[], Any]]:
     """label -> a call of the launch code, which launches the kernels of one task."""
-    from indexcache.ops import launch
+    from indexcache.ops import AttentionTarget, kl
+    from indexcache.ops.index import host as index_host
+    from indexcache.ops.mla import host as mla_host
+    from indexcache.ops.quantize import quantize
 
-    def topk(inputs: tuple, **options: Any) -> Callable[[], Any]:
-        return lambda: launch.index_topk(
-            *inputs,
-            2048,
-            199_000,
-            options.get("candidates"),
-            pool=options.get("pool", 0),
-            plan=None,
-        )
+    def topk(inputs: tuple, pool: int = 0, candidates: Any = None) -> Callable[[], Any]:
+        rest = 2048, 199_000, candidates
+        return lambda: index_host.index_topk(*inputs, *rest, pool=pool, groups=None)
 
-    def mla(heads: int, queries: int, fp8: bool = False, dims: int = 576) -> Callable[[], Any]:
-        x = attention(heads, queries, fp8, dims)
-        return lambda: launch.sparse_mla(
-            *x, 0.06, value_dim=512 if dims == 576 else 256, plan=None, deterministic=False
-        )
+    def mla(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
+        x = attention(heads, queries, dims)
+        options = {"value_dim": 512 if dims == 576 else 256, "groups": None, "deterministic": False}
+        return lambda: mla_host.sparse_mla(*x, 0.06, **options)
 
     def backward(deterministic: bool, kind: torch.dtype = torch.bfloat16) -> Any:
         q, latent, ids = (x.to(kind) if x.is_floating_point() else x for x in attention(20, 264))
         q.requires_grad_(), latent.requires_grad_()
-        out, _ = launch.sparse_mla(
-            q, latent, ids, 0.06, value_dim=512, plan=None, deterministic=deterministic
-        )
-        out.sum().backward()
+        options = {"value_dim": 512, "groups": None, "deterministic": deterministic}
+        mla_host.sparse_mla(q, latent, ids, 0.06, **options)[0].sum().backward()
 
-    def warm_up(
+    def index_kl(
         index: tuple[int, int],
         heads: int,
         dims: int,
         length: int = 4096,
         kind: torch.dtype = torch.bfloat16,
     ) -> None:
-        q, k, w = (
-            torch.zeros(*s, dtype=kind)
-            for s in ((length, *index), (length, index[1]), (length, index[0]))
-        )
+        index_heads, dim = index
+        q = torch.zeros(length, index_heads, dim, dtype=kind)
+        k = torch.zeros(length, dim, dtype=kind)
+        w = torch.zeros(length, index_heads)
+        absorb = torch.zeros(heads, dims, dims, dtype=kind)
         x = torch.zeros(length, heads, dims, dtype=kind)
-        grads = [torch.zeros(t.shape) for t in (q, k, w)]
-        launch.warm_up(q, k, w, [(x, lambda: x, 0.1, None)] * 2, [0.5, 0.5], True, grads, 1 << 30)
+        targets = [AttentionTarget(x, torch.zeros(length, dims, dtype=kind), absorb, 0.1)] * 2
+        options: dict[str, Any] = {"kind": "multi", "block_bytes": 1 << 30, "gradients": True}
+        kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
 
     angle = torch.zeros(1, 4096, 32)
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
@@ -190,21 +184,21 @@ def calls() -> dict[str, Callable[[], Any]]:
         "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
         "attention 20": mla(20, 264),
         "attention 64": mla(64, 264),
-        "attention of SmolLM2": lambda: launch.sparse_mla(
-            *attention(9, 924, dims=448), 0.06, value_dim=256, plan=None, deterministic=False
-        ),
-        "attention 20 fp8": mla(20, 264, True),
+        "attention of SmolLM2": mla(9, 924, dims=448),
         "decode 20": mla(20, 1),
-        "decode 20 fp8": mla(20, 1, True),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),
-        "quantize": lambda: launch.quantize(
-            torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16), True, angle, angle, True
+        "quantize": lambda: quantize(
+            torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16),
+            angle,
+            angle,
+            rotate=True,
+            interleaved=True,
         ),
-        "distill warm-up": lambda: warm_up((9, 256), 9, 256),
-        "distill warm-up fp32": lambda: warm_up((9, 256), 9, 256, 301, torch.float32),
-        "distill warm-up GLM": lambda: warm_up((32, 128), 20, 256),
+        "distill warm-up": lambda: index_kl((9, 256), 9, 256),
+        "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
+        "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),
     }
 
 

@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 from indexcache import Pattern, load  # noqa: E402
 from indexcache.distilling.forward import Lesson, run_decoder, teaching  # noqa: E402
 from indexcache.distilling.indexers import trainable_indexers  # noqa: E402
-from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distilling.loss import distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
+from indexcache.ops import AttentionTarget  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # as tiny
@@ -40,7 +41,7 @@ def inputs(length: int, device: str):
         for s in ((length, INDEX_HEADS, INDEX_DIM), (length, INDEX_DIM), (length, INDEX_HEADS))
     )
     teachers = [
-        Teacher(
+        AttentionTarget(
             torch.randn(length, HEADS, WIDTH, generator=g).to(device),
             torch.randn(length, WIDTH, generator=g).to(device),
             None,

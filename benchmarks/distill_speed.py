@@ -24,12 +24,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from indexcache import ops  # noqa: E402
 from indexcache.distilling import DistillSettings, distill  # noqa: E402
-from indexcache.distilling import loss as loss_module  # noqa: E402
 from indexcache.distilling.flops import flops_per_token  # noqa: E402
-from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
+from indexcache.distilling.loss import distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
 from indexcache.models.random import random_model  # noqa: E402
+from indexcache.ops import AttentionTarget  # noqa: E402
 from indexcache.shapes import Shape, reachable_of  # noqa: E402
 from indexcache.spec import parse_pattern  # noqa: E402
 
@@ -71,21 +72,20 @@ def check(length: int = 2048) -> float:
         return (torch.randn(*shape, generator=g, device="cuda") * by).bfloat16()
 
     teachers = [
-        Teacher(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625)
+        AttentionTarget(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625)
         for _ in range(2)
     ]
     found = []
     for way in ("torch", "triton"):
-        loss_module.BACKEND = way
         leaves = (
             [some(length, 9, 256), some(length, 256, by=0.1), some(length, 9, by=0.1).float()]
             if not found
             else found[0][2]
         )
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        loss = distill_loss(*leaves, teachers)
+        with ops.tuned(backend=way):
+            loss = distill_loss(*leaves, teachers)
         found.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
-    loss_module.BACKEND = "auto"
     pairs = zip((found[1][0], *found[1][1]), (found[0][0], *found[0][1]), strict=True)
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
@@ -151,8 +151,8 @@ def main() -> int:
     for length, way in [(n, "fused") for n in lengths] + [
         (lengths[0], "plain torch")
     ] * arguments.plain:
-        loss_module.BACKEND = "triton" if way == "fused" else "torch"
-        rows.append({"loss": way, **measure(length, arguments.pattern, arguments.steps)})
+        with ops.tuned(backend="triton" if way == "fused" else "torch"):
+            rows.append({"loss": way, **measure(length, arguments.pattern, arguments.steps)})
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

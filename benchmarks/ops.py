@@ -33,11 +33,9 @@ from indexcache.ops import reference  # noqa: E402
 from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
 from indexcache.ops.index import topk_host as launch_select  # noqa: E402
 from indexcache.ops.mla import host as launch_mla  # noqa: E402
-from indexcache.ops.tuning import SETTINGS  # noqa: E402
 from indexcache.shapes import rates_named  # noqa: E402
 
 HEADS, DIM, TOPK, LONG = 32, 128, 2048, 200_000
-GRID, GROUPED = SETTINGS.grid, SETTINGS.grouped_pools  # the defaults
 LAYER = 10  # of tiny: its union of three neighbours, 1.83, is a little over the mean of the 12 layers, 1.76
 RATES = rates_named("H100")  # floors of docs/kernels.md divide by what an H100 reaches
 
@@ -207,8 +205,8 @@ def scores(report: Report) -> None:
         want = reference.index_scores(q[:, sample].float(), k.float(), w[:, sample])[0] * scale
 
         def run(hopper: bool) -> None:
-            SETTINGS.hopper = hopper
-            launch_scores.score_tiles(x, out=rows)
+            with ops.tuned(index={"hopper": hopper}):
+                launch_scores.score_tiles(x, out=rows)
 
         calls: dict[str, Callable[[], Any]] = {
             "gluon": lambda: run(True),
@@ -228,7 +226,6 @@ def scores(report: Report) -> None:
                 (q[0], None), (k[0], scale[0]), w[0], z, full, clean_logits=False
             )
         times = side_by_side(calls, 21)
-        SETTINGS.hopper = True
         for name in ("gluon", "triton"):
             floor = flop / RATES.fp8 * 1e3
             report.row(
@@ -247,35 +244,28 @@ def tune(report: Report) -> None:
     queries, keys = 2048, 131072
     q, k, w, scale = index_inputs(queries, keys)
     rows = torch.empty(queries, keys, device="cuda")
-    s = SETTINGS
-    before = dict(vars(s))
-    options = [{"hopper": True, "hopper_stages": n} for n in (3, 4, 6)]
+    options: list[dict[str, Any]] = [{"hopper": True, "hopper_stages": n} for n in (3, 4, 6)]
     options += [{"hopper": False, "keys": n} for n in (64, 128)]
     for option in options:
-        vars(s).update(before | option)
+        x = launch_scores.Inputs(q, k, w, scale, keys)
         try:
-            ms = milliseconds(
-                lambda: launch_scores.score_tiles(
-                    launch_scores.Inputs(q, k, w, scale, keys), out=rows
-                ),
-                5,
-            )
+            with ops.tuned(index=option):
+                ms = milliseconds(lambda x=x: launch_scores.score_tiles(x, out=rows), 5)
             print(
                 f"tune {option}: {ms:.4f} ms, {2e-9 * queries * keys * HEADS * DIM / ms:.0f} TFLOP/s",
                 flush=True,
             )
         except Exception as error:
             print(f"tune {option}: {type(error).__name__} {str(error)[:200]}", flush=True)
-    vars(s).update(before)
 
 
 def selection(report: Report) -> None:
     for queries, keys, grid in ((2048, 131072, False), (1, 200_000, False), (1, 200_000, True)):
-        SETTINGS.grid = grid
         x = torch.randn(queries, keys, device="cuda")
 
-        def ours(x=x) -> Any:
-            return launch_select.topk_rows(x, TOPK)
+        def ours(x=x, grid=grid) -> Any:
+            with ops.tuned(index={"grid": grid}):
+                return launch_select.topk_rows(x, TOPK)
 
         need(
             torch.equal(ours()[0], reference.select(x, torch.ones_like(x, dtype=torch.bool), TOPK)),
@@ -312,7 +302,6 @@ def selection(report: Report) -> None:
         report.row(
             name, shape, times["ours"], floor_ms=floor, peer="vLLM top-k", peer_ms=times.get("peer")
         )
-    SETTINGS.grid = GRID
 
 
 def prefill(report: Report) -> None:
@@ -334,7 +323,7 @@ def prefill(report: Report) -> None:
                     p.start,
                     pool=pool,
                     backend="triton",
-                )
+                ).ids
                 for p in parts
             ]
 
@@ -365,7 +354,7 @@ def prefill(report: Report) -> None:
 
 
 def pools(report: Report) -> None:
-    """A whole causal prefill, chunk by chunk, each query inside its pool; plans apart: one serves all layers that share the pools."""
+    """A whole causal prefill, chunk by chunk, each query inside its pool; groups apart: they serve all layers that share the pools."""
     q, k, w, scale = index_inputs(LONG, LONG)
     wide = 16384
     pool = recorded.stretch(selections.load(f"pool.{LAYER}").int().cuda(), wide, LONG)[None]
@@ -378,30 +367,32 @@ def pools(report: Report) -> None:
         row[pool[0, t][pool[0, t] >= 0].long()] = False
     pairs = wide * (LONG - wide / 2)
     for grouped in (False, True):
-        SETTINGS.grouped_pools = grouped
-        group = ops.pool_group(q, k)
+        tuning = {"grouped_pools": grouped}
+        with ops.tuned(index=tuning):
+            group = ops.pool_group(q, k)
 
-        def plan(group=group) -> list[Any]:
+        def unite(group=group) -> list[Any]:
             return [
                 ops.group_queries(pool[:, p], group, backend="triton") if group > 1 else None
                 for p in parts
             ]
 
-        def inside(plans=plan()) -> list[Any]:
-            return [
-                ops.index_topk(
-                    q[:, p],
-                    k[:, : p.stop],
-                    w[:, p],
-                    scale[:, : p.stop],
-                    TOPK,
-                    p.start,
-                    pool[:, p],
-                    plan=made,
-                    backend="triton",
-                )
-                for p, made in zip(parts, plans, strict=True)
-            ]
+        def inside(groups=unite(), tuning=tuning) -> list[Any]:
+            with ops.tuned(index=tuning):
+                return [
+                    ops.index_topk(
+                        q[:, p],
+                        k[:, : p.stop],
+                        w[:, p],
+                        scale[:, : p.stop],
+                        TOPK,
+                        p.start,
+                        pool[:, p],
+                        groups=united,
+                        backend="triton",
+                    ).ids
+                    for p, united in zip(parts, groups, strict=True)
+                ]
 
         found = torch.cat(inside(), dim=1)[0]
         need(
@@ -412,7 +403,7 @@ def pools(report: Report) -> None:
         need(share >= 0.995, f"only {share} of the pool's selection is within the margin")
         need(torch.equal(found, torch.cat(inside(), dim=1)[0]), "two runs differ")
         slots = (
-            pairs if group == 1 else sum(int(made.count_BG.sum()) for made in plan())
+            pairs if group == 1 else sum(int(united.count_BG.sum()) for united in unite())
         )  # keys that are gathered
         name = f"index_topk pool {wide}{f', {group} neighbours together' if grouped else ''}"
         report.row(
@@ -424,9 +415,8 @@ def pools(report: Report) -> None:
         if group > 1:
             shape = f"200000 causal k={wide} group {group} U={slots * group / pairs:.2f} {kind}"
             report.row(
-                "group_queries", shape, milliseconds(plan, 3), floor_ms=pairs * 9e3 / RATES.hbm
+                "group_queries", shape, milliseconds(unite, 3), floor_ms=pairs * 9e3 / RATES.hbm
             )
-    SETTINGS.grouped_pools = GROUPED
 
 
 def decode(report: Report) -> None:
@@ -434,16 +424,15 @@ def decode(report: Report) -> None:
     offset = torch.tensor([LONG - 1], device="cuda")
     want = reference.index_scores(q.float(), k.float(), w)[0] * scale
     for grid in (False, True):
-        SETTINGS.grid = grid
-        got = ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton")
-        share = check_selection(got[0], want, offset + 1)
-        need(share >= 0.995, f"only {share} of the selection is within the margin")
-        ms = milliseconds(
-            lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True
-        )
+        with ops.tuned(index={"grid": grid}):
+            got = ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton").ids
+            share = check_selection(got[0], want, offset + 1)
+            need(share >= 0.995, f"only {share} of the selection is within the margin")
+            ms = milliseconds(
+                lambda: ops.index_topk(q, k, w, scale, TOPK, offset, backend="triton"), graph=True
+            )
         name = f"index_topk decode{', selection in one launch' if grid else ''}"
         report.row(name, f"1 x 200000 H={HEADS} k={TOPK}", ms, floor_ms=LONG * 132e3 / RATES.hbm)
-    SETTINGS.grid = GRID
 
 
 def make_ids(queries: int, keys: int, layer: int = LAYER) -> tuple[Tensor, str]:
@@ -461,16 +450,16 @@ def mla(report: Report) -> None:
         ids, kind = make_ids(queries, keys, layer)
         q = (torch.randn(1, queries, heads, 576, device="cuda") / 8).bfloat16()
         group = launch_mla.best_group(heads)
-        plan = ops.group_queries(ids, group, backend="triton") if group > 1 else None
-        size = 1.0 if plan is None else float(plan.count_BG.float().mean()) / TOPK
-        got, _ = ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")
+        groups = ops.group_queries(ids, group, backend="triton") if group > 1 else None
+        size = 1.0 if groups is None else float(groups.count_BG.float().mean()) / TOPK
+        got, _ = ops.sparse_mla(q, latent, ids, scale, groups=groups, backend="triton")
         part = slice(0, 65)
         want = reference.sparse_mla(q[:, part].float(), latent.float(), ids[:, part], scale)[0]
         need(
             relative(got[:, part], want) < 1e-2, f"H={heads}: off by {relative(got[:, part], want)}"
         )
         calls: dict[str, Callable[[], Any]] = {
-            "ours": lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton")
+            "ours": lambda: ops.sparse_mla(q, latent, ids, scale, groups=groups, backend="triton")
         }
         if PEER.ok:
             padded = torch.nn.functional.pad(q[0], (0, 0, 0, max(64 - heads, 0))).contiguous()
@@ -494,7 +483,7 @@ def mla(report: Report) -> None:
             peer="FlashMLA",
             peer_ms=times.get("FlashMLA"),
         )
-        if plan is not None and layer == LAYER:
+        if groups is not None and layer == LAYER:
             ms = milliseconds(lambda: ops.group_queries(ids, group, backend="triton"), 5)
             report.row(
                 "group_queries",
@@ -504,9 +493,11 @@ def mla(report: Report) -> None:
             )
     ids, kind = make_ids(LONG, LONG)
     q = torch.empty(1, LONG, 20, 576, device="cuda", dtype=torch.bfloat16).normal_(std=0.125)
-    plan = ops.group_queries(ids, launch_mla.best_group(20), backend="triton")
+    groups = ops.group_queries(ids, launch_mla.best_group(20), backend="triton")
     flop = 2.0 * LONG * 20 * TOPK * 1088
-    ms = milliseconds(lambda: ops.sparse_mla(q, latent, ids, scale, plan=plan, backend="triton"), 5)
+    ms = milliseconds(
+        lambda: ops.sparse_mla(q, latent, ids, scale, groups=groups, backend="triton"), 5
+    )
     report.row(
         "sparse_mla prefill",
         f"200000 of 200000 H=20 {kind}",
@@ -516,49 +507,34 @@ def mla(report: Report) -> None:
     )
     ids, latent = ids[:, :1].contiguous(), latent[:, :keys]
     for heads in (20, 64):
-        for fp8 in (False, True):
-            q = (torch.randn(1, 1, heads, 576, device="cuda") / 8).bfloat16()
-            cache = ops.quantize_latent(latent) if fp8 else latent
-            got, _ = ops.sparse_mla(q, cache, ids[:, :1], scale, backend="triton")
-            need(
-                relative(
-                    got,
-                    reference.sparse_mla(
-                        q.float(), cache if fp8 else cache.float(), ids[:, :1], scale
-                    )[0],
-                )
-                < 1e-2,
-                "decode is off",
+        q = (torch.randn(1, 1, heads, 576, device="cuda") / 8).bfloat16()
+        got, _ = ops.sparse_mla(q, latent, ids, scale, backend="triton")
+        want = reference.sparse_mla(q.float(), latent.float(), ids, scale)[0]
+        need(relative(got, want) < 1e-2, "decode is off")
+        with torch.no_grad():
+            ms = milliseconds(
+                lambda q=q: ops.sparse_mla(q, latent, ids, scale, backend="triton"), graph=True
             )
-            with torch.no_grad():
-                ms = milliseconds(
-                    lambda q=q, c=cache: ops.sparse_mla(
-                        q, c, ids[:, :1].contiguous(), scale, backend="triton"
-                    ),
-                    graph=True,
-                )
-            peer_ms = None
-            if PEER.ok and not fp8:
-                padded, one = (
-                    torch.nn.functional.pad(q[0], (0, 0, 0, 64 - heads)).contiguous(),
-                    torch.full((1,), TOPK, device="cuda", dtype=torch.int32),
-                )
-                single = ids[0, :1, None].contiguous()
-                peer_ms = milliseconds(
-                    lambda p=padded, o=one, i=single: PEER.attend(
-                        p, latent[0, :, None], i, scale, topk_length=o
-                    ),
-                    graph=True,
-                )
-            width = 656 if fp8 else 1152
-            report.row(
-                f"sparse_mla decode {'fp8' if fp8 else 'bf16'}",
-                f"1 query H={heads}",
-                ms,
-                floor_ms=TOPK * width * 1e3 / RATES.hbm,
-                peer="FlashMLA",
-                peer_ms=peer_ms,
+        peer_ms = None
+        if PEER.ok:
+            padded = torch.nn.functional.pad(q[0], (0, 0, 0, 64 - heads)).contiguous()
+            one = torch.full((1,), TOPK, device="cuda", dtype=torch.int32)
+            single = ids[0, :1, None].contiguous()
+            peer_ms = milliseconds(
+                lambda p=padded, o=one, i=single: PEER.attend(
+                    p, latent[0, :, None], i, scale, topk_length=o
+                ),
+                graph=True,
             )
+        floor = TOPK * 1152 * 1e3 / RATES.hbm
+        report.row(
+            "sparse_mla decode bf16",
+            f"1 query H={heads}",
+            ms,
+            floor_ms=floor,
+            peer="FlashMLA",
+            peer_ms=peer_ms,
+        )
 
 
 def backward(report: Report) -> None:
@@ -569,7 +545,7 @@ def backward(report: Report) -> None:
         (torch.randn(1, keys, 576, device="cuda") / 8).bfloat16(),
     )
     grad = torch.randn(1, queries, heads, 512, device="cuda").bfloat16()
-    plan = ops.group_queries(ids, launch_mla.best_group(heads), backend="triton")
+    groups = ops.group_queries(ids, launch_mla.best_group(heads), backend="triton")
     few, grads = 96, []
     for backend, dtype in (("triton", torch.bfloat16), ("torch", torch.float32)):
         a, b = (
@@ -582,12 +558,11 @@ def backward(report: Report) -> None:
         grads.append((a.grad, b.grad))
     for got, want in zip(*grads, strict=True):
         need(relative(got, want) < 2e-2, f"gradient off by {relative(got, want)}")
-    out, lse = launch_mla.forward(q, latent, ids, 0.06, 512, plan)
+    out, lse = launch_mla.launch_forward(q, latent, ids, 0.06, 512, groups)
     flop = 2.0 * queries * heads * TOPK * (576 * 3 + 512 * 2)
+    inputs = q, latent, ids, out, lse, grad, 0.06, groups
     for exact in (False, True):
-        ms = milliseconds(
-            lambda e=exact: launch_mla.backward(q, latent, ids, out, lse, grad, 0.06, plan, e), 5
-        )
+        ms = milliseconds(lambda e=exact: launch_mla.launch_backward(*inputs, e), 5)
         name = "sparse_mla backward" + (" deterministic" if exact else "")
         report.row(
             name,

@@ -110,20 +110,20 @@ def same(inputs: tuple[Tensor, ...], *rest: Any, **options: Any) -> None:
     got, want = (
         ops.index_topk(*inputs, *rest, backend=way, **options) for way in ("triton", "torch")
     )
-    for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (got, want)), strict=True):
-        need(torch.equal(a, b), "the selection")
+    need(torch.equal(got.ids, want.ids), "the selection")
+    if want.pool is not None:
+        need(torch.equal(got.pool, want.pool), "the pool")
 
 
 def index() -> None:
     from indexcache import ops
-    from indexcache.ops.tuning import SETTINGS
 
     for heads in (32, 64):
         same(index_inputs(40, 9300, heads), 300, 9000)
     same(index_inputs(40, 9300, 32), 300, 9000, pool=1200)
     same(index_inputs(40, 9300, 32, torch.bfloat16), 300, 9000)
-    SETTINGS.deviations = -1.0  # thresholds too high: rows are redone
-    same(index_inputs(40, 9300, 32), 300, 9000)
+    with ops.tuned(index={"deviations": -1.0}):  # thresholds too high: rows are recomputed
+        same(index_inputs(40, 9300, 32), 300, 9000)
     q, angle = (
         torch.randn(1, 40, 32, 128, device="cuda").bfloat16(),
         torch.randn(1, 40, 32, device="cuda"),
@@ -161,72 +161,71 @@ def rows() -> None:
 
 def pools() -> None:
     from indexcache import ops
-    from indexcache.ops.tuning import SETTINGS
 
     ids = torch.rand(8, 40000, device="cuda").topk(8200, -1).indices.sort(-1).values.int()[None]
     for a, b in zip(
         *(ops.group_queries(ids, 4, backend=way) for way in ("triton", "torch")), strict=True
     ):
-        need(not isinstance(a, Tensor) or torch.equal(a, b), "a plan")
-    pool = ops.index_topk(*index_inputs(33, 9300, 32), 9000, 9000, backend="torch")
-    SETTINGS.listed, SETTINGS.stride = 512, 4
+        need(not isinstance(a, Tensor) or torch.equal(a, b), "the groups")
+    pool = ops.index_topk(*index_inputs(33, 9300, 32), 9000, 9000, backend="torch").ids
     for grouped, deviations in ((True, 5.0), (True, -1.0), (False, 5.0)):
-        SETTINGS.grouped_pools, SETTINGS.deviations = grouped, deviations
-        same(index_inputs(33, 9300, 32), 200, 9000, pool[..., :700].contiguous())
+        changes = {"listed": 512, "stride": 4, "grouped_pools": grouped, "deviations": deviations}
+        with ops.tuned(index=changes):
+            same(index_inputs(33, 9300, 32), 200, 9000, pool[..., :700].contiguous())
 
 
 def attention(hopper: bool) -> None:
     from indexcache import ops
     from indexcache.ops import reference
-    from indexcache.ops.mla import host as launch_mla
+    from indexcache.ops.mla import host
 
-    launch_mla.SETTINGS.hopper, launch_mla.SETTINGS.programs = hopper, 1
     for heads, queries in ((20, 7), (64, 3)):
         q = torch.randn(1, queries, heads, 576, device="cuda").bfloat16()
         latent = torch.randn(1, 900, 576, device="cuda").bfloat16()
         ids = torch.rand(1, queries, 900, device="cuda").topk(200, -1).indices.sort(-1).values.int()
-        group = launch_mla.best_group(heads)
-        plan = ops.group_queries(ids, group, backend="triton") if group > 1 else None
-        out, _ = ops.sparse_mla(q, latent, ids, 0.04, plan=plan, backend="triton")
+        group = host.best_group(heads)
+        groups = ops.group_queries(ids, group, backend="triton") if group > 1 else None
+        with ops.tuned(mla={"hopper": hopper, "programs": 1}):
+            out, _ = ops.sparse_mla(q, latent, ids, 0.04, groups=groups, backend="triton")
         want = reference.sparse_mla(q.float(), latent.float(), ids, 0.04)[0]
         need(float((out - want).norm() / want.norm()) < 1e-2, "attention")
     if hopper:
         return
-    launch_mla.SETTINGS.programs = 132
-    for cache in (latent, ops.quantize_latent(latent)):
-        ops.sparse_mla(
-            q[:, :1].contiguous(), cache, ids[:, :1].contiguous(), 0.04, backend="triton"
-        )
-    for deterministic in (False, True):
-        a, b = q.clone().requires_grad_(), latent.clone().requires_grad_()
-        ops.sparse_mla(a, b, ids, 0.04, backend="triton", deterministic=deterministic)[
-            0
-        ].sum().backward()
+    with ops.tuned(mla={"hopper": False}):
+        first = q[:, :1].contiguous(), latent, ids[:, :1].contiguous()
+        ops.sparse_mla(*first, 0.04, backend="triton")
+        for deterministic in (False, True):
+            a, b = q.clone().requires_grad_(), latent.clone().requires_grad_()
+            options = {"backend": "triton", "deterministic": deterministic}
+            ops.sparse_mla(a, b, ids, 0.04, **options)[0].sum().backward()
 
 
 def distill() -> None:
-    from indexcache.distilling import loss
-    from indexcache.distilling.loss import Teacher, distill_loss
-    from indexcache.ops.index_kl_host import SETTINGS
+    from indexcache import ops
+    from indexcache.distilling.loss import distill_loss
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda") * 0.1
 
-    teachers = [
-        Teacher(some(150, 3, 256), some(150, 448), some(3, 64, 256), 0.06) for _ in range(2)
+    targets = [
+        ops.AttentionTarget(some(150, 3, 256), some(150, 448), some(3, 64, 256), 0.06)
+        for _ in range(2)
     ]
     inputs = some(150, 4, 256), some(150, 256), some(150, 4)
-    SETTINGS.rows = 128  # a second chunk, which is not whole
     for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
-        teachers = [
-            Teacher(*(x.to(dtype) if isinstance(x, Tensor) else x for x in t)) for t in teachers
+        cast = [
+            ops.AttentionTarget(*(x.to(dtype) if isinstance(x, Tensor) else x for x in t))
+            for t in targets
         ]
-        found = []
-        for loss.BACKEND in ("triton", "torch"):
+        gradients = []
+        for backend in ("triton", "torch"):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-            found.append(torch.autograd.grad(distill_loss(*leaves, teachers), leaves))
+            # 128 rows: there is a second chunk, which is not whole
+            with ops.tuned(backend=backend, kl={"rows": 128}):
+                loss = distill_loss(*leaves, cast)
+            gradients.append(torch.autograd.grad(loss, leaves))
         need(
-            all(float((a - b).norm() / b.norm()) < limit for a, b in zip(*found, strict=True)),
+            all(float((a - b).norm() / b.norm()) < limit for a, b in zip(*gradients, strict=True)),
             f"a gradient in {dtype}",
         )
 

@@ -71,11 +71,8 @@ def record() -> dict[str, Tensor]:
     ):
         layer = next(turn)
         if layer in LAYERS:
-            for name, ids in zip(
-                ("topk", "pool"),
-                select(q, k, w, scale, topk, offset, pool=WIDER * topk),
-                strict=True,
-            ):
+            selection = select(q, k, w, scale, topk, offset, pool=WIDER * topk)
+            for name, ids in (("topk", selection.ids), ("pool", selection.pool)):
                 found[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
         return select(q, k, w, scale, topk, offset, *rest, **options)
 

@@ -21,11 +21,12 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from indexcache import ops
-from indexcache.distilling.loss import Teacher, distill_loss
+from indexcache.distilling.loss import distill_loss
 from indexcache.distilling.rows import Row
 from indexcache.models.family import decoder_layers, family_of
 from indexcache.models.mla import head_weights, project, stock_norm
 from indexcache.models.patch import Patches
+from indexcache.ops import AttentionTarget
 from indexcache.pattern import Pattern
 
 # in memory; an error before the rest. cuDNN is left out: it would plan anew for each of the many lengths that documents have
@@ -69,7 +70,7 @@ class Lesson:
         self._selected: dict[int, list[Tensor]] = {}  # ids of each F and R layer, per document
         self._pool: list[Tensor] = []
         self._projected: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._teachers: dict[int, list[Teacher]] = {}
+        self._teachers: dict[int, list[AttentionTarget]] = {}
 
     @contextmanager
     def row(self, row: Row, *, learn: bool, factor: float = 1.0) -> Iterator[None]:
@@ -107,10 +108,9 @@ class Lesson:
             found = ops.index_topk(
                 q[:, a:b], k[:, a:b], w[:, a:b], None, self.topk, 0, candidates, pool=size
             )
-            ids, more = found if isinstance(found, tuple) else (found, None)
-            chosen.append(ids)
-            if more is not None:
-                pool.append(more)
+            chosen.append(found.ids)
+            if found.pool is not None:
+                pool.append(found.pool)
         self._selected[layer] = chosen
         if publishes:
             self._pool = pool
@@ -119,7 +119,7 @@ class Lesson:
         """The selection that this layer attends over: int32 [1, n, k] for each document."""
         return self._selected[self.pattern.source(layer) if self.pattern[layer] == "S" else layer]
 
-    def teach(self, layer: int, teacher: Teacher) -> None:
+    def teach(self, layer: int, teacher: AttentionTarget) -> None:
         """Hand over one layer's attention; with the last layer of a group, its indexer learns."""
         if not self.learning or layer not in self.owner:
             return
@@ -129,7 +129,7 @@ class Lesson:
             return
         self._learn(owner, self._teachers.pop(owner))
 
-    def _learn(self, owner: int, teachers: list[Teacher]) -> None:
+    def _learn(self, owner: int, teachers: list[AttentionTarget]) -> None:
         """The loss of the indexer of layer `owner` on its group's attention, and its gradients."""
         q, k, w = self._projected.pop(owner)
         with torch.enable_grad(), _own_graph():
@@ -242,11 +242,11 @@ def _teacher(
     k_rot: Tensor,
     w_k: Tensor,
     lse: Tensor | None,
-) -> Teacher:
+) -> AttentionTarget:
     if not a.qk_nope_head_dim:
-        return Teacher(q_rot[0].detach(), k_rot[0].detach(), None, a.scaling, lse)
+        return AttentionTarget(q_rot[0].detach(), k_rot[0].detach(), None, a.scaling, lse)
     q, keys = torch.cat([q_nope, q_rot], -1)[0].detach(), torch.cat([latent, k_rot], -1)[0].detach()
-    return Teacher(
+    return AttentionTarget(
         q, keys, w_k.detach().clone(), a.scaling, lse
     )  # a copy: sharded weights are gone when the group ends
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from indexcache.distilling.forward import Lesson, run_decoder, teaching
 from indexcache.distilling.indexers import trainable_indexers
-from indexcache.distilling.loss import Teacher, attention_kept
+from indexcache.distilling.loss import attention_kept
 from indexcache.distilling.rows import Row
 from indexcache.distilling.settings import check_model
+from indexcache.ops import AttentionTarget
 from indexcache.pattern import Pattern
 
 
@@ -23,7 +24,7 @@ class _Measure(Lesson):
         self.kept = torch.zeros(len(pattern), dtype=torch.float64)
         self.queries = 0
 
-    def teach(self, layer: int, teacher: Teacher) -> None:
+    def teach(self, layer: int, teacher: AttentionTarget) -> None:
         q, k, w = (x[0].detach() for x in self._projected[self.owner[layer]])
         for a, b in self.cuts:
             if b - a > self.topk:

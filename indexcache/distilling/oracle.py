@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.distilling.forward import Lesson, run_decoder, teaching
-from indexcache.distilling.loss import Teacher, mean_attention
+from indexcache.distilling.loss import mean_attention
 from indexcache.distilling.rows import Row
 from indexcache.distilling.settings import check_model
+from indexcache.ops import AttentionTarget
 from indexcache.pattern import Pattern
 
 
@@ -30,12 +31,12 @@ class _Oracle(Lesson):
     def index(self, *_: Any) -> None:
         pass
 
-    def _learn(self, owner: int, teachers: Sequence[Teacher]) -> None:
+    def _learn(self, owner: int, teachers: Sequence[AttentionTarget]) -> None:
         self._selected[owner] = [
             self._choose([t.cut(a, b) for t in teachers])[None] for a, b in self.cuts
         ]
 
-    def _choose(self, teachers: Sequence[Teacher]) -> Tensor:
+    def _choose(self, teachers: Sequence[AttentionTarget]) -> Tensor:
         """int32 [S, k] of one document, ascending, -1 for none."""
         length = len(teachers[0].q_SHn)
         ids = torch.full(

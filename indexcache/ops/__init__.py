@@ -1,50 +1,52 @@
-"""Operations of sparse attention with shared indexers: the contracts, and the dispatch to torch or Triton.
+"""Operations of sparse attention with shared indexers: their contracts, and the dispatch to torch or Triton.
 
-Legend of the shapes and the rule of visibility: `indexcache.ops.reference`, which defines every operation. `backend`:
-"torch" runs the definition, "triton" the kernels or raises ValueError with the reason, "auto" the kernels where they can
-run and otherwise the definition, saying why once for each reason.
+`indexcache.ops.reference` defines every operation, the legend of the shapes and the rule of visibility. `backend` of each
+operation: "torch" runs the definition; "triton" runs the kernels, or raises ValueError with the reason why it cannot; "auto"
+runs the kernels where they can run and otherwise the definition, and warns once for each reason.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from indexcache.ops import reference
+from indexcache.ops import reference, tuning
 from indexcache.ops.reference import (
-    Fp8Latent,
-    Plan,
-    dequantize_latent,
+    AttentionTarget,
+    Gradients,
+    QueryGroups,
+    Selection,
     index_scores,
-    quantize_latent,
     rope,
 )
+from indexcache.ops.tuning import tuned
 
 __all__ = [
-    "Fp8Latent",
-    "Plan",
-    "dequantize_latent",
+    "AttentionTarget",
+    "QueryGroups",
+    "Selection",
     "group_queries",
+    "index_kl",
     "index_scores",
     "index_topk",
     "pool_group",
     "quantize_index_keys",
     "quantize_index_queries",
-    "quantize_latent",
+    "query_group",
     "rope",
     "sparse_mla",
-    "warm_up",
+    "tuned",
 ]
 
 BACKENDS = ("auto", "torch", "triton")
-GROUP_MAX = 8  # bits in a plan's mask
+MAX_GROUP = 8  # bits of a mask in `QueryGroups`
 
 
 def index_topk(
@@ -57,114 +59,119 @@ def index_topk(
     candidates_BSP: Tensor | None = None,
     *,
     pool: int = 0,
-    plan: Plan | None = None,
+    groups: QueryGroups | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The selection: for each query the ids of its `topk` best visible keys (method.md section 1, T[t]).
+) -> Selection:
+    """Select for each query the ids of its `topk` best visible keys (docs/concepts.md#selection).
 
-    Scores are I[t, s] = k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s]), summed in fp32. The result is exact with respect to
-    the scores of the backend that ran: it is their true top-k, two runs are bitwise equal. Between backends scores differ by
-    rounding, so near ties may differ.
+    Scores are I[t, s] = k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s]), summed in fp32 (DeepSeek-V3.2, equation 1). The result is
+    exact with respect to the scores of the backend that ran: it is their true top-k, and two runs are bitwise equal. Between
+    backends scores differ by rounding, so near ties may differ.
 
     Args:
-        q_BSHD: queries, bf16, fp16, fp32 or e4m3 (scales in w, see `quantize_index_queries`); S any, S = 1 is decode.
+        q_BSHD: queries, bf16, fp16, fp32 or e4m3 (scales in w, see `quantize_index_queries`); S any, S = 1 in decoding.
         k_BTD: keys, dtype of q; keys that no query sees are not read for selection and may hold anything.
         w_BSH: fp32 head weights with every scale in them; any sign.
         k_scale_BT: fp32 scale of each key, or None.
-        topk: ids to return, > 0.
+        topk: number of ids to return, > 0.
         offset: position of the first query, an int or int tensor [B] (see `reference`).
-        candidates_BSP: the pool of the R role: int32 ids, ascending in each row, -1 padded at the end, distinct. Only these are
-            scored. Ids that are not visible are passed over. What an earlier call returned fits.
-        plan: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use; made here when missing.
-        pool: when > 0, return also the ids of the `pool` best from the same pass (what an F layer publishes to its R layers).
+        candidates_BSP: the pool of the R role (docs/concepts.md#roles): int32 ids, ascending in each row, -1 padded at the end,
+            distinct, as an earlier call returned them. Only these are scored; ids that are not visible are passed over.
+        pool: when > 0, return also the ids of the `pool` best from the same pass, which an F layer publishes to its R layers.
+        groups: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use; computed here when None.
 
     Returns:
-        int32 [B, S, topk], or that and int32 [B, S, pool]: ascending, -1 padded at the end. A row with at most k visible keys
-        (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN scores count as -inf, +inf ranks first.
+        `Selection` with ids int32 [B, S, topk] and, where asked for, pool int32 [B, S, pool]: ascending, -1 padded at the end. A
+        row with at most k visible keys (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN scores
+        count as -inf; +inf ranks first.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree; backend "triton" cannot run here.
     """
-    _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, plan)
+    _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, groups)
+    inputs = q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP
     if _use_triton(
-        backend,
-        q_BSHD,
-        "index_topk",
-        lambda kernels: kernels.refuse_index(q_BSHD, k_BTD, topk, pool),
+        backend, q_BSHD, "index_topk", lambda: _index().refuse(q_BSHD, k_BTD, topk, pool)
     ):
-        with _at(q_BSHD):
-            return _kernels().index_topk(
-                q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool, plan=plan
-            )
+        with _device_of(q_BSHD):
+            return _index().index_topk(*inputs, pool=pool, groups=groups)
     with torch.no_grad():
-        return reference.index_topk(
-            q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP, pool=pool
-        )
+        return reference.index_topk(*inputs, pool=pool)
 
 
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
-    """How many neighbouring queries `index_topk` scores together inside their pools, the group of its plan; 1: it takes none."""
-    if q_BSHD.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Return how many neighbouring queries `index_topk` scores together inside their pools; 1: it scores each by itself."""
+    if not _has_kernels(q_BSHD):
         return 1
-    return _kernels().pool_group(q_BSHD, k_BTD)
+    from indexcache.ops.index.scores_host import pool_group
+
+    return pool_group(q_BSHD, k_BTD)
 
 
 def sparse_mla(
     q_BSHE: Tensor,
-    latent_BTE: Tensor | Fp8Latent,
+    latent_BTE: Tensor,
     ids_BSK: Tensor,
     scale: float,
     *,
     value_dim: int = 512,
-    plan: Plan | None = None,
+    groups: QueryGroups | None = None,
     deterministic: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query over its selected latents, MLA in MQA form: all heads read one latent per token.
+    """Attend from every query to its selected latents: MLA in MQA form, in which all heads read one latent per token.
 
-    logits[h, i] = scale q[h] . latent[ids[i]]; out[h] = softmax(logits[h]) @ latent[ids, :value_dim].
+    logits[h, i] = scale q[h] . latent[ids[i]]; out[h] = softmax(logits[h]) @ latent[ids, :value_dim] (DeepSeek-V3.2, equation 2).
 
     Args:
-        q_BSHE: absorbed queries, bf16 (fp16, fp32 on torch); E = value_dim + rotary dims.
-        latent_BTE: the latent cache in q's dtype, or an `Fp8Latent` (forward only).
-        ids_BSK: int32, distinct in a row, -1 anywhere means none. Causality is the ids' business: they are all attended.
-        scale: of the logits.
-        plan: `group_queries(ids_BSK, ..)` of the same ids, for long queries with few heads; made here when missing.
-        deterministic: make the gradient of the latents bitwise repeatable (slower); the forward pass always is.
+        q_BSHE: absorbed queries, bf16 (fp16 and fp32 too); E = value_dim + rotary dims.
+        latent_BTE: the latent cache in q's dtype.
+        ids_BSK: int32, distinct in a row, -1 anywhere means none. All of them are attended: causality is up to the ids.
+        scale: factor of the logits.
+        groups: `group_queries(ids_BSK, query_group(..))` of the same ids, where several layers use them; computed here when None.
+        deterministic: make the gradient of the latents bitwise repeatable, which is slower; the forward pass always is.
 
     Returns:
         out [B, S, H, value_dim] in q's dtype, lse fp32 [B, S, H] (natural logarithm). A row without ids gives zeros and -inf.
         Differentiable in q and latent through out (lse carries no gradient on Triton).
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree; backend "triton" cannot run here.
     """
-    _check_mla(q_BSHE, latent_BTE, ids_BSK, value_dim, plan)
+    _check_mla(q_BSHE, latent_BTE, ids_BSK, value_dim, groups)
+    inputs = q_BSHE, latent_BTE, ids_BSK, scale
     if _use_triton(
-        backend,
-        q_BSHE,
-        "sparse_mla",
-        lambda kernels: kernels.refuse_mla(q_BSHE, latent_BTE, value_dim),
+        backend, q_BSHE, "sparse_mla", lambda: _mla().refuse(q_BSHE, latent_BTE, value_dim)
     ):
-        with _at(q_BSHE):
-            return _kernels().sparse_mla(
-                q_BSHE,
-                latent_BTE,
-                ids_BSK,
-                scale,
-                value_dim=value_dim,
-                plan=plan,
-                deterministic=deterministic,
+        with _device_of(q_BSHE):
+            return _mla().sparse_mla(
+                *inputs, value_dim=value_dim, groups=groups, deterministic=deterministic
             )
-    return reference.sparse_mla(q_BSHE, latent_BTE, ids_BSK, scale, value_dim=value_dim, plan=plan)
+    return reference.sparse_mla(*inputs, value_dim=value_dim)
 
 
-def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> Plan:
-    """The union of the ids of each `group` neighbouring queries, with a bit for each query; see `Plan`.
+def query_group(ids_BSK: Tensor, heads: int) -> int:
+    """Return how many neighbouring queries share a program of `sparse_mla`: 1 on a CPU, in decoding and with many heads."""
+    return _mla().query_group(ids_BSK, heads) if _has_kernels(ids_BSK) else 1
+
+
+def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> QueryGroups:
+    """Unite the ids of each `group` neighbouring queries, with a bit for each query; see `QueryGroups`.
 
     Args:
         ids_BSK: int32, ascending in each row and -1 padded at the end, as `index_topk` returns them.
         group: 1 to 8.
+
+    Raises:
+        ValueError: a group of another size; backend "triton" cannot run here.
     """
-    if not 1 <= group <= GROUP_MAX:
-        raise ValueError(f"A group is 1 to {GROUP_MAX} queries (bits of a mask), got {group}.")
-    if _use_triton(backend, ids_BSK, "group_queries", lambda kernels: None):
-        with _at(ids_BSK):
-            return _kernels().group_queries(ids_BSK, group)
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"A group is 1 to {MAX_GROUP} queries (bits of a mask), got {group}.")
+    if _use_triton(backend, ids_BSK, "group_queries", lambda: None):
+        from indexcache.ops.groups import group_queries
+
+        with _device_of(ids_BSK):
+            return group_queries(ids_BSK, group)
     return reference.group_queries(ids_BSK, group)
 
 
@@ -177,14 +184,23 @@ def quantize_index_keys(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Indexer keys for the cache: `rope` where cos and sin are given, Hadamard where asked, then `reference.quantize_fp8`, in one pass.
+    """Quantise indexer keys for the cache in one pass: `rope`, Hadamard, then `reference.quantize_fp8`.
 
-    Interleaved dims leave RoPE half-split, as transformers does it, so that what is rotated there and what is rotated here agree.
+    Interleaved dims leave RoPE half-split, as transformers does it, so that keys rotated there and here agree.
+
+    Args:
+        k_BTD: keys of any float dtype.
+        rotate: multiply with the Hadamard matrix (`reference.hadamard`), as DeepSeek-V3.2 does.
+        cos_BTr, sin_BTr: cosines and sines of the RoPE angles; None: no RoPE.
+        interleaved: RoPE rotates the pairs (2 i, 2 i + 1), not (i, i + r).
 
     Returns:
         e4m3 [B, T, D] and fp32 scales [B, T].
+
+    Raises:
+        ValueError: one of cos and sin without the other; backend "triton" cannot run here.
     """
-    q, scale = _quantize(k_BTD.unsqueeze(2), rotate, cos_BTr, sin_BTr, interleaved, backend)
+    q, scale = _quantize(k_BTD.unsqueeze(2), cos_BTr, sin_BTr, rotate, interleaved, backend)
     return q.squeeze(2), scale.squeeze(2)
 
 
@@ -198,122 +214,157 @@ def quantize_index_queries(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Indexer queries: as `quantize_index_keys`, with the scales multiplied into the head weights.
+    """Quantise indexer queries as `quantize_index_keys` does keys, with the scales multiplied into the head weights.
 
     Returns:
         e4m3 [B, S, H, D] and fp32 weights [B, S, H].
+
+    Raises:
+        ValueError: as `quantize_index_keys`.
     """
-    q, scale = _quantize(q_BSHD, rotate, cos_BSr, sin_BSr, interleaved, backend)
+    q, scale = _quantize(q_BSHD, cos_BSr, sin_BSr, rotate, interleaved, backend)
     return q, w_BSH.float() * scale
 
 
 def _quantize(
     x_BSHD: Tensor,
-    rotate: bool,
     cos: Tensor | None,
     sin: Tensor | None,
+    rotate: bool,
     interleaved: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if (cos is None) != (sin is None):
         raise ValueError("Give both cos and sin, or neither.")
-    if _use_triton(backend, x_BSHD, "quantize", lambda kernels: kernels.refuse_quantize(x_BSHD)):
-        with _at(x_BSHD):
-            return _kernels().quantize(x_BSHD, rotate, cos, sin, interleaved)
-    if cos is not None and sin is not None:
-        x_BSHD = reference.rope(
-            x_BSHD, cos[:, :, None].float(), sin[:, :, None].float(), interleaved=interleaved
-        )
-        if interleaved:
-            x_BSHD = reference.half_split(x_BSHD, cos.shape[-1])
-    return reference.quantize_fp8(x_BSHD, rotate=rotate)
+    options = {"rotate": rotate, "interleaved": interleaved}
+    if _use_triton(backend, x_BSHD, "quantize", lambda: _quantization().refuse(x_BSHD)):
+        with _device_of(x_BSHD):
+            return _quantization().quantize(x_BSHD, cos, sin, **options)
+    return reference.quantize_index(x_BSHD, cos, sin, **options)
 
 
-def warm_up(
+def index_kl(
     q_SJD: Tensor,
     k_TD: Tensor,
     w_SJ: Tensor,
-    layers: Sequence[tuple[Tensor, Callable[[], Tensor], float, Tensor | None]],
+    targets: Sequence[AttentionTarget],
     weights: Sequence[float],
-    multi: bool,
-    grads: list[Tensor] | None,
-    block_bytes: int,
     *,
+    kind: str = "multi",
+    block_bytes: int = 1 << 26,
+    ids_SK: Tensor | None = None,
+    gradients: bool = True,
     backend: str = "auto",
-) -> Tensor | None:
-    """Loss and gradients of one indexer that learns the dense attention of `layers` on one document (`distill.loss.distill_loss`).
+) -> tuple[Tensor, Gradients | None]:
+    """Compute the divergence of one indexer from the attention that it learns, with gradients (docs/concepts.md#distillation).
+
+    With q_t = softmax(I_t) over the keys that query t sees and p_t^(j) the attention of target j, averaged over its heads:
+    "multi" is sum_j weight_j sum_t KL(p_t^(j) || q_t), "avg" is sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have one gradient.
 
     Args:
-        q_SJD, k_TD, w_SJ: the indexer's queries, keys and head weights.
-        layers: of each, its queries [S, H, n], how to get its keys [T, H, n] or [T, 1, n], the scale of the logits, and where it is
-            known the log-sum-exp of the visible logits, fp32 [S, H].
-        weights: of the layers, summing to 1.
-        multi: L_multi, else L_avg (method.md section 4).
-        grads: fp32 zeros, contiguous, in the shapes of q, k and w: filled in.
-        block_bytes: memory of two fp32 matrices [queries of a chunk, T].
+        q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer on one document, S = T.
+        targets: attention of the layers that read the indexer's selection, of the same document.
+        weights: one for each target, summing to 1.
+        kind: "multi" or "avg".
+        block_bytes: memory of the intermediates of a block of queries.
+        ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) over this set alone. None: over all
+            visible keys. The kernels take None alone.
+        gradients: whether to compute the gradients too.
 
     Returns:
-        fp64 scalar, nats, summed over the queries; None where the kernels do not run and torch has to (`distill.loss`).
+        fp64 scalar, nats, summed over the queries; gradients of q, k and w in fp32, or None.
+
+    Raises:
+        ValueError: backend "triton" cannot run here.
     """
-    if not _use_triton(
-        backend,
-        q_SJD,
-        "the distillation loss",
-        lambda kernels: kernels.refuse_warm_up(q_SJD, *(q for q, *_ in layers)),
-    ):
-        return None
-    with _at(q_SJD):
-        return _kernels().warm_up(q_SJD, k_TD, w_SJ, layers, weights, multi, grads, block_bytes)
+    refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK)
+    options: dict[str, Any] = {"kind": kind, "block_bytes": block_bytes, "gradients": gradients}
+    if _use_triton(backend, q_SJD, "index_kl", refuse):
+        from indexcache.ops.kl import index_kl
+
+        with _device_of(q_SJD):
+            return index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
+    return reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, ids_SK=ids_SK, **options)
 
 
-# ---- dispatch
+def _kl_reason(
+    q_SJD: Tensor, targets: Sequence[AttentionTarget], ids_SK: Tensor | None
+) -> str | None:
+    from indexcache.ops.kl import refuse
+
+    if ids_SK is not None:
+        return "they compare all visible keys, not a selection"
+    return refuse(q_SJD, *(t.q_SHn for t in targets))
 
 
-def _at(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+# ---- dispatch: the host sides of the kernels need triton and are imported when first used
+
+
+def _index():
+    from indexcache.ops.index import host
+
+    return host
+
+
+def _mla():
+    from indexcache.ops.mla import host
+
+    return host
+
+
+def _quantization():
+    from indexcache.ops import quantize
+
+    return quantize
+
+
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Make x's device the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-def _kernels():
-    from indexcache.ops import launch
-
-    return launch
+def _has_kernels(x: Tensor) -> bool:
+    """Return whether kernels can run on x's device."""
+    return (
+        x.device.type == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
 
 
 @functools.cache
-def _say_once(operation: str, reason: str) -> None:
+def _warn_once(operation: str, reason: str) -> None:
     warnings.warn(f"{operation} runs the torch definition: {reason}", stacklevel=4)
 
 
-def interpreted() -> bool:
-    """Triton's CPU interpreter was asked for (TRITON_INTERPRET=1 before triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _use_triton(backend: str, x: Tensor, operation: str, refuse) -> bool:
+def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], str | None]) -> bool:
+    """Decide whether the kernels run. `refuse` returns why they cannot take these tensors, or None."""
+    if backend == "auto":
+        backend = tuning.current().backend
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "torch":
         return False
-    reason = None
+    on_gpu = x.device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    elif x.device.type != "cuda" and not interpreted():
+        reason: str | None = "triton is not installed"
+    elif on_gpu and torch.cuda.get_device_capability(x.device) < (9, 0):
+        capability = torch.cuda.get_device_capability(x.device)
+        reason = f"the kernels need compute capability 9.0, this device has {capability}"
+    elif not on_gpu and not tuning.interpreted():
         reason = f"the tensors are on {x.device.type}, the kernels run on cuda"
-    elif x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
-        reason = f"the kernels need compute capability 9.0, this device has {torch.cuda.get_device_capability(x.device)}"
-    elif x.device.type != "cuda" and backend == "auto":
+    elif not on_gpu and backend == "auto":
         return False  # the interpreter is for tests, which ask for it by name
     else:
-        reason = refuse(_kernels())
+        reason = refuse()
     if reason is None:
         return True
     if backend == "triton":
         raise ValueError(
             f"{operation}: backend 'triton' cannot run here: {reason}; use backend='torch' or 'auto'."
         )
-    if x.device.type == "cuda":  # on a CPU torch is what everybody expects
-        _say_once(operation, reason)
+    if on_gpu:  # on a CPU everybody expects torch
+        _warn_once(operation, reason)
     return False
 
 
@@ -325,7 +376,7 @@ def _check_index(
     topk: int,
     candidates: Tensor | None,
     pool: int,
-    plan: Plan | None,
+    groups: QueryGroups | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -345,10 +396,10 @@ def _check_index(
         raise ValueError(
             f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got {tuple(candidates.shape)}."
         )
-    if plan is not None and (
-        candidates is None or plan.union_BGU.shape[1] != -(-q.shape[1] // plan.group)
+    if groups is not None and (
+        candidates is None or groups.union_BGU.shape[1] != -(-q.shape[1] // groups.group)
     ):
-        raise ValueError("index_topk: the plan is for other candidates.")
+        raise ValueError("index_topk: the groups are of other candidates.")
     if topk < 1 or pool < 0:
         raise ValueError(
             f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}."
@@ -356,13 +407,9 @@ def _check_index(
 
 
 def _check_mla(
-    q: Tensor, latent: Tensor | Fp8Latent, ids: Tensor, value_dim: int, plan: Plan | None
+    q: Tensor, latent: Tensor, ids: Tensor, value_dim: int, groups: QueryGroups | None
 ) -> None:
-    dim = (
-        latent.value_BTV.shape[-1] + latent.rope_BTR.shape[-1]
-        if isinstance(latent, Fp8Latent)
-        else latent.shape[-1]
-    )
+    dim = latent.shape[-1]
     if q.dim() != 4 or q.shape[-1] != dim or not 0 < value_dim <= dim:
         raise ValueError(
             f"sparse_mla: want q [B, S, H, {dim}] for these latents and 0 < value_dim <= {dim}, got {tuple(q.shape)}, {value_dim}."
@@ -371,11 +418,7 @@ def _check_mla(
         raise ValueError(
             f"sparse_mla: want int32 ids [B, S, K] with B, S = {tuple(q.shape[:2])}, got {ids.dtype} {tuple(ids.shape)}."
         )
-    if isinstance(latent, Fp8Latent) and latent.value_BTV.shape[-1] != value_dim:
+    if groups is not None and groups.union_BGU.shape[1] != -(-ids.shape[1] // groups.group):
         raise ValueError(
-            f"sparse_mla: the fp8 latents hold {latent.value_BTV.shape[-1]} value dims, value_dim is {value_dim}."
-        )
-    if plan is not None and plan.union_BGU.shape[1] != -(-ids.shape[1] // plan.group):
-        raise ValueError(
-            f"sparse_mla: the plan is for other ids: {plan.union_BGU.shape[1]} groups of {plan.group}, {ids.shape[1]} queries."
+            f"sparse_mla: the groups are of other ids: {groups.union_BGU.shape[1]} groups of {groups.group}, {ids.shape[1]} queries."
         )

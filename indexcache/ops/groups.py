@@ -1,25 +1,43 @@
-"""The group plan: the sorted union of neighbouring queries' ids with a bit for each query. Nothing is sorted, and nothing is atomic.
+"""Unite the ids of neighbouring queries, sorted, with a bit for each query.
 
-Short lists, by binary search (`join`): a row owns an id if no earlier row of its group has it, and an id's slot is the number of owned
-ids below it, added up over the rows of the group. Long lists: `unite` makes each row a bitmap and reads the group's bitmaps together.
+The lists ascend, so no kernel sorts; none uses atomics either.
+
+`join` takes short lists, by binary search: a row owns an id if no earlier row of its group has
+it, and an id's slot is the number of owned ids below it, added up over the rows of the group.
+`unite` takes long lists: it writes each row as a bitmap and reads the group's bitmaps together.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from indexcache.ops.primitives import ones, put, take
+from indexcache.ops.reference import QueryGroups
+from indexcache.ops.tuning import current, interpreted, power
+
+LONG = 4096  # ids; lists from this length on go through bitmaps
+WORDS = 8192  # words of a bitmap at a time, 32 keys each
+BLOCK = 1024  # ids of a row at a time
+SLICE = 64  # words at a time
+# Registers of a thread in `unite`: four programs of 4 warps on a multiprocessor hide their waits.
+REGISTERS = 128
 
 
 def search(k: int) -> str:
-    """PTX for `_stand` among k entries, a power of two: place | found << 16 of four ids ($8 to $11) in the list at $4 (to $7).
+    """Write the PTX of `_rank` among k entries, a power of two.
 
-    In half the instructions that the compiler takes, and four searches a thread at a time.
+    It searches four ids ($8 to $11) in the lists at $4 to $7 and returns rank | is there << 16 of
+    each ($0 to $3). It takes half the instructions of compiled code, and a thread searches for
+    four ids at a time.
     """
     steps = [1 << i for i in reversed(range(k.bit_length() - 1))] + [1]
     lines = ["mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"]
-    for n in steps:  # the last one looks at the entry that was found: it is smaller only if all are
+    for n in steps:  # the last step reads the entry at the rank: it is smaller only if all are
         lines += [f"cvt.u64.u32 p{i}, ${i}; add.s64 p{i}, p{i}, $4;" for i in range(4)]
         lines += [f"ld.global.nc.u32 e{i}, [p{i}+{4 * n - 4}];" for i in range(4)]
         lines += [f"setp.lt.u32 q{i}, e{i}, ${8 + i};" for i in range(4)]
@@ -32,28 +50,31 @@ def search(k: int) -> str:
 
 
 @triton.jit
-def _stand(p_list, x, K: tl.constexpr, STEPS: tl.constexpr, SEARCH: tl.constexpr):
-    """(how many of the K entries of a sorted list, -1 padded at the end, are smaller than x; 1 if x >= 0 is one of them)."""
+def _rank(p_list, x, K: tl.constexpr, STEPS: tl.constexpr, SEARCH: tl.constexpr):
+    """Count the entries of a list that are smaller than x; the second result is 1 if x is an entry.
+
+    The list has K entries, ascending, -1 padded at the end. x = -1 is never an entry.
+    """
     if SEARCH is None:
         below = tl.zeros_like(x)
-        wanted = x.to(tl.uint32, bitcast=True)  # -1 is the largest of all
+        unsigned = x.to(tl.uint32, bitcast=True)  # makes -1 the largest of all
         for i_bit in tl.static_range(STEPS):
             ahead = below + (1 << (STEPS - 1 - i_bit))
             entry = tl.load(p_list + ahead - 1, mask=ahead <= K, other=-1)
-            below = tl.where(entry.to(tl.uint32, bitcast=True) < wanted, ahead, below)
+            below = tl.where(entry.to(tl.uint32, bitcast=True) < unsigned, ahead, below)
         has = tl.load(p_list + below, mask=below < K, other=-2) == x
     else:
         p = p_list.to(tl.int64) + tl.zeros_like(x)
-        found = tl.inline_asm_elementwise(
+        packed = tl.inline_asm_elementwise(
             SEARCH, "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [p, x], dtype=tl.int32, is_pure=False, pack=4
         )
-        below, has = found & 0xFFFF, found >> 16 != 0
+        below, has = packed & 0xFFFF, packed >> 16 != 0
     return below, ((x >= 0) & has).to(tl.int32)
 
 
 @triton.jit
-def _rest(p_union, p_bits, written, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Fills a group's slots from `written` on with -1 and no bits."""
+def _pad(p_union, p_bits, written, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill a group's slots from `written` on with -1 and no bits."""
     for base in range(written // BLOCK * BLOCK, SLOTS, BLOCK):
         o = base + tl.arange(0, BLOCK)
         m = (o >= written) & (o < SLOTS)
@@ -77,11 +98,12 @@ def join(
     STEPS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """grid (programs,), which share the groups of all batch entries. K <= BLOCK, K < 4096, GROUP <= 8. p_work [programs, GROUP, K + 1]
-    int32: how many ids each row owns before each place.
+    """Unite short lists. grid (programs,), which share the groups of all batch entries.
 
-    From the search to the use an id keeps a word for each two other rows, cyclically: 12 bits for its place in each; the last word has
-    its bits on top, 0 where another row owns it.
+    K <= BLOCK, K < 4096, GROUP <= 8. p_work int32 [programs, GROUP, K + 1] holds how many ids each
+    row owns before each place. From the search to its use an id keeps a word for each two other
+    rows, cyclically, with 12 bits for its rank in each; the last word has the id's bits on top, 0
+    where another row owns it.
     """
     PAIRS: tl.constexpr = max(GROUP // 2, 1)
     p_work += tl.program_id(0).to(tl.int64) * (GROUP * (K + 1))
@@ -93,11 +115,10 @@ def join(
         i_out = tl.full((), GROUP * K, tl.int64) * i_at
         ids, words = (), ()
         total = 0
-        for i in tl.static_range(
-            GROUP
-        ):  # all at once: a search among rows that are still on their way waits in every step
+        # All rows are loaded first: a search in a row still in flight would wait in every step.
+        for i in tl.static_range(GROUP):
             x = take(p_rows + i * K + o, (o < K) & (i < n_rows))
-            ids = ids + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no star here
+            ids = ids + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
         for i in tl.static_range(GROUP):
             x = ids[i]
             owned = x >= 0
@@ -105,7 +126,7 @@ def join(
             word = tl.zeros_like(x)
             for n in tl.static_range(1, GROUP):
                 other = (i + n) % GROUP < n_rows  # a row beyond the last query owns nothing
-                at, has = _stand(
+                at, has = _rank(
                     p_rows + tl.where(other, (i + n) % GROUP * K, 0), x, K, STEPS, SEARCH
                 )
                 has = tl.where(other, has, 0)
@@ -122,7 +143,7 @@ def join(
             owns = tl.sum(count, 0)
             tl.store(p_work + i * (K + 1) + K, owns)
             total += owns
-        tl.debug_barrier()  # other threads read them
+        tl.debug_barrier()  # other threads read the ranks
         for i in tl.static_range(GROUP):
             bits = (words[i * PAIRS + PAIRS - 1] >> 24) & 255
             x = take(p_rows + i * K + o, bits != 0)
@@ -133,13 +154,13 @@ def join(
             put(p_union + (i_out + slot), x, bits != 0)
             put(p_bits + (i_out + slot), bits, bits != 0)
         tl.store(p_count + i_at, total)
-        _rest(p_union + i_out, p_bits + i_out, total, GROUP * K, BLOCK)
-        tl.debug_barrier()  # before the next group's
+        _pad(p_union + i_out, p_bits + i_out, total, GROUP * K, BLOCK)
+        tl.debug_barrier()  # the next group overwrites the ranks
 
 
 @triton.jit
 def _runs(word, bits, next_word, next_bits):
-    """Bits of ids in one word flow to the last of them."""
+    """Combine two ids of a scan: the bits of ids in one word flow to the last of them."""
     return next_word, tl.where(word == next_word, bits | next_bits, next_bits)
 
 
@@ -156,13 +177,15 @@ def unite(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
+    SLICE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """grid (programs,), which share the groups of all batch entries. p_work [programs, GROUP, WORDS] int32 is zero before and after.
+    """Unite long lists. grid (programs,), which share the groups of all batch entries.
 
-    Ids come in windows of WORDS words of 32. A row's ids ascend, so those of one word are neighbours: a scan brings their bits
-    together and the last one stores the word. A block begins 32 ids early, so it holds every run that ends in it whole.
+    p_work int32 [programs, GROUP, WORDS] is zero before and after. Ids come in windows of WORDS
+    words of 32. A row's ids ascend, so those of one word are neighbours: a scan brings their bits
+    together and the last one stores the word. A block begins 32 ids early, so it holds all of
+    every run that ends in it.
     """
     p_work += tl.program_id(0).to(tl.int64) * (GROUP * WORDS)
     o_block = tl.arange(0, BLOCK)
@@ -172,7 +195,7 @@ def unite(
         p_rows = p_ids + (i_b * n_queries + i_first) * K
         i_out = tl.full((), GROUP * K, tl.int64) * i_at
         written, window, words = 0, 0, WORDS
-        while words == WORDS:  # there may be more beyond
+        while words == WORDS:  # ids beyond this window may follow
             top = tl.full((BLOCK,), -1, tl.int32)
             for i in tl.static_range(GROUP):
                 if i_first + i < n_queries:
@@ -183,46 +206,83 @@ def unite(
                     )
                     for base in range(0, K, BLOCK - 32):
                         x, after = next_x, next_after
-                        o = (
-                            base + (BLOCK - 64) + o_block
-                        )  # of the next block, which is on its way meanwhile
+                        o = base + (BLOCK - 64) + o_block  # the next block is loaded meanwhile
                         next_x = tl.load(p_row + base + (BLOCK - 32), mask=o < K, other=-1)
                         next_after = tl.load(p_row + base + (BLOCK - 31), mask=o < K - 1, other=-1)
                         word = x >> 5
                         _, bits = tl.associative_scan((word, 1 << (x & 31)), 0, _runs)
-                        whole = (x >= 0) & (word != after >> 5) & (o_block >= 32)
+                        last = (x >= 0) & (word != after >> 5) & (o_block >= 32)
                         put(
                             p_work + i * WORDS + word - window,
                             bits,
-                            whole & (word >= window) & (word < window + WORDS),
+                            last & (word >= window) & (word < window + WORDS),
                         )
                         top = tl.maximum(top, x)
             words = tl.minimum(((tl.max(top, 0) >> 5) - window + 16) // 16 * 16, WORDS)
             tl.debug_barrier()  # other threads read the words
-            for base in range(0, words, PART):
-                o = base + tl.arange(0, PART)
+            for base in range(0, words, SLICE):
+                o = base + tl.arange(0, SLICE)
                 rows = ()
-                every = tl.zeros_like(o)
+                union = tl.zeros_like(o)
                 for i in tl.static_range(GROUP):
                     row = tl.load(p_work + i * WORDS + o, mask=o < words, other=0)
-                    rows = rows + (row[:, None],)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no star here
-                    every |= row
+                    rows = rows + (row[:, None],)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+                    union |= row
                 tl.debug_barrier()  # a word is read by several warps, and cleared by one
                 for i in tl.static_range(GROUP):
                     tl.store(p_work + i * WORDS + o, tl.zeros_like(o), mask=o < words)
-                n = ones(every)
+                n = ones(union)
                 first = written + tl.cumsum(n, 0) - n
-                # a word's bits lie side by side in a warp, and so do the slots that they go to
+                # A word's bits lie side by side in a warp, and so do the slots that they go to.
                 i_bit = tl.arange(0, 32)[None, :]
-                slot = i_out + (first[:, None] + ones(every[:, None] & ((1 << i_bit) - 1)))
-                has = (every[:, None] >> i_bit) & 1
+                slot = i_out + (first[:, None] + ones(union[:, None] & ((1 << i_bit) - 1)))
+                has = (union[:, None] >> i_bit) & 1
                 bits = tl.zeros_like(has)
                 for i in tl.static_range(GROUP):
                     bits |= ((rows[i] >> i_bit) & 1) << i
                 put(p_union + slot, (window + o)[:, None] * 32 + i_bit, has != 0)
                 put(p_bits + slot, bits, has != 0)
                 written += tl.sum(n, 0)
-            tl.debug_barrier()  # the words are zero for the next turn
+            tl.debug_barrier()  # the next window needs words that are zero
             window += WORDS
         tl.store(p_count + i_at, written)
-        _rest(p_union + i_out, p_bits + i_out, written, GROUP * K, BLOCK)
+        _pad(p_union + i_out, p_bits + i_out, written, GROUP * K, BLOCK)
+
+
+# ---- host side
+
+
+def group_queries(ids: Tensor, group: int) -> QueryGroups:
+    """Run `ops.group_queries` on the kernels."""
+    batch, queries, k = ids.shape
+    ids = ids.contiguous()
+    n_groups = -(-queries // group)
+    device = ids.device
+    count = torch.empty(batch, n_groups, dtype=torch.int32, device=device)
+    union = torch.empty(batch, n_groups, group * k, dtype=torch.int32, device=device)
+    bits = torch.empty(batch, n_groups, group * k, dtype=torch.uint8, device=device)
+    if not ids.numel():
+        return QueryGroups(union.fill_(-1), bits.zero_(), count.zero_(), group)
+    n_all, workers = batch * n_groups, current().index.workers
+    arguments: dict[str, Any] = {"p_ids": ids, "p_union": union, "p_bits": bits, "p_count": count}
+    arguments |= {
+        "n_queries": queries,
+        "n_groups": n_groups,
+        "n_all": n_all,
+        "GROUP": group,
+        "K": k,
+    }
+    if k >= LONG:
+        programs = min(n_all, 4 * workers)
+        bitmaps = torch.zeros(programs, group, WORDS, dtype=torch.int32, device=device)
+        constants: dict[str, Any] = {"BLOCK": BLOCK, "SLICE": SLICE, "WORDS": WORDS}
+        unite[(programs,)](**arguments, p_work=bitmaps, **constants, num_warps=4, maxnreg=REGISTERS)
+    else:
+        programs = min(n_all, 8 * workers)
+        ranks = torch.empty(programs, group, k + 1, dtype=torch.int32, device=device)
+        block = power(k, 16)
+        code = search(k) if k == block >= 512 and not interpreted() else None
+        constants = {"BLOCK": block, "STEPS": k.bit_length(), "SEARCH": code}
+        warps = min(max(block // 128, 4), 16)
+        join[(programs,)](**arguments, p_work=ranks, **constants, num_warps=warps)
+    return QueryGroups(union, bits, count, group)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from indexcache.ops import interpreted
+from indexcache.ops.tuning import interpreted
 
 NONE = tl.constexpr(-(2**31))  # the key of what is no candidate at all; below every key of a score
 LOWEST = tl.constexpr(-2139095041)  # the key of -inf
 INTERPRETED = tl.constexpr(interpreted())
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

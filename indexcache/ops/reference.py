@@ -10,25 +10,27 @@ lengths counts the new token; length 0 (offset -1) sees nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 1 << 26  # of the largest intermediate, [B, s, H, P] or [B, s, P, D] in fp32
+CHUNK_BYTES = 1 << 26  # bytes of the largest intermediate, [B, s, H, P] or [B, s, P, D] in fp32
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-FP8_GROUP = 128  # value dims that share a scale in an fp8 latent
+Gradients = tuple[Tensor, Tensor, Tensor]  # of an indexer's queries, keys and head weights
 
 
-class Plan(NamedTuple):
-    """What neighbouring queries read together; depends on the ids alone. Made once at an F or R layer, read by its S layers.
+class QueryGroups(NamedTuple):
+    """The ids that neighbouring queries read together. Layers that share a selection share its groups.
 
-    union_BGU: int32, distinct ids >= 0 of each group, ascending, then -1. U = group * K.
-    mask_BGU: uint8, bit i set where query i of the group selected that id; 0 at -1.
-    count_BG: int32, length of the union.
-    group: queries in a group; the last group may be short.
+    union_BGU: int32, the distinct ids >= 0 of each group, ascending, then -1. U = group * K.
+    mask_BGU: uint8; bit i is set where query i of the group selected that id, 0 at -1.
+    count_BG: int32, the length of the union.
+    group: queries per group; the last group may be short.
     """
 
     union_BGU: Tensor
@@ -37,12 +39,61 @@ class Plan(NamedTuple):
     group: int
 
 
-class Fp8Latent(NamedTuple):
-    """A latent cache in fp8: value_BTV e4m3 = latent / scale, scale_BTC fp32 for each FP8_GROUP value dims, rope_BTR as it was."""
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The tokens that an indexer selected, as one value on its way from the indexer to attention.
 
-    value_BTV: Tensor
-    scale_BTC: Tensor
-    rope_BTR: Tensor
+    ids: int32 [B, S, k], ascending in each row, -1 padded at the end.
+    pool: int32 [B, S, P] in the same form, the candidates that an F layer publishes to its R layers.
+    groups: what neighbouring queries read together, where the kernel of attention reads so.
+    """
+
+    ids: Tensor
+    pool: Tensor | None = None
+    groups: QueryGroups | None = None
+
+
+class AttentionTarget(NamedTuple):
+    """One layer's attention weights on one document, which an indexer learns: p = mean_h softmax(scale q_h . latent).
+
+    q_SHn: queries with RoPE applied.
+    latent_TE: keys that all heads read.
+    absorb_Hmc: maps the first m dims of a query to the first c of the latent (the key part of MLA's kv_b_proj); None where
+        queries are compared with the keys as they are, n = E.
+    scale: factor of the logits.
+    lse_SH: fp32, the logarithm of each softmax's denominator where the attention kernel gave it; only kernels read it.
+    """
+
+    q_SHn: Tensor
+    latent_TE: Tensor
+    absorb_Hmc: Tensor | None
+    scale: float
+    lse_SH: Tensor | None = None
+
+    def cut(self, start: int, stop: int) -> AttentionTarget:
+        """Return the target of the tokens start..stop - 1 alone."""
+        lse = None if self.lse_SH is None else self.lse_SH[start:stop]
+        return self._replace(
+            q_SHn=self.q_SHn[start:stop], latent_TE=self.latent_TE[start:stop], lse_SH=lse
+        )
+
+    def keys(self) -> Tensor:
+        """Return the keys that `q_SHn` is compared with: [T, H, n], or [T, 1, E] where all heads read the same."""
+        if self.absorb_Hmc is None:
+            return self.latent_TE[:, None]
+        c = self.absorb_Hmc.shape[2]
+        of_heads = torch.einsum("tc,hmc->thm", self.latent_TE[:, :c], self.absorb_Hmc)
+        shared = self.latent_TE[:, None, c:].expand(-1, of_heads.shape[1], -1)
+        return torch.cat([of_heads, shared], -1)
+
+    def queries(self, rows: slice) -> Tensor:
+        """Return the absorbed queries [t, H, E] of these rows, which are compared with `latent_TE`."""
+        q = self.q_SHn[rows]
+        if self.absorb_Hmc is None:
+            return q
+        m = self.absorb_Hmc.shape[1]
+        absorbed = torch.einsum("thm,hmc->thc", q[..., :m], self.absorb_Hmc)
+        return torch.cat([absorbed, q[..., m:]], -1)
 
 
 def index_scores(
@@ -121,8 +172,8 @@ def index_topk(
     candidates_BSP: Tensor | None = None,
     *,
     pool: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition behind `indexcache.ops.index_topk`, whose docstring is the contract. Memory O(chunk x T)."""
+) -> Selection:
+    """Define `indexcache.ops.index_topk`, whose docstring is the contract. Memory is O(chunk x T)."""
     batch, queries = q_BSHD.shape[:2]
     keys = k_BTD.shape[1]
     widths = [topk, pool] if pool else [topk]
@@ -157,7 +208,7 @@ def index_topk(
                     out[b, part] = torch.where(
                         slots < 0, -1, ids.gather(-1, slots.clamp(min=0).long())
                     ).int()
-    return (outs[0], outs[1]) if pool else outs[0]
+    return Selection(outs[0], outs[1] if pool else None)
 
 
 def _attend(
@@ -176,17 +227,9 @@ def _attend(
 
 
 def sparse_mla(
-    q_BSHE: Tensor,
-    latent_BTE: Tensor | Fp8Latent,
-    ids_BSK: Tensor,
-    scale: float,
-    *,
-    value_dim: int = 512,
-    plan: Plan | None = None,
+    q_BSHE: Tensor, latent_BTE: Tensor, ids_BSK: Tensor, scale: float, *, value_dim: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """The definition behind `indexcache.ops.sparse_mla`, whose docstring is the contract. Differentiable; the plan is not used."""
-    if isinstance(latent_BTE, Fp8Latent):
-        latent_BTE = dequantize_latent(latent_BTE)
+    """Define `indexcache.ops.sparse_mla`, whose docstring is the contract. Differentiable."""
     batch, queries, heads, _ = q_BSHE.shape
     chunk = max(
         CHUNK_BYTES // (4 * max(ids_BSK.shape[-1], 1) * (latent_BTE.shape[-1] + 2 * heads)), 1
@@ -215,8 +258,8 @@ def sparse_mla(
     )
 
 
-def group_queries(ids_BSK: Tensor, group: int) -> Plan:
-    """The definition behind `indexcache.ops.group_queries`, whose docstring is the contract."""
+def group_queries(ids_BSK: Tensor, group: int) -> QueryGroups:
+    """Define `indexcache.ops.group_queries`, whose docstring is the contract."""
     batch, queries, k = ids_BSK.shape
     groups = -(-queries // group)
     ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, groups * group - queries), value=-1).view(
@@ -231,7 +274,7 @@ def group_queries(ids_BSK: Tensor, group: int) -> Plan:
     slot = fresh.cumsum(-1) - 1
     union = torch.full_like(ids, -1).scatter(-1, slot, torch.where(ids == last, -1, ids)).int()
     mask = torch.zeros_like(bits).scatter_add(-1, slot, bits).to(torch.uint8)
-    return Plan(union.contiguous(), mask, (union >= 0).sum(-1).int(), group)
+    return QueryGroups(union.contiguous(), mask, (union >= 0).sum(-1).int(), group)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -286,30 +329,156 @@ def quantize_fp8(x: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
     return (y / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
-def quantize_index_keys(k_BTD: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
-    """Indexer keys in fp8 with a scale per token: (e4m3 [B, T, D], fp32 [B, T]); see `quantize_fp8`."""
-    return quantize_fp8(k_BTD, rotate=rotate)
-
-
-def quantize_index_queries(
-    q_BSHD: Tensor, w_BSH: Tensor, *, rotate: bool = False
+def quantize_index(
+    x_BSHD: Tensor,
+    cos_BSr: Tensor | None,
+    sin_BSr: Tensor | None,
+    *,
+    rotate: bool,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Indexer queries in fp8 and the head weights fp32 [B, S, H] with the queries' scales in them (relu lets a positive scale through)."""
-    q, scale = quantize_fp8(q_BSHD, rotate=rotate)
-    return q, w_BSH.float() * scale
+    """Define `quantize_index_keys` and `quantize_index_queries` of `indexcache.ops`, whose docstrings are the contract."""
+    if cos_BSr is not None and sin_BSr is not None:
+        cos, sin = cos_BSr[:, :, None].float(), sin_BSr[:, :, None].float()
+        x_BSHD = rope(x_BSHD, cos, sin, interleaved=interleaved)
+        if interleaved:
+            x_BSHD = half_split(x_BSHD, cos_BSr.shape[-1])
+    return quantize_fp8(x_BSHD, rotate=rotate)
 
 
-def quantize_latent(latent_BTE: Tensor, value_dim: int = 512) -> Fp8Latent:
-    """A latent cache with its value dims in fp8, one scale for each FP8_GROUP of them (fewer dims: one scale)."""
-    value, rotary = latent_BTE[..., :value_dim], latent_BTE[..., value_dim:]
-    q, scale = quantize_fp8(value.unflatten(-1, (-1, min(FP8_GROUP, value_dim))))
-    return Fp8Latent(q.flatten(-2), scale, rotary.contiguous())
+# ---- the distillation loss
 
 
-def dequantize_latent(latent: Fp8Latent) -> Tensor:
-    """[B, T, E] in the dtype of the rotary part."""
-    value = (
-        latent.value_BTV.float().unflatten(-1, (latent.scale_BTC.shape[-1], -1))
-        * latent.scale_BTC[..., None]
-    )
-    return torch.cat([value.flatten(-2).to(latent.rope_BTR.dtype), latent.rope_BTR], dim=-1)
+def index_kl(
+    q_SJD: Tensor,
+    k_TD: Tensor,
+    w_SJ: Tensor,
+    targets: Sequence[AttentionTarget],
+    weights: Sequence[float],
+    *,
+    kind: str,
+    block_bytes: int,
+    ids_SK: Tensor | None = None,
+    gradients: bool = True,
+) -> tuple[Tensor, Gradients | None]:
+    """Define `indexcache.ops.index_kl`, whose docstring is the contract. Memory is that of a block and of the gradients."""
+    inputs = (q_SJD, k_TD, w_SJ)
+    total = q_SJD.new_zeros((), dtype=torch.float64)
+    grads = None
+    if gradients:
+        dq, dk, dw = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in inputs)
+        grads = dq, dk, dw
+    for rows in query_blocks(q_SJD, targets, block_bytes, ids_SK):
+        total += _block_kl(QueryBlock(rows, ids_SK), inputs, targets, weights, kind, grads)
+    return total, grads
+
+
+def _block_kl(
+    block: QueryBlock,
+    inputs: Gradients,
+    targets: Sequence[AttentionTarget],
+    weights: Sequence[float],
+    kind: str,
+    grads: Gradients | None,
+) -> Tensor:
+    """Compute the loss of a block of queries and add its share of the gradients to `grads`."""
+    q, k, w = inputs
+    products, scores = block.scores(q, k, w)
+    target = torch.zeros_like(scores)
+    # the negative entropy of the target, sum p log p
+    entropy = torch.zeros((), dtype=torch.float64, device=scores.device)
+    for layer, weight in zip(targets, weights, strict=True):
+        p = block.attention(layer)
+        target.add_(p, alpha=weight)
+        if kind == "multi":
+            entropy = entropy + weight * torch.xlogy(p, p).sum(dtype=torch.float64)
+        del p
+    if kind == "avg":
+        entropy = torch.xlogy(target, target).sum(dtype=torch.float64)
+    log_q = scores.sub_(scores.logsumexp(-1, keepdim=True))
+    value = entropy - torch.where(target > 0, target * log_q, 0.0).sum(dtype=torch.float64)
+    if grads is not None:
+        d_scores = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
+        grads[2][block.rows] = torch.bmm(products, d_scores[..., None])[..., 0]
+        d_products = products.gt_(0).mul_(d_scores[:, None]).mul_(w[block.rows].float()[..., None])
+        block.add_gradients(d_products, q, k, grads)
+    return value
+
+
+class QueryBlock:
+    """A block of one document's queries and the keys they see: all up to each query, or each query's own ids.
+
+    Shapes: t queries of the block, N keys of the block (the last query + 1, or K), n heads.
+    """
+
+    def __init__(self, rows: slice, ids_SK: Tensor | None = None):
+        self.rows = rows
+        self.ids = None if ids_SK is None else ids_SK[rows].long().clamp(min=0)
+        self.padding = None if ids_SK is None else ids_SK[rows] < 0
+
+    def scores(self, q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute (relu(q . k) fp32 [t, J, N], the index scores fp32 [t, N], -inf where a key is not visible)."""
+        products = self._products(q_SJD[self.rows], k_TD).relu_()
+        scores = torch.bmm(w_SJ[self.rows].float()[:, None], products)[:, 0]
+        return products, self._hide_(scores)
+
+    def attention(self, target: AttentionTarget) -> Tensor:
+        """Compute p fp32 [t, N], the mean of the heads' attention weights, which sums to 1 over the visible keys."""
+        logits = self._products(target.queries(self.rows), target.latent_TE).mul_(target.scale)
+        return self._hide_(logits).softmax(-1).mean(1)
+
+    def add_gradients(self, d_tJN: Tensor, q_SJD: Tensor, k_TD: Tensor, grads: Gradients) -> None:
+        """Add to the gradients of q and k what the gradient of the block's products gives."""
+        d, q = d_tJN.to(q_SJD.dtype), q_SJD[self.rows]
+        if self.ids is not None:
+            grads[0][self.rows] = _product(d, k_TD[self.ids])
+            d_keys = _product(d.transpose(1, 2), q)
+            grads[1].index_add_(0, self.ids.flatten(), d_keys.flatten(0, 1))
+            return
+        t, heads, keys = d.shape
+        flat = d.view(t * heads, keys)
+        grads[0][self.rows] = _product(flat, k_TD[:keys]).view(t, heads, -1)
+        grads[1][:keys] += _product(flat.T, q.reshape(t * heads, -1))
+
+    def _products(self, q_tnD: Tensor, k_TD: Tensor) -> Tensor:
+        """Multiply every query with every key of the block: fp32 [t, n, N]."""
+        if self.ids is not None:
+            return _product(q_tnD, k_TD[self.ids].transpose(1, 2))
+        t, n, _ = q_tnD.shape
+        return _product(q_tnD.reshape(t * n, -1), k_TD[: self.rows.stop].T).view(t, n, -1)
+
+    def _hide_(self, x: Tensor) -> Tensor:
+        """Write -inf into x [t, N] or [t, n, N] where a query does not see the key."""
+        if self.padding is not None:
+            hidden = self.padding if x.dim() == 2 else self.padding[:, None]
+            return x.masked_fill_(hidden, -torch.inf)
+        t = x.shape[0]
+        future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu_(1)
+        hidden = future if x.dim() == 2 else future[:, None]
+        x[..., self.rows.start :].masked_fill_(hidden, -torch.inf)
+        return x
+
+
+def query_blocks(
+    q_SJD: Tensor,
+    targets: Sequence[AttentionTarget],
+    block_bytes: int,
+    ids_SK: Tensor | None = None,
+) -> Iterator[slice]:
+    """Yield slices of queries whose intermediates fit into `block_bytes`: two copies of all heads' products, and gathered keys."""
+    length, heads, dim = q_SJD.shape
+    heads = max(heads, *(t.q_SHn.shape[1] for t in targets))
+    gathered = 0 if ids_SK is None else dim + max(t.latent_TE.shape[1] for t in targets)
+    width = length if ids_SK is None else ids_SK.shape[1]
+    rows = max(block_bytes // (4 * width * (2 * heads + 4 + gathered)), 1)
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a @ b, summed and returned in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -1,56 +1,214 @@
-"""What the selection's speed depends on and its result does not. Figures: docs/kernels.md."""
+"""Tuning constants: the kernels' speed depends on them, their results only by rounding.
+
+Figures: docs/kernels.md.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import triton
 
 
-@dataclass
-class Settings:
-    """Of ops/launch_scores.py, ops/launch_select.py and ops/launch_index.py."""
+@dataclass(frozen=True, kw_only=True)
+class IndexTuning:
+    """The indexer's scores and the selection of the best (ops/index)."""
 
-    queries: int = 64  # of a prefill tile; more warps or larger tiles lost
+    queries: int = 64
+    "Queries of a prefill tile. More warps or larger tiles are slower."
     keys: int = 128
+    "Keys of a prefill tile."
     stages: int = 3
-    hopper: bool = True  # the Gluon kernel of the scores where it fits
-    hopper_stages: int = 2  # tiles of 128 keys on their way
-    grid: bool = True  # up to 10 long rows are selected by one launch of the whole device
-    grouped_pools: bool = True  # neighbours score the union of their pools together: 66 ms a layer of a 200K prefill, each by itself 113
-    stride: int = 32  # a sample stands for this many keys
-    listed: int = (
-        8192  # least capacity of the lists of a row, at most 4 x the wanted count above that
+    "Tiles in flight in the Triton kernel."
+    hopper: bool = True
+    "Whether the Gluon kernel computes the scores where it fits."
+    hopper_stages: int = 2
+    "Tiles of 128 keys in flight in the Gluon kernel."
+    grid: bool = True
+    "Whether one launch of the whole device selects from up to 10 long rows."
+    grouped_pools: bool = True
+    """Whether neighbouring queries score the union of their pools together. A layer of a 200K
+    prefill takes 66 ms so, and 113 ms when each query scores its own pool."""
+    stride: int = 32
+    "Keys that one key of the sample stands for."
+    listed: int = 8192
+    "Min capacity of a row's lists; above that it is at most 4 x the number of selected keys."
+    sample: int = 32768
+    "Max samples of a row; longer rows take a wider stride."
+    deviations: float = 5.0
+    "The threshold is set this many standard deviations to the safe side."
+    chunk: int = 8192
+    "Prefill queries per chunk."
+    workspace: int = 1 << 29
+    "Bytes of rows of scores held at a time, in decoding and for pools."
+    rows_below: int = 32
+    "Fewer queries than this use the row kernel."
+    workers: int = 132
+    "Programs that recompute the rows whose sample misled."
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaTuning:
+    """Sparse attention over latents (ops/mla)."""
+
+    rows: int = 64
+    "Rows (queries x heads) of a program in prefill."
+    keys: int = 64
+    "Keys of a tile."
+    stages: int = 2
+    "Tiles in flight in prefill."
+    warps: int = 8
+    "Warps of a program in prefill."
+    decode_warps: int = 8
+    "Warps of a program whose ids are split over programs."
+    programs: int = 132
+    "With fewer programs than this the ids of a query are split over programs."
+    hopper: bool = True
+    "Whether the Gluon kernel runs prefill where it fits."
+    hopper_registers: int = 224
+    "Registers of a computing thread in the Gluon kernel."
+    backward_keys: int = 32
+    "Keys of a tile in the backward pass."
+    backward_slice: int = 128
+    "Value dims of the latents' gradient that are computed at a time."
+    rows_fp32: int = 32
+    "Max rows of a program for fp32, which takes twice the shared memory."
+    keys_fp32: int = 16
+    "Max keys of a tile for fp32."
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The queries and keys of a kernel's tile, and how many tiles are in flight."""
+
+    queries: int
+    keys: int
+    stages: int = 2
+
+    def options(self, side: int, divisor: int) -> dict[str, int]:
+        """Compute launch options for a tile `divisor` times smaller in both directions.
+
+        `side` is the size of the side that a program has to itself: 64 rows of it get four warps.
+        """
+        tile = {"BM": max(self.queries // divisor, 32), "BN": max(self.keys // divisor, 32)}
+        warps = min(max(side // divisor // 16, 4), 8)
+        return tile | {"num_warps": warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlTuning:
+    """The distillation loss (ops/kl.py).
+
+    `wide` tiles serve more than 192 dims of attention, or more than 128 of the indexer.
+    """
+
+    normalise: Tile = Tile(128, 128)
+    teach: Tile = Tile(128, 128)
+    teach_wide: Tile = Tile(128, 64)
+    score: Tile = Tile(128, 128)
+    queries: Tile = Tile(128, 64)
+    "Tile of the gradients of the queries."
+    keys: Tile = Tile(64, 128)
+    "Tile of the gradients of the keys."
+    keys_wide: Tile = Tile(32, 128, 3)
+    "The same for more than 128 dims, where 64 queries spill 280 bytes."
+    slice: int = 64
+    "Dims of an attention product that are multiplied at a time."
+    rows: int = 8192
+    "Max queries of a chunk."
+    programs: int = 264
+    "Programs that fill a device. Short documents share the heads of a block of keys among several."
+
+    def largest(self) -> int:
+        """Return the largest side of a tile: matrices are padded to multiples of it."""
+        return max(max(t.queries, t.keys) for t in vars(self).values() if isinstance(t, Tile))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """All tuning constants, and the backend of calls that leave theirs at "auto"."""
+
+    backend: str = "auto"
+    index: IndexTuning = field(default_factory=IndexTuning)
+    mla: MlaTuning = field(default_factory=MlaTuning)
+    kl: KlTuning = field(default_factory=KlTuning)
+
+
+_current = Tuning()
+
+
+def current() -> Tuning:
+    """Return the tuning in force."""
+    return _current
+
+
+@contextmanager
+def tuned(
+    *,
+    backend: str | None = None,
+    index: Mapping[str, Any] | None = None,
+    mla: Mapping[str, Any] | None = None,
+    kl: Mapping[str, Any] | None = None,
+) -> Iterator[Tuning]:
+    """Change the tuning of all threads within a block: `with ops.tuned(mla={"hopper": False}): ...`.
+
+    Args:
+        backend: "auto", "torch" or "triton", for calls whose own backend is "auto".
+        index, mla, kl: fields of `IndexTuning`, `MlaTuning` and `KlTuning` and their new values.
+
+    Raises:
+        TypeError: there is no such field.
+    """
+    global _current
+    before = _current
+    _current = Tuning(
+        backend=before.backend if backend is None else backend,
+        index=replace(before.index, **(index or {})),
+        mla=replace(before.mla, **(mla or {})),
+        kl=replace(before.kl, **(kl or {})),
     )
-    sample: int = 32768  # most samples of a row; longer rows take a wider stride
-    deviations: float = 5.0  # the threshold is set this many standard deviations to the safe side
-    chunk: int = 8192  # prefill queries at a time
-    workspace: int = 1 << 29  # bytes of rows of scores at a time, for decode and pools
-    rows_below: int = 32  # fewer queries than this use the row kernel
-    workers: int = 132  # programs that redo rows whose sample misled
+    try:
+        yield _current
+    finally:
+        _current = before
 
 
-SETTINGS = Settings()
+# ---- small arithmetic that every launch shares
 
 
-def power(n: int, least: int = 1) -> int:
-    """The next power of two."""
-    return max(1 << (max(n, 1) - 1).bit_length(), least)
+def power(n: int, minimum: int = 1) -> int:
+    """Return the next power of two, at least `minimum`."""
+    return max(1 << (max(n, 1) - 1).bit_length(), minimum)
 
 
 def segments(rows: int, length: int, programs: int, block: int) -> tuple[int, int]:
-    """(segments, a power of two; their length): enough programs to fill the device, none shorter than a block."""
+    """Split rows of `length` so that `programs` programs have work: (number of segments, their length).
+
+    The number is a power of two, at most 64, and no segment is shorter than a block.
+    """
     count = 1
     while count < 64 and rows * count < programs and length // (2 * count) >= block:
         count *= 2
     return count, -(-length // (count * block)) * block
 
 
+def interpreted() -> bool:
+    """Return whether Triton's CPU interpreter is on: TRITON_INTERPRET=1 before triton's import."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def gluon_runs(device: torch.device) -> bool:
-    """Gluon is experimental: its kernels are used on the chip and with the versions of triton that they were measured with."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and triton.__version__.startswith("3.6.")
-    )
+    """Return whether the Gluon kernels run on this device.
+
+    Gluon is experimental: its kernels are used on the chip and with the versions of triton that
+    they were measured with.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    import triton
+
+    return bool(triton.__version__.startswith("3.6."))

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from indexcache import Pattern
 from indexcache.distilling.forward import Lesson, run_decoder, teaching
 from indexcache.distilling.indexers import trainable_indexers
-from indexcache.distilling.loss import Teacher, attention_kept, distill_loss
+from indexcache.distilling.loss import attention_kept, distill_loss
 from indexcache.distilling.rows import Row
+from indexcache.ops import AttentionTarget
 from indexcache.records import read_json
 from tests.support import refused
 
@@ -63,14 +64,14 @@ def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
     teachers = []
     for _ in range(layers):
         if absorbed:
-            t = Teacher(
+            t = AttentionTarget(
                 torch.randn(length, heads, 10, generator=g),
                 torch.randn(length, 9, generator=g),
                 torch.randn(heads, 6, 5, generator=g) * 0.4,
                 0.5,
             )
         else:
-            t = Teacher(
+            t = AttentionTarget(
                 torch.randn(length, heads, 9, generator=g),
                 torch.randn(length, 9, generator=g),
                 None,
@@ -183,7 +184,7 @@ def test_a_perfect_indexer_has_no_loss():
     """One head, scores = the logits themselves (positive, so relu lets them through): KL 0 and gradient 0."""
     length = 40
     x = torch.rand(length, 6)
-    teacher = Teacher(x[:, None] * 2, x, None, 1.0)
+    teacher = AttentionTarget(x[:, None] * 2, x, None, 1.0)
     q = (x[:, None] * 2).requires_grad_()
     loss = distill_loss(q, x, torch.ones(length, 1), [teacher])
     assert abs(float(loss.detach())) < 1e-4
@@ -201,7 +202,8 @@ def test_unequal_weights_and_bf16():
     ):
         assert close(mine, 0.25 * a + 0.75 * b)
     half = [
-        Teacher(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in t)) for t in teachers
+        AttentionTarget(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in t))
+        for t in teachers
     ]
     q16, k16 = (x.bfloat16().requires_grad_() for x in (q, k))
     loss = distill_loss(q16, k16, w, half)

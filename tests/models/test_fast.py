@@ -179,20 +179,20 @@ def test_search_and_evidence_agree_with_stock(glm, tmp_path):
         assert a["delta_loss"] == pytest.approx(b["delta_loss"], abs=1e-4)
 
 
-def test_shared_layers_read_the_plan_of_their_source(model, ids, monkeypatch):
+def test_shared_layers_read_the_groups_of_their_source(model, ids, monkeypatch):
     made, used = [], []
     group, attend = fast_path.ops.group_queries, fast_path.ops.sparse_mla
 
-    def seen(q, latents, selected, scale, *, value_dim, plan):
+    def seen(q, latents, selected, scale, *, value_dim, groups):
         expected = group(selected, 3)
         assert all(
-            torch.equal(a, b) for a, b in zip(plan[:3], expected[:3], strict=True)
+            torch.equal(a, b) for a, b in zip(groups[:3], expected[:3], strict=True)
         )  # of these very ids
-        used.append(plan)
-        return attend(q, latents, selected, scale, value_dim=value_dim, plan=plan)
+        used.append(groups)
+        return attend(q, latents, selected, scale, value_dim=value_dim, groups=groups)
 
     monkeypatch.setattr(
-        layer_of_fast_path, "group_size", lambda ids, heads: 3 if ids.shape[1] > 8 else 1
+        fast_path.ops, "query_group", lambda ids, heads: 3 if ids.shape[1] > 8 else 1
     )
     monkeypatch.setattr(
         fast_path.ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1]

@@ -18,7 +18,6 @@ from indexcache.ops.index import host as launch_index  # noqa: E402
 from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
 from indexcache.ops.index import topk_grid as select_grid  # noqa: E402
 from indexcache.ops.index import topk_host as launch_select  # noqa: E402
-from indexcache.ops.tuning import SETTINGS  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -34,25 +33,21 @@ def inputs(batch, queries, keys, heads, dim, dtype):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small():
     """Lists and samples so small that short rows go the way of long ones."""
-    for name, value in {
-        "listed": 64,
-        "stride": 4,
-        "queries": 16,
-        "keys": 32,
-        "workers": 2,
-        "chunk": 64,
-    }.items():
-        monkeypatch.setattr(SETTINGS, name, value)
+    tiles = {"queries": 16, "keys": 32, "chunk": 64}
+    with ops.tuned(index={"listed": 64, "stride": 4, "workers": 2, **tiles}):
+        yield
 
 
 def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
     got = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="triton")
     want = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="torch")
-    for a, b in zip(got, want, strict=True) if pool else [(got, want)]:
-        assert a.dtype == torch.int32
-        assert torch.equal(a, b), (a != b).nonzero()[:5]
+    assert (got.pool is None) == (want.pool is None) == (not pool)
+    for a, b in ((got.ids, want.ids), (got.pool, want.pool)):
+        if a is not None:
+            assert a.dtype == torch.int32
+            assert torch.equal(a, b), (a != b).nonzero()[:5]
 
 
 @pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
@@ -65,9 +60,9 @@ def test_prefill_long_rows(small):
     check(*inputs(2, 40, 700, 2, 16, torch.float16), 8, torch.tensor([660, 300], device=DEVICE))
 
 
-def test_prefill_when_samples_mislead(small, monkeypatch):
-    monkeypatch.setattr(SETTINGS, "deviations", -1.0)  # thresholds too high: too few are listed
-    check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
+def test_prefill_when_samples_mislead(small):
+    with ops.tuned(index={"deviations": -1.0}):  # thresholds too high: too few are listed
+        check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
 
 
 def test_prefill_ties_overflow(small):
@@ -92,7 +87,7 @@ def test_candidates(small):
         120,
         torch.tensor([190, 90], device=DEVICE),
         backend="torch",
-    )
+    ).ids
     check(q, k, w, scale, 8, torch.tensor([180, 60], device=DEVICE), pool)
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
 
@@ -103,7 +98,7 @@ def test_candidates_of_neighbours(small, queries, heads, width):
     offset = torch.tensor([290, 90], device=DEVICE)
     pool = ops.index_topk(
         *inputs(2, queries, 310, heads, 16, torch.float16), width, offset, backend="torch"
-    )
+    ).ids
     k[1, 200:] = torch.nan
     check(q, k, w, scale, 8, torch.tensor([280, 60], device=DEVICE), pool, pool=30)
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
@@ -140,12 +135,12 @@ def test_topk_rows_of_floats(small, width):
 
 
 @pytest.mark.parametrize("burst", [0, 200, 2000])
-def test_topk_of_one_long_row(small, monkeypatch, burst):
+def test_topk_of_one_long_row(small, burst):
     """Many short lists for one row; the best keys in one place make a list longer than the tile that serves even ones."""
-    monkeypatch.setattr(SETTINGS, "workers", 132)
     x = torch.randn(1, 12000, device=DEVICE)
     x[0, 5000 : 5000 + burst] += 10
-    got, pool = launch_select.topk_rows(x, 20, pool=50)
+    with ops.tuned(index={"workers": 132}):
+        got, pool = launch_select.topk_rows(x, 20, pool=50)
     for a, n in ((got, 20), (pool, 50)):
         assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
 
@@ -162,7 +157,8 @@ def test_refusals():
 def test_rescue_in_pools(wide):
     """Flagged rows are redone inside their pools, the others left alone."""
     q, k, w, scale = inputs(1, 5, 200, 4, 16, torch.float16)
-    candidates = ops.index_topk(*inputs(1, 5, 200, 4, 16, torch.float16), 90, 195, backend="torch")
+    made = ops.index_topk(*inputs(1, 5, 200, 4, 16, torch.float16), 90, 195, backend="torch")
+    candidates = made.ids
     candidates[0, 2, 40:] = -1
     flag = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32, device=DEVICE)
     out, pool = (
@@ -170,9 +166,10 @@ def test_rescue_in_pools(wide):
     )
     launch_index._rescue(launch_scores.Inputs(q, k, w, scale, 180), flag, candidates[0], out, pool)
     want = ops.index_topk(q, k, w, scale, 8, 180, candidates, pool=wide, backend="torch")
-    for a, b in zip((out, pool), want, strict=True) if wide else [(out, want)]:
-        assert torch.equal(a[flag > 0], b[0, flag > 0])
-        assert (a[flag == 0] == -7).all()
+    for a, b in ((out, want.ids), (pool, want.pool)):
+        if a is not None:
+            assert torch.equal(a[flag > 0], b[0, flag > 0])
+            assert (a[flag == 0] == -7).all()
 
 
 @pytest.mark.gpu
@@ -185,7 +182,10 @@ def test_large(dtype, queries, keys):
     q, k, w, scale = inputs(1, queries, keys, 32, 128, dtype)
     check(q, k, w, scale, 2048, keys - queries, pool=16384)
     assert torch.equal(
-        *[ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton") for _ in range(2)]
+        *[
+            ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton").ids
+            for _ in range(2)
+        ]
     )
 
 
@@ -204,7 +204,7 @@ def test_indexers_of_256_dims(queries):
         0,
         pool=2048,
         backend="torch",
-    )[1]
+    ).pool
     check(q, k, w, None, 256, 0, found)
 
 
@@ -213,9 +213,13 @@ def test_indexers_of_256_dims(queries):
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("queries", [33, 257])
-def test_heads_and_pools(heads, queries, grouped, monkeypatch):
+def test_heads_and_pools(heads, queries, grouped):
     """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
-    monkeypatch.setattr(SETTINGS, "grouped_pools", grouped)
+    with ops.tuned(index={"grouped_pools": grouped}):
+        check_heads_and_pools(heads, queries, grouped)
+
+
+def check_heads_and_pools(heads, queries, grouped):
     dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
     q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
     if launch_scores._gluon(q, k) and heads in (16, 32, 64):
@@ -223,18 +227,19 @@ def test_heads_and_pools(heads, queries, grouped, monkeypatch):
     check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
     pool = ops.index_topk(
         *inputs(2, queries, 9300, heads, 128, dtype), 700, offset, backend="torch"
-    )
+    ).ids
     pool[:, 5, 300:] = pool[0, 7] = -1
     k[1, 9280:] = torch.nan
     check(q, k, w, scale, 200, offset, pool, pool=450)
     check(q, k, w, scale, 200, torch.tensor([8000, 100], device=DEVICE), pool)
-    plan = ops.group_queries(pool, ops.pool_group(q, k)) if ops.pool_group(q, k) > 1 else None
-    given = ops.index_topk(q, k, w, scale, 200, offset, pool, plan=plan, backend="triton")
-    assert torch.equal(given, ops.index_topk(q, k, w, scale, 200, offset, pool, backend="triton"))
+    group = ops.pool_group(q, k)
+    groups = ops.group_queries(pool, group) if group > 1 else None
+    arguments = q, k, w, scale, 200, offset, pool
+    grouped_before = ops.index_topk(*arguments, groups=groups, backend="triton")
+    assert torch.equal(grouped_before.ids, ops.index_topk(*arguments, backend="triton").ids)
     for stride in (4, 32):  # thresholds from a sample; from one so small that everything overflows
-        monkeypatch.setattr(SETTINGS, "listed", 512)
-        monkeypatch.setattr(SETTINGS, "stride", stride)
-        check(q, k, w, scale, 200, offset, pool)
+        with ops.tuned(index={"listed": 512, "stride": stride}):
+            check(q, k, w, scale, 200, offset, pool)
 
 
 def hard_rows(keys, topk):
@@ -282,11 +287,19 @@ def hard_rows(keys, topk):
 @pytest.mark.parametrize("deviations", [5.0, -1.0])
 def test_select_grid(keys, topk, deviations, monkeypatch):
     """Rows of floats. The interpreter runs one program after another, so there a row has one."""
-    monkeypatch.setattr(SETTINGS, "deviations", deviations)
     work, zeros = [], torch.zeros
     monkeypatch.setattr(
         torch, "zeros", lambda *shape, **options: work.append(zeros(*shape, **options)) or work[-1]
     )
+    with ops.tuned(index={"deviations": deviations}):
+        rounds = select_hard_rows(keys, topk, work)
+    if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
+        assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
+        assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
+
+
+def select_hard_rows(keys, topk, work):
+    """Check each row's selection; return the rounds that each took."""
     rounds = {}
     for name, row in hard_rows(keys, topk).items():
         got = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
@@ -306,18 +319,15 @@ def test_select_grid(keys, topk, deviations, monkeypatch):
             2048 if GPU else launch_select.power(keys, 16),
         )
         assert torch.equal(got, torch.where(want < 0, -1, 3 * want + 1)), name
-    if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
-        assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
-        assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
+    return rounds
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="programs that wait for each other need a GPU")
 @pytest.mark.parametrize("keys", [8193, 200_000])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_select_grid_of_many(rows, keys, monkeypatch):
+def test_select_grid_of_many(rows, keys):
     """A row or a few by many programs: hard rows, and decoding steps of unequal lengths."""
-    monkeypatch.setattr(SETTINGS, "grid", True)
     assert launch_select.grid_segment(rows, keys, torch.device(DEVICE))
     lengths = torch.tensor(
         [keys, keys // 2, 0, 9, keys // 40, keys - 1, 4096, keys], device=DEVICE
@@ -363,4 +373,4 @@ def test_addresses_past_2_31():
         keys - 1,
         backend="triton",
     )
-    assert got[0, 0].tolist() == hot.tolist()
+    assert got.ids[0, 0].tolist() == hot.tolist()

@@ -1,4 +1,4 @@
-"""The fused warm-up against the streamed one: in Triton's interpreter at small shapes, on a GPU at large ones."""
+"""The kernels of `ops.index_kl` against the definition: small in Triton's interpreter, large on a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if not GPU:
     )
 pytest.importorskip("triton", reason="triton is not installed")
 
-from indexcache.distilling import loss as loss_module  # noqa: E402
-from indexcache.distilling.loss import Teacher, distill_loss  # noqa: E402
-from indexcache.ops import index_kl_host as fused  # noqa: E402
+from indexcache import ops  # noqa: E402
+from indexcache.distilling.loss import distill_loss  # noqa: E402
+from indexcache.ops import AttentionTarget, kl, tuning  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -35,28 +35,31 @@ def case(
         some(length, index_heads, by=0.3).float(),
     )
     if absorbed:
-        teachers = [
-            Teacher(some(length, heads, 10), some(length, 9), some(heads, 6, 5, by=0.4), 0.5)
+        targets = [
+            AttentionTarget(
+                some(length, heads, 10), some(length, 9), some(heads, 6, 5, by=0.4), 0.5
+            )
             for _ in range(layers)
         ]
     else:
-        teachers = [
-            Teacher(some(length, heads, 20), some(length, 20), None, 0.2) for _ in range(layers)
+        targets = [
+            AttentionTarget(some(length, heads, 20), some(length, 20), None, 0.2)
+            for _ in range(layers)
         ]
-    return q, k, w, teachers
+    return q, k, w, targets
 
 
-def both(q, k, w, teachers, kind, weights=None, rows=None, monkeypatch=None):
-    """(loss, gradients) of the streamed and of the fused way."""
-    found = []
-    for way in ("torch", "triton"):
-        monkeypatch.setattr(loss_module, "BACKEND", way)
+def both(q, k, w, targets, kind, weights=None, rows=None):
+    """(loss, gradients) of the definition and of the kernels."""
+    results = []
+    for backend in ("torch", "triton"):
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
-        loss = distill_loss(
-            *leaves, teachers, weights, kind=kind, block_bytes=rows and 8 * len(q) * rows
-        )
-        found.append((loss.detach(), torch.autograd.grad(loss, leaves)))
-    return found
+        with ops.tuned(backend=backend):
+            loss = distill_loss(
+                *leaves, targets, weights, kind=kind, block_bytes=rows and 8 * len(q) * rows
+            )
+        results.append((loss.detach(), torch.autograd.grad(loss, leaves)))
+    return results
 
 
 def relative(got, want):
@@ -65,17 +68,16 @@ def relative(got, want):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in vars(fused.SETTINGS).copy().items():
-        if isinstance(value, fused.Tile):
-            monkeypatch.setattr(
-                fused.SETTINGS, name, fused.Tile(value.queries // 4, value.keys // 2)
-            )
-    monkeypatch.setattr(fused.SETTINGS, "part", 16)
-    monkeypatch.setattr(fused.SETTINGS, "rows", 64)
+    """Small tiles; memory that nobody wrote is NaN."""
+    changes = {
+        name: tuning.Tile(value.queries // 4, value.keys // 2)
+        for name, value in vars(tuning.current().kl).items()
+        if isinstance(value, tuning.Tile)
+    }
     empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan)
-    )  # nothing unwritten is read
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    with ops.tuned(kl=changes | {"slice": 16, "rows": 64}):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["multi", "avg"])
@@ -83,9 +85,9 @@ def small(monkeypatch):
     ("length", "layers", "absorbed"),
     [(1, 1, True), (15, 2, False), (33, 1, True), (97, 3, True), (100, 2, False)],
 )
-def test_small(small, monkeypatch, length, layers, absorbed, kind):
-    q, k, w, teachers = case(length, layers, absorbed=absorbed)
-    (loss, want), (got_loss, got) = both(q, k, w, teachers, kind, monkeypatch=monkeypatch)
+def test_small(small, length, layers, absorbed, kind):
+    q, k, w, targets = case(length, layers, absorbed=absorbed)
+    (loss, want), (got_loss, got) = both(q, k, w, targets, kind)
     assert relative(got_loss, loss) < 1e-5 or length == 1
     assert abs(float(got_loss - loss)) < 1e-5 * max(length, 1)
     for a, b in zip(got, want, strict=True):
@@ -96,101 +98,94 @@ def test_small(small, monkeypatch, length, layers, absorbed, kind):
 @pytest.mark.parametrize(
     ("queries", "keys"), [((64, 32), (32, 64)), ((64, 32), (64, 64)), ((32, 64), (64, 32))]
 )
-def test_tiles_of_gradients_that_are_not_square(small, monkeypatch, queries, keys):
+def test_tiles_of_gradients_that_are_not_square(small, queries, keys):
     """Several chunks, the last of them not whole, in half precision, where tiles keep their sizes."""
-    for name, value in {"queries": queries, "keys": keys, "keys_wide": keys}.items():
-        monkeypatch.setattr(fused.SETTINGS, name, fused.Tile(*value))
-    q, k, w, teachers = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)
+    by_keys = tuning.Tile(*keys)
+    tiles = {"queries": tuning.Tile(*queries), "keys": by_keys, "keys_wide": by_keys}
+    q, k, w, targets = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)
     for rows in (64, 128):
-        monkeypatch.setattr(fused.SETTINGS, "rows", rows)
-        (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
+        with ops.tuned(kl=tiles | {"rows": rows}):
+            (loss, want), (got_loss, got) = both(q, k, w, targets, "multi")
         limit = 2e-2 if GPU else 3e-3
         assert relative(got_loss, loss) < limit
         assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
 
 
-def test_weights_of_layers_and_blocks_of_rows(small, monkeypatch):
-    q, k, w, teachers = case(70, 2, dim=24)
-    for rows, programs in (
-        (33, 264),
-        (64, 264),
-        (64, 5),
-    ):  # chunks of 32 and 64; the heads of a block of keys apart, and in parts
-        monkeypatch.setattr(fused.SETTINGS, "programs", programs)
-        (loss, want), (got_loss, got) = both(
-            q, k, w, teachers, "multi", [0.3, 0.7], rows, monkeypatch
-        )
+def test_weights_of_layers_and_blocks_of_rows(small):
+    q, k, w, targets = case(70, 2, dim=24)
+    # Chunks are 32 and 64 rows; programs share the heads of a block of keys, or take several each.
+    for rows, programs in ((33, 264), (64, 264), (64, 5)):
+        with ops.tuned(kl={"programs": programs}):
+            (loss, want), (got_loss, got) = both(q, k, w, targets, "multi", [0.3, 0.7], rows)
         assert relative(got_loss, loss) < 1e-5
         assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
 
 
-def test_inputs_in_any_order_of_dimensions(small, monkeypatch):
-    q, k, w, teachers = case(40, 1)
+def test_inputs_in_any_order_of_dimensions(small):
+    q, k, w, targets = case(40, 1)
     (_, want), (_, got) = both(
         q.transpose(0, 1).contiguous().transpose(0, 1),
         k.T.contiguous().T,
         w.T.contiguous().T,
-        teachers,
+        targets,
         "multi",
-        monkeypatch=monkeypatch,
     )
     assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
 
 
-def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
-    q, k, w, teachers = case(8, 1, dim=512)
-    monkeypatch.setattr(loss_module, "BACKEND", "triton")
-    with pytest.raises(ValueError, match="512 numbers"):
-        distill_loss(q, k, w, teachers)
+def test_what_the_kernels_do_not_know_is_refused():
+    q, k, w, targets = case(8, 1, dim=512)
+    with ops.tuned(backend="triton"), pytest.raises(ValueError, match="512 numbers"):
+        distill_loss(q, k, w, targets)
+    ids = torch.zeros(8, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="not a selection"):
+        ops.index_kl(q, k, w, targets, [1.0], ids_SK=ids, backend="triton")
 
 
-def test_the_loss_alone(small, monkeypatch):
-    q, k, w, teachers = case(40, 1)
-    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+def test_the_loss_alone(small):
+    q, k, w, targets = case(40, 1)
     with torch.no_grad():
-        fused_loss = distill_loss(q, k, w, teachers)
-        monkeypatch.setattr(loss_module, "BACKEND", "torch")
-        assert relative(fused_loss, distill_loss(q, k, w, teachers)) < 1e-5
+        with ops.tuned(backend="triton"):
+            of_kernels = distill_loss(q, k, w, targets)
+        assert relative(of_kernels, distill_loss(q, k, w, targets)) < 1e-5
 
 
-def test_half_precision(small, monkeypatch):
-    """No further from fp32 on the same numbers than the streamed way, but for a tenth."""
-    q, k, w, teachers = case(
+def test_half_precision(small):
+    """No further from fp32 on the same numbers than the definition, but for a tenth."""
+    q, k, w, targets = case(
         64, 2, dtype=torch.bfloat16 if GPU else torch.float16
     )  # the interpreter multiplies no bf16
     exact = both(
         *(x.float() for x in (q, k, w)),
-        [Teacher(t[0].float(), t[1].float(), t[2].float(), t[3]) for t in teachers],
+        [AttentionTarget(t[0].float(), t[1].float(), t[2].float(), t[3]) for t in targets],
         "multi",
-        monkeypatch=monkeypatch,
     )[0][1]
-    (_, streamed), (_, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
-    for a, b, c in zip(got, streamed, exact, strict=True):
+    (_, defined), (_, got) = both(q, k, w, targets, "multi")
+    for a, b, c in zip(got, defined, exact, strict=True):
         assert relative(a, c) < 1.1 * relative(b, c) + 1e-3
 
 
-def with_sums(teacher):
-    """The teacher with the log-sum-exp of its logits, as an attention kernel would give it."""
+def with_sums(target):
+    """The target with the log-sum-exp of its logits, as an attention kernel would give it."""
     logits = (
-        torch.einsum("she,te->hst", teacher.queries(slice(None)), teacher.latent_TE).float()
-        * teacher.scale
+        torch.einsum("she,te->hst", target.queries(slice(None)), target.latent_TE).float()
+        * target.scale
     )
     hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu_(1)
-    return teacher._replace(lse_SH=logits.masked_fill(hidden, -torch.inf).logsumexp(-1).T)
+    return target._replace(lse_SH=logits.masked_fill(hidden, -torch.inf).logsumexp(-1).T)
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
 def test_sums_that_are_known_are_not_computed_again(small, monkeypatch, absorbed):
-    q, k, w, teachers = case(97, 2, absorbed=absorbed)
-    (loss, want), _ = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
-    monkeypatch.setattr(fused.distill, "normalise", None)
-    monkeypatch.setattr(loss_module, "BACKEND", "triton")
+    q, k, w, targets = case(97, 2, absorbed=absorbed)
+    (loss, want), _ = both(q, k, w, targets, "multi")
+    monkeypatch.setattr(kl, "normalise", None)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
-    found = distill_loss(*leaves, [with_sums(t) for t in teachers])
-    assert relative(found.detach(), loss) < 1e-5
-    assert all(
-        relative(a, b) < 2e-5 for a, b in zip(torch.autograd.grad(found, leaves), want, strict=True)
-    )
+    with ops.tuned(backend="triton"):
+        got_loss = distill_loss(*leaves, [with_sums(t) for t in targets])
+    assert relative(got_loss.detach(), loss) < 1e-5
+    got = torch.autograd.grad(got_loss, leaves)
+    assert all(relative(a, b) < 2e-5 for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.gpu
@@ -220,8 +215,8 @@ def test_flash_attention_gives_the_sums(width):
     ("length", "absorbed"), [(63, True), (257, False), (2049, True), (8193, False)]
 )
 @pytest.mark.parametrize("wide", [False, True])
-def test_large(length, absorbed, wide, dtype, monkeypatch):
-    q, k, w, teachers = case(
+def test_large(length, absorbed, wide, dtype):
+    q, k, w, targets = case(
         length, 2, heads=9, index_heads=9, dim=256, absorbed=absorbed, dtype=dtype
     )
     if wide:  # the rows of SmolLM2: 64 + 192
@@ -230,9 +225,9 @@ def test_large(length, absorbed, wide, dtype, monkeypatch):
             torch.randn(*s, generator=g, device=DEVICE, dtype=dtype)
             for s in ((length, 9, 256), (length, 256 + 192), (9, 64, 256))
         )
-        teachers = [Teacher(x, y, z * 0.1, 0.1), Teacher(x, y[:, :256], None, 0.1)]
-    (loss, want), (got_loss, got) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)
-    (_, again) = both(q, k, w, teachers, "multi", monkeypatch=monkeypatch)[1]
+        targets = [AttentionTarget(x, y, z * 0.1, 0.1), AttentionTarget(x, y[:, :256], None, 0.1)]
+    (loss, want), (got_loss, got) = both(q, k, w, targets, "multi")
+    (_, again) = both(q, k, w, targets, "multi")[1]
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     assert relative(got_loss, loss) < limit
     assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))

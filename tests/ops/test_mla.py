@@ -1,4 +1,4 @@
-"""Sparse MLA, the group plan and quantisation: kernels against the definition, in the interpreter or on a GPU."""
+"""Sparse MLA, query groups and quantisation: kernels against the definition, in the interpreter or on a GPU."""
 
 import os
 
@@ -13,9 +13,8 @@ if not GPU:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
-from indexcache.ops import groups_host as launch_plan  # noqa: E402
-from indexcache.ops import reference  # noqa: E402
-from indexcache.ops.mla import host as launch_mla  # noqa: E402
+from indexcache.ops import groups as group_kernels  # noqa: E402
+from indexcache.ops.mla import host  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
@@ -44,11 +43,11 @@ def relative(got, want):
     ("queries", "k", "group"), [(1, 1, 3), (63, 16, 3), (25, 33, 4), (10, 8, 8), (7, 5, 1)]
 )
 @pytest.mark.parametrize("words", [None, 1, 2])
-def test_plan(queries, k, group, words, monkeypatch):
+def test_groups(queries, k, group, words, monkeypatch):
     """words: of a window of bitmaps; None: binary searches."""
     if words:
         for name, value in {"LONG": 1, "WORDS": words, "BLOCK": 64}.items():
-            monkeypatch.setattr(launch_plan, name, value)
+            monkeypatch.setattr(group_kernels, name, value)
     ids = random_ids(2, queries, 40, k, empty=(0,))
     got, want = (
         ops.group_queries(ids, group, backend="triton"),
@@ -65,7 +64,7 @@ def test_plan(queries, k, group, words, monkeypatch):
     ("k", "group"),
     [(512, 4), (2048, 3), (2048, 8), (1024, 1), (3000, 2), (4095, 5), (4096, 3), (16384, 4)],
 )
-def test_plan_large(k, group):
+def test_groups_large(k, group):
     """Powers of two from 512 search in assembly."""
     ids = random_ids(2, 31, 20000, k, empty=(0, 7))
     for a, b in zip(
@@ -75,17 +74,15 @@ def test_plan_large(k, group):
 
 
 @pytest.mark.parametrize("heads", [8, 20, 64])
-@pytest.mark.parametrize("planned", [False, True])
-def test_forward(heads, planned, monkeypatch):
-    monkeypatch.setattr(
-        launch_mla.SETTINGS, "programs", 1 if planned else 64
-    )  # 64: the ids are split over programs
-    monkeypatch.setattr(launch_mla.SETTINGS, "keys", 16)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_forward(heads, grouped):
     q = torch.randn(2, 9, heads, 48, device=DEVICE).to(HALF)
     latent = torch.randn(2, 63, 48, device=DEVICE).to(HALF)
     ids = random_ids(2, 9, 60, 40, empty=(0, 4))
     latent[:, 60:] = torch.nan  # not selected
-    got, lse = ops.sparse_mla(q, latent, ids, 0.2, value_dim=32, backend="triton")
+    # with 64 programs the ids are split over them
+    with ops.tuned(mla={"programs": 1 if grouped else 64, "keys": 16}):
+        got, lse = ops.sparse_mla(q, latent, ids, 0.2, value_dim=32, backend="triton")
     want, want_lse = ops.sparse_mla(
         q.float(), latent.float(), ids, 0.2, value_dim=32, backend="torch"
     )
@@ -123,25 +120,9 @@ def test_forward_small(queries, k, keys, rotary):
     assert relative(got, want) < 1e-2
 
 
-@pytest.mark.parametrize("planned", [False, True])
-def test_forward_fp8(planned, monkeypatch):
-    monkeypatch.setattr(launch_mla.SETTINGS, "programs", 1 if planned else 64)
-    q = torch.randn(1, 7, 4, 256 + 16, device=DEVICE).to(HALF)
-    latent = ops.quantize_latent(torch.randn(1, 63, 256 + 16, device=DEVICE).to(HALF), 256)
-    ids = random_ids(1, 7, 63, 20)
-    got, _ = ops.sparse_mla(q, latent, ids, 0.05, value_dim=256, backend="triton")
-    want, _ = ops.sparse_mla(q.float(), latent, ids, 0.05, value_dim=256, backend="torch")
-    assert relative(got, want) < 1e-2
-    with pytest.raises(ValueError, match="no backward"):
-        ops.sparse_mla(
-            q.clone().requires_grad_(), latent, ids, 0.05, value_dim=256, backend="triton"
-        )
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [3, 20])
-def test_backward(heads, deterministic, monkeypatch):
-    monkeypatch.setattr(launch_mla.SETTINGS, "backward_keys", 16)
+def test_backward(heads, deterministic):
     ids = random_ids(2, 7, 30, 12, empty=(0, 5))
     q, latent = (
         torch.randn(2, 7, heads, 48, device=DEVICE).to(HALF),
@@ -151,10 +132,10 @@ def test_backward(heads, deterministic, monkeypatch):
     grads = []
     for backend, dtype in (("triton", HALF), ("torch", torch.float32)):
         a, b = (t.detach().clone().to(dtype).requires_grad_() for t in (q, latent))
-        out, _ = ops.sparse_mla(
-            a, b, ids, 0.2, value_dim=32, deterministic=deterministic, backend=backend
-        )
-        (out.float() * weight).sum().backward()
+        options = {"value_dim": 32, "deterministic": deterministic, "backend": backend}
+        with ops.tuned(mla={"backward_keys": 16}):
+            out, _ = ops.sparse_mla(a, b, ids, 0.2, **options)
+            (out.float() * weight).sum().backward()
         grads.append((a.grad, b.grad))
     for got, want in zip(*grads, strict=True):
         assert relative(got, want) < 2e-2
@@ -238,7 +219,6 @@ def test_large(heads, queries):
         )
         < 1e-2
     )
-    assert reference.CHUNK_BYTES
 
 
 @pytest.mark.gpu
@@ -247,12 +227,11 @@ def test_large(heads, queries):
     reason="the Gluon kernel needs a Hopper GPU",
 )
 @pytest.mark.parametrize(
-    ("heads", "planned"), [(20, True), (64, False), (128, False), (20, False), (8, True)]
+    ("heads", "grouped"), [(20, True), (64, False), (128, False), (20, False), (8, True)]
 )
 @pytest.mark.parametrize("queries", [1, 63, 257, 2049])
-def test_hopper(heads, planned, queries, monkeypatch):
+def test_hopper(heads, grouped, queries):
     """The Gluon kernel against the plain one and the definition."""
-    monkeypatch.setattr(launch_mla.SETTINGS, "programs", 1)  # never split
     q, latent = (
         torch.randn(2, n, *rest, device=DEVICE).bfloat16()
         for n, rest in ((queries, (heads, 576)), (2055, (576,)))
@@ -262,12 +241,12 @@ def test_hopper(heads, planned, queries, monkeypatch):
     some = min(64, queries)
     ids = random_ids(2, some, 2048, 777, empty=[s for s in (0, *range(6, 15)) if s < some])
     ids = torch.cat([ids] * -(-queries // 64), dim=1)[:, :queries]
-    ids = ids.contiguous() if planned else ids.flip(-1).contiguous()  # a plan's ids ascend
-    plan = ops.group_queries(ids, launch_mla.best_group(heads)) if planned else None
+    ids = ids.contiguous() if grouped else ids.flip(-1).contiguous()  # ids in groups ascend
+    groups = ops.group_queries(ids, host.best_group(heads)) if grouped else None
     results = []
     for hopper in (True, True, False):
-        monkeypatch.setattr(launch_mla.SETTINGS, "hopper", hopper)
-        results.append(launch_mla.forward(q, latent, ids, 576**-0.5, 512, plan))
+        with ops.tuned(mla={"hopper": hopper, "programs": 1}):  # one program: never split
+            results.append(host.launch_forward(q, latent, ids, 576**-0.5, 512, groups))
     (got, lse), again, (plain, plain_lse) = results
     assert torch.equal(got, again[0])
     assert torch.equal(lse, again[1])

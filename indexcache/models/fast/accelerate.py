@@ -22,7 +22,7 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import (
     CompiledStep,
     Padding,
-    Plans,
+    SharedGroups,
     Wrap,
     attention_forward,
     has_one_choice_of_groups,
@@ -58,7 +58,7 @@ class FastSelector(Selector):
         self.index_dtype = index_dtype
         self.project = wrap(self.family.project)
         self.project_one = wrap_step(self.family.project)
-        self.pools = Plans()  # of the pool that several layers select from
+        self.pools = SharedGroups()  # of the pool that several layers select from
         # The cos of a forward pass, then cos and sin as `_quantiser_rope` returns them.
         self._rope: tuple[Tensor, Tensor, Tensor] | None = None
         # given out in the place of what a prefill selects and publishes, for timing: ids int32 [T, k], and `rows(start, end)` of pools
@@ -86,15 +86,15 @@ class FastSelector(Selector):
         parts = []
         for rows, left in padding.groups(x.shape[0]):
             inner = None if candidates is None else _shift(candidates[rows], -left)
-            plan = None
+            groups = None
             if candidates is not None and left == 0 and rows == slice(0, len(candidates)):
-                plan = self.pools.of(candidates, ops.pool_group(q, k))
+                groups = self.pools.of(candidates, ops.pool_group(q, k))
             offset = (
                 k.shape[1] - x.shape[1] - left if decoding is None else decoding
             )  # which has no padding
             scales = None if scale is None else scale[rows, left:]
             with timed("index_topk"):
-                found = ops.index_topk(
+                selection = ops.index_topk(
                     q[rows],
                     k[rows, left:],
                     w[rows],
@@ -103,11 +103,11 @@ class FastSelector(Selector):
                     offset,
                     inner,
                     pool=pool,
-                    plan=plan,
+                    groups=groups,
                 )
-            parts.append(
-                [_shift(ids, left) for ids in (found if isinstance(found, tuple) else (found,))]
-            )
+            found = [selection.ids] if selection.pool is None else [selection.ids, selection.pool]
+            del selection
+            parts.append([_shift(ids, left) for ids in found])
             start, end = k.shape[1] - x.shape[1], k.shape[1]
             if self.stand_in is not None and decoding is None:
                 parts[-1][0] = self.stand_in[None, start:end].expand(len(parts[-1][0]), -1, -1)
@@ -264,15 +264,15 @@ def accelerate(model: nn.Module, *, index_dtype: str = "auto", compile: bool = F
             stacklevel=2,
         )
     selector = FastSelector(model, index_dtype, wrap, wrap_step() if compile else wrap)
-    plans = Plans()
+    shared = SharedGroups()
     state = state_of(model)
     fast = FastModel(model)
     try:
-        fast.patches.replace(model.model, _model_forward(model, plans, selector))  # type: ignore[arg-type]
+        fast.patches.replace(model.model, _model_forward(model, shared, selector))  # type: ignore[arg-type]
         for i, (layer, indexer) in enumerate(zip(layers, indexers(model), strict=True)):
             fast.patches.replace(
                 layer.self_attn,  # type: ignore[arg-type]
-                attention_forward(layer.self_attn, family.native_sharing, projection, plans),
+                attention_forward(layer.self_attn, family.native_sharing, projection, shared),
             )
             fast.patches.replace(layer.mlp, _timed("mlp", wrap(layer.mlp.forward)))  # type: ignore[arg-type, union-attr]
             if indexer is not None:
@@ -309,7 +309,7 @@ def _timed(name: str, forward: Any):
     return forward_timed
 
 
-def _model_forward(model: Any, plans: Plans, selector: FastSelector):
+def _model_forward(model: Any, shared: SharedGroups, selector: FastSelector):
     """The decoder's forward with a `Padding` in the place of the dense causal mask."""
     stock, names = model.model.forward, set(model.config.layer_types) | {"indexed_attention"}
 
@@ -343,7 +343,7 @@ def _model_forward(model: Any, plans: Plans, selector: FastSelector):
                 input_ids, dict.fromkeys(names, padding), position_ids, cache, *args, **kwargs
             )
         finally:
-            plans.clear()
+            shared.clear()
             selector.clear()
 
     return forward

@@ -45,35 +45,27 @@ class Padding:
         ]
 
 
-class Plans:
-    """What neighbouring queries read together (`ops.group_queries`), made once for each selection: a shared layer gets the very
-    ids of its source, and with them the plan."""
+class SharedGroups:
+    """What neighbouring queries read together (`ops.group_queries`), computed once per selection.
+
+    A shared layer gets the very ids of its source, and with them the groups.
+    """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
-        self.plan: ops.Plan | None = None
+        self.groups: ops.QueryGroups | None = None
 
-    def of(self, ids: Tensor, group: int) -> ops.Plan | None:
-        """The plan for these ids in groups of `group` queries; None for groups of one."""
+    def of(self, ids: Tensor, group: int) -> ops.QueryGroups | None:
+        """Return the groups of `group` queries for these ids; None for groups of one."""
         if self.ids is not ids:
-            self.ids, self.plan = ids, None
+            self.ids, self.groups = ids, None
             if group > 1:
                 with timed("plan"):
-                    self.plan = ops.group_queries(ids, group)
-        return self.plan
+                    self.groups = ops.group_queries(ids, group)
+        return self.groups
 
     def clear(self) -> None:
-        self.ids = self.plan = None
-
-
-def group_size(ids: Tensor, heads: int) -> int:
-    """Queries that the attention kernel takes together: 1 on a CPU, in decoding, and with many heads."""
-    if ids.device.type != "cuda" or torch.cuda.get_device_capability(ids.device) < (9, 0):
-        return 1
-    from indexcache.ops.mla import host as launch_mla
-
-    group, (batch, queries, _) = launch_mla.best_group(heads), ids.shape
-    return group if queries >= group and batch * queries >= launch_mla.SETTINGS.programs else 1
+        self.ids = self.groups = None
 
 
 def has_one_choice_of_groups(module: Any) -> bool:
@@ -102,7 +94,7 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, weights * router.routed_scaling_factor, indices
 
 
-def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans: Plans):
+def attention_forward(attention: Any, returns_ids: bool, projection: Any, shared: SharedGroups):
     """MLA in MQA form: queries absorb kv_b_proj's key part, attention runs over latents, its value part comes after."""
     a = attention
 
@@ -133,7 +125,7 @@ def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans:
             cache,
             prev_topk_indices,
         )
-        plan = plans.of(ids, group_size(ids, a.num_heads))
+        groups = shared.of(ids, ops.query_group(ids, a.num_heads))
         with timed("linears"):
             w_k, w_v = head_weights(a)
             absorbed = q_nope.new_empty(batch, queries, a.num_heads, latents.shape[-1])
@@ -142,7 +134,7 @@ def attention_forward(attention: Any, returns_ids: bool, projection: Any, plans:
             del q_nope, q_rot
         with timed("attention"):
             out, _lse = ops.sparse_mla(
-                absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, plan=plan
+                absorbed, latents, ids, a.scaling, value_dim=a.kv_lora_rank, groups=groups
             )
             del absorbed
         with timed("linears"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from indexcache.ops.groups_host import group_queries
+from indexcache.ops.groups import group_queries
 from indexcache.ops.index import scores
 from indexcache.ops.index import topk as select
 from indexcache.ops.index.scores_host import (
@@ -19,8 +19,8 @@ from indexcache.ops.index.scores_host import (
     tiles_in_gluon,
 )
 from indexcache.ops.index.topk_host import Lists, Sampling, grid_work, outputs, topk_rows, warps
-from indexcache.ops.reference import FP8, Plan
-from indexcache.ops.tuning import SETTINGS, power, segments
+from indexcache.ops.reference import FP8, QueryGroups, Selection
+from indexcache.ops.tuning import current, power, segments
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 
@@ -42,7 +42,9 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
     """One chunk of one batch entry, fused: no row of scores is stored, but the sample's."""
     rows, topk, device = x.queries, out.shape[-1], x.q.device
     sampling = Sampling.of(x.keys, topk if pool is None else max(topk, pool.shape[-1]))
-    count, segment = segments(query_blocks(x), x.keys, 2 * SETTINGS.workers, 8 * SETTINGS.keys)
+    count, segment = segments(
+        query_blocks(x), x.keys, 2 * current().index.workers, 8 * current().index.keys
+    )
     lists = Lists(rows, count, segment, sampling.listed, device)
     if x.keys > sampling.listed:
         sampled = torch.empty(
@@ -77,7 +79,7 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
 def _rescue(x: Inputs, flag: Tensor, ids: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
     """Redoes the flagged rows of one batch entry, of all keys or inside pools (ids [S, columns])."""
     rows, columns = x.queries, x.keys if ids is None else ids.shape[1]
-    workers = min(SETTINGS.workers, rows)
+    workers = min(current().index.workers, rows)
     work = torch.empty(workers, columns, dtype=torch.int32, device=x.q.device)
     scores.rescue_fused[(workers,)](
         x.q,
@@ -122,8 +124,8 @@ def index_topk(
     candidates: Tensor | None,
     *,
     pool: int,
-    plan: Plan | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    groups: QueryGroups | None,
+) -> Selection:
     batch, queries = q.shape[:2]
     out, wide = outputs(batch * queries, topk, pool, q.device)
     x = Inputs(q, k, w, k_scale, offset)
@@ -133,28 +135,31 @@ def index_topk(
         if wide is not None:
             wide.fill_(-1)
     elif candidates is not None and pool_group(x.q, x.k) > 1:
-        _pools(x, candidates.int(), plan, out, wide)
-    elif candidates is not None or queries < SETTINGS.rows_below:
+        _pools(x, candidates.int(), groups, out, wide)
+    elif candidates is not None or queries < current().index.rows_below:
         _rows(x, candidates, out, wide)
     else:
         listed = Sampling.of(x.keys, max(topk, pool)).listed
         # lists take their capacity for each row and segment, at 200K keys 0.5 GB (1.1 with a pool); of the plain kernel, whose tiles are
         # larger and segments therefore more, 2.1 GB: with rows for its 8,192, a pool of 16,384 would take 4.3
-        rows = SETTINGS.chunk if tiles_in_gluon(x) else SETTINGS.chunk // 2
-        chunk = max(rows * SETTINGS.listed // listed // SETTINGS.queries, 1) * SETTINGS.queries
+        rows = current().index.chunk if tiles_in_gluon(x) else current().index.chunk // 2
+        chunk = (
+            max(rows * current().index.listed // listed // current().index.queries, 1)
+            * current().index.queries
+        )
         for b in range(batch):
             for start in range(0, queries, chunk):
                 end = min(start + chunk, queries)
                 part = slice(b * queries + start, b * queries + end)
                 _prefill(x.chunk(b, start, end), out[part], None if wide is None else wide[part])
     out = out.view(batch, queries, topk)
-    return out if wide is None else (out, wide.view(batch, queries, pool))
+    return Selection(out, None if wide is None else wide.view(batch, queries, pool))
 
 
 def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
     """Few queries, or pools: rows of keys, then the selection over them."""
     columns = x.keys if candidates is None else candidates.shape[-1]
-    chunk = max(SETTINGS.workspace // (4 * columns), 1)
+    chunk = max(current().index.workspace // (4 * columns), 1)
     topk, wide = out.shape[-1], 0 if pool is None else pool.shape[-1]
     step = x.queries if chunk >= x.batch * x.queries else min(chunk, x.queries)
     entries = [None] if step == x.queries else list(range(x.batch))
@@ -188,27 +193,33 @@ def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None
 
 
 def _pools(
-    x: Inputs, candidates: Tensor, plan: Plan | None, out: Tensor, pool: Tensor | None
+    x: Inputs, candidates: Tensor, groups: QueryGroups | None, out: Tensor, pool: Tensor | None
 ) -> None:
     """Neighbouring queries score the union of their pools together, each with a list of its own; a sample sets the thresholds."""
     group, columns, candidates = pool_group(x.q, x.k), candidates.shape[-1], candidates.contiguous()
-    if plan is None or plan.group != group:
-        plan = group_queries(candidates, group)
+    if groups is None or groups.group != group:
+        groups = group_queries(candidates, group)
     sampling = Sampling.of(columns, max(out.shape[-1], 0 if pool is None else pool.shape[-1]))
     # odd, so that pools that take turns in the union are all met; finer and safer than for all keys: redoing one row delays a chunk
     stride, wanted = max(sampling.stride // 2 - 1, 1), 17 * sampling.wanted // 8
     width = power(5 * columns // (4 * stride))
-    step = max(SETTINGS.workspace // (8 * min(power(columns), sampling.listed)) // group, 1) * group
+    step = (
+        max(current().index.workspace // (8 * min(power(columns), sampling.listed)) // group, 1)
+        * group
+    )
     for b in range(x.batch):
         for start in range(0, x.queries, step):
             end = min(start + step, x.queries)
-            groups, at = (
+            taken, at = (
                 slice(start // group, -(-end // group)),
                 slice(b * x.queries + start, b * x.queries + end),
             )
             part, rows = x.chunk(b, start, end), end - start
-            some = Plan(
-                plan.union_BGU[b, groups], plan.mask_BGU[b, groups], plan.count_BG[b, groups], group
+            some = QueryGroups(
+                groups.union_BGU[b, taken],
+                groups.mask_BGU[b, taken],
+                groups.count_BG[b, taken],
+                group,
             )
             lists = Lists(rows, 1, columns, sampling.listed, out.device)
             if columns > sampling.listed:

@@ -9,8 +9,8 @@ from torch import Tensor
 from indexcache.ops import tuning as settings
 from indexcache.ops.index import scores
 from indexcache.ops.index.topk_host import Lists
-from indexcache.ops.reference import FP8, Plan
-from indexcache.ops.tuning import SETTINGS, power, segments
+from indexcache.ops.reference import FP8, QueryGroups
+from indexcache.ops.tuning import current, power, segments
 
 
 class Inputs:
@@ -49,7 +49,7 @@ def _gluon(q: Tensor, k: Tensor) -> bool:
     heads, dim = q.shape[2:]
     fits = q.dtype == FP8 and dim in (64, 128) and heads in (8, 16, 32, 64, 128)
     aligned = k.data_ptr() % 16 == 0 and k.stride(0) % 16 == 0 and k.stride(1) % 16 == 0
-    return SETTINGS.hopper and fits and aligned and settings.gluon_runs(q.device)
+    return current().index.hopper and fits and aligned and settings.gluon_runs(q.device)
 
 
 def tiles_in_gluon(x: Inputs) -> bool:
@@ -59,13 +59,17 @@ def tiles_in_gluon(x: Inputs) -> bool:
 
 def query_blocks(x: Inputs) -> int:
     """Programs of `score_tiles` for each segment of the keys."""
-    return triton.cdiv(x.queries, 256 // x.heads if tiles_in_gluon(x) else SETTINGS.queries)
+    return triton.cdiv(x.queries, 256 // x.heads if tiles_in_gluon(x) else current().index.queries)
 
 
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     """How many neighbouring queries `score_pools` takes together; 1: it cannot run, `score_rows` does."""
     queries, heads = q_BSHD.shape[1:3]
-    fits = SETTINGS.grouped_pools and 16 <= heads < 128 and queries >= SETTINGS.rows_below
+    fits = (
+        current().index.grouped_pools
+        and 16 <= heads < 128
+        and queries >= current().index.rows_below
+    )
     fits = (
         fits and k_BTD.shape[1] * k_BTD.stride(1) < 2**33
     )  # words of four bytes are counted in 32 bits
@@ -79,7 +83,7 @@ def score_tiles(
     columns, blocks = -(-x.keys // stride), query_blocks(x)
     if lists is None:
         count, segment = segments(
-            x.batch * blocks, columns, 3 * SETTINGS.workers, 4 * SETTINGS.keys
+            x.batch * blocks, columns, 3 * current().index.workers, 4 * current().index.keys
         )
     else:
         count, segment = lists.segments, lists.segment
@@ -98,14 +102,21 @@ def score_tiles(
     if tiles_in_gluon(x):
         from indexcache.ops.index import scores_hopper
 
-        constants |= {"STAGES": SETTINGS.hopper_stages, "num_warps": 4}
+        constants |= {"STAGES": current().index.hopper_stages, "num_warps": 4}
         if lists is not None:
             places = (*places[:2], lists.as_scores(), *places[3:])
         keys = scores_hopper.describe(x.k[0, ::stride])
         scores_hopper.scores_tiles[(count, blocks)](keys, *inputs, *places, *sizes, **constants)
         return
-    keys = SETTINGS.keys if x.dim <= 128 else SETTINGS.keys // 2  # wider ones spill (896 bytes)
-    constants |= {"BM": SETTINGS.queries, "BN": keys, "STAGES": SETTINGS.stages, "num_warps": 4}
+    keys = (
+        current().index.keys if x.dim <= 128 else current().index.keys // 2
+    )  # wider ones spill (896 bytes)
+    constants |= {
+        "BM": current().index.queries,
+        "BN": keys,
+        "STAGES": current().index.stages,
+        "num_warps": 4,
+    }
     strides = (x.k.stride(0), x.k.stride(1), x.keys)
     scores.scores_tiles[(count, blocks, x.batch)](
         x.q, x.k, *inputs[1:], *places, *strides, *sizes, **constants
@@ -145,22 +156,27 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None 
 
 
 def score_pools(
-    x: Inputs, plan: Plan, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None
+    x: Inputs,
+    groups: QueryGroups,
+    *,
+    stride: int = 1,
+    lists: Lists | None = None,
+    out: Tensor | None = None,
 ) -> None:
     """Launches `scores_hopper.scores_pools`, of one batch entry: into lists of one segment, or every stride-th into rows of keys
-    `out` (int32 [S, columns]). plan: the groups of these queries, of the size of `pool_group`."""
+    `out` (int32 [S, columns]). groups: the groups of these queries, of the size of `pool_group`."""
     from indexcache.ops.index import scores_hopper
 
     unused = x.offset
-    scores_hopper.scores_pools[(plan.count_BG.numel(),)](
+    scores_hopper.scores_pools[(groups.count_BG.numel(),)](
         x.q.view(torch.int32),
         x.k.view(torch.int32),
         x.w,
         x.scale_or_any,
         x.offset,
-        plan.union_BGU,
-        plan.mask_BGU,
-        plan.count_BG,
+        groups.union_BGU,
+        groups.mask_BGU,
+        groups.count_BG,
         unused if lists is None else lists.thr,
         out if lists is None else lists.as_scores(),
         unused if lists is None else lists.id,
@@ -168,7 +184,7 @@ def score_pools(
         x.k.stride(1) // 4,
         x.queries,
         x.keys,
-        plan.union_BGU.shape[-1],
+        groups.union_BGU.shape[-1],
         H=x.heads,
         D=x.dim,
         CAP=lists.cap if lists is not None else 0 if out is None else out.shape[1],

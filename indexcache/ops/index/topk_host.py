@@ -12,7 +12,7 @@ from indexcache.ops import tuning as settings
 from indexcache.ops.index import topk as select
 from indexcache.ops.index import topk_grid as select_grid
 from indexcache.ops.primitives import INTERPRETED
-from indexcache.ops.tuning import SETTINGS, power
+from indexcache.ops.tuning import current, power
 
 REGISTERS = 16384  # longest rows that one program selects from registers
 LISTS = 256  # most lists of a row
@@ -32,10 +32,10 @@ class Sampling:
     @classmethod
     def of(cls, length: int, most: int, sparse: int = 1) -> Sampling:
         """`sparse` times the stride of the settings: rows in memory are read by sectors, and a wider stride reads fewer."""
-        listed = max(SETTINGS.listed, power(2 * most))
-        stride = sparse * max(SETTINGS.stride, power(-(-length // SETTINGS.sample)))
+        listed = max(current().index.listed, power(2 * most))
+        stride = sparse * max(current().index.stride, power(-(-length // current().index.sample)))
         # r samples above the threshold mean r * stride +- sqrt(r) * stride keys: want `most` even on the low side
-        z = SETTINGS.deviations
+        z = current().index.deviations
         root = (z + (z * z + 4 * most / stride) ** 0.5) / 2
         wanted = int(root * root) + 1
         return cls(stride, power(-(-length // stride), 16), wanted, wanted // 16, listed)
@@ -126,7 +126,7 @@ class Rows:
 
 def warps(rows: int, slots: int, keys: int = 32) -> int:
     """Of a program with a row in registers: so many keys a thread where there are rows enough, 16 at most where a row is waited for."""
-    return min(max(slots // (32 * (keys if rows >= SETTINGS.workers else 16)), 4), 32)
+    return min(max(slots // (32 * (keys if rows >= current().index.workers else 16)), 4), 32)
 
 
 def _limited(n: int, cuda: bool) -> dict[str, int]:
@@ -157,7 +157,7 @@ def topk_rows(
     source = Rows(scores_RT, offset, queries, mapped_RT)
     if wide is None and (segment := grid_segment(rows, length, scores_RT.device)):
         launch_grid(source, got, segment, work)
-    elif length <= min(REGISTERS, 2 * SETTINGS.listed):
+    elif length <= min(REGISTERS, 2 * current().index.listed):
         _pick_row(source, got, wide)
     else:
         _lists(source, got, wide)
@@ -168,16 +168,16 @@ def grid_segment(rows: int, length: int, device: torch.device) -> int:
     """Keys of one program of `select_grid`, so that all programs of these rows are on the device at once; 0: they do not fit."""
     # measured on Hopper; the interpreter runs one program after another. `pick_row` is faster for short rows
     if (
-        not SETTINGS.grid
+        not current().index.grid
         or not settings.gluon_runs(device)
-        or length <= SETTINGS.listed
+        or length <= current().index.listed
         or rows > GRID_ROWS
     ):
         return 0
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
-        else SETTINGS.workers
+        else current().index.workers
     )
     for segment in (2048, 4096, 8192):
         if (
@@ -202,7 +202,9 @@ def launch_grid(source: Rows, out: Tensor, segment: int, work: Tensor | None = N
     stride = -(-length // samples)
     # of the groups of samples, how many have one of the topk best: so many +- the deviations
     share = 1 - math.exp(-topk / stride / groups)
-    rank = int(groups * share + SETTINGS.deviations * (groups * share * (1 - share)) ** 0.5) + 2
+    rank = (
+        int(groups * share + current().index.deviations * (groups * share * (1 - share)) ** 0.5) + 2
+    )
     programs = -(-length // segment)
     places = power(programs, 16)
     select_grid.select_grid[(programs, rows)](
@@ -261,7 +263,7 @@ def _lists(source: Rows, out: Tensor, pool: Tensor | None) -> None:
     (rows, length), device = source.scores.shape, source.scores.device
     sampling = Sampling.of(length, max(out.shape[-1], 0 if pool is None else pool.shape[-1]), 2)
     block, count = 1024, 1
-    while count < LISTS and rows * count < 12 * SETTINGS.workers and length > count * block:
+    while count < LISTS and rows * count < 12 * current().index.workers and length > count * block:
         count *= 2
     segment = -(-length // (count * block)) * block
     lists = Lists(rows, count, segment, sampling.listed, device)

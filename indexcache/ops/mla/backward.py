@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from indexcache.ops.primitives import LOG2E
+
 
 @triton.jit
 def _leave(p, x, m, ATOMIC: tl.constexpr):
@@ -47,8 +49,7 @@ def backward(
     V: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    PART: tl.constexpr,
-    PLANNED: tl.constexpr,
+    SLICE: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
     """grid (groups, batch). p_dlatent fp32: [batch, keys, V + R] zeroed (ATOMIC), or [groups, n_slots, V + R]."""
@@ -66,11 +67,9 @@ def backward(
     out = tl.load(p_out + i_row[:, None] * V + o_v[None, :], mask=m_row[:, None], other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     lse = tl.load(p_lse + i_row, mask=m_row, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
     i_list = (i_b * n_groups + i_group) * n_slots
-    total = n_slots
-    if PLANNED:
-        total = tl.load(p_count + i_b * n_groups + i_group)
+    total = tl.load(p_count + i_b * n_groups + i_group)
     p_latent += i_b * s_lb
     dq = tl.zeros((M, V), tl.float32)
     dq_rope = tl.zeros((M, RP), tl.float32)
@@ -87,14 +86,9 @@ def backward(
         )
         logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
         logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
-        if PLANNED:
-            bits = tl.load(p_bits + i_list + o_n, mask=o_n < total, other=0).to(tl.int32)
-            seen = (((bits[None, :] >> (o_m // H)[:, None]) & 1) != 0) & m_row[:, None]
-        else:
-            seen = m_n[None, :] & m_row[:, None]
-        weight = tl.exp2(
-            tl.where(seen, logits * (scale * 1.4426950408889634) - lse[:, None], float("-inf"))
-        )
+        bits = tl.load(p_bits + i_list + o_n, mask=o_n < total, other=0).to(tl.int32)
+        seen = (((bits[None, :] >> (o_m // H)[:, None]) & 1) != 0) & m_row[:, None]
+        weight = tl.exp2(tl.where(seen, logits * (scale * LOG2E) - lse[:, None], float("-inf")))
         pull = tl.dot(grad, tl.trans(kv), input_precision="ieee")
         ds = (weight * (pull - delta[:, None]) * scale).to(q.dtype)
         dq = tl.dot(ds, kv, dq, input_precision="ieee")
@@ -112,14 +106,14 @@ def backward(
             ATOMIC,
         )
         # a slice of the value dims at a time: all of them beside dq do not fit the registers, and q comes from L2 again
-        for i_part in tl.static_range(V // PART):
-            o_p = i_part * PART + tl.arange(0, PART)
-            q_part = tl.load(p_q + at_q + o_p[None, :], mask=m_row[:, None], other=0.0)
-            grad_part = tl.load(
+        for i_slice in tl.static_range(V // SLICE):
+            o_p = i_slice * SLICE + tl.arange(0, SLICE)
+            q_slice = tl.load(p_q + at_q + o_p[None, :], mask=m_row[:, None], other=0.0)
+            grad_slice = tl.load(
                 p_grad + i_row[:, None] * V + o_p[None, :], mask=m_row[:, None], other=0.0
             )
-            dkv = tl.dot(tl.trans(ds), q_part, input_precision="ieee")
-            dkv = tl.dot(tl.trans(weight16), grad_part, dkv, input_precision="ieee")
+            dkv = tl.dot(tl.trans(ds), q_slice, input_precision="ieee")
+            dkv = tl.dot(tl.trans(weight16), grad_slice, dkv, input_precision="ieee")
             _leave(p_dlatent + at_row[:, None] + o_p[None, :], dkv, m_n[:, None], ATOMIC)
     tl.store(p_dq + at_q + o_v[None, :], dq, mask=m_row[:, None])
     tl.store(p_dq + at_q + V + o_r[None, :], dq_rope, mask=m_row[:, None] & m_r[None, :])

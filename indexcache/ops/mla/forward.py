@@ -12,39 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_values(
-    p_value,
-    p_vscale,
-    at,
-    m,
-    o_v,
-    s_t,
-    s_scale,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    FP8: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The value dims of the latents `at` (int64 [N]) as [N, V] in DTYPE; zeros where m is false."""
-    x = tl.load(p_value + at[:, None] * s_t + o_v[None, :], mask=m[:, None], other=0.0)
-    if FP8:
-        scale = tl.load(
-            p_vscale + at[:, None] * s_scale + (o_v // (V // C))[None, :],
-            mask=m[:, None],
-            other=0.0,
-        )
-        x = (x.to(tl.float32) * scale).to(DTYPE)
-    return x
+from indexcache.ops.primitives import LN2
 
 
 @triton.jit
 def attend(
     p_q,
-    p_value,
-    p_vscale,
-    p_rope,
+    p_latent,
     p_ids,
     p_bits,
     p_count,
@@ -52,15 +26,11 @@ def attend(
     p_lse,
     s_lb,
     s_lt,
-    s_rb,
-    s_rt,
-    s_sb,
-    s_st,
     scale2,
     n_queries,
     n_groups,
     n_slots,
-    part,
+    per_split,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
@@ -68,9 +38,6 @@ def attend(
     V: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    C: tl.constexpr,
-    FP8: tl.constexpr,
-    PLANNED: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -87,20 +54,17 @@ def attend(
     m_row = (o_m < GROUP * H) & (o_q < n_queries)
     i_row = (i_b * n_queries + o_q) * H + o_m % H
     o_v, o_r = tl.arange(0, V), tl.arange(0, RP)
-    p_at = p_q + i_row * (V + R)
-    q = tl.load(p_at[:, None] + o_v[None, :], mask=m_row[:, None], other=0.0)
-    q_rope = tl.load(
-        p_at[:, None] + V + o_r[None, :], mask=m_row[:, None] & (o_r[None, :] < R), other=0.0
-    )
+    p_row = p_q + (i_row * (V + R))[:, None]
+    m_rope = m_row[:, None] & (o_r[None, :] < R)
+    q = tl.load(p_row + o_v[None, :], mask=m_row[:, None], other=0.0)
+    q_rope = tl.load(p_row + V + o_r[None, :], mask=m_rope, other=0.0)
     i_list = (i_b * n_groups + i_group) * n_slots
     total = n_slots
-    if PLANNED:
+    if p_count is not None:
         total = tl.load(p_count + i_b * n_groups + i_group)
-    start = i_split * part
-    end = tl.minimum(start + part, total)
-    p_value += i_b * s_lb
-    p_rope += i_b * s_rb
-    p_vscale += i_b * s_sb
+    start = i_split * per_split
+    end = tl.minimum(start + per_split, total)
+    p_latent += i_b * s_lb
     top = tl.full((M,), float("-inf"), tl.float32)
     mass = tl.zeros((M,), tl.float32)
     out = tl.zeros((M, V), tl.float32)
@@ -109,15 +73,13 @@ def attend(
         ids = tl.load(p_ids + i_list + o_n, mask=o_n < end, other=-1)
         m_n = ids >= 0
         at = tl.maximum(ids, 0).to(tl.int64)
-        kv = load_values(p_value, p_vscale, at, m_n, o_v, s_lt, s_st, V, C, FP8, q.dtype)
-        k_rope = tl.load(
-            p_rope + at[:, None] * s_rt + o_r[None, :],
-            mask=m_n[:, None] & (o_r[None, :] < R),
-            other=0.0,
-        )
+        p_at = p_latent + at[:, None] * s_lt
+        kv = tl.load(p_at + o_v[None, :], mask=m_n[:, None], other=0.0)
+        m_rope = m_n[:, None] & (o_r[None, :] < R)
+        k_rope = tl.load(p_at + V + o_r[None, :], mask=m_rope, other=0.0)
         logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
         logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
-        if PLANNED:
+        if p_bits is not None:
             bits = tl.load(p_bits + i_list + o_n, mask=o_n < end, other=0).to(tl.int32)
             seen = ((bits[None, :] >> (o_m // H)[:, None]) & 1) != 0
         else:
@@ -135,7 +97,7 @@ def attend(
     if SPLIT:
         i_row += i_split.to(tl.int64) * tl.num_programs(2) * n_queries * H
     else:
-        lse *= 0.6931471805599453
+        lse *= LN2
     tl.store(p_out + i_row[:, None] * V + o_v[None, :], out, mask=m_row[:, None])
     tl.store(p_lse + i_row, lse, mask=m_row)
 
@@ -168,6 +130,6 @@ def combine(
     tl.store(p_out + i_row * V + o_v, out)
     tl.store(
         p_lse + i_row,
-        tl.where(mass == 0.0, float("-inf"), (top + tl.log2(mass)) * 0.6931471805599453),
+        tl.where(mass == 0.0, float("-inf"), (top + tl.log2(mass)) * LN2),
         mask=tl.program_id(1) == 0,
     )

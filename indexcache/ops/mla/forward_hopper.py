@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from indexcache.ops.primitives import LN2
+
 ROWS = gl.constexpr(64)  # of one program
 KEYS = gl.constexpr(64)  # of one tile
 GROWTH = gl.constexpr(
@@ -44,10 +46,10 @@ RESCALE, RESCALE_OPERANDS = (gl.constexpr(text) for text in _rescale(128))
 
 
 @gluon.jit
-def _turns(p_count, n_slots, PLANNED: gl.constexpr):
+def _turns(p_count, n_slots):
     """Pairs of tiles; read by each partition itself, so that the first copies need not wait for it."""
     total = n_slots
-    if PLANNED:
+    if p_count is not None:
         total = gl.load(p_count)
     return gl.maximum((total + 2 * KEYS - 1) // (2 * KEYS), 1)
 
@@ -67,26 +69,23 @@ def _publish(bar):
 
 
 @gluon.jit
-def _gather(
-    lists, tiles, n_slots, s_lt, s_rt, V: gl.constexpr, R: gl.constexpr, PLANNED: gl.constexpr
-):
+def _gather(lists, tiles, n_slots, s_lt, V: gl.constexpr, R: gl.constexpr):
     """The producer: tiles in order, into the buffers in turn; rows without an id become zeros."""
-    p_value, p_rope, p_ids, p_bits, p_count = lists
+    p_latent, p_ids, p_bits, p_count = lists
     v_smem, r_smem, bits_smem, full, free = tiles
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     at = gl.arange(0, KEYS, layout=gl.SliceLayout(1, copy))
     o_v = gl.arange(0, V // 2, layout=gl.SliceLayout(0, copy))
     o_r = gl.arange(0, R, layout=gl.SliceLayout(0, copy))
     ids = gl.load(p_ids + at, mask=at < n_slots, other=-1)
-    if PLANNED:
+    if p_bits is not None:
         bits = gl.load(p_bits + at, mask=at < n_slots, other=0).to(gl.int32)
-    turns = _turns(p_count, n_slots, PLANNED)
+    turns = _turns(p_count, n_slots)
     for turn in range(turns):
         for b in gl.static_range(2):
             m_n = gl.expand_dims(ids >= 0, 1)
             row = gl.maximum(ids, 0).to(gl.int64)
-            p_row = p_value + row * s_lt
-            p_turn = p_rope + row * s_rt
+            p_row = p_latent + row * s_lt
             mbarrier.wait(free.index(3 * b), (turn & 1) ^ 1)
             async_copy.async_copy_global_to_shared(
                 v_smem.index(3 * b),
@@ -94,14 +93,14 @@ def _gather(
                 mask=m_n,
             )
             async_copy.mbarrier_arrive(full.index(2 * b), increment_count=False)
-            if PLANNED:
+            if p_bits is not None:
                 bits_smem.index(b).store(bits)
             else:
                 bits_smem.index(b).store((ids >= 0).to(gl.int32))
             _arrive(full.index(2 * b + 1))
             at += KEYS
             ids = gl.load(p_ids + at, mask=at < n_slots, other=-1)
-            if PLANNED:
+            if p_bits is not None:
                 bits = gl.load(p_bits + at, mask=at < n_slots, other=0).to(gl.int32)
             mbarrier.wait(free.index(1 + b), (turn & 1) ^ 1)
             p_rest = p_row + (1 - b) * (V // 2)
@@ -109,7 +108,7 @@ def _gather(
                 v_smem.index(1 + b), gl.expand_dims(p_rest, 1) + o_v[None, :], mask=m_n
             )
             async_copy.async_copy_global_to_shared(
-                r_smem.index(b), gl.expand_dims(p_turn, 1) + o_r[None, :], mask=m_n
+                r_smem.index(b), gl.expand_dims(p_row + V, 1) + o_r[None, :], mask=m_n
             )
             async_copy.mbarrier_arrive(full.index(2 * b + 1), increment_count=False)
 
@@ -223,7 +222,6 @@ def _attend(
     H: gl.constexpr,
     V: gl.constexpr,
     R: gl.constexpr,
-    PLANNED: gl.constexpr,
     W: gl.constexpr,
 ):
     """Warpgroup W. i_row: the first of the program's rows in q and out; i_first: its place in the group; rows: how many there are."""
@@ -246,7 +244,7 @@ def _attend(
             qr_smem, gl.expand_dims(p_row + V, 1) + o_r[None, :], mask=m_c
         )
     async_copy.commit_group()
-    turns = _turns(p_count, n_slots, PLANNED)
+    turns = _turns(p_count, n_slots)
     async_copy.wait_group(0)
     fence_async_shared()
     _arrive(both.index(0))
@@ -285,7 +283,7 @@ def _attend(
     mbarrier.wait(both.index(1), 0)  # q's place is free too
     mass = mass_smem.index(0).load(row) + mass_smem.index(1).load(row)
     if W == 0:
-        lse = gl.where(mass == 0.0, float("-inf"), (top + gl.log2(mass)) * 0.6931471805599453)
+        lse = gl.where(mass == 0.0, float("-inf"), (top + gl.log2(mass)) * LN2)
         gl.store(p_lse + i_row + o_m, lse, mask=o_m < rows)
     out = out * _spread(1.0 / gl.where(mass == 0.0, 1.0, mass), out)
     q_smem.index(W).store(out.to(q_smem.dtype))
@@ -300,8 +298,7 @@ def _attend(
 @gluon.jit
 def attend(
     p_q,
-    p_value,
-    p_rope,
+    p_latent,
     p_ids,
     p_bits,
     p_count,
@@ -309,8 +306,6 @@ def attend(
     p_lse,
     s_lb,
     s_lt,
-    s_rb,
-    s_rt,
     scale2,
     n_queries,
     n_groups,
@@ -319,7 +314,6 @@ def attend(
     GROUP: gl.constexpr,
     V: gl.constexpr,
     R: gl.constexpr,
-    PLANNED: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
     """grid (groups x row blocks, batch), 4 warps; arguments as `mla.attend`'s. V 512, R 64."""
@@ -330,10 +324,10 @@ def attend(
     i_row = (i_b * n_queries + i_group * GROUP) * H + i_first
     i_list = (i_b * n_groups + i_group) * n_slots
     p_ids += i_list
-    p_value += i_b * s_lb
-    p_rope += i_b * s_rb
-    p_bits += i_list
-    p_count += i_b * n_groups + i_group
+    p_latent += i_b * s_lb
+    if p_bits is not None:
+        p_bits += i_list
+        p_count += i_b * n_groups + i_group
 
     kind: gl.constexpr = p_q.dtype.element_ty
     part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V // 2], kind)
@@ -374,13 +368,13 @@ def attend(
         both,
     )
     rows_at = (n_slots, scale2, i_row, i_first, rows, gl.minimum(n_queries, 1))
-    lists = (p_value, p_rope, p_ids, p_bits, p_count)
+    lists = (p_latent, p_ids, p_bits, p_count)
     tiles = (v_smem, r_smem, bits_smem, full, free)
     gl.warp_specialize(
         [
-            (_gather, (lists, tiles, n_slots, s_lt, s_rt, V, R, PLANNED)),
-            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, PLANNED, 0)),
-            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, PLANNED, 1)),
+            (_gather, (lists, tiles, n_slots, s_lt, V, R)),
+            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, 0)),
+            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, 1)),
         ],
         [4, 4],
         [CONSUMER_REGS, CONSUMER_REGS],
