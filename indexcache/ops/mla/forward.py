@@ -75,8 +75,8 @@ def attend(
         at = tl.maximum(ids, 0).to(tl.int64)
         p_at = p_latent + at[:, None] * s_lt
         kv = tl.load(p_at + o_v[None, :], mask=m_n[:, None], other=0.0)
-        m_rope = m_n[:, None] & (o_r[None, :] < R)
-        k_rope = tl.load(p_at + V + o_r[None, :], mask=m_rope, other=0.0)
+        m_k = m_n[:, None] & (o_r[None, :] < R)
+        k_rope = tl.load(p_at + V + o_r[None, :], mask=m_k, other=0.0)
         logits = tl.dot(q, tl.trans(kv), input_precision="ieee")
         logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
         if p_bits is not None:
