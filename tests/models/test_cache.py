@@ -1,4 +1,4 @@
-"""FastCache and prefill: the same results as a plain cache, less memory, and refusals before anything is written."""
+"""FastCache and prefill: equal to a plain cache, smaller, and refusing before they write."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_chunks_give_what_stock_gives_whole(model, ids, pattern):
 
 
 def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
-    """In chunks, too; stock's own distance is that of a whole pass."""
+    """It holds in chunks, too; the bound is how far stock is from one pass over everything."""
     for family in ("glm_moe_dsa", "deepseek_v32"):
         for pattern in ("FFFFFF", "FSFRSS@2"):
             single, half = make_model(family), make_model(family).to(torch.bfloat16)
@@ -146,7 +146,7 @@ def test_crop_select_and_reset(fast, ids):
 
 @pytest.mark.parametrize("index_dtype", ["bf16", "fp8"])
 def test_narrow_indexer_keys(model, ids, index_dtype):
-    """The cache holds what a whole pass computes, and nothing wider; the selection moves at its edge only."""
+    """The fp8 cache has the keys of one pass, in fp8; only the edge of a selection moves."""
     for pattern in ("FFFFFF", "FRSFRR@2"):
         with accelerate(model, index_dtype=index_dtype), use_pattern(model, pattern):
             whole = logits(model, ids)
@@ -166,12 +166,9 @@ def _plain(model):
 
 @pytest.mark.parametrize("pattern", ["F" * 12, "FFSSSSSSSFSS", "FFRRRRRRRFRR@8"])
 def test_tiny_on_real_text(tiny, pattern):
-    """Chunks that do not divide the length, unequal lengths, decoding: against one stock pass."""
-    from indexcache.data import batches
+    """Uneven chunks, unequal lengths and decoding match one stock pass."""
 
-    ids = torch.cat(
-        [b.ids for b in batches("heldout", tiny.encode, tiny.config, length=300, sequences=3)]
-    )[:2]
+    ids = torch.cat([b.ids for b in tiny.batches("heldout", length=300, sequences=3)])[:2]
     model, lengths = tiny.module, [211, 290]
     with use_pattern(model, pattern):
         stock = logits(model, ids)
@@ -189,13 +186,10 @@ def test_tiny_on_real_text(tiny, pattern):
 
 
 def test_fp8_on_tiny(tiny):
-    """What the fp8 indexer costs: overlap of the selections, and the held-out loss (printed with -s)."""
-    from indexcache.data import batches
+    """The fp8 indexer costs little overlap and held-out loss; pytest -s prints both."""
     from indexcache.models.lm import hidden_states, token_losses
 
-    ids = torch.cat(
-        [b.ids for b in batches("heldout", tiny.encode, tiny.config, length=384, sequences=4)]
-    )
+    ids = torch.cat([b.ids for b in tiny.batches("heldout", length=384, sequences=4)])
     k, seen, losses = tiny.topk, [], []
     for index_dtype in ("auto", "fp8"):
         with (
@@ -213,14 +207,15 @@ def test_fp8_on_tiny(tiny):
     difference = (losses[1] - losses[0]).mean(-1)
     error = float(difference.std() / len(difference) ** 0.5)
     print(
-        f"\nfp8 indexer on tiny: overlap {sum(overlaps) / 12:.4f} (worst layer {min(overlaps):.4f}), "
-        f"loss {float(difference.mean()):+.5f} +- {1.96 * error:.5f} nats"
+        f"\nfp8 indexer on tiny: overlap {sum(overlaps) / 12:.4f} "
+        f"(worst layer {min(overlaps):.4f}), loss {float(difference.mean()):+.5f} "
+        f"+- {1.96 * error:.5f} nats"
     )
     assert min(overlaps) > 0.94
     assert abs(float(difference.mean())) < 0.005
 
 
-# -- prefill
+# Prefill.
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
@@ -265,7 +260,7 @@ def test_prefill_shows_progress(fast, ids, capsys):
     assert "192/192" in capsys.readouterr().err
 
 
-# -- refusals
+# Refusals.
 
 
 def test_refusals(model, ids):
@@ -300,7 +295,7 @@ def test_a_cache_is_not_continued_without_its_indexer_keys(fast, ids, after):
         logits(fast, ids[:, :50], past_key_values=cache)
 
     def go_on():
-        if after is None:  # the model itself, after the context
+        if after is None:  # The context was left, so the model runs without a pattern.
             return logits(fast, ids[:, 50:51], past_key_values=cache)
         with use_pattern(fast, after):
             return logits(fast, ids[:, 50:51], past_key_values=cache)
@@ -322,7 +317,7 @@ def by_name(name):
 
 @pytest.mark.parametrize("name", [None, "past_key_values", "cache"])
 def test_a_cache_may_come_by_any_name(model, ids, name):
-    """What transformers calls `past_key_values` until 5.23, and for some families `cache` after; on the fast path both always do."""
+    """Transformers renamed `past_key_values` to `cache` in 5.24; the fast path takes both."""
     give = by_name(name) if name else by_place
     stock = name != "cache" or "cache" in inspect.signature(type(model.model).forward).parameters
     with torch.no_grad():

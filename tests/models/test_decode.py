@@ -1,4 +1,4 @@
-"""The Decoder against one whole pass for every token, what a step may not do, and the timer of parts."""
+"""The Decoder equals one pass over everything, never waits for the device, and is timed by part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from indexcache.models.family import indexers
 from indexcache.models.fast import accelerate as fast_path
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
-from indexcache.models.fast.decode import Decoder, choose, on_host
+from indexcache.models.fast.decode import Decoder, on_host, sample
 from indexcache.models.fast.prefill import prefill
 from indexcache.models.timing import PartTimer, timed
 from tests.support import PATTERNS, SHAPE, logits, make_model, refused, relative
@@ -31,14 +31,14 @@ def fast(model):
 
 
 def ready(model, ids, lengths=LENGTHS, capacity=96):
-    """(decoder, logits) after a prefill of rows of these lengths."""
+    """Return (decoder, logits) after a prefill of rows of these lengths."""
     cache = FastCache(model, capacity, len(lengths))
     first = prefill(model, ids, cache, chunk=30, lengths=lengths)
     return Decoder(model, cache), first
 
 
 def whole_passes(model, prompt, count):
-    """(tokens, logits before each), by a pass over everything for each token."""
+    """Return (tokens, logits before each), from a pass over everything for each token."""
     tokens, seen = [], []
     for _ in range(count):
         seen.append(logits(model, prompt)[:, -1])
@@ -49,12 +49,12 @@ def whole_passes(model, prompt, count):
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
 def test_steps_equal_whole_passes(fast, ids, pattern):
-    """Sequences of unequal length, together and step by step, against each alone."""
+    """Sequences of unequal length, stepped together, give what each gives alone."""
     with use_pattern(fast, pattern):
         decoder, first = ready(fast, ids)
         seen, tokens = [first], []
         for _ in range(6):
-            tokens.append(choose(seen[-1]))
+            tokens.append(sample(seen[-1]))
             seen.append(decoder.step(tokens[-1]))
         assert decoder.cache.lengths == [n + 6 for n in LENGTHS]
         for b, n in enumerate(LENGTHS):
@@ -93,14 +93,14 @@ def test_sampling(fast, ids):
     decoder, first = ready(fast, ids)
     cold = decoder.generate(first, 5, temperature=1e-4)
     again, first = ready(fast, ids)
-    assert torch.equal(cold, again.generate(first, 5))  # all but greedy
+    assert torch.equal(cold, again.generate(first, 5))  # A cold draw is greedy.
     runs = []
     for seed in (1, 1, 2):
         decoder, first = ready(fast, ids)
         runs.append(decoder.generate(first, 8, temperature=5.0, seed=seed))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    drawn = choose(
+    drawn = sample(
         torch.tensor([[0.0, 1.0, -1.0]]).expand(20000, 3), 0.5, torch.Generator().manual_seed(0)
     )
     expected = torch.tensor([0.0, 2.0, -2.0]).softmax(-1)
@@ -108,7 +108,7 @@ def test_sampling(fast, ids):
 
 
 class NoHostReads(TorchFunctionMode):
-    """Refuses what would wait for a GPU to bring a value to the host; operations of this package are let through."""
+    """Refuse operations that bring a value to the host, except inside this package's operations."""
 
     NAMES = (
         "item",
@@ -149,7 +149,10 @@ class NoDataDependence(TorchDispatchMode):
 
 @pytest.mark.parametrize("index_dtype", ["auto", "fp8"])
 def test_a_step_reads_nothing_on_the_host(model, ids, index_dtype, monkeypatch):
-    """What a CUDA graph needs: seen here without one. The kernels of ops/ are replaced by the definition, which may read."""
+    """A CUDA graph needs steps that read nothing back; this checks it without a GPU.
+
+    The definitions run in place of the kernels of ops/, and they may read.
+    """
     for name in ("index_topk", "sparse_mla", "quantize_index_keys", "quantize_index_queries"):
 
         def opaque(*args, _call=getattr(fast_path.ops, name), **kwargs):
@@ -162,10 +165,10 @@ def test_a_step_reads_nothing_on_the_host(model, ids, index_dtype, monkeypatch):
     try:
         with accelerate(model, index_dtype=index_dtype), use_pattern(model, "FSFRSS@2"):
             decoder, first = ready(model, ids)
-            token = choose(first)
+            token = sample(first)
             with NoHostReads(), NoDataDependence():
                 for _ in range(3):
-                    token = choose(decoder.step(token), 1.0)
+                    token = sample(decoder.step(token), 1.0)
             with pytest.raises(AssertionError, match="reads"), NoHostReads(), NoDataDependence():
                 token.tolist()
         assert model.config._experts_implementation == "eager"
@@ -181,7 +184,7 @@ def test_a_step_reads_nothing_on_the_host(model, ids, index_dtype, monkeypatch):
 
 def test_the_cache_may_change_between_steps(fast, ids):
     decoder, first = ready(fast, ids, [41, 41])
-    decoder.step(choose(first))
+    decoder.step(sample(first))
     decoder.cache.crop(-1)
     logits(fast, ids[:, 41:45], past_key_values=decoder.cache)
     got = decoder.step(ids[:, 45])
@@ -221,11 +224,11 @@ def test_refusals(model, ids):
         refused(lambda: decoder.step(ids[:1, 0]), "one token for each of 2")
         refused(lambda: decoder.generate(first, 0), "count")
         refused(lambda: next(decoder.stream(first, temperature=-1)), "temperature")
-        decoder.step(choose(first))
-        refused(lambda: decoder.step(choose(first)), "full", "58")
+        decoder.step(sample(first))
+        refused(lambda: decoder.step(sample(first)), "full", "58")
 
 
-# -- the timer of parts
+# The timer of parts.
 
 
 def test_parts_add_up(fast, ids):
@@ -234,7 +237,7 @@ def test_parts_add_up(fast, ids):
         with PartTimer() as timer:
             refused(lambda: PartTimer().__enter__(), "open already")
             refused(timer.milliseconds, "after the context")
-            decoder.step(choose(first))
+            decoder.step(sample(first))
         ms = timer.milliseconds()
     assert set(ms) == {
         "indexer",
@@ -262,11 +265,11 @@ def test_parts_cost_nothing_without_a_timer():
     assert timed("a") is timed("b")
 
 
-# -- on a GPU
+# Tests that need a GPU.
 
 
 def test_tokens_are_read_one_step_behind():
-    """On a CPU the order alone: the stream is a step ahead of what is read, but not past its end."""
+    """The stream is one step ahead of what is read, but does not run past its end."""
     begun = []
 
     def stream():
@@ -284,7 +287,7 @@ def test_tokens_are_read_one_step_behind():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestGraph:
-    """The captured step against the eager one, on shapes that the kernels take."""
+    """The captured step equals the eager one, on shapes that the kernels take."""
 
     CHANGES = {  # noqa: RUF012
         "hidden_size": 256,
@@ -306,7 +309,7 @@ class TestGraph:
     @pytest.fixture(params=["glm_moe_dsa", "deepseek_v32"])
     def large(self, request):
         model = make_model(request.param, **self.CHANGES).to("cuda", torch.bfloat16)
-        with torch.no_grad():  # a scale that bf16 keeps apart
+        with torch.no_grad():  # The weights get a scale that bf16 resolves.
             for p in model.parameters():
                 if p.dim() > 1:
                     p.mul_(0.3)
@@ -328,10 +331,10 @@ class TestGraph:
                 cache = FastCache(large, 1024, 2)
                 first = prefill(large, ids, cache, chunk=500, lengths=lengths)
                 decoder = Decoder(large, cache, graph=graph)
-                given = ids[:, :20].T  # the same tokens for both
-                runs.append(torch.stack([first, *(decoder.step(t).clone() for t in given)]))
+                tokens = ids[:, :20].T  # Both runs decode these tokens.
+                runs.append(torch.stack([first, *(decoder.step(t).clone() for t in tokens)]))
             assert relative(runs[1].float(), runs[0].float()) < 1e-3
-            with torch.no_grad():  # and as one whole pass has it
+            with torch.no_grad():  # Both agree with one pass over everything.
                 for b, n in enumerate(lengths):
                     text = torch.cat([ids[b, :n], ids[b, :20]])[None]
                     whole = large(text).logits[0, n - 1 :]
@@ -340,8 +343,11 @@ class TestGraph:
 
     @pytest.mark.parametrize(("index_dtype", "topk"), [("auto", 64), ("fp8", 64), ("auto", 1024)])
     def test_compiled_step_of_one_sequence(self, large, index_dtype, topk):
-        """As near to fp32 as the step that is not compiled, whose products round otherwise: rounding decides which experts a token goes
-        to and, where k is less than the context, what is selected."""
+        """A compiled step is as near to fp32 as an eager one, whose products round differently.
+
+        Rounding decides which experts a token goes to and, if k is less than the context, which
+        tokens are selected.
+        """
         ids = torch.randint(0, SHAPE["vocab_size"], (4, 900), device="cuda")
 
         def steps(model, compiled):
@@ -357,7 +363,7 @@ class TestGraph:
                     prefill(model, text[None], cache, chunk=500)
                     decoder = Decoder(
                         model, cache, graph=model.dtype != torch.float32
-                    )  # an indexer in fp32 has no kernel
+                    )  # No kernel takes an indexer in fp32.
                     found += [decoder.step(t).clone() for t in text[:15, None]]
                 return torch.cat(found).float()
 
@@ -386,7 +392,7 @@ class TestGraph:
             first = prefill(large, ids, cache)
             decoder = Decoder(large, cache)
             tokens = decoder.stream(first)
-            next(tokens), next(tokens)  # captured
+            next(tokens), next(tokens)  # The graph is captured here.
             torch.cuda.set_sync_debug_mode("error")
             try:
                 drawn = list(itertools.islice(tokens, 20))
@@ -400,11 +406,11 @@ class TestGraph:
             cache = FastCache(large, 1024, 1)
             first = prefill(large, ids, cache)
             decoder = Decoder(large, cache)
-            decoder.step(choose(first))
-            graph = decoder._captured
+            decoder.step(sample(first))
+            graph = decoder._graph
             with use_pattern(large, "FSSFSS"):
-                decoder.step(choose(first))
-            assert decoder._captured is not graph
+                decoder.step(sample(first))
+            assert decoder._graph is not graph
             assert cache.pattern == "FSSFSS"
 
     def test_plans_and_parts(self, large, monkeypatch):

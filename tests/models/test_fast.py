@@ -376,9 +376,8 @@ def test_masks():
 
 def test_tiny_agrees_on_real_text(tiny):
     """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
-    from indexcache.data import batches
 
-    (batch, *_) = batches("heldout", tiny.encode, tiny.config, length=512, sequences=3)
+    (batch, *_) = tiny.batches("heldout", length=512, sequences=3)
     for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
         losses = []
         for fast in (False, True):

@@ -1,4 +1,4 @@
-"""The verb generate: the tokens of stock transformers, streamed."""
+"""The verb generate and `Model.generate`: the tokens of stock transformers, as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from indexcache.models.fast.generate import end_tokens, stream_text, stream_toke
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPT = "The Congress assembled in Washington, and the President said to the members of both Houses that the budget of the year, "
+PROMPT = (
+    "The Congress assembled in Washington, and the President said to the members of both Houses "
+    "that the budget of the year, "
+)
 
 
 @pytest.fixture
@@ -74,13 +77,13 @@ def test_a_pattern_and_a_temperature_change_what_is_said(prompt, capsys):
 
     greedy = said()
     assert said("--pattern", "full") == greedy
-    assert said("--pattern", "uniform:1/4") != greedy  # sharing layer 1 ruins this model
+    assert said("--pattern", "uniform:1/4") != greedy  # Sharing layer 1 ruins this model.
     drawn = [said("--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_patterns_apply_as_in_the_stock_model(tiny):
-    """tiny under R, token by token against the stock model without a cache."""
+    """Under R, every token is that of the stock model without a cache."""
     ids = tiny.encode(PROMPT)
     pattern = "FFRRRRRRRFRR@8"
     with use_pattern(tiny.module, pattern), torch.no_grad():
@@ -97,6 +100,25 @@ def test_patterns_apply_as_in_the_stock_model(tiny):
         )
 
 
+def test_the_handle_generates_the_same_text_on_both_paths(tiny):
+    stock = tiny.generate(PROMPT, max_new_tokens=8)
+    with accelerate(tiny.module):
+        assert tiny.generate(PROMPT, max_new_tokens=8) == stock != ""
+    with use_pattern(tiny.module, "FFRRRRRRRFRR@8"):
+        shared = tiny.generate(PROMPT, max_new_tokens=8)
+        with pytest.raises(ValueError, match="maximum of 4096"):
+            tiny.generate(PROMPT, max_new_tokens=4096)
+    with accelerate(tiny.module), use_pattern(tiny.module, "FFRRRRRRRFRR@8"):
+        assert tiny.generate(PROMPT, max_new_tokens=8) == shared
+
+
+def test_stock_samples_by_the_seed_and_leaves_the_global_state(tiny):
+    before = torch.get_rng_state()
+    texts = [tiny.generate(PROMPT, max_new_tokens=8, temperature=1.5, seed=s) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_pieces_are_the_whole_text_and_whole_characters(tiny):
     text = "naïve café — 世界 🙂🙂\n  two  spaces\tand a tab\n" * 3
     tokens = tiny.encode(text)
@@ -104,7 +126,7 @@ def test_pieces_are_the_whole_text_and_whole_characters(tiny):
     assert "".join(found) == tiny.tokenizer.decode(tokens) == text
     assert len(found) > len(text) / 8
     assert not any("\ufffd" in piece for piece in found)
-    cut = tiny.encode("🙂")[:-1]  # ends within a character
+    cut = tiny.encode("🙂")[:-1]  # These tokens end within a character.
     assert "".join(stream_text(tiny.tokenizer, cut)) == tiny.tokenizer.decode(cut)
 
 

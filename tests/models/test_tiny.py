@@ -1,4 +1,4 @@
-"""The packaged checkpoint: what it must be, and that sharing matters on it."""
+"""The packaged checkpoint keeps its promises, and sharing matters on it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from indexcache import Pattern, evaluate, export, use_pattern
-from indexcache.data import Batch, batches, shipped_text
+from indexcache.data import Batch, shipped_text
 from indexcache.models.lm import hidden_states
 from indexcache.records import read_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "demo_tiny.json"
-SEARCHED = next(
-    p["pattern"] for p in read_json(RESULTS)["frontier"] if p["full"] == 3
-)  # what the demo's search found at 1/4
+# The pattern that the demo's search found at 1/4.
+SEARCHED = next(p["pattern"] for p in read_json(RESULTS)["frontier"] if p["full"] == 3)
 
 
 @pytest.fixture(scope="module")
 def held_out(tiny):
-    return batches("heldout", tiny.encode, tiny.config, length=512, sequences=12, batch=2)
+    return tiny.batches("heldout", length=512, sequences=12, batch=2)
 
 
 def test_it_is_what_was_promised(tiny):
@@ -34,6 +33,8 @@ def test_it_is_what_was_promised(tiny):
     assert config.index_topk * 16 <= config.max_position_embeddings
     assert sum(f.stat().st_size for f in tiny.path.glob("*.safetensors")) <= 12_000_000
     assert tiny.native == Pattern.full(12)
+    assert tiny.config is tiny.module.config
+    assert (tiny.layers, tiny.topk) == (config.num_hidden_layers, config.index_topk)
     text = "func main() {\n\treturn 42, nil\n}  // Überprüfung\n"
     assert tiny.tokenizer.decode(tiny.encode(text)) == text
 
@@ -112,7 +113,7 @@ def test_the_shipped_text_is_split_by_document(tiny):
 
 
 def test_batches_go_through_the_model_alike(tiny, held_out):
-    """A batch of two gives what its rows give alone (up to rounding), so --batch changes no conclusion."""
+    """A batch gives what its rows give alone, up to rounding, so --batch changes no conclusion."""
     batch: Batch = held_out[0]
     together = hidden_states(tiny.module, batch.ids)
     alone = torch.cat([hidden_states(tiny.module, row[None]) for row in batch.ids])

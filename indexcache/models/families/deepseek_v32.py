@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: half-split RoPE in the indexer (unlike its attention); stock transformers has no sharing."""
+"""DeepSeek-V3.2: the indexer rotates halves, unlike attention; stock transformers cannot share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-5, 5.1, 5.2: interleaved RoPE in the indexer; stock transformers reads `indexer_types`."""
+"""GLM-5, 5.1 and 5.2: the indexer rotates neighbours; stock transformers obeys `indexer_types`."""
 
 from __future__ import annotations
 

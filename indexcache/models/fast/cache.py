@@ -1,12 +1,14 @@
-"""The cache of the fast path: one tensor of latents a layer, and indexer keys where a layer runs its indexer.
+"""The cache of the fast path.
 
-Stock caches grow by concatenation, which copies everything held at every chunk, and hold the latent apart from its rotary
-key, which attention reads as one row. Here both lie in one preallocated tensor and are written in place.
+Each layer has one tensor of latents, and indexer keys if it runs its indexer. Stock caches grow by
+concatenation, which copies all cached tokens at every chunk, and they store the latent apart from
+its rotary key, although attention reads both as one row. Here both lie in one preallocated tensor
+and are written in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,19 +19,29 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from indexcache.models.family import AnyModel, decoder_layers, module_of
 from indexcache.models.patch import state_of
 
-GROWTH = 1.5  # of a cache without a capacity, and at least
-BLOCK = 256  # tokens
+GROWTH = 1.5
+"""A cache without a capacity grows by at least this factor."""
+BLOCK = 256
+"""A cache without a capacity has room for a multiple of this number of tokens."""
 
 
 class FastLayer(CacheLayerMixin):
-    """One layer of a `FastCache`. Tensors are allocated at the first write, with the dtype and device of what is written.
+    """One layer of a `FastCache`.
+
+    Tensors are allocated at the first write, with the dtype and device of what is written. B is the
+    batch, C the capacity, c the width of a latent, r that of its rotary key, D that of an indexer
+    key.
 
     Attributes:
         latents: [B, C, c + r], the latent and the rotary key of each token.
-        indexer_keys: [B, C, D], e4m3 or a float dtype; None where the layer was shared so far.
-        indexer_scales: fp32 [B, C] beside e4m3 keys.
-        length, indexed: tokens that have latents, and tokens that have indexer keys.
-        positions: int64 [B] on the device while a `Decoder` runs: where each sequence writes its token.
+        indexer_keys: [B, C, D], e4m3 or a float dtype; None while the layer was always shared.
+        indexer_scales: fp32 [B, C], only beside e4m3 keys.
+        length: number of tokens that have latents.
+        indexed: number of tokens that have indexer keys.
+        width: c, the width of the latent without the rotary key.
+        positions: int64 [B] on the device, where each sequence writes its token, while a `Decoder`
+            runs a step; otherwise None.
+        ran_indexer: whether the indexer ran in the last step of a `Decoder`.
     """
 
     is_compileable = False
@@ -42,24 +54,32 @@ class FastLayer(CacheLayerMixin):
         self.latents: Tensor | None = None
         self.indexer_keys: Tensor | None = None
         self.indexer_scales: Tensor | None = None
-        self.width = 0  # of the latent without the rotary key
+        self.width = 0
         self.length = self.indexed = 0
         self.positions: Tensor | None = None
-        self.ran_indexer = False  # in the last step of a Decoder
+        self.ran_indexer = False
 
     def store(self, latent_BSc: Tensor, rotary_BSr: Tensor) -> Tensor:
-        """Append, and return the latents of all tokens [B, T, c + r], a view; in decoding, of the whole capacity."""
+        """Append tokens, and return the latents of all tokens [B, T, c + r] as a view.
+
+        In a step of a `Decoder`, T is the capacity.
+
+        Raises:
+            ValueError: another batch size or width than before, or the cache is full.
+        """
         batch, new, self.width = latent_BSc.shape
         if batch != self.batch_size:
             raise ValueError(
-                f"This cache is for a batch of {self.batch_size}, got {batch} sequences; make one with batch={batch}."
+                f"This cache is for a batch of {self.batch_size}, got {batch} sequences; make one "
+                f"with batch={batch}."
             )
         start, end = self.length, self.length + new
         width = self.width + rotary_BSr.shape[-1]
-        self.latents = latents = self._room(self.latents, end, (width,), latent_BSc)
+        self.latents = latents = self._allocated(self.latents, end, (width,), latent_BSc)
         if latents.shape[-1] != width:
             raise ValueError(
-                f"This cache holds {latents.shape[-1]} values a token, got {width}; start a new cache for this model."
+                f"This cache holds {latents.shape[-1]} values a token, got {width}; start a new "
+                "cache for this model."
             )
         self.ran_indexer = False
         if self.positions is not None:
@@ -74,34 +94,40 @@ class FastLayer(CacheLayerMixin):
     def store_index(
         self, keys_BSD: Tensor, scales_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Append indexer keys, after `store` of the same tokens; the keys and scales of all tokens, as views.
+        """Append the indexer keys of tokens whose latents were stored just before.
+
+        Returns:
+            The keys [B, T, D] and the scales [B, T] or None of all tokens, as views. In a step of
+            a `Decoder`, T is the capacity.
 
         Raises:
-            ValueError: tokens before these have no keys, or keys of another dtype.
+            ValueError: earlier tokens have no keys, or have keys of another dtype.
         """
         new = keys_BSD.shape[1]
         end = self.length if self.positions is None else self.length + new
         if self.indexed != end - new:
             raise ValueError(
-                f"A layer runs its indexer now, but it was shared while this cache was filled: the indexer keys of "
-                f"{end - new - self.indexed} cached tokens are missing; start a new cache after switching the pattern."
+                "A layer runs its indexer now, but it was shared while this cache was filled: the "
+                f"indexer keys of {end - new - self.indexed} cached tokens are missing; start a "
+                "new cache after switching the pattern."
             )
-        self.indexer_keys = keys = self._room(
+        self.indexer_keys = keys = self._allocated(
             self.indexer_keys, end, (keys_BSD.shape[-1],), keys_BSD
         )
         if keys.dtype != keys_BSD.dtype:
             raise ValueError(
-                f"This cache holds indexer keys in {keys.dtype}, got {keys_BSD.dtype}; start a new one for another index_dtype."
+                f"This cache holds indexer keys in {keys.dtype}, got {keys_BSD.dtype}; start a new "
+                "one for another index_dtype."
             )
         if scales_BS is not None:
-            self.indexer_scales = self._room(self.indexer_scales, end, (), scales_BS)
-        for held, given in ((keys, keys_BSD), (self.indexer_scales, scales_BS)):
-            if held is None or given is None:
+            self.indexer_scales = self._allocated(self.indexer_scales, end, (), scales_BS)
+        for cached, new_values in ((keys, keys_BSD), (self.indexer_scales, scales_BS)):
+            if cached is None or new_values is None:
                 continue
             if self.positions is not None:
-                _scatter(held, self.positions, given)
+                _scatter(cached, self.positions, new_values)
             else:
-                held[:, self.indexed : end] = given
+                cached[:, self.indexed : end] = new_values
         if self.positions is not None:
             self.ran_indexer = True
             return keys, self.indexer_scales
@@ -113,26 +139,30 @@ class FastLayer(CacheLayerMixin):
         self.length += 1
         self.indexed += int(self.ran_indexer)
 
-    def _room(
-        self, held: Tensor | None, tokens: int, width: tuple[int, ...], like: Tensor
+    def _allocated(
+        self, cached: Tensor | None, tokens: int, width: tuple[int, ...], like: Tensor
     ) -> Tensor:
-        """`held`, or a larger copy of it, with room for `tokens`."""
+        """Return `cached` if it has room for `tokens`, else a larger copy of it."""
+        self.check_capacity(tokens)
+        if cached is not None and cached.shape[1] >= tokens:
+            return cached
+        size = self.capacity
+        if size is None:
+            size = max(tokens, int(GROWTH * (0 if cached is None else cached.shape[1])))
+            size = -(-size // BLOCK) * BLOCK
+        larger = torch.zeros(self.batch_size, size, *width, dtype=like.dtype, device=like.device)
+        if cached is not None:
+            larger[:, : cached.shape[1]] = cached
+        return larger
+
+    def check_capacity(self, tokens: int) -> None:
+        """Raise ValueError if the cache was made for fewer than `tokens` tokens."""
         if self.capacity is not None and tokens > self.capacity:
             raise ValueError(
                 f"The cache is full: it was made for {self.capacity} tokens, {tokens} are needed."
             )
-        if held is not None and held.shape[1] >= tokens:
-            return held
-        size = self.capacity
-        if size is None:
-            size = max(tokens, int(GROWTH * (0 if held is None else held.shape[1])))
-            size = -(-size // BLOCK) * BLOCK
-        larger = torch.zeros(self.batch_size, size, *width, dtype=like.dtype, device=like.device)
-        if held is not None:
-            larger[:, : held.shape[1]] = held
-        return larger
 
-    # -- what transformers asks of a layer
+    # The rest of the class is the interface that transformers asks of a cache layer.
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -148,31 +178,36 @@ class FastLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """The latents as transformers shows them, [B, 1, T, c]."""
+        """Return the latents as transformers shows them, [B, 1, T, c]."""
         return None if self.latents is None else self.latents[:, None, : self.length, : self.width]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """The rotary keys as transformers shows them, [B, 1, T, r]."""
+        """Return the rotary keys as transformers shows them, [B, 1, T, r]."""
         return None if self.latents is None else self.latents[:, None, : self.length, self.width :]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: `store` allocates."""
+        """Do nothing: `store` allocates."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Transformers' way in: latents [B, 1, S, c] and rotary keys [B, 1, S, r] -> those of all tokens."""
+        """Append latents [B, 1, S, c] and rotary keys [B, 1, S, r]; return those of all tokens.
+
+        Raises:
+            ValueError: the keys have several heads, so they are no latents.
+        """
         if key_states.shape[1] != 1:
             raise ValueError(
-                "A FastCache holds latents; stock transformers of this version caches expanded keys: use accelerate(model)."
+                "A FastCache holds latents; stock transformers of this version caches expanded "
+                "keys: use accelerate(model)."
             )
         self.store(key_states[:, 0], value_states[:, 0])
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Transformers' way in for indexer keys [B, S, D] -> those of all tokens."""
+        """Append indexer keys [B, S, D]; return those of all tokens, [B, T, D]."""
         return self.store_index(indexer_key_states)[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -196,36 +231,41 @@ class FastLayer(CacheLayerMixin):
         self.indexed = min(self.indexed, self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
         self.batch_size *= repeats
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda x: x[indices.to(x.device)])
+        self._change_rows(lambda x: x[indices.to(x.device)])
         self.batch_size = len(indices)
 
-    def _rows(self, change: Any) -> None:
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("latents", "indexer_keys", "indexer_scales"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, change(_movable(held)).view(held.dtype))
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, change(_fp8_as_bytes(tensor)).view(tensor.dtype))
 
 
 class FastCache(Cache):
-    """Latents of all layers, and indexer keys of those that run their indexer in the pattern under which it is filled.
+    """The latents of all layers, and the indexer keys of the layers that run their indexer.
 
-    It goes wherever transformers takes a cache, on an accelerated model. It refuses to be continued under a pattern
-    that needs indexer keys it does not hold.
+    It goes wherever transformers takes a cache, on an accelerated model. It refuses to be continued
+    under a pattern that needs indexer keys it does not hold. docs/long-context.md says how much
+    memory it takes.
 
     Args:
-        model: an accelerated model; `accelerate` says how indexer keys are kept.
-        capacity: most tokens of a sequence, allocated at the first write; None grows as needed (a `Decoder` wants a capacity).
-        batch: sequences.
+        model: an accelerated model; `accelerate` says in which dtype indexer keys are cached.
+        capacity: max number of tokens of a sequence, allocated at the first write. None grows as
+            needed; a `Decoder` needs a capacity.
+        batch: number of sequences.
+
+    Attributes:
+        padded: whether a sequence begins with padding.
 
     Raises:
-        ValueError: a model that is not accelerated, a capacity or batch below 1.
+        ValueError: the model is not accelerated, or the capacity or the batch is below 1.
     """
 
     layers: list[FastLayer]  # type: ignore[assignment]
@@ -241,57 +281,69 @@ class FastCache(Cache):
             )
         super().__init__(layers=[FastLayer(batch, capacity) for _ in decoder_layers(model)])
         self.capacity = capacity
-        self.padded = False  # a sequence begins with padding
-        self._behind: list[int] | None = (
-            None  # how many tokens each sequence is shorter than the longest
-        )
+        self.padded = False
+        # How many tokens each sequence is shorter than the longest; None if all are equally long.
+        self._shortfalls: list[int] | None = None
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held of each sequence."""
+        """Return the number of cached tokens of each sequence."""
         longest = self.layers[0].length
-        return [longest - n for n in self._behind or [0] * self.layers[0].batch_size]
+        return [longest - n for n in self._shortfalls or [0] * self.layers[0].batch_size]
 
     @property
     def pattern(self) -> str | None:
-        """F for each layer whose indexer keys are all held (the layer was F or R), S for the others; None while empty."""
+        """Return which layers have indexer keys of all tokens: F for those, S for the others.
+
+        Both F and R layers have them. None while the cache is empty.
+        """
         if not self.layers[0].length:
             return None
         return "".join("F" if layer.indexed == layer.length else "S" for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        held = (
-            t
+        """Return the number of bytes allocated."""
+        return sum(
+            tensor.numel() * tensor.element_size()
             for layer in self.layers
-            for t in (layer.latents, layer.indexer_keys, layer.indexer_scales)
-            if t is not None
+            for tensor in (layer.latents, layer.indexer_keys, layer.indexer_scales)
+            if tensor is not None
         )
-        return sum(t.numel() * t.element_size() for t in held)
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Say that row b holds only its first lengths[b] tokens: what lies after them is overwritten by a `Decoder`."""
+        """Declare that row b holds only its first lengths[b] tokens.
+
+        A `Decoder` overwrites what lies after them.
+        """
         longest = self.layers[0].length
         assert max(lengths) == longest and len(lengths) == self.layers[0].batch_size
-        self._behind = [longest - n for n in lengths] if min(lengths) < longest else None
+        self._shortfalls = [longest - n for n in lengths] if min(lengths) < longest else None
 
     def check_room(self, tokens: int) -> None:
-        """Before a forward pass of the whole batch: raises ValueError where `tokens` more do not fit, or the sequences differ in length."""
+        """Check, before a forward pass of the whole batch, that `tokens` more can be written.
+
+        Raises:
+            ValueError: the cache has too small a capacity, or its sequences differ in length.
+        """
         if self.layers[0].positions is not None:
             return
-        if self._behind is not None:
+        if self._shortfalls is not None:
             raise ValueError(
-                "The sequences of this cache have different lengths: continue it with a Decoder, or start a new one."
+                "The sequences of this cache have different lengths: continue it with a Decoder, "
+                "or start a new one."
             )
-        if self.capacity is not None and self.layers[0].length + tokens > self.capacity:
-            raise ValueError(
-                f"The cache is full: it was made for {self.capacity} tokens, {self.layers[0].length + tokens} are needed."
-            )
+        self.layers[0].check_capacity(self.layers[0].length + tokens)
 
     @contextmanager
-    def at(self, positions_B: Tensor) -> Iterator[None]:
-        """One token a sequence is written at `positions_B` (int64 [B], on the device); nothing is counted, see `advance`."""
+    def writing_at(self, positions_B: Tensor) -> Iterator[None]:
+        """Let each sequence write one token at its position inside the context.
+
+        The tokens are not counted: `advance` does that.
+
+        Args:
+            positions_B: int64 [B], on the device.
+        """
         try:
             for layer in self.layers:
                 layer.positions = positions_B
@@ -307,33 +359,33 @@ class FastCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.padded, self._behind = False, None
+        self.padded, self._shortfalls = False, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._choose(beam_idx)
+        self._select_shortfalls(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._choose(indices)
+        self._select_shortfalls(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self._behind is not None:
-            self._behind = [n for n in self._behind for _ in range(repeats)]
+        if self._shortfalls is not None:
+            self._shortfalls = [n for n in self._shortfalls for _ in range(repeats)]
 
-    def _choose(self, rows: Tensor) -> None:
-        if self._behind is not None:
-            self._behind = [self._behind[i] for i in rows.tolist()]
-
-
-def _scatter(held_BT: Tensor, positions_B: Tensor, given_BS: Tensor) -> None:
-    """held[b, positions[b]] = given[b, 0], without a look at the positions."""
-    held, given = _movable(held_BT), _movable(given_BS)
-    index = positions_B.view(-1, *[1] * (given.dim() - 1)).expand_as(given)
-    held.scatter_(1, index, given.to(held.dtype))
+    def _select_shortfalls(self, rows: Tensor) -> None:
+        if self._shortfalls is not None:
+            self._shortfalls = [self._shortfalls[i] for i in rows.tolist()]
 
 
-def _movable(x: Tensor) -> Tensor:
-    """Bytes in place of fp8, which few operations of torch move."""
+def _scatter(cached_BT: Tensor, positions_B: Tensor, new_BS: Tensor) -> None:
+    """Set cached[b, positions[b]] = new[b, 0] without reading the positions on the host."""
+    cached, new = _fp8_as_bytes(cached_BT), _fp8_as_bytes(new_BS)
+    index = positions_B.view(-1, *[1] * (new.dim() - 1)).expand_as(new)
+    cached.scatter_(1, index, new.to(cached.dtype))
+
+
+def _fp8_as_bytes(x: Tensor) -> Tensor:
+    """Return a view of fp8 values as bytes, which every operation of torch can move."""
     return x.view(torch.uint8) if x.element_size() == 1 else x

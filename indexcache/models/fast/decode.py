@@ -1,7 +1,8 @@
-"""Decoding step by step from a filled `FastCache`; on a GPU the step is one CUDA graph.
+"""Decode step by step from a filled `FastCache`; on a GPU a step is one CUDA graph.
 
-Everything a step reads lies in fixed tensors on the device: the tokens, the position of each sequence, the cache. Keys after a
-sequence's position are not visible to it, so the operations run over the whole capacity. No step waits for the device.
+Everything that a step reads lies in fixed tensors on the device: the tokens, the position of each
+sequence, the cache. Keys after a sequence's position are invisible to it, so the operations run
+over the whole capacity. No step waits for the device.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from indexcache.models.family import AnyModel, indexers, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.timing import timed
 
-WARMUP = 3  # steps before the capture: kernels are compiled and workspaces allocated in them
+CAPTURE_STEPS = 3
+"""Number of steps before a graph is captured; they compile kernels and allocate workspaces."""
 
 
 class Decoder:
-    """Decoding of an accelerated model from a `FastCache` with a capacity, which `prefill` has filled.
+    """A decoder of an accelerated model, over a `FastCache` that `prefill` has filled.
 
-    The pattern in force when a step is captured is the pattern of the graph; where it changes, the next step captures anew.
+    A graph keeps the pattern that was in force when it was captured. When the pattern changes, the
+    next step captures anew.
 
     Args:
-        model: accelerated, on one device.
-        cache: filled, not padded at the left; sequences may differ in length (`prefill(.., lengths=..)`).
-        graph: replay a CUDA graph; None: where the model is on a GPU.
+        model: an accelerated model, on one device.
+        cache: a filled cache with a capacity, not padded at the left. Its sequences may differ in
+            length (`prefill(.., lengths=..)`).
+        graph: whether to replay a CUDA graph; None means yes for a model on a GPU.
 
     Raises:
-        ValueError: what the arguments rule out, a graph without a GPU.
+        ValueError: the cache is of another kind, empty, padded, or has no capacity; a graph is
+            asked for without a GPU, or for a model on several devices.
     """
 
     def __init__(self, model: AnyModel, cache: FastCache, *, graph: bool | None = None):
@@ -42,7 +47,8 @@ class Decoder:
             raise ValueError("A Decoder needs a cache of fixed size: FastCache(model, capacity).")
         if cache.padded:
             raise ValueError(
-                "A Decoder needs sequences that begin at position 0: give prefill the lengths, not padding at the left."
+                "A Decoder needs sequences that begin at position 0: give prefill the lengths, "
+                "not padding at the left."
             )
         if not cache.layers[0].length:
             raise ValueError("This cache is empty: fill it with prefill first.")
@@ -56,38 +62,46 @@ class Decoder:
         self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.positions_B = torch.tensor(cache.lengths, dtype=torch.int64, device=device)
         self._lengths = cache.lengths
-        self._captured: Any = None
-        self._seen: list[Any] = []
-        self._logits = torch.empty(0)
+        self._graph: Any = None
+        self._graph_inputs: list[Any] = []
+        self._graph_logits = torch.empty(0)
 
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Append one token to each sequence: int64 [B] -> logits [B, V] of the next, overwritten by the next step.
+        """Append one token to each sequence.
+
+        Args:
+            tokens_B: int64 [B].
+
+        Returns:
+            Logits [B, V] of the next token, in the model's dtype. The next step overwrites them.
 
         Raises:
-            ValueError: the cache is full, another shape, a pattern that needs indexer keys the cache does not hold.
+            ValueError: the cache is full, the tokens have another shape, or the pattern needs
+                indexer keys that the cache does not hold.
         """
         if tokens_B.shape != self.positions_B.shape:
             raise ValueError(
-                f"step takes one token for each of {len(self.positions_B)} sequences, got {tuple(tokens_B.shape)}."
+                f"step takes one token for each of {len(self.positions_B)} sequences, got "
+                f"{tuple(tokens_B.shape)}."
             )
         lengths = self.cache.lengths
         assert self.cache.capacity is not None
         if max(lengths) >= self.cache.capacity:
             raise ValueError(f"The cache is full: it was made for {self.cache.capacity} tokens.")
-        if lengths != self._lengths:  # the cache was changed by somebody else
+        if lengths != self._lengths:  # Somebody else has changed the cache.
             self.positions_B.copy_(torch.tensor(lengths))
         self.tokens_B1.copy_(tokens_B[:, None])
         if not self.graph:
             logits = self._forward()
         else:
-            bound = self._bound()
-            if self._captured is None or any(
-                a is not b for a, b in zip(bound, self._seen, strict=True)
+            inputs = self._current_inputs()
+            if self._graph is None or any(
+                a is not b for a, b in zip(inputs, self._graph_inputs, strict=True)
             ):
                 self._capture()
-                self._seen = bound
-            self._captured.replay()
-            logits = self._logits
+                self._graph_inputs = inputs
+            self._graph.replay()
+            logits = self._graph_logits
         self.positions_B.add_(1)
         self.cache.advance()
         self._lengths = self.cache.lengths
@@ -96,39 +110,49 @@ class Decoder:
     def stream(
         self, logits_BV: Tensor, *, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[Tensor]:
-        """Tokens int64 [B] on the device, one a step and without end; the first is chosen from `logits_BV`.
+        """Yield tokens int64 [B] on the device, one a step and without end.
 
         Args:
-            logits_BV: of the last token in the cache, as `prefill` returned them.
-            temperature: 0 takes the best token, otherwise one is drawn from softmax(logits / temperature).
+            logits_BV: logits of the last token in the cache, as `prefill` returns them; the first
+                token is taken from them.
+            temperature: 0 takes the best token; otherwise a token is drawn from
+                softmax(logits / temperature).
+            seed: random seed for sampling.
+
+        Raises:
+            ValueError: the temperature is negative, or the cache is full.
         """
         if temperature < 0:
             raise ValueError(f"The temperature must not be negative, got {temperature}.")
         generator = torch.Generator(logits_BV.device).manual_seed(seed) if temperature else None
         while True:
-            tokens = choose(logits_BV, temperature, generator)
+            tokens = sample(logits_BV, temperature, generator)
             yield tokens
             logits_BV = self.step(tokens)
 
     def generate(
         self, logits_BV: Tensor, count: int, *, temperature: float = 0.0, seed: int = 0
     ) -> Tensor:
-        """`count` tokens after the prefill that gave `logits_BV`: int64 [B, count]. Arguments as in `stream`."""
+        """Return `count` tokens of each sequence, int64 [B, count]; arguments as in `stream`.
+
+        Raises:
+            ValueError: `count` is below 1, or as in `stream`.
+        """
         if count < 1:
             raise ValueError(f"count must be positive, got {count}.")
         tokens = self.stream(logits_BV, temperature=temperature, seed=seed)
         return torch.stack([next(tokens) for _ in range(count)], dim=1)
 
-    def _bound(self) -> list[Any]:
-        """What a graph is bound to, by identity: the role of each layer, and where the cache lies."""
+    def _current_inputs(self) -> list[Any]:
+        """Return the objects that a graph depends on by identity: roles and tensors of layers."""
         roles = [m.__dict__.get("forward") for m in indexers(self.module) if m is not None]
         return roles + [
-            held for layer in self.cache.layers for held in (layer.latents, layer.indexer_keys)
+            tensor for layer in self.cache.layers for tensor in (layer.latents, layer.indexer_keys)
         ]
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
-        with self.cache.at(self.positions_B):
+        with self.cache.writing_at(self.positions_B):
             out = self.module.model(
                 self.tokens_B1, None, self.positions_B[:, None], self.cache, use_cache=True
             )
@@ -136,53 +160,66 @@ class Decoder:
             return self.module.get_output_embeddings()(out.last_hidden_state[:, -1])
 
     def _capture(self) -> None:
-        """A step writes the same values at the same positions however often it runs: the warm-up leaves no trace."""
-        self._captured, self._logits = None, torch.empty(0)  # free the old graph's memory first
+        """Capture a step.
+
+        However often a step runs, it writes the same values at the same positions, so the steps
+        before the capture leave no trace.
+        """
+        self._graph = None
+        self._graph_logits = torch.empty(0)  # This frees the memory of the old graph.
         device = self.positions_B.device
         with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(WARMUP):
+                for _ in range(CAPTURE_STEPS):
                     self._forward()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self._forward()
-        self._captured, self._logits = graph, logits
+        self._graph, self._graph_logits = graph, logits
 
 
 def on_host(tokens: Iterator[Tensor]) -> Iterator[list[int]]:
-    """The tokens int64 [B] of a stream as lists. The first is read at once; after it the next step is begun before a token is read, so
-    that the device does not wait for the host. A consumer that stops early has run one step more than it read."""
-    held: tuple[Tensor, Any] | None = None
+    """Yield the tokens int64 [B] of a stream as lists.
+
+    The first token is read at once. After it, the next step is begun before a token is read, so
+    that the device does not wait for the host. A consumer that stops early has run one step more
+    than it read.
+    """
+    pending: tuple[Tensor, Any] | None = None
     for i, drawn in enumerate(tokens):
-        if held is not None:
-            yield _read(*held)
+        if pending is not None:
+            yield _read(*pending)
         if i == 0:
             yield drawn.tolist()
         elif drawn.is_cuda:
-            copy = torch.empty_like(drawn, device="cpu", pin_memory=True).copy_(
-                drawn, non_blocking=True
-            )
-            held = copy, torch.cuda.current_stream(drawn.device).record_event()
+            copy = torch.empty_like(drawn, device="cpu", pin_memory=True)
+            copy.copy_(drawn, non_blocking=True)
+            pending = copy, torch.cuda.current_stream(drawn.device).record_event()
         else:
-            held = drawn, None
-    if held is not None:
-        yield _read(*held)
+            pending = drawn, None
+    if pending is not None:
+        yield _read(*pending)
 
 
-def _read(copy: Tensor, done: Any) -> list[int]:
-    if done is not None:
-        done.synchronize()
+def _read(copy: Tensor, copied: Any) -> list[int]:
+    if copied is not None:
+        copied.synchronize()
     return copy.tolist()
 
 
-def choose(
+def sample(
     logits_BV: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """int64 [B]: the best tokens, or a draw from softmax(logits / temperature). Stays on the device (torch.multinomial may not)."""
+    """Return the best tokens, or a draw from softmax(logits / temperature), as int64 [B].
+
+    It stays on the device, which torch.multinomial may not: the largest quotient of a probability
+    and an exponential variate marks a draw.
+    """
     if not temperature:
         return logits_BV.argmax(-1)
-    chances = (logits_BV.float() / temperature).softmax(-1)
-    return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+    probabilities = (logits_BV.float() / temperature).softmax(-1)
+    variates = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / variates).argmax(-1)
