@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from indexcache import Pattern, load  # noqa: E402
-from indexcache.distilling.forward import Lesson, run_decoder, teaching  # noqa: E402
+from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder  # noqa: E402
 from indexcache.distilling.indexers import trainable_indexers  # noqa: E402
 from indexcache.distilling.loss import distill_loss  # noqa: E402
 from indexcache.distilling.rows import Row  # noqa: E402
@@ -40,7 +40,7 @@ def inputs(length: int, device: str):
         torch.randn(s, generator=g)
         for s in ((length, INDEX_HEADS, INDEX_DIM), (length, INDEX_DIM), (length, INDEX_HEADS))
     )
-    teachers = [
+    targets = [
         AttentionTarget(
             torch.randn(length, HEADS, WIDTH, generator=g).to(device),
             torch.randn(length, WIDTH, generator=g).to(device),
@@ -56,23 +56,23 @@ def inputs(length: int, device: str):
         (torch.rand(length, K, generator=g) * (positions // K)).long() * K + torch.arange(K),
     )
     ids = torch.where(ids <= positions, ids, -1).int().to(device)
-    return [x.to(device).requires_grad_() for x in (q, k, w * 0.05)], teachers, ids
+    return [x.to(device).requires_grad_() for x in (q, k, w * 0.05)], targets, ids
 
 
-def held(q, k, w, teachers):
+def held(q, k, w, targets):
     """The definition over whole matrices, for autograd."""
     hidden = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device).triu(1)
     scores = torch.einsum("sjt,sj->st", torch.einsum("sjd,td->sjt", q, k).relu(), w)
     log_q = scores.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0)
     total = 0
-    for t in teachers:
+    for t in targets:
         p = (
             (torch.einsum("shd,td->hst", t.q_SHn, t.latent_TE) * t.scale)
             .masked_fill(hidden, -torch.inf)
             .softmax(-1)
             .mean(0)
         )
-        total = total + (torch.xlogy(p, p) - p * log_q).sum() / len(teachers)
+        total = total + (torch.xlogy(p, p) - p * log_q).sum() / len(targets)
     return total
 
 
@@ -100,21 +100,21 @@ def one(what: str, length: int, device: str) -> None:
     if what == "pass":
         model = load("tiny", device=device).module.requires_grad_(False)
         model.config.max_position_embeddings = max(length, 4096)
-        students = trainable_indexers(model, Pattern("FSSSFSSSFSSS"), torch.float32)
-        lesson = Lesson(model, Pattern("FSSSFSSSFSSS"), students, sparse=False)
+        indexers = trainable_indexers(model, Pattern("FSSSFSSSFSSS"), torch.float32)
+        forward = DistillForward(model, Pattern("FSSSFSSSFSSS"), indexers, sparse=False)
         row = Row.one_document(
             torch.randint(1, 4096, (length,), generator=torch.Generator().manual_seed(0)).numpy()
         )
     else:
-        arguments, teachers, ids = inputs(length, device)
+        arguments, targets, ids = inputs(length, device)
     before, began = start(device), time.perf_counter()
     if what == "pass":
-        with teaching(model, lesson), torch.no_grad(), lesson.row(row, learn=True):
+        with attention_replaced(model, forward), torch.no_grad(), forward.row(row, collect=True):
             run_decoder(model, row, device)
     elif what == "held":
-        held(*arguments, teachers).backward()
+        held(*arguments, targets).backward()
     else:
-        distill_loss(*arguments, teachers, ids_SK=ids if what == "sparse" else None).backward()
+        distill_loss(*arguments, targets, ids_SK=ids if what == "sparse" else None).backward()
     if device == "cuda":
         torch.cuda.synchronize()
     print(
@@ -129,10 +129,10 @@ def one(what: str, length: int, device: str) -> None:
 
 def check(device: str) -> float:
     """The largest relative difference of a gradient from autograd over whole matrices."""
-    arguments, teachers, _ = inputs(512, device)
+    arguments, targets, _ = inputs(512, device)
     pairs = (
         torch.autograd.grad(loss, arguments)
-        for loss in (distill_loss(*arguments, teachers), held(*arguments, teachers))
+        for loss in (distill_loss(*arguments, targets), held(*arguments, targets))
     )
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*pairs, strict=True))
     if worst > 1e-4:

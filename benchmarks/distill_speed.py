@@ -71,7 +71,7 @@ def check(length: int = 2048) -> float:
     def some(*shape: int, by: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, device="cuda") * by).bfloat16()
 
-    teachers = [
+    targets = [
         AttentionTarget(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625)
         for _ in range(2)
     ]
@@ -84,7 +84,7 @@ def check(length: int = 2048) -> float:
         )
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         with ops.tuned(backend=way):
-            loss = distill_loss(*leaves, teachers)
+            loss = distill_loss(*leaves, targets)
         found.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
     pairs = zip((found[1][0], *found[1][1]), (found[0][0], *found[0][1]), strict=True)
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)

@@ -1,9 +1,8 @@
 """Training-aware sharing: indexers learn the attention of every layer they serve."""
 
 from indexcache.distilling.delta import apply_delta
-from indexcache.distilling.kept import measure_kept
 from indexcache.distilling.loss import attention_kept, distill_loss
-from indexcache.distilling.oracle import oracle_states
+from indexcache.distilling.oracle import measure_kept, oracle_states
 from indexcache.distilling.rows import Row, pack_rows
 from indexcache.distilling.settings import DistillSettings
 from indexcache.distilling.trainer import DistillResult, distill

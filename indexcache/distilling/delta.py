@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from indexcache.distilling.indexers import indexer_names
-from indexcache.models.family import indexers
+from indexcache.models.family import AnyModel, indexers
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
 from indexcache.records import atomic, writing
@@ -23,7 +23,7 @@ COPIED = (".json", ".jinja", ".txt", ".model")
 """Suffixes of the files of a checkpoint that `save_checkpoint` copies."""
 
 
-def save_delta(model: nn.Module, pattern: Pattern, path: Path, base: dict[str, str]) -> None:
+def save_delta(model: AnyModel, pattern: Pattern, path: Path, base: dict[str, str]) -> None:
     """Write the indexers of the pattern's F and R layers, atomically.
 
     They have their names in the checkpoint and the dtypes they have in `model`.
@@ -44,7 +44,7 @@ def save_delta(model: nn.Module, pattern: Pattern, path: Path, base: dict[str, s
 
 
 @torch.no_grad()
-def apply_delta(model: nn.Module, path: str | Path, *, base: str | Path | None = None) -> Pattern:
+def apply_delta(model: AnyModel, path: str | Path, *, base: str | Path | None = None) -> Pattern:
     """Put the indexers of a delta into a loaded model, in the dtype its own indexers have.
 
     Args:
@@ -114,7 +114,7 @@ def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def save_checkpoint(model: Any, weights: dict[str, Any], folder: Path, source: Path) -> None:
+def save_checkpoint(model: Any, weights: dict[str, Tensor], folder: Path, source: Path) -> None:
     """Write a complete checkpoint.
 
     Args:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training token, and the device's peak: what MFU is the quotient of."""
+"""Operations of a training token and the device's peak rate; their quotient is the MFU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from indexcache.shapes import Shape, peak_of
 
 
 def peak(device: torch.device) -> float | None:
-    """bf16 operations a second of this device, where they are known."""
+    """Return the device's bf16 operations a second; None where they are not known."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
@@ -20,23 +20,25 @@ def peak(device: torch.device) -> float | None:
 def flops_per_token(
     shape: Shape, pattern: Pattern, settings: DistillSettings, length: int
 ) -> float:
-    """Operations that the computation needs, per token of a document of `length` tokens (half of it is visible on average).
-    Recomputation is not counted. Matrix products only: two operations a weight, three times that with a backward pass."""
+    """Count the floating-point operations that training on one token needs.
+
+    These are matrix products alone: two operations a weight, three times that with a backward
+    pass. Recomputation is not counted.
+
+    Args:
+        length: tokens of the document; half of them are visible on average.
+    """
     keys = min(shape.topk, length / 2) if settings.sparse else length / 2
-    if settings.sparse:  # over latents, absorbed
-        attention = shape.latent_pair_operations * keys
-    else:
-        attention = shape.full_pair_operations * keys
-    backbone = (
-        2 * shape.backbone_weights
-        + shape.layers * attention
-        + (0 if settings.frozen else 2 * shape.head_weights)
-    )
+    pair = shape.latent_pair_operations if settings.sparse else shape.full_pair_operations
+    backbone = 2 * shape.backbone_weights + shape.layers * pair * keys
+    if not settings.frozen:
+        backbone = 3 * (backbone + 2 * shape.head_weights)
+
+    indexer = 3 * (2 * shape.indexer_weights + shape.index_pair_operations * keys)
+    if settings.sparse:  # The selection scores all visible keys.
+        indexer += shape.index_pair_operations * length / 2
+
     groups = served_layers(pattern, own=settings.objective == "own")
-    teachers = sum(len(group) for group in groups.values())
-    pairs = shape.index_pair_operations
-    student = 3 * (2 * shape.indexer_weights + pairs * keys) + (
-        pairs * length / 2 if settings.sparse else 0
-    )
-    teacher = shape.logit_pair_operations * keys
-    return (1 if settings.frozen else 3) * backbone + len(groups) * student + teachers * teacher
+    targets = sum(len(group) for group in groups.values())
+    target = shape.logit_pair_operations * keys
+    return backbone + len(groups) * indexer + targets * target

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from indexcache.models.family import Family, family_of
+from indexcache.models.family import AnyModel, Family, family_of
 from indexcache.models.family import indexers as indexers_of
 from indexcache.pattern import Pattern
 
@@ -65,7 +65,7 @@ class _Cast:
         return lambda x: F.layer_norm(x, value.normalized_shape, weight.to(dtype), bias, value.eps)
 
 
-def trainable_indexers(model: nn.Module, pattern: Pattern, dtype: torch.dtype) -> nn.ModuleDict:
+def trainable_indexers(model: AnyModel, pattern: Pattern, dtype: torch.dtype) -> nn.ModuleDict:
     """Make a `TrainableIndexer` for every F and R layer, under the layer's number as a string."""
     family = family_of(model)
     return nn.ModuleDict(
@@ -77,14 +77,14 @@ def trainable_indexers(model: nn.Module, pattern: Pattern, dtype: torch.dtype) -
     )
 
 
-def indexer_names(model: nn.Module, layer: int) -> dict[str, str]:
+def indexer_names(model: AnyModel, layer: int) -> dict[str, str]:
     """Map the names of parameters inside a layer's indexer to their names in the checkpoint."""
     prefix = f"model.layers.{layer}.self_attn.indexer."
     return {name: prefix + name for name, _ in indexers_of(model)[layer].named_parameters()}
 
 
 @torch.no_grad()
-def write_back(model: nn.Module, indexers: nn.ModuleDict) -> None:
+def write_back(model: AnyModel, indexers: nn.ModuleDict) -> None:
     """Copy the masters into the model's indexers, in the dtype those have.
 
     Every process must call it.

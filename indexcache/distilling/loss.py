@@ -1,17 +1,22 @@
-"""The distillation losses (method: L_multi and L_avg), streamed over blocks of queries.
+"""The distillation losses L_multi and L_avg, streamed over blocks of queries.
 
-One indexer, of an F or R layer, learns the attention of the layers it serves: itself and the S layers that read its selection.
+One indexer, of an F or R layer, learns the attention of the layers it serves: itself and the S
+layers that read its selection (https://arxiv.org/abs/2603.12201).
 
-    q_t = softmax(I_t),  p_t^(j) = attention of layer j, summed over heads and divided by their number
-    L_multi = sum_j weight_j sum_t KL(p_t^(j) || q_t)          L_avg = sum_t KL(sum_j weight_j p_t^(j) || q_t)
+    q_t = softmax(I_t)
+    p_t^(j) = attention of layer j, summed over heads and divided by their number
+    L_multi = sum_j weight_j sum_t KL(p_t^(j) || q_t)
+    L_avg   = sum_t KL(sum_j weight_j p_t^(j) || q_t)
 
-Both have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the weights sum to 1. So a block of queries
-holds its scores, one layer's attention and their mean, turns the difference into gradients of the indexer's q, k and w on
-the spot, and is dropped: nothing of size [S, T] outlives its block, nothing is kept for the backward pass but those three
-gradients, O(T), and the backward pass computes nothing twice.
+Both have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the weights
+sum to 1. So a block of queries holds its scores, one layer's attention and their mean, turns the
+difference into gradients of the indexer's q, k and w on the spot, and is dropped: nothing of size
+[S, T] outlives its block, nothing is kept for the backward pass but those three gradients, O(T),
+and the backward pass computes nothing twice. `ops.index_kl` does this for one document.
 
-Shapes: S queries = T keys of one document (query s sees keys 0..s), J index heads, D index dim, H attention heads, E latent
-dims, K selected ids, t queries of a block, N keys of a block (N = its last query + 1, or K).
+Shapes: S queries = T keys of one document (query s sees keys 0..s), J index heads, D index dim, H
+attention heads, E latent dims, K selected ids, t queries of a block, N keys of a block (N = its
+last query + 1, or K).
 """
 
 from __future__ import annotations
@@ -25,8 +30,10 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.ops.reference import AttentionTarget, QueryBlock, query_blocks
 
-KINDS = ("multi", "avg")
-BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}  # of all intermediates of a block
+OBJECTIVES = ("multi", "avg")
+
+BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""Bytes of all intermediates of a block, by device."""
 
 
 def distill_loss(
@@ -36,47 +43,50 @@ def distill_loss(
     targets: Sequence[AttentionTarget],
     weights: Sequence[float] | None = None,
     *,
-    kind: str = "multi",
+    objective: str = "multi",
     ids_SK: Tensor | None = None,
     block_bytes: int | None = None,
 ) -> Tensor:
-    """L_multi or L_avg of one indexer on one document (method.md section 4, equations 1 and 2).
+    """Compute L_multi or L_avg of one indexer on one document.
 
     Args:
-        q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer (`Family.project`), S = T; gradients reach these and
-            nothing else. Products of bf16 are summed in fp32.
+        q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer (`Family.project`), S = T;
+            gradients reach these and nothing else. Products of bf16 are summed in fp32.
         targets: the served layers' attention, of the same document.
-        weights: of the layers, summing to 1; None: 1 / len(targets) each.
-        kind: "multi" or "avg"; the same gradient, values that differ by what does not depend on the indexer.
-        ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) both over this set alone (the
-            sparse stage). None: over all visible keys (the warm-up).
+        weights: weights of the layers, which sum to 1; None: 1 / len(targets) each.
+        objective: "multi" or "avg"; they have the same gradient, and values that differ by what
+            does not depend on the indexer.
+        ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) both
+            run over this set alone (the sparse stage). None: they run over all visible keys (the
+            warm-up).
         block_bytes: memory of a block (default: `BLOCK_BYTES` of the device).
 
     Returns:
         fp32 scalar, nats, summed over the queries.
 
     Raises:
-        ValueError: an unknown kind, shapes that do not agree, weights that do not sum to 1.
+        ValueError: the objective is unknown, shapes do not agree, or weights do not sum to 1.
     """
-    if kind not in KINDS:
-        raise ValueError(f"The loss is one of {', '.join(KINDS)}, not {kind!r}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"The loss is one of {', '.join(OBJECTIVES)}, not {objective!r}.")
     weights = [1 / max(len(targets), 1)] * len(targets) if weights is None else list(weights)
     if not targets or len(weights) != len(targets) or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
-            f"Every served layer has a weight and they sum to 1, got {len(targets)} layers and the weights {weights}."
+            f"Every served layer has a weight and they sum to 1, got {len(targets)} layers and the "
+            f"weights {weights}."
         )
     length = q_SJD.shape[0]
-    if (
-        k_TD.shape[0] != length
-        or w_SJ.shape != q_SJD.shape[:2]
-        or any(t.latent_TE.shape[0] != length for t in targets)
-    ):
+    lengths = [target.latent_TE.shape[0] for target in targets]
+    same_keys = k_TD.shape[0] == length and all(n == length for n in lengths)
+    if not same_keys or w_SJ.shape != q_SJD.shape[:2]:
         raise ValueError(
-            f"Indexer and attention are of one document: {length} queries, {k_TD.shape[0]} keys, weights of "
-            f"{w_SJ.shape[0]}, attention of {[t.latent_TE.shape[0] for t in targets]}."
+            f"Indexer and attention are of one document: {length} queries, {k_TD.shape[0]} keys, "
+            f"weights of {w_SJ.shape[0]}, attention of {lengths}."
         )
-    size = block_bytes or BLOCK_BYTES.get(q_SJD.device.type, BLOCK_BYTES["cpu"])
-    return _Streamed.apply(q_SJD, k_TD, w_SJ, tuple(targets), tuple(weights), kind, ids_SK, size)  # type: ignore[no-any-return, no-untyped-call]
+    size = block_bytes or _block_bytes(q_SJD)
+    return _IndexKl.apply(
+        q_SJD, k_TD, w_SJ, tuple(targets), tuple(weights), objective, ids_SK, size
+    )
 
 
 @torch.no_grad()
@@ -88,10 +98,13 @@ def attention_kept(
     topk: int,
     block_bytes: int | None = None,
 ) -> Tensor:
-    """The share of a layer's attention that the indexer's `topk` best keys hold, fp32, summed over the queries."""
-    size = block_bytes or BLOCK_BYTES.get(q_SJD.device.type, BLOCK_BYTES["cpu"])
+    """Compute the share of a layer's attention that lies on the indexer's `topk` best keys.
+
+    Returns:
+        fp32 scalar, summed over the queries.
+    """
     total = q_SJD.new_zeros((), dtype=torch.float64)
-    for rows in query_blocks(q_SJD, [target], size):
+    for rows in query_blocks(q_SJD, [target], block_bytes or _block_bytes(q_SJD)):
         block = QueryBlock(rows)
         scores = block.scores(q_SJD, k_TD, w_SJ)[1]
         best = scores.topk(min(topk, scores.shape[-1]), -1).indices
@@ -103,10 +116,13 @@ def attention_kept(
 def mean_attention(
     targets: Sequence[AttentionTarget], block_bytes: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(queries, fp32 [t, N]) block by block: the mean over the layers of their attention, zero where a key is not visible."""
-    q = targets[0].q_SHn
-    size = block_bytes or BLOCK_BYTES.get(q.device.type, BLOCK_BYTES["cpu"])
-    for rows in query_blocks(q, targets, size):
+    """Yield the mean over the layers of their attention, block by block.
+
+    Yields:
+        The queries of a block and fp32 [t, N], zero where a key is not visible.
+    """
+    q_SHn = targets[0].q_SHn
+    for rows in query_blocks(q_SHn, targets, block_bytes or _block_bytes(q_SHn)):
         block = QueryBlock(rows)
         total = block.attention(targets[0])
         for target in targets[1:]:
@@ -114,27 +130,41 @@ def mean_attention(
         yield rows, total / len(targets)
 
 
-class _Streamed(torch.autograd.Function):
-    """Takes q, k, w and the targets to the loss; the forward pass computes the gradients of q, k and w too, block by block."""
+def _block_bytes(x: Tensor) -> int:
+    return BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cpu"])
+
+
+class _IndexKl(torch.autograd.Function):
+    """The loss as a function of q, k and w; its forward pass computes their gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, w, targets, weights, kind, ids, size):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        targets: Sequence[AttentionTarget],
+        weights: Sequence[float],
+        objective: str,
+        ids: Tensor | None,
+        block_bytes: int,
+    ) -> Tensor:
         value, grads = ops.index_kl(
             q,
             k,
             w,
             targets,
             weights,
-            kind=kind,
+            kind=objective,
             ids_SK=ids,
             gradients=any(ctx.needs_input_grad[:3]),
-            block_bytes=size,
-            backend="auto" if ids is None else "torch",  # the sparse stage has no kernel
+            block_bytes=block_bytes,
+            backend="auto" if ids is None else "torch",  # The sparse stage has no kernel.
         )
         if grads is not None:
             ctx.save_for_backward(*(g.to(x.dtype) for g, x in zip(grads, (q, k, w), strict=True)))
         return value.float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None)

@@ -1,74 +1,130 @@
-"""What sharing itself costs, apart from the indexers: a model whose layers share the selection that an oracle makes for them.
+"""What a selection keeps of the attention, and what sharing costs with an oracle's selections.
 
-Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The oracle takes, for each query, the k keys
-that the mean of these layers' dense attention gives most: the target of L_multi (method.md, section 4), selected from without an
-indexer in between. Its loss under a pattern less its loss under all F is what sharing costs where selections are as good as that
-target; it is a reference and no bound, since attention is not loss, and other weights of the layers make another target.
+Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The oracle
+takes, for each query, the k keys with the largest mean dense attention of these layers: the target
+of L_multi, without an indexer in between. Its loss under a pattern less its loss under all F is
+what sharing costs where selections are as good as that target. This is a reference and no bound,
+since attention is not loss, and other weights of the layers make another target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from indexcache.distilling.forward import Lesson, run_decoder, teaching
-from indexcache.distilling.loss import mean_attention
+from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder
+from indexcache.distilling.indexers import trainable_indexers
+from indexcache.distilling.loss import attention_kept, mean_attention
 from indexcache.distilling.rows import Row
 from indexcache.distilling.settings import check_model
+from indexcache.models.family import AnyModel, DsaModule, module_of
+from indexcache.models.mla import Rope
 from indexcache.ops import AttentionTarget
 from indexcache.pattern import Pattern
 
 
-class _Oracle(Lesson):
-    """A dense pass that keeps each group's selection, then a sparse one over these. No indexer takes part."""
+@torch.no_grad()
+def measure_kept(model: AnyModel, pattern: Pattern | str, rows: Sequence[Row]) -> list[float]:
+    """Measure how much of its dense attention (heads averaged) each layer's selection keeps.
 
-    def __init__(self, model: nn.Module, pattern: Pattern):
-        super().__init__(model, pattern, nn.ModuleDict(), sparse=False)
+    An S layer has its source's selection. An R layer is measured over all keys, not its pool.
 
-    def index(self, *_: Any) -> None:
-        pass
+    Returns:
+        For each layer the mean share of the attention that lies on its selection under `pattern`,
+        over the queries that see more than k tokens.
 
-    def _learn(self, owner: int, teachers: Sequence[AttentionTarget]) -> None:
-        self._selected[owner] = [
-            self._choose([t.cut(a, b) for t in teachers])[None] for a, b in self.cuts
-        ]
-
-    def _choose(self, teachers: Sequence[AttentionTarget]) -> Tensor:
-        """int32 [S, k] of one document, ascending, -1 for none."""
-        length = len(teachers[0].q_SHn)
-        ids = torch.full(
-            (length, self.topk), -1, dtype=torch.int32, device=teachers[0].q_SHn.device
+    Raises:
+        ValueError: as `check_model`; no query sees more than k tokens.
+    """
+    module = module_of(model)
+    pattern = Pattern.of(pattern)
+    check_model(module, pattern, max(len(row.ids) for row in rows))
+    weight = module.get_input_embeddings().weight
+    measure = _Measure(module, pattern, trainable_indexers(module, pattern, weight.dtype))
+    with attention_replaced(module, measure):
+        for row in rows:
+            with measure.row(row, collect=True):
+                run_decoder(module, row, weight.device)
+    if not measure.queries:
+        raise ValueError(
+            f"No query of these rows sees more than k = {measure.topk} tokens of its document."
         )
-        for rows, p_tN in mean_attention(teachers):
-            best = p_tN.topk(min(self.topk, p_tN.shape[1]), -1)
-            found = best.indices.masked_fill_(
-                best.indices > torch.arange(rows.start, rows.stop, device=ids.device)[:, None],
-                length,
-            )
-            found = found.sort(-1).values.int()
-            ids[rows, : found.shape[1]] = found.masked_fill_(found == length, -1)
-        return ids
+    return (measure.kept / measure.queries).tolist()
 
 
 @torch.no_grad()
-def oracle_states(model: nn.Module, pattern: Pattern | str, row: Row) -> Tensor:
-    """Final hidden states [1, T, E] of one row where the oracle selects for every group of layers that shares a selection.
+def oracle_states(model: AnyModel, pattern: Pattern | str, row: Row) -> Tensor:
+    """Run one row with the oracle's selection for every group of layers that shares one.
+
+    Returns:
+        The final hidden states [1, T, E].
 
     Raises:
         ValueError: as `check_model`; a pattern with R layers, whose selections are their own.
     """
+    module = module_of(model)
     pattern = Pattern.of(pattern)
     if "R" in pattern.roles:
         raise ValueError(
-            f"The oracle selects for layers that share a selection; in {pattern} R layers select for themselves."
+            f"The oracle selects for layers that share a selection; in {pattern} R layers select "
+            "for themselves."
         )
-    check_model(model, pattern, len(row.ids))
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
-    oracle = _Oracle(model, pattern)
-    with teaching(model, oracle), oracle.row(row, learn=True):
-        run_decoder(model, row, weight.device)
-        oracle.learning, oracle.sparse = False, True
-        return run_decoder(model, row, weight.device)
+    check_model(module, pattern, len(row.ids))
+    weight = module.get_input_embeddings().weight
+    oracle = _Oracle(module, pattern)
+    with attention_replaced(module, oracle), oracle.row(row, collect=True):
+        run_decoder(module, row, weight.device)
+        oracle.collecting = False
+        oracle.sparse = True
+        return run_decoder(module, row, weight.device)
+
+
+class _Measure(DistillForward):
+    """A dense pass that compares every layer's attention with its indexer's top k."""
+
+    def __init__(self, model: DsaModule, pattern: Pattern, indexers: nn.ModuleDict):
+        super().__init__(model, pattern, indexers, sparse=False)
+        self.kept = torch.zeros(len(pattern), dtype=torch.float64)
+        self.queries = 0
+
+    def add_target(self, layer: int, target: AttentionTarget) -> None:
+        q, k, w = (x[0].detach() for x in self._projected[self.owner[layer]])
+        for a, b in self.cuts:
+            if b - a > self.topk:
+                kept = attention_kept(q[a:b], k[a:b], w[a:b], target.cut(a, b), self.topk)
+                # The first k queries keep all that they see and do not count.
+                self.kept[layer] += float(kept) - self.topk
+                self.queries += (b - a - self.topk) if layer == 0 else 0
+
+
+class _Oracle(DistillForward):
+    """A dense pass that stores each group's selection, then a sparse one over these selections.
+
+    No indexer takes part.
+    """
+
+    def __init__(self, model: DsaModule, pattern: Pattern):
+        super().__init__(model, pattern, nn.ModuleDict(), sparse=False)
+
+    def run_indexer(self, layer: int, x: Tensor, q_latent: Tensor, rope: Rope) -> None:
+        pass
+
+    def _finish_group(self, owner: int, targets: list[AttentionTarget]) -> None:
+        self._selected[owner] = [
+            self._best_keys([target.cut(a, b) for target in targets])[None] for a, b in self.cuts
+        ]
+
+    def _best_keys(self, targets: Sequence[AttentionTarget]) -> Tensor:
+        """Return the best keys of one document: int32 [S, k], ascending, -1 for none."""
+        q = targets[0].q_SHn
+        length = len(q)
+        ids = torch.full((length, self.topk), -1, dtype=torch.int32, device=q.device)
+        for rows, p_tN in mean_attention(targets):
+            best = p_tN.topk(min(self.topk, p_tN.shape[1]), -1).indices
+            positions = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            best.masked_fill_(best > positions, length)
+            best = best.sort(-1).values.int()
+            ids[rows, : best.shape[1]] = best.masked_fill_(best == length, -1)
+        return ids

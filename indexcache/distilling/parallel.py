@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from indexcache.distilling.forward import run_decoder
 from indexcache.distilling.rows import Row
-from indexcache.models.family import decoder_layers
+from indexcache.models.family import DsaModule, decoder_layers
 from indexcache.models.family import indexers as indexers_of
 from indexcache.models.lm import LOGIT_BYTES
 
@@ -110,7 +110,7 @@ def open_world(device: torch.device, sharded: bool) -> Iterator[World]:
 class RowLoss(nn.Module):
     """The model as the trainer calls it: one module, so that FSDP2 can wrap it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: DsaModule):
         super().__init__()
         self.inner = model
 
@@ -120,8 +120,7 @@ class RowLoss(nn.Module):
         Args:
             loss: False runs the decoder alone and returns (zero, 0).
         """
-        model: Any = self.inner
-        hidden = run_decoder(model, row, device)
+        hidden = run_decoder(self.inner, row, device)
         total = hidden.new_zeros((), dtype=torch.float32)
         if not loss:
             return total, 0
@@ -129,13 +128,13 @@ class RowLoss(nn.Module):
         for a, b in row.cuts:
             targets[a : b - 1] = torch.from_numpy(row.ids[a + 1 : b])
         targets = targets.to(device)
-        head = model.get_output_embeddings()
+        head = self.inner.get_output_embeddings()
 
         def block_loss(h: Tensor, block_targets: Tensor) -> Tensor:
             logits = head(h).float()
             return F.cross_entropy(logits, block_targets, ignore_index=-100, reduction="sum")
 
-        rows = max(LOGIT_BYTES // (4 * model.config.vocab_size), 1)
+        rows = max(LOGIT_BYTES // (4 * self.inner.config.vocab_size), 1)
         for block in zip(hidden[0].split(rows), targets.split(rows), strict=True):
             if torch.is_grad_enabled():
                 total = total + checkpoint(block_loss, *block, use_reentrant=False)

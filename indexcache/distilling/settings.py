@@ -10,7 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from indexcache.data import check_context
-from indexcache.models.family import decoder_layers, family_of, indexers
+from indexcache.models.family import (
+    DsaModule,
+    check_latent_queries,
+    decoder_layers,
+    family_of,
+    missing_indexers,
+)
 from indexcache.models.loading import DTYPES
 from indexcache.models.seam import in_force
 from indexcache.pattern import Pattern
@@ -151,7 +157,7 @@ class DistillSettings:
 
 
 def check_model(
-    model: Any, pattern: Pattern, length: int, weights: Sequence[float] | None = None
+    model: DsaModule, pattern: Pattern, length: int, weights: Sequence[float] | None = None
 ) -> None:
     """Refuse a model, pattern, row length or layer weights that distillation cannot use.
 
@@ -161,13 +167,9 @@ def check_model(
             number of layer weights; rows that are too short for k or longer than the context.
     """
     family_of(model)
-    missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
-    pattern.check(layers=len(indexers(model)), without_indexer=missing)
     attentions = [layer.self_attn for layer in decoder_layers(model)]
-    if any(getattr(attention, "q_a_proj", None) is None for attention in attentions):
-        raise ValueError(
-            "Distillation needs queries from a latent (q_lora_rank); this model has none."
-        )
+    pattern.check(layers=len(attentions), without_indexer=missing_indexers(model))
+    check_latent_queries(model, "Distillation")
     if in_force(model) or any("forward" in attention.__dict__ for attention in attentions):
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
     if weights is not None and len(weights) != len(pattern):
@@ -186,7 +188,7 @@ def check_model(
     check_context(length, int(model.config.index_topk))
 
 
-def check_trainable(model: Any) -> None:
+def check_trainable(model: DsaModule) -> None:
     """Refuse a model whose backbone cannot be trained here.
 
     Raises:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from indexcache.data import Batch
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.flops import flops_per_token, peak
-from indexcache.distilling.forward import Lesson, served_layers, teaching
+from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
 from indexcache.distilling.gradients import clip, local_shard, matrices_with_zero_rows
 from indexcache.distilling.indexers import trainable_indexers, write_back
 from indexcache.distilling.parallel import (
@@ -39,6 +39,7 @@ from indexcache.distilling.result import DistillResult, HeldOutLosses
 from indexcache.distilling.rows import Row, check_beyond, digest_of_rows, rows_of_step
 from indexcache.distilling.settings import DistillSettings, check_model, check_trainable
 from indexcache.distilling.state import list_states, load_state, save_state
+from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.family import indexers as indexers_of
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.pattern import Pattern
@@ -50,7 +51,7 @@ DELTA = "delta.safetensors"
 
 
 def distill(
-    model: Any,
+    model: AnyModel,
     pattern: Pattern | str,
     rows: Sequence[Row],
     out: str | Path,
@@ -87,13 +88,14 @@ def distill(
             run; the processes cannot share the rows evenly; a loss is not finite (the last good
             checkpoint stays).
     """
+    module = module_of(model)
     pattern = Pattern.of(pattern)
     settings.check()
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):
         raise ValueError("The training rows are all of one length, and there is at least one.")
-    check_model(model, pattern, length, settings.layer_weights)
-    beyond = check_beyond(rows, int(model.config.index_topk))
+    check_model(module, pattern, length, settings.layer_weights)
+    beyond = check_beyond(rows, int(module.config.index_topk))
     if settings.eval_every and not held_out:
         raise ValueError(
             "There is no held-out text to evaluate on; give some, or set eval_every to 0."
@@ -104,13 +106,13 @@ def distill(
             "change --batch-tokens."
         )
     if not settings.frozen:
-        check_trainable(model)
-    weight: Tensor = model.get_input_embeddings().weight
+        check_trainable(module)
+    weight = module.get_input_embeddings().weight
     identity = {
         "pattern": str(pattern),
         **settings.to_json(),
         "data": digest_of_rows(rows),
-        "weights": weights_digest(model),
+        "weights": weights_digest(module),
         "held_out": [b.digests for b in held_out],
         "dtype": str(weight.dtype),
         **(base or {}),
@@ -126,7 +128,7 @@ def distill(
             except (ValueError, OSError) as error:
                 refusal = error
         world.agree(refusal)
-        trainer = Trainer(model, pattern, rows, Path(out), settings, held_out, world, run)
+        trainer = Trainer(module, pattern, rows, Path(out), settings, held_out, world, run)
         trainer.resume()
         trainer.fit(progress)
         return trainer.finish(base or {}, beyond)
@@ -137,7 +139,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
+        model: DsaModule,
         pattern: Pattern,
         rows: Sequence[Row],
         out: Path,
@@ -180,15 +182,15 @@ class Trainer:
             shard_model(self.row_loss, world, dtype)
             optimizer = self._optimizer(self.row_loss, settings.backbone_lr)
             self.trained["backbone"] = (self.row_loss, optimizer)
-        self.training_forward = Lesson(
+        self.training_forward = DistillForward(
             model,
             pattern,
             self.indexers,
             sparse=settings.sparse,
-            kind=settings.objective,
+            objective=settings.objective,
             weights=settings.layer_weights,
         )
-        self.evaluation_forward = Lesson(model, pattern, self.indexers, sparse=True)
+        self.evaluation_forward = DistillForward(model, pattern, self.indexers, sparse=True)
 
     def _optimizer(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
         """Make an optimizer that decays matrices and not vectors."""
@@ -349,10 +351,10 @@ class Trainer:
         # The indexers' losses, the sum of the language-modelling losses and their number.
         sums = torch.zeros(len(self.owners) + 2, dtype=torch.float64, device=w.device)
         forward = self.training_forward
-        with teaching(self.model, forward):
+        with attention_replaced(self.model, forward):
             for row in rows:
                 with (
-                    forward.row(row, learn=True, factor=1 / len(rows)),
+                    forward.row(row, collect=True, gradient_scale=1 / len(rows)),
                     torch.set_grad_enabled(not s.frozen),
                 ):
                     lm, count = self.row_loss(row, w.device, not s.frozen)
@@ -446,10 +448,10 @@ class Trainer:
         # Every process runs as many sequences, because FSDP2 gathers weights in each.
         padded = count + (-count) % w.size
         forward = self.evaluation_forward
-        with teaching(self.model, forward):
+        with attention_replaced(self.model, forward):
             for i in range(w.rank, padded, w.size):
                 row = self.held_out[i % count]
-                with forward.row(row, learn=False):
+                with forward.row(row, collect=False):
                     lm, tokens = self.row_loss(row, w.device, True)
                 if i < count:
                     sums += torch.stack(_sum_and_count(lm, tokens))

@@ -1,4 +1,4 @@
-"""L_multi and L_avg, streamed, against an independent autograd implementation that holds every [L, L] tensor."""
+"""Test L_multi and L_avg, streamed, against autograd over whole [L, L] matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from indexcache import Pattern
-from indexcache.distilling.forward import Lesson, run_decoder, teaching
+from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder
 from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.loss import attention_kept, distill_loss
 from indexcache.distilling.rows import Row
@@ -20,11 +20,11 @@ from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("multi", "avg")
+OBJECTIVES = ("multi", "avg")
 
 
-def held(q, k, w, teachers, kind, ids=None):
-    """The definition, straight from the paper: full matrices, log_softmax, autograd. Returns the loss."""
+def definition(q, k, w, targets, objective, ids=None):
+    """Compute the loss by the paper's definition, with full matrices and log_softmax."""
     length = q.shape[0]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     if ids is not None:
@@ -35,7 +35,7 @@ def held(q, k, w, teachers, kind, ids=None):
     scores = sum(w[:, j, None] * (q[:, j] @ k.T).clamp(min=0) for j in range(q.shape[1]))
     log_q = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
     ps = []
-    for t in teachers:
+    for t in targets:
         total = 0
         for h in range(t.q_SHn.shape[1]):
             key = t.latent_TE
@@ -52,7 +52,7 @@ def held(q, k, w, teachers, kind, ids=None):
         inside = p > 0
         return (p[inside] * (p[inside].log() - log_q[inside])).sum()
 
-    return sum(kl(p) for p in ps) / len(ps) if kind == "multi" else kl(sum(ps) / len(ps))
+    return sum(kl(p) for p in ps) / len(ps) if objective == "multi" else kl(sum(ps) / len(ps))
 
 
 def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
@@ -61,7 +61,7 @@ def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
         torch.randn(*s, generator=g)
         for s in ((length, index_heads, 8), (length, 8), (length, index_heads))
     )
-    teachers = []
+    targets = []
     for _ in range(layers):
         if absorbed:
             t = AttentionTarget(
@@ -77,8 +77,8 @@ def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
                 None,
                 0.5,
             )
-        teachers.append(t)
-    return q, k, w * 0.3, teachers
+        targets.append(t)
+    return q, k, w * 0.3, targets
 
 
 def selection(length, k, seed=0):
@@ -99,25 +99,22 @@ def close(a, b, bound=2e-5):
     return float((a - b).norm() / b.norm().clamp(min=1e-12)) < bound
 
 
-def check(q, k, w, teachers, ids=None, block=1 << 14):
+def check(q, k, w, targets, ids=None, block=1 << 14):
     inputs = [x.clone().requires_grad_() for x in (q, k, w)]
-    found = {
-        kind: distill_loss(*inputs, teachers, kind=kind, ids_SK=ids, block_bytes=block)
-        for kind in KINDS
-    }
-    wanted = {kind: held(*inputs, teachers, kind, ids) for kind in KINDS}
-    grads = {kind: gradients(found[kind], *inputs) for kind in KINDS}
-    for kind in KINDS:
-        assert abs(float((found[kind] - wanted[kind]).detach())) < 2e-5 * max(
-            float(wanted[kind].detach()), 1
-        ), kind
-        for mine, theirs in zip(grads[kind], gradients(wanted[kind], *inputs), strict=True):
-            assert close(mine, theirs), kind
+    losses, grads = {}, {}
+    for objective in OBJECTIVES:
+        loss = distill_loss(*inputs, targets, objective=objective, ids_SK=ids, block_bytes=block)
+        expected = definition(*inputs, targets, objective, ids)
+        losses[objective] = float(loss.detach())
+        bound = 2e-5 * max(float(expected.detach()), 1)
+        assert losses[objective] == pytest.approx(float(expected.detach()), abs=bound), objective
+        grads[objective] = gradients(loss, *inputs)
+        for grad, expected_grad in zip(grads[objective], gradients(expected, *inputs), strict=True):
+            assert close(grad, expected_grad), objective
     for a, b in zip(grads["multi"], grads["avg"], strict=True):
         assert close(a, b)
-    assert (
-        found["multi"] >= found["avg"] - 1e-4
-    )  # KL is convex; they differ by what the indexer cannot change
+    # KL is convex; the two differ by what the indexer cannot change.
+    assert losses["multi"] >= losses["avg"] - 1e-4
 
 
 @pytest.mark.parametrize("layers", range(1, 9))
@@ -132,8 +129,8 @@ def test_gradients_agree_over_the_selected_set(layers, k):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 257])
 def test_lengths_and_blocks(length):
-    q, k, w, teachers = random_case(length, 2)
-    values = [distill_loss(q, k, w, teachers, block_bytes=b) for b in (1, 1 << 13, 1 << 26)]
+    q, k, w, targets = random_case(length, 2)
+    values = [distill_loss(q, k, w, targets, block_bytes=b) for b in (1, 1 << 13, 1 << 26)]
     for v in values[1:]:
         torch.testing.assert_close(v, values[0], rtol=1e-5, atol=1e-5)
     if length == 1:
@@ -142,60 +139,51 @@ def test_lengths_and_blocks(length):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
-    """Groups of 1 to 8 layers of a trained model on its own text."""
-    text = (
-        "The committee on finance has considered the bill, and reports it with amendments, as follows. "
-        * 3
-    )
+    """Groups of 1 to 8 layers of a trained model on text."""
+    text = "The committee on finance has considered the bill, and reports it with amendments. " * 4
     row = Row.one_document(np.array(tiny.encode(text))[:80])
     assert len(row.ids) == 80
     for size in (1, 2, 3, 5, 8):
         pattern = Pattern("F" * (12 - size) + "F" + "S" * (size - 1))
-        students = trainable_indexers(tiny.module, pattern, torch.float32)
-        lesson = Caught(tiny.module, pattern, students, sparse=sparse)
-        with teaching(tiny.module, lesson), torch.no_grad(), lesson.row(row, learn=True):
+        indexers = trainable_indexers(tiny.module, pattern, torch.float32)
+        forward = Recorder(tiny.module, pattern, indexers, sparse=sparse)
+        replaced = attention_replaced(tiny.module, forward)
+        with replaced, torch.no_grad(), forward.row(row, collect=True):
             run_decoder(tiny.module, row, "cpu")
-        q, k, w, teachers, ids = lesson.caught[12 - size]
-        assert len(teachers) == size
-        check(q, k, w, teachers, ids, block=1 << 16)
+        q, k, w, targets, ids = forward.recorded[12 - size]
+        assert len(targets) == size
+        check(q, k, w, targets, ids, block=1 << 16)
 
 
-class Caught(Lesson):
+class Recorder(DistillForward):
     """Keeps what each group hands to the loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.caught = {}
+        self.recorded = {}
 
-    def teach(self, layer, teacher):
-        owner = self.owner[layer]
-        self._teachers.setdefault(owner, []).append(teacher)
+    def _finish_group(self, owner, targets):
         q, k, w = (x.detach()[0] for x in self._projected[owner])
-        self.caught[owner] = (
-            q,
-            k,
-            w,
-            self._teachers[owner],
-            self._selected[owner][0][0] if self.sparse else None,
-        )
+        ids = self._selected[owner][0][0] if self.sparse else None
+        self.recorded[owner] = (q, k, w, targets, ids)
 
 
 def test_a_perfect_indexer_has_no_loss():
-    """One head, scores = the logits themselves (positive, so relu lets them through): KL 0 and gradient 0."""
+    """One head whose scores are the logits (positive, so relu keeps them) has KL and gradient 0."""
     length = 40
     x = torch.rand(length, 6)
-    teacher = AttentionTarget(x[:, None] * 2, x, None, 1.0)
+    target = AttentionTarget(x[:, None] * 2, x, None, 1.0)
     q = (x[:, None] * 2).requires_grad_()
-    loss = distill_loss(q, x, torch.ones(length, 1), [teacher])
+    loss = distill_loss(q, x, torch.ones(length, 1), [target])
     assert abs(float(loss.detach())) < 1e-4
     assert float(gradients(loss, q)[0].abs().max()) < 1e-5
 
 
 def test_unequal_weights_and_bf16():
-    q, k, w, teachers = random_case(40, 2)
+    q, k, w, targets = random_case(40, 2)
     inputs = [x.clone().requires_grad_() for x in (q, k, w)]
-    mixed = distill_loss(*inputs, teachers, [0.25, 0.75])
-    parts = [distill_loss(*inputs, [t]) for t in teachers]
+    mixed = distill_loss(*inputs, targets, [0.25, 0.75])
+    parts = [distill_loss(*inputs, [t]) for t in targets]
     torch.testing.assert_close(mixed, 0.25 * parts[0] + 0.75 * parts[1], rtol=1e-5, atol=1e-4)
     for mine, a, b in zip(
         gradients(mixed, *inputs), *(gradients(p, *inputs) for p in parts), strict=True
@@ -203,26 +191,27 @@ def test_unequal_weights_and_bf16():
         assert close(mine, 0.25 * a + 0.75 * b)
     half = [
         AttentionTarget(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in t))
-        for t in teachers
+        for t in targets
     ]
     q16, k16 = (x.bfloat16().requires_grad_() for x in (q, k))
     loss = distill_loss(q16, k16, w, half)
     assert gradients(loss, q16)[0].dtype == torch.bfloat16
-    assert float(loss.detach()) == pytest.approx(float(distill_loss(q, k, w, teachers)), rel=0.02)
+    assert float(loss.detach()) == pytest.approx(float(distill_loss(q, k, w, targets)), rel=0.02)
 
 
 def test_what_cannot_be_is_refused():
-    q, k, w, teachers = random_case(10, 2)
-    refused(lambda: distill_loss(q, k, w, teachers, kind="sum"), "multi, avg")
-    refused(lambda: distill_loss(q, k, w, teachers, [0.5, 0.6]), "sum to 1")
+    q, k, w, targets = random_case(10, 2)
+    refused(lambda: distill_loss(q, k, w, targets, objective="sum"), "multi, avg")
+    refused(lambda: distill_loss(q, k, w, targets, [0.5, 0.6]), "sum to 1")
     refused(lambda: distill_loss(q, k, w, []), "served layer")
-    refused(lambda: distill_loss(q, k[:5], w, teachers), "one document")
+    refused(lambda: distill_loss(q, k[:5], w, targets), "one document")
 
 
 def test_attention_kept():
-    q, k, w, teachers = random_case(50, 1, index_heads=24)  # so many that no two scores are equal
-    assert float(attention_kept(q, k, w, teachers[0], 50)) == pytest.approx(50, rel=1e-5)
-    t = teachers[0]
+    # With so many heads no two scores are equal.
+    q, k, w, targets = random_case(50, 1, index_heads=24)
+    assert float(attention_kept(q, k, w, targets[0], 50)) == pytest.approx(50, rel=1e-5)
+    t = targets[0]
     kept = float(attention_kept(q, k, w, t, 5, block_bytes=5000))
     seen = torch.ones(50, 50, dtype=torch.bool).tril()
     c = t.absorb_Hmc.shape[2]
@@ -266,7 +255,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_the_square(sparse):
     sizes, saved = [], []
     for length in (256, 512, 1024):
-        q, k, w, teachers = random_case(length, 2)
+        q, k, w, targets = random_case(length, 2)
         ids = selection(length, 16) if sparse else None
         inputs = [x.requires_grad_() for x in (q, k, w)]
         kept = []
@@ -276,7 +265,7 @@ def test_no_tensor_grows_with_the_square(sparse):
                 lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
             ),
         ):
-            distill_loss(*inputs, teachers, ids_SK=ids, block_bytes=1 << 18).backward()
+            distill_loss(*inputs, targets, ids_SK=ids, block_bytes=1 << 18).backward()
         sizes.append(seen.elements)
         saved.append(sum(kept))
     assert max(sizes) <= max((1 << 18) // 4, 1024 * 3 * 10)  # the block's budget, or an input

@@ -20,7 +20,12 @@ from indexcache import Pattern, use_pattern
 from indexcache.cli import main
 from indexcache.data import Document
 from indexcache.distilling import DistillSettings, Row, apply_delta, distill, pack_rows, parallel
-from indexcache.distilling.forward import Lesson, run_decoder, served_layers, teaching
+from indexcache.distilling.forward import (
+    DistillForward,
+    attention_replaced,
+    run_decoder,
+    served_layers,
+)
 from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.rows import check_beyond, rows_of_step
 from indexcache.distilling.trainer import Trainer
@@ -81,21 +86,21 @@ def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
     other = row_of(40, 5)
     packed = Row(np.concatenate([other.ids, row.ids]), ((0, 40), (40, 136)))
     for sparse in (False, True):
-        forward = Lesson(model, Pattern(pattern), trained, sparse=sparse)
-        with teaching(model, forward), torch.no_grad():
-            with forward.row(row, learn=True):
+        forward = DistillForward(model, Pattern(pattern), trained, sparse=sparse)
+        with attention_replaced(model, forward), torch.no_grad():
+            with forward.row(row, collect=True):
                 found = run_decoder(model, row, "cpu")
             alone = {i: float(v) for i, v in forward.losses.items()}
-            with forward.row(packed, learn=True):
+            with forward.row(packed, collect=True):
                 together = run_decoder(model, packed, "cpu")
-            with forward.row(other, learn=True):
+            with forward.row(other, collect=True):
                 run_decoder(model, other, "cpu")
         assert float((found - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
         assert float((together[:, 40:] - found).norm() / found.norm()) < 1e-5
-        with torch.no_grad(), teaching(model, forward), forward.row(packed, learn=True):
+        with torch.no_grad(), attention_replaced(model, forward), forward.row(packed, collect=True):
             run_decoder(model, packed, "cpu")
         both = {i: float(v) for i, v in forward.losses.items()}
-        with torch.no_grad(), teaching(model, forward), forward.row(other, learn=True):
+        with torch.no_grad(), attention_replaced(model, forward), forward.row(other, collect=True):
             run_decoder(model, other, "cpu")
         for i in alone:
             assert both[i] == pytest.approx(
@@ -119,8 +124,8 @@ def test_queries_without_a_part_that_is_not_rotated(sparse):
             else dense(make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)),
             torch.from_numpy(row.ids)[None],
         )
-    forward = Lesson(model, Pattern("FSSFSS"), trained, sparse=sparse)
-    with teaching(model, forward), torch.no_grad(), forward.row(row, learn=True):
+    forward = DistillForward(model, Pattern("FSSFSS"), trained, sparse=sparse)
+    with attention_replaced(model, forward), torch.no_grad(), forward.row(row, collect=True):
         found = run_decoder(model, row, "cpu")
     assert float((found - stock).norm() / stock.norm()) < 1e-5
     assert set(forward.losses) == {0, 3}

@@ -56,7 +56,7 @@ def both(q, k, w, targets, kind, weights=None, rows=None):
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
         with ops.tuned(backend=backend):
             loss = distill_loss(
-                *leaves, targets, weights, kind=kind, block_bytes=rows and 8 * len(q) * rows
+                *leaves, targets, weights, objective=kind, block_bytes=rows and 8 * len(q) * rows
             )
         results.append((loss.detach(), torch.autograd.grad(loss, leaves)))
     return results
