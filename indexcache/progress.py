@@ -1,4 +1,4 @@
-"""Progress on stderr, with an ETA; rare lines where stderr is a file."""
+"""Progress on stderr, with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ import sys
 from tqdm import tqdm
 
 
-def progress(total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar to be used as a context: it is closed, with a line break, also when what it counts fails."""
+def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqdm:
+    """Return a progress bar to use as a context.
+
+    It is closed, with a line break, also when the work fails. Where stderr is a file, lines are rare.
+
+    Args:
+        total: number of units of work.
+        unit: the name of a unit.
+        done: units that an earlier run has done.
+        shown: False prints nothing.
+    """
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(
-        total=total, initial=done, unit=unit, file=sys.stderr, mininterval=interval, smoothing=0.1
+        total=total,
+        initial=done,
+        unit=unit,
+        file=sys.stderr,
+        mininterval=interval,
+        smoothing=0.1,
+        disable=not shown,
     )

@@ -35,7 +35,6 @@ def run(s: Settings) -> int:
     from indexcache.evals.evaluate import evaluate
     from indexcache.models.family import indexers
     from indexcache.records import write_json
-    from indexcache.report.tables import domains, evidence, positions
     from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
@@ -49,27 +48,23 @@ def run(s: Settings) -> int:
         check_unseen(batches, against.seen)
     patterns = {c.name: c.pattern for c in chosen}
     result = evaluate(
-        loaded.module, patterns, batches, against=against.pattern if against else None, seed=s.seed
+        loaded.module,
+        patterns,
+        batches,
+        against=against.pattern if against else None,
+        seed=s.seed,
+        progress=True,
     )
     base = against.name if against else "full"
-    if not against and "S" in result["baseline"]:
+    if not against and "S" in result.baseline.roles:
         print(
-            f"The model has layers without an indexer; 'full' below is what it does by itself: {result['baseline']}\n"
+            f"The model has layers without an indexer; 'full' below is what it does by itself: {result.baseline}\n"
         )
-    print(evidence(result["rows"], base))
-    print()
-    print(domains(result["rows"], base))
-    print()
-    print(positions(result["positions"], base))
+    print(result.table(base))
     if s.out is not None:
         Path(s.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(s.out) / "evidence.json", result)
-    emit(s.json, result)
+        write_json(Path(s.out) / "evidence.json", result.to_json())
+    emit(s.json, result.to_json())
     if s.most is None:
         return 0
-    return int(
-        any(
-            r["domain"] == "all" and (r["ci_high"] is None or r["ci_high"] > s.most)
-            for r in result["rows"]
-        )
-    )
+    return int(any(r.ci_high is None or r.ci_high > s.most for r in result.overall))

@@ -29,23 +29,21 @@ def run(s: Settings) -> int:
     from indexcache.models.family import indexers
     from indexcache.records import write_json
     from indexcache.report.plots import draw_overlap
-    from indexcache.report.tables import table
     from indexcache.spec import parse_pattern
 
     loaded, batches = load(s, s.split, s.sequences)
     chosen = parse_pattern(s.pattern, len(indexers(loaded.module))) if s.pattern else None
-    measured = overlap(loaded.module, batches)
+    result = overlap(loaded.module, batches, progress=True)
+    measured = result.to_json()
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(
         out / "overlap.json", measured | {"pattern": str(chosen.pattern) if chosen else None}
     )
     draw_overlap(measured, out / "overlap.png", chosen.pattern if chosen else None)
-    m = measured["overlap"]
-    rows = [[i, f"{m[i - 1][i]:.3f}", f"{sum(m[i]) / len(m):.3f}"] for i in range(1, len(m))]
-    print(table(["layer", "with the layer before", "mean over all layers"], rows))
+    print(result.table())
     print(
-        f"\nchance {measured['chance']:.3f}, {measured['queries']} queries with more than k = {measured['topk']} tokens; "
+        f"\nchance {result.chance:.3f}, {result.queries} queries with more than k = {result.topk} tokens; "
         f"{out / 'overlap.json'}, {out / 'overlap.png'}"
     )
     emit(s.json, measured)

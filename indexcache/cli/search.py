@@ -29,7 +29,6 @@ class Settings(ModelSettings):
 
 def run(s: Settings) -> int:
     from indexcache.models.loading import fingerprint
-    from indexcache.report.tables import table
     from indexcache.searching.run import SearchSettings, search
 
     loaded, batches = load(s, s.split, s.sequences)
@@ -37,25 +36,11 @@ def run(s: Settings) -> int:
         keep=s.keep, stages=s.stages, uniform=s.uniform, pool_factor=s.pool_factor
     )
     identity = {"model": fingerprint(loaded.path), "seed": s.seed}
-    result = search(loaded.module, batches, s.out, settings, identity=identity)
-    base = result["frontier"][0]["loss"]
-    rows = [
-        [
-            f"searched, {p['full']} full",
-            f"{p['loss']:.4f}",
-            f"{p['loss'] - base:+.4f}",
-            p["pattern"],
-        ]
-        for p in result["frontier"]
-    ]
-    rows += [
-        ["uniform", f"{p['loss']:.4f}", f"{p['loss'] - base:+.4f}", p["pattern"]]
-        for p in result["uniform"]
-    ]
-    print(table(["calibration", "loss", "vs full", "roles"], rows))
+    result = search(loaded.module, batches, s.out, settings, identity=identity, progress=True)
+    print(result.table())
     print(
         f"\n{s.out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched pattern: evaluate it on "
         "held-out text next."
     )
-    emit(s.json, result)
+    emit(s.json, result.to_json())
     return 0

@@ -1,10 +1,11 @@
-"""Evidence that a pattern is safe: held-out loss and divergence from the full model, paired per token, by document."""
+"""Evidence that a pattern is safe: held-out loss and divergence, paired per token, by document."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,70 +13,207 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indexcache.data import Batch, check_context
+from indexcache.data import ALL, Batch, check_context
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
-from indexcache.models.seam import selector_of, use_pattern
+from indexcache.models.seam import check_pattern, selector_of, use_pattern
 from indexcache.pattern import Pattern
-from indexcache.progress import progress
+from indexcache.progress import progress as progress_bar
+from indexcache.report.tables import table
 
-BUCKETS = 4  # position buckets, equal parts of the sequence
+BUCKETS = 4  # equal parts of the sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
+
+Key = tuple[str, str, int]  # (domain, unit, position bucket)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One pattern on some of the tokens, compared with the baseline on the same tokens.
+
+    Attributes:
+        name: the name of the pattern.
+        pattern: the pattern.
+        where: the tokens: a domain ("all": every domain), or (from, to), fractions of the sequence.
+        loss: mean loss, nats per token.
+        delta_loss: the pattern's loss minus the baseline's.
+        ci_low: lower end of the 95 % paired bootstrap interval over documents; None for one document.
+        ci_high: its upper end.
+        kl: KL(baseline || pattern), nats per token.
+        agreement: share of tokens with the same most likely next token.
+        tokens: number of tokens.
+        documents: number of documents.
+    """
+
+    name: str
+    pattern: Pattern
+    where: str | tuple[float, float]
+    loss: float
+    delta_loss: float
+    ci_low: float | None
+    ci_high: float | None
+    kl: float
+    agreement: float
+    tokens: int
+    documents: int
+
+    @property
+    def full(self) -> int:
+        """Number of full layers."""
+        return len(self.pattern.full_layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one row of evidence.json."""
+        if isinstance(self.where, str):
+            where: dict[str, Any] = {"domain": self.where}
+        else:
+            where = dict(zip(("from", "to"), self.where, strict=True))
+        return {
+            "pattern": str(self.pattern),
+            "name": self.name,
+            "full": self.full,
+            "layers": len(self.pattern),
+            **where,
+            "loss": self.loss,
+            "delta_loss": self.delta_loss,
+            "ci_low": self.ci_low,
+            "ci_high": self.ci_high,
+            "kl": self.kl,
+            "agreement": self.agreement,
+            "tokens": self.tokens,
+            "documents": self.documents,
+        }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Patterns compared with a baseline on held-out text.
+
+    Attributes:
+        rows: every pattern on all domains together ("all") and on each domain.
+        positions: every pattern on each quarter of the sequence, over all domains.
+        baseline: the pattern that every difference is to.
+        path: "stock" or "fast", the code that ran.
+    """
+
+    rows: tuple[Measurement, ...]
+    positions: tuple[Measurement, ...]
+    baseline: Pattern
+    path: str
+
+    @property
+    def overall(self) -> tuple[Measurement, ...]:
+        """Every pattern on all domains together."""
+        return tuple(row for row in self.rows if row.where == ALL)
+
+    def table(self, baseline: str = "full") -> str:
+        """Format three tables: the patterns overall, by domain and by position.
+
+        Args:
+            baseline: what the heads of the tables call the baseline.
+        """
+        by_domain = [row for row in self.rows if row.where != ALL]
+        return "\n\n".join(
+            (
+                self._overall_table(baseline),
+                _wide(f"vs {baseline}, by domain", by_domain, _domain_cell),
+                _wide(f"vs {baseline}, by position", self.positions, _position_cell),
+            )
+        )
+
+    def _overall_table(self, baseline: str) -> str:
+        lines = [
+            [
+                r.name,
+                f"{r.full}/{len(r.pattern)}",
+                f"{r.loss:.4f}",
+                f"{r.delta_loss:+.4f}",
+                "" if r.ci_low is None else f"[{r.ci_low:+.4f}, {r.ci_high:+.4f}]",
+                f"{r.kl:.4f}",
+                f"{r.agreement:.1%}",
+                str(r.pattern),
+            ]
+            for r in self.overall
+        ]
+        head = ["pattern", "full", "loss", f"vs {baseline}", "95 % interval", "KL", "same top-1"]
+        return table([*head, "roles"], lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of evidence.json."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "positions": [row.to_json() for row in self.positions],
+            "baseline": str(self.baseline),
+            "path": self.path,
+        }
+
+
+def _wide(head: str, rows: Sequence[Measurement], cell: Any) -> str:
+    """Format one line per pattern and one column per place, in the order of the rows."""
+    columns = dict.fromkeys(_where_title(r) for r in rows)
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        lines.setdefault(row.name, [row.name]).append(cell(row))
+    return table([head, *columns], list(lines.values()))
+
+
+def _where_title(row: Measurement) -> str:
+    if isinstance(row.where, str):
+        return row.where
+    return "{:.0%} to {:.0%}".format(*row.where)
+
+
+def _domain_cell(row: Measurement) -> str:
+    interval = "" if row.ci_low is None else f" [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    return f"{row.delta_loss:+.4f}{interval}"
+
+
+def _position_cell(row: Measurement) -> str:
+    return f"{row.delta_loss:+.4f}"
 
 
 def evaluate(
     model: nn.Module,
-    patterns: Mapping[str, Pattern | str] | Sequence[Pattern | str],
+    patterns: Pattern | str | Mapping[str, Pattern | str] | Sequence[Pattern | str],
     batches: Sequence[Batch],
     *,
     against: Pattern | str | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+    progress: bool = False,
+) -> Evidence:
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
 
     Args:
-        model: a loaded transformers model of a known family.
-        patterns: patterns, with a name each when given as a mapping.
-        batches: held-out batches (`indexcache.data.make_batches`).
-        against: the baseline, a pattern; None is what the model does by itself, all F unless it has layers without an indexer.
-        seed: of the bootstrap.
-
-    Returns:
-        {"rows": [..], "positions": [..], "baseline": the pattern that every difference is to, "path": "stock" or "fast"}. A row is
-        one pattern on one domain ("all": every domain): `pattern`, `name`, `full` (layers that stay full), `domain`, `loss` and
-        `delta_loss` (nats per token; delta = pattern minus baseline), `ci_low` and `ci_high` (95 % paired bootstrap over
-        documents), `kl` (KL(baseline || pattern), nats per token), `agreement` (share of tokens with the same top-1), `tokens`,
-        `documents`. `positions` has the same per quarter of the sequence, over all domains.
+        model: a loaded model of a known family.
+        patterns: one pattern, several, or a mapping from names to patterns.
+        batches: held-out batches (`indexcache.data.batches`).
+        against: the baseline; None is what the model does by itself, all F unless it has layers without
+            an indexer.
+        seed: random seed of the bootstrap.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences too short for k, a pattern the model cannot take, a loss that is not finite.
+        ValueError: sequences too short for k, a pattern the model cannot take, or a loss that is not
+            finite.
     """
-    given = patterns if isinstance(patterns, Mapping) else {str(p): p for p in patterns}
-    named = {name: p if isinstance(p, Pattern) else Pattern(p) for name, p in given.items()}
-    if not named:
-        raise ValueError("There is no pattern to evaluate.")
+    named = _named(patterns)
     native = native_pattern(model)
-    base = (
-        native if against is None else against if isinstance(against, Pattern) else Pattern(against)
-    )
+    base = native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
-        with use_pattern(model, pattern):
-            pass  # refuses what this model cannot take before any work is done
+        check_pattern(model, pattern)
     for batch in batches:
         check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
-    # sums[name][domain, unit, bucket] -> loss, delta, KL, agreement, tokens
-    sums: dict[str, dict[tuple[str, str, int], np.ndarray]] = {
-        n: defaultdict(lambda: np.zeros(len(FIELDS))) for n in named
+    sums: dict[str, dict[Key, np.ndarray]] = {
+        name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
     }
-    with progress(len(batches) * (len(named) + 1), "pass") as bar:
+    with progress_bar(len(batches) * (len(named) + 1), "pass", shown=progress) as bar:
         for batch in batches:
             full = _hidden(model, base, native, batch)
             bar.update()
             for name, pattern in named.items():
-                if (
-                    pattern == base and batch is not batches[0]
-                ):  # bitwise the same pass, as the first batch has shown
+                # The baseline's own pass is repeated once, to show that two passes are bitwise equal.
+                if pattern == base and batch is not batches[0]:
                     hidden = full
                 else:
                     with use_pattern(model, pattern):
@@ -86,54 +224,56 @@ def evaluate(
                 for key, value in _compare(model, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()
-    rows, positions = [], []
-    domains = sorted({b.domain for b in batches})
-    for name, pattern in named.items():
-        head = {
-            "pattern": str(pattern),
-            "name": name,
-            "full": len(pattern.full_layers),
-            "layers": len(pattern),
-        }
-        for domain in ["all", *domains]:
-            chosen = {k: v for k, v in sums[name].items() if domain in ("all", k[0])}
-            rows.append(head | {"domain": domain} | _row(chosen, seed))
-        for bucket in range(BUCKETS):
-            chosen = {k: v for k, v in sums[name].items() if k[2] == bucket}
-            positions.append(
-                head | {"from": bucket / BUCKETS, "to": (bucket + 1) / BUCKETS} | _row(chosen, seed)
-            )
-    return {
-        "rows": rows,
-        "positions": positions,
-        "baseline": str(base),
-        "path": selector_of(model).path,
-    }
+    places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
+    places += [(i / BUCKETS, (i + 1) / BUCKETS) for i in range(BUCKETS)]
+    measured = [
+        _measure(name, pattern, where, sums[name], seed)
+        for name, pattern in named.items()
+        for where in places
+    ]
+    rows = tuple(m for m in measured if isinstance(m.where, str))
+    positions = tuple(m for m in measured if not isinstance(m.where, str))
+    return Evidence(rows, positions, base, selector_of(model).path)
+
+
+def _named(
+    patterns: Pattern | str | Mapping[str, Pattern | str] | Sequence[Pattern | str],
+) -> dict[str, Pattern]:
+    if isinstance(patterns, (Pattern, str)):
+        patterns = [patterns]
+    if not isinstance(patterns, Mapping):
+        patterns = {str(p): p for p in patterns}
+    if not patterns:
+        raise ValueError("There is no pattern to evaluate.")
+    return {name: Pattern.of(p) for name, p in patterns.items()}
 
 
 def _hidden(model: nn.Module, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
-    """Hidden states of the baseline; the model itself, without the seam, where that is the baseline."""
+    """Compute hidden states of the baseline; without the seam where the model itself is the baseline."""
     if base == native:
         return hidden_states(model, batch.ids)
     with use_pattern(model, base):
         return hidden_states(model, batch.ids)
 
 
-def _compare(model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch):
-    """Yield ((domain, unit, bucket), sums of FIELDS) for each sequence and position bucket."""
+def _compare(
+    model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch
+) -> Iterator[tuple[Key, np.ndarray]]:
+    """Yield the sums of FIELDS for each sequence and position bucket."""
     length = batch.ids.shape[1]
     fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
-    for part, (a, b) in logit_chunks(model, full, hidden):
-        target = batch.ids[:, part.start + 1 : part.stop + 1].to(a.device)[..., None]
+    for chunk, (a, b) in logit_chunks(model, full, hidden):
+        target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(a.device)[..., None]
         a, b = F.log_softmax(a, -1), F.log_softmax(b, -1)
         loss_a, loss_b = -a.gather(-1, target)[..., 0], -b.gather(-1, target)[..., 0]
         kl = (a.exp() * (a - b)).sum(-1)
         agree = (a.argmax(-1) == b.argmax(-1)).float()
         values = (loss_b, loss_b.double() - loss_a.double(), kl, agree, torch.ones_like(kl))
-        fields[..., part] = torch.stack([v.double() for v in values]).cpu()
+        fields[..., chunk] = torch.stack([v.double() for v in values]).cpu()
     if not math.isfinite(float(fields.sum())):
         raise ValueError(
-            "The loss is not finite on this text: the model gives no finite logits (wrong dtype or broken weights?)."
+            "The loss is not finite on this text: the model gives no finite logits (wrong dtype or "
+            "broken weights?)."
         )
     bucket = torch.arange(length - 1) * BUCKETS // (length - 1)
     for row, unit in enumerate(batch.units):
@@ -141,20 +281,30 @@ def _compare(model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch):
             yield (batch.domain, unit, i), fields[:, row, bucket == i].sum(-1).numpy()
 
 
-def _row(chosen: Mapping[tuple[str, str, int], np.ndarray], seed: int) -> dict[str, Any]:
+def _measure(
+    name: str,
+    pattern: Pattern,
+    where: str | tuple[float, float],
+    sums: Mapping[Key, np.ndarray],
+    seed: int,
+) -> Measurement:
     units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
-    for (domain, unit, _), value in chosen.items():
-        units[domain, unit] += value
-    table = np.stack([units[k] for k in sorted(units)])
-    loss, delta, kl, agree, tokens = table.sum(0)
-    low, high = bootstrap_interval(table[:, 1].tolist(), table[:, 4].tolist(), seed=seed)
-    return {
-        "loss": loss / tokens,
-        "delta_loss": delta / tokens,
-        "ci_low": low if math.isfinite(low) else None,
-        "ci_high": high if math.isfinite(high) else None,
-        "kl": kl / tokens,
-        "agreement": agree / tokens,
-        "tokens": int(tokens),
-        "documents": len(table),
-    }
+    for (domain, unit, bucket), value in sums.items():
+        if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
+            units[domain, unit] += value
+    by_unit = np.stack([units[k] for k in sorted(units)])
+    loss, delta, kl, agree, tokens = by_unit.sum(0)
+    low, high = bootstrap_interval(by_unit[:, 1].tolist(), by_unit[:, 4].tolist(), seed=seed)
+    return Measurement(
+        name=name,
+        pattern=pattern,
+        where=where,
+        loss=loss / tokens,
+        delta_loss=delta / tokens,
+        ci_low=low if math.isfinite(low) else None,
+        ci_high=high if math.isfinite(high) else None,
+        kl=kl / tokens,
+        agreement=agree / tokens,
+        tokens=int(tokens),
+        documents=len(by_unit),
+    )

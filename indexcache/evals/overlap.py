@@ -1,8 +1,9 @@
-"""How much the selections of two layers have in common: mean |T_i and T_j| / k over queries."""
+"""How much the selections of two layers have in common: the mean of |T_i and T_j| / k over queries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,60 @@ from indexcache.data import Batch, check_context
 from indexcache.models.family import native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
-from indexcache.progress import progress
+from indexcache.progress import progress as progress_bar
+from indexcache.report.tables import table
 
 CHUNK_BYTES = 1 << 26
 
 
-def overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Overlap of the selections of all pairs of layers when every layer that has an indexer runs it.
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """Overlap of the selections of all pairs of layers.
+
+    Attributes:
+        shares: float64 [N, N], the mean of |T_i and T_j| / k over the queries.
+        chance: the mean of k / context over the same queries, which independent random selections share.
+        queries: number of queries, those with more than k tokens of context.
+        topk: k.
+    """
+
+    shares: np.ndarray
+    chance: float
+    queries: int
+    topk: int
+
+    def table(self) -> str:
+        """Format one line per layer: its overlap with the layer before, and the mean over all."""
+        rows = [
+            [
+                i,
+                f"{self.shares[i - 1, i]:.3f}",
+                f"{sum(self.shares[i].tolist()) / len(self.shares):.3f}",
+            ]
+            for i in range(1, len(self.shares))
+        ]
+        return table(["layer", "with the layer before", "mean over all layers"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of overlap.json, without the pattern that is drawn."""
+        return {
+            "overlap": self.shares.tolist(),
+            "chance": self.chance,
+            "queries": self.queries,
+            "layers": len(self.shares),
+            "topk": self.topk,
+        }
+
+
+def overlap(model: nn.Module, batches: Sequence[Batch], *, progress: bool = False) -> Overlap:
+    """Measure the overlap of all pairs of layers when every layer that has an indexer runs it.
 
     Only queries with more than k tokens of context count: before that every layer selects everything.
 
-    Returns:
-        {"overlap": float [N][N] (mean |T_i and T_j| / k), "chance": the mean k / context of the same queries (what
-        independent random selections would share), "queries": how many, "layers": N, "topk": k}.
+    Args:
+        model: a loaded model of a known family.
+        batches: text to measure on (`indexcache.data.batches`).
+        progress: show a progress bar on stderr.
 
     Raises:
         ValueError: sequences too short for k.
@@ -36,38 +78,32 @@ def overlap(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
         check_context(batch.ids.shape[1], topk)
     total = np.zeros((len(pattern), len(pattern)))
     queries, chance = 0, 0.0
-    with progress(len(batches), "batch") as bar:
+    with progress_bar(len(batches), "batch", shown=progress) as bar:
         for batch in batches:
             with use_pattern(model, pattern, capture=True) as seam:
                 hidden_states(model, batch.ids)
                 selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
-            length = batch.ids.shape[1]
+            length, sequences = batch.ids.shape[1], len(batch.units)
+            contexts = torch.arange(topk + 1, length + 1).double()
             total += _shared(selections, length)
-            queries += len(batch.units) * (length - topk)
-            chance += len(batch.units) * float(
-                (topk / torch.arange(topk + 1, length + 1).double()).sum()
-            )
+            queries += sequences * (length - topk)
+            chance += sequences * float((topk / contexts).sum())
             bar.update()
-    shares = total / queries / topk
-    return {
-        "overlap": shares.tolist(),
-        "chance": chance / queries,
-        "queries": queries,
-        "layers": len(pattern),
-        "topk": topk,
-    }
+    return Overlap(total / queries / topk, chance / queries, queries, topk)
 
 
 def _shared(selections: list[Tensor], length: int) -> np.ndarray:
-    """Sum over queries of |T_i and T_j| for all pairs of layers; every row holds only valid ids. float64 [N, N]."""
+    """Sum |T_i and T_j| over queries for all pairs of layers; every row holds only valid ids.
+
+    Returns float64 [N, N].
+    """
     layers, (batch, rows, _) = len(selections), selections[0].shape
     total = np.zeros((layers, layers))
     chunk = max(CHUNK_BYTES // (4 * layers * length), 1)
     for b in range(batch):
         for start in range(0, rows, chunk):
-            part = torch.stack(
-                [s[b, start : start + chunk].long() for s in selections]
-            )  # [N, q, k]
-            member = torch.zeros(layers, part.shape[1], length).scatter_(-1, part, 1.0).flatten(1)
+            ids_NQK = torch.stack([s[b, start : start + chunk].long() for s in selections])
+            member = torch.zeros(layers, ids_NQK.shape[1], length).scatter_(-1, ids_NQK, 1.0)
+            member = member.flatten(1)
             total += (member @ member.T).double().numpy()
     return total

@@ -17,11 +17,14 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of sum(sums) / sum(counts), resampling the documents.
+    """Compute a percentile bootstrap interval of sum(sums) / sum(counts), resampling the documents.
 
     Args:
         sums: per document, the sum of a paired per-token difference.
-        counts: per document, its tokens, or whatever else the sums are divided by.
+        counts: per document, the number of tokens, or another denominator of the sums.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the resamples.
 
     Returns:
         (low, high); (nan, nan) for fewer than two documents, which say nothing about a spread.

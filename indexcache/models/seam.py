@@ -247,6 +247,17 @@ class Seam:
         return ids.to(call.x.device)
 
 
+def check_pattern(model: nn.Module, pattern: Pattern | str) -> Pattern:
+    """Return `pattern` as a Pattern that this model can run.
+
+    Raises:
+        ValueError: unknown family, wrong length, F or R on a layer without indexer weights.
+    """
+    family_of(model)  # refuses an unknown one
+    missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
+    return Pattern.of(pattern).check(layers=len(indexers(model)), without_indexer=missing)
+
+
 @contextmanager
 def use_pattern(
     model: nn.Module, pattern: Pattern | str, *, capture: bool = False
@@ -259,14 +270,10 @@ def use_pattern(
         capture: keep the selections of the last forward pass in the yielded object's `selections`.
 
     Raises:
-        ValueError: unknown family, wrong length, F or R on a layer without indexer weights. Inside
-            the context: a forward pass with a cache that was filled while a layer, now F or R, was
+        ValueError: as `check_pattern`. Inside the context: a forward pass with a cache that was filled while a layer, now F or R, was
             shared. After it: the same for a layer that is full in the model itself.
     """
-    family_of(model)  # refuses an unknown one
-    pattern = Pattern.of(pattern)
-    missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
-    pattern.check(layers=len(indexers(model)), without_indexer=missing)
+    pattern = check_pattern(model, pattern)
     seam = Seam(model, pattern, capture)
     patterns = state_of(model).patterns
     patterns.append(seam)

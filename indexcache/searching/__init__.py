@@ -1,1 +1,1 @@
-"""Searching for a pattern: the paper's greedy algorithm, the objective it minimises, the run around it, naming what it found."""
+"""Searching for a pattern: the paper's greedy algorithm, the loss it minimises, and the run around it."""

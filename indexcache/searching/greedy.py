@@ -1,6 +1,7 @@
-"""Training-free search: Algorithm 1 of the paper, and its variant for pipeline stages. Nothing else is in here.
+"""Training-free search: Algorithm 1 of the paper, and its variant for pipeline stages.
 
-`loss` maps a pattern to the language-modelling loss on the calibration batches, the same for every candidate.
+`loss` maps a pattern to the language-modelling loss on the calibration batches, the same batches for
+every candidate.
 """
 
 from __future__ import annotations
@@ -14,40 +15,47 @@ Loss = Callable[[Pattern], float]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One point of the frontier: the pattern after a flip, its loss, and the layer that was flipped (None: all full)."""
+class FrontierPoint:
+    """One point of the frontier of patterns.
+
+    Attributes:
+        pattern: the pattern after a flip.
+        loss: its loss, nats per token.
+        flipped: the layer that was flipped to S; None for all full.
+    """
 
     pattern: Pattern
     loss: float
-    flipped: int | None
+    flipped: int | None = None
 
     @property
     def full(self) -> int:
+        """Number of full layers."""
         return len(self.pattern.full_layers)
 
 
-def greedy(loss: Loss, layers: int, full: int) -> Iterator[Step]:
+def greedy(
+    loss: Loss, layers: int, full: int, starts: Sequence[int] = (0,)
+) -> Iterator[FrontierPoint]:
     """Yield the nested family of patterns from all full down to `full` full layers.
 
-    c = F^N;  R = {1..N-1};  repeat:  l* = argmin over l in R of loss(c with l -> S);  c[l*] = S;  R -= {l*}.
-    Equal losses go to the lower layer.
-    """
-    yield from greedy_stages(loss, layers, full, starts=(0,))
+    c = F^N;  R = {1..N-1};  repeat:  l* = argmin over l in R of loss(c with l -> S);  c[l*] = S;
+    R -= {l*}. Equal losses go to the lower layer.
 
-
-def greedy_stages(loss: Loss, layers: int, full: int, starts: Sequence[int]) -> Iterator[Step]:
-    """The same with the layers cut into pipeline stages: the first layer of each stage stays F, and each round flips
-    one layer per stage, stage after stage. One stage is Algorithm 1 itself; P stages take P times fewer evaluations.
+    `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and each
+    round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P stages take P
+    times fewer evaluations.
 
     Raises:
         ValueError: fewer full layers than stages, whose first layers always stay full.
     """
     if full < len(starts):
         raise ValueError(
-            f"{full} full layers are too few: the first layer of each of the {len(starts)} stages stays full."
+            f"{full} full layers are too few: the first layer of each of the {len(starts)} stages "
+            "stays full."
         )
     c = Pattern.full(layers)
-    yield Step(c, loss(c), None)
+    yield FrontierPoint(c, loss(c))
     ends = [*starts[1:], layers]
     remaining = [list(range(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
     while len(c.full_layers) > full:
@@ -58,18 +66,17 @@ def greedy_stages(loss: Loss, layers: int, full: int, starts: Sequence[int]) -> 
             best = min(candidates, key=lambda layer: (losses[layer], layer))
             c = c.replace(best, "S")
             candidates.remove(best)
-            yield Step(c, losses[best], best)
+            yield FrontierPoint(c, losses[best], best)
 
 
 def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:
-    """How many distinct patterns the search will evaluate."""
-    count = iter(range(1 << 30))
-    seen: set[str] = set()
-
-    def loss(pattern: Pattern) -> float:
-        seen.add(str(pattern))
-        return float(next(count))
-
-    for _ in greedy_stages(loss, layers, full, starts):
-        pass
-    return len(seen)
+    """Count the patterns that `greedy` evaluates: all full, and the candidates of every flip."""
+    count, left = 1, layers
+    remaining = [b - a - 1 for a, b in zip(starts, [*starts[1:], layers], strict=True)]
+    while left > max(full, len(starts)):
+        for stage, candidates in enumerate(remaining):
+            if candidates and left > full:
+                count += candidates
+                remaining[stage] -= 1
+                left -= 1
+    return count

@@ -1,4 +1,4 @@
-"""The objective: mean language-modelling loss of a pattern over fixed batches, remembered per pattern."""
+"""The objective of a search: the mean language-modelling loss of a pattern over fixed batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from indexcache.pattern import Pattern
 
 
 class Objective:
-    """Call it with a pattern: mean negative log-likelihood, nats per token, over all batches.
+    """A function from a pattern to its loss over all batches, in nats per token; each is computed once.
 
     Args:
         model: a loaded transformers model.
-        batches: the calibration batches; the same for every pattern.
-        known: losses that were evaluated before, by pattern string (a run's journal).
+        batches: the calibration batches, the same for every pattern.
+        evaluated: losses of earlier evaluations, by pattern string (a run's journal).
         record: called with (pattern, loss) after each new evaluation.
     """
 
@@ -27,39 +27,44 @@ class Objective:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        known: dict[str, float] | None = None,
+        evaluated: dict[str, float] | None = None,
         record: Callable[[Pattern, float], None] = lambda pattern, loss: None,
     ):
-        self.model, self.batches, self.known, self.record = (
-            model,
-            batches,
-            dict(known or {}),
-            record,
-        )
+        self.model = model
+        self.batches = batches
+        self.evaluated = dict(evaluated or {})
+        self.record = record
         self.base: Pattern | None = None
         self.prefix = PrefixCache(model, [b.ids for b in batches])
 
     def rebase(self, pattern: Pattern) -> None:
-        """Tell that the next patterns differ little from this one: their common layers are computed once, when the first
-        of them is not known yet."""
+        """Announce that the next patterns differ little from this one.
+
+        The layers that they share with it are computed once, at the next new evaluation.
+        """
         self.base = pattern
 
     def __call__(self, pattern: Pattern) -> float:
-        """Raises ValueError when the loss is not finite."""
+        """Return the loss of a pattern.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
         key = str(pattern)
-        if key not in self.known:
+        if key not in self.evaluated:
             if self.base is not None:
                 self.prefix.rebase(self.base)
             total, count = 0.0, 0
             for i, batch in enumerate(self.batches):
                 losses = token_losses(self.model, self.prefix.hidden(i, pattern), batch.ids)
-                total, count = total + float(losses.double().sum()), count + losses.numel()
+                total += float(losses.double().sum())
+                count += losses.numel()
             loss = total / count
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"The loss of {key} is {loss}: the model gives no finite logits on this text (wrong dtype or "
-                    "broken weights?); nothing was recorded for it."
+                    f"The loss of {key} is {loss}: the model gives no finite logits on this text (wrong "
+                    "dtype or broken weights?); nothing was recorded for it."
                 )
-            self.known[key] = loss
+            self.evaluated[key] = loss
             self.record(pattern, loss)
-        return self.known[key]
+        return self.evaluated[key]

@@ -1,4 +1,4 @@
-"""The search as a run: journalled, resumable, with progress; the algorithm itself is in `greedy`."""
+"""The search as a run with a journal, which can be resumed; the algorithm itself is in `greedy`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from indexcache.models.family import family_of, indexers
 from indexcache.models.loading import library_versions, weights_digest
 from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
-from indexcache.progress import progress
+from indexcache.progress import progress as progress_bar
 from indexcache.records import open_run
-from indexcache.searching.greedy import evaluations, greedy_stages
+from indexcache.report.tables import table
+from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
 from indexcache.searching.objective import Objective
 
 
@@ -32,6 +33,51 @@ class SearchSettings:
     pool_factor: int = 8
 
 
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, on its calibration text.
+
+    Attributes:
+        frontier: the searched patterns, from all full down to the fewest full layers.
+        uniform: uniform patterns of the same budgets, for comparison.
+        calibration: the text: sequences, tokens, share of queries beyond k, domains, digests.
+    """
+
+    frontier: tuple[FrontierPoint, ...]
+    uniform: tuple[FrontierPoint, ...]
+    calibration: dict[str, Any]
+
+    @property
+    def pattern(self) -> Pattern:
+        """The searched pattern with the fewest full layers."""
+        return self.frontier[-1].pattern
+
+    def table(self) -> str:
+        """Format one line per pattern: its calibration loss, and the difference to all full."""
+        base = self.frontier[0].loss
+        named = [(f"searched, {p.full} full", p) for p in self.frontier]
+        named += [("uniform", p) for p in self.uniform]
+        rows = [
+            [name, f"{p.loss:.4f}", f"{p.loss - base:+.4f}", str(p.pattern)] for name, p in named
+        ]
+        return table(["calibration", "loss", "vs full", "roles"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of result.json."""
+        points = [
+            {"full": p.full, "pattern": str(p.pattern), "loss": p.loss}
+            for p in (*self.frontier, *self.uniform)
+        ]
+        frontier = [
+            point | {"flipped": p.flipped} for point, p in zip(points, self.frontier, strict=False)
+        ]
+        return {
+            "frontier": frontier,
+            "uniform": points[len(frontier) :],
+            "calibration": self.calibration,
+        }
+
+
 def search(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -39,23 +85,23 @@ def search(
     settings: SearchSettings = SearchSettings(),
     *,
     identity: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Greedy search (paper, Algorithm 1) for every budget down to `settings.keep`, resumable in `out`.
+    progress: bool = False,
+) -> SearchResult:
+    """Search greedily for a pattern of every budget down to `settings.keep` (paper, Algorithm 1).
+
+    `out` gets settings.json, journal.jsonl (one line per evaluation), result.json and pattern.json.
 
     Args:
-        model: a loaded transformers model of a known family whose layers all have an indexer.
-        batches: calibration batches (`indexcache.data.make_batches`).
+        model: a loaded model of a known family whose layers all have an indexer.
+        batches: calibration batches (`indexcache.data.batches`).
         out: run folder; an interrupted run with the same settings continues, to the same result.
         settings: see `SearchSettings`.
-        identity: further facts a resumed run must share (e.g. the checkpoint's fingerprint).
-
-    Returns:
-        The content of `out/result.json`: {"frontier": [{"full", "pattern", "loss", "flipped"}, ..] from all full
-        down, "uniform": [{"full", "pattern", "loss"}, ..], "calibration": {..}}.
+        identity: further facts that a resumed run must share, e.g. the checkpoint's fingerprint.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a model trained with sharing, sequences that are too short, a folder of another run, a loss that
-            is not finite.
+        ValueError: a model trained with sharing, sequences that are too short, a folder of another run,
+            or a loss that is not finite.
     """
     layers = len(indexers(model))
     family_of(model)
@@ -65,70 +111,58 @@ def search(
     full = full_count(layers, settings.keep)
     if full < settings.stages:
         raise ValueError(
-            f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = {settings.keep} of "
-            f"{layers} layers leaves {full}."
+            f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = "
+            f"{settings.keep} of {layers} layers leaves {full}."
         )
     comparisons = _uniform(layers, full, settings) if settings.uniform else []
-    with open_run(
-        Path(out), {**asdict(settings), **_environment(model, batches), **(identity or {})}
-    ) as run:
-        known = {e["pattern"]: e["loss"] for e in run.journal}
+    facts = {**asdict(settings), **_environment(model, batches), **(identity or {})}
+    with open_run(Path(out), facts) as run:
+        evaluated = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
-        with progress(total, "eval", len(known)) as bar:
+        with progress_bar(total, "eval", len(evaluated), shown=progress) as bar:
 
             def record(pattern: Pattern, loss: float) -> None:
                 run.append({"pattern": str(pattern), "loss": loss})
                 bar.update()
 
-            objective = Objective(model, batches, known, record)
-            frontier: list[dict[str, Any]] = []
-            for step in greedy_stages(objective, layers, full, starts):
-                frontier.append(
-                    {
-                        "full": step.full,
-                        "pattern": str(step.pattern),
-                        "loss": step.loss,
-                        "flipped": step.flipped,
-                    }
-                )
-                bar.set_postfix_str(f"{step.full} full, best loss {step.loss:.4f}")
-                objective.rebase(step.pattern)
-            uniform = [
-                {"full": len(p.full_layers), "pattern": str(p), "loss": objective(p)}
-                for p in comparisons
-            ]
-        tokens = sum(b.ids.numel() for b in batches)
-        calibration = {
-            "sequences": sum(len(b.units) for b in batches),
-            "tokens": tokens,
-            "queries_beyond_k": beyond,
-            "domains": sorted({b.domain for b in batches}),
-            "digests": sorted({d for b in batches for d in b.digests}),
-        }
-        result = {"frontier": frontier, "uniform": uniform, "calibration": calibration}
-        run.save("result.json", result)
-        run.save(
-            "pattern.json",
-            Pattern(frontier[-1]["pattern"]).facts()
-            | {"calibration_digests": calibration["digests"]},
-        )
+            objective = Objective(model, batches, evaluated, record)
+            frontier = []
+            for point in greedy(objective, layers, full, starts):
+                frontier.append(point)
+                bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
+                objective.rebase(point.pattern)
+            uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
+        result = SearchResult(tuple(frontier), tuple(uniform), _calibration(batches, beyond))
+        run.save("result.json", result.to_json())
+        digests = {"calibration_digests": result.calibration["digests"]}
+        run.save("pattern.json", result.pattern.facts() | digests)
     return result
 
 
+def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
+    return {
+        "sequences": sum(len(b.units) for b in batches),
+        "tokens": sum(b.ids.numel() for b in batches),
+        "queries_beyond_k": beyond,
+        "domains": sorted({b.domain for b in batches}),
+        "digests": sorted({d for b in batches for d in b.digests}),
+    }
+
+
 def refuse_trained_sharing(model: nn.Module) -> None:
-    """Raises ValueError on a model some of whose layers have no indexer: trained with sharing, or pruned by an export."""
+    """Raise ValueError on a model with layers that have no indexer: trained with sharing, or pruned."""
     shared = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
     if shared:
         some = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
-            f"Layers {some} of this model have no indexer of their own and can never be full. A search is pointless on a "
-            "model that was trained with sharing: its layers have learnt the pattern it ships "
-            "with. If this is a pruned export, search the checkpoint it came from."
+            f"Layers {some} of this model have no indexer of their own and can never be full. A search is "
+            "pointless on a model that was trained with sharing: its layers have learnt the pattern it "
+            "ships with. If this is a pruned export, search the checkpoint it came from."
         )
 
 
 def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
-    """Uniform 1/2, 1/4, .. down to the budget, with S and with R, where the stages allow them."""
+    """List the uniform patterns 1/2, 1/4, .. down to the budget, with S and R, that fit the stages."""
     patterns = []
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:
@@ -143,7 +177,7 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
 
 
 def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
-    """What decides the last bit of a loss."""
+    """Return what decides the last bit of a loss."""
     weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     device = (
         torch.cuda.get_device_name(weight.device)

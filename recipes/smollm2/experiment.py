@@ -360,7 +360,7 @@ class Experiment:
                         with accelerate(self.model):
                             facts["overlap"] = overlap(
                                 self.model, held_out[:: max(len(held_out) // 3, 1)]
-                            )
+                            ).to_json()
                     self.note(run, seed, method, kept, pattern, facts)
 
     def groups(self) -> None:

@@ -25,27 +25,21 @@ def evidence(glm, batches):
 
 
 def rows(evidence, name):
-    return {r["domain"]: r for r in evidence["rows"] if r["name"] == name}
+    return {r.where: r for r in evidence.rows if r.name == name}
 
 
 def test_losses_are_those_of_stock_models(glm, batches, evidence):
     full = stock_loss(glm, "FFFFFF", batches)
     for name, pattern in (("half", "FSFSFS"), ("quarter", "FSSSSS")):
         row = rows(evidence, name)["all"]
-        assert row["loss"] == pytest.approx(stock_loss(glm, pattern, batches), rel=1e-6)
-        assert row["delta_loss"] == pytest.approx(row["loss"] - full, abs=1e-6)
-        assert row["full"] == pattern.count("F")
+        assert row.loss == pytest.approx(stock_loss(glm, pattern, batches), rel=1e-6)
+        assert row.delta_loss == pytest.approx(row.loss - full, abs=1e-6)
+        assert row.full == pattern.count("F")
 
 
 def test_the_full_pattern_differs_by_exactly_nothing(evidence):
     row = rows(evidence, "same")["all"]
-    assert (row["delta_loss"], row["kl"], row["agreement"], row["ci_low"], row["ci_high"]) == (
-        0,
-        0,
-        1,
-        0,
-        0,
-    )
+    assert (row.delta_loss, row.kl, row.agreement, row.ci_low, row.ci_high) == (0, 0, 1, 0, 0)
 
 
 def test_kl_and_agreement_against_whole_logits(glm, batches, evidence):
@@ -63,23 +57,32 @@ def test_kl_and_agreement_against_whole_logits(glm, batches, evidence):
             agree += int((a.argmax(-1) == b.argmax(-1)).sum())
             count += a[..., 0].numel()
     row = rows(evidence, "quarter")["all"]
-    assert row["kl"] == pytest.approx(kl / count, rel=1e-4)
-    assert row["agreement"] == pytest.approx(agree / count)
-    assert row["tokens"] == count == 8 * 63
+    assert row.kl == pytest.approx(kl / count, rel=1e-4)
+    assert row.agreement == pytest.approx(agree / count)
+    assert row.tokens == count == 8 * 63
 
 
 def test_domains_and_positions_add_up_to_the_whole(evidence):
     by = rows(evidence, "quarter")
     assert set(by) == {"all", "d0", "d1"}
-    for parts in (
-        [by["d0"], by["d1"]],
-        [p for p in evidence["positions"] if p["name"] == "quarter"],
-    ):
-        assert sum(p["tokens"] for p in parts) == by["all"]["tokens"]
+    for parts in ([by["d0"], by["d1"]], [p for p in evidence.positions if p.name == "quarter"]):
+        assert sum(p.tokens for p in parts) == by["all"].tokens
         for key in ("delta_loss", "kl", "agreement"):
-            total = sum(p[key] * p["tokens"] for p in parts) / by["all"]["tokens"]
-            assert total == pytest.approx(by["all"][key], rel=1e-9)
-    assert by["all"]["documents"] == by["d0"]["documents"] + by["d1"]["documents"] == 8
+            total = sum(getattr(p, key) * p.tokens for p in parts) / by["all"].tokens
+            assert total == pytest.approx(getattr(by["all"], key), rel=1e-9)
+    assert by["all"].documents == by["d0"].documents + by["d1"].documents == 8
+
+
+def test_evidence_is_read_as_a_table_and_as_json(evidence):
+    json = evidence.to_json()
+    assert set(json) == {"rows", "positions", "baseline", "path"}
+    assert [r["domain"] for r in json["rows"]] == ["all", "d0", "d1"] * 4
+    assert [(p["from"], p["to"]) for p in json["positions"][:2]] == [(0, 0.25), (0.25, 0.5)]
+    overall, domains, positions = evidence.table("half").split("\n\n")
+    assert overall.splitlines()[0].split()[:5] == ["pattern", "full", "loss", "vs", "half"]
+    assert domains.splitlines()[0].split() == ["vs", "half,", "by", "domain", "d0", "d1"]
+    assert positions.count("%") == 8
+    assert all(len(t.splitlines()) == 6 for t in (overall, domains, positions))
 
 
 def test_interval_resamples_documents(glm, batches, evidence):
@@ -99,9 +102,9 @@ def test_interval_resamples_documents(glm, batches, evidence):
     rng = np.random.default_rng(9)
     means = [np.mean(rng.choice(sums, len(sums))) / 63 for _ in range(20000)]
     row = rows(evidence, "quarter")["all"]
-    width = row["ci_high"] - row["ci_low"]
-    assert row["ci_low"] == pytest.approx(np.quantile(means, 0.025), abs=0.05 * width)
-    assert row["ci_high"] == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
+    width = row.ci_high - row.ci_low
+    assert row.ci_low == pytest.approx(np.quantile(means, 0.025), abs=0.05 * width)
+    assert row.ci_high == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
 
 
 def test_another_baseline(glm, batches, evidence):
@@ -109,19 +112,19 @@ def test_another_baseline(glm, batches, evidence):
     against = evaluate(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
     row, same = (rows(against, name)["all"] for name in ("half", "same"))
     expected = (
-        rows(evidence, "half")["all"]["delta_loss"] - rows(evidence, "quarter")["all"]["delta_loss"]
+        rows(evidence, "half")["all"].delta_loss - rows(evidence, "quarter")["all"].delta_loss
     )
-    assert row["delta_loss"] == pytest.approx(expected, abs=1e-6)
-    assert row["ci_low"] < row["delta_loss"] < row["ci_high"]
-    assert (same["delta_loss"], same["kl"]) == (0, 0)
-    assert against["baseline"] == "FSSSSS"
+    assert row.delta_loss == pytest.approx(expected, abs=1e-6)
+    assert row.ci_low < row.delta_loss < row.ci_high
+    assert (same.delta_loss, same.kl) == (0, 0)
+    assert str(against.baseline) == "FSSSSS"
 
 
 def test_one_document_has_no_interval(glm):
     one = make_batches(documents(1), length=64, sequences=1)
-    row = evaluate(glm, ["FSSSSS"], one)["rows"][0]
-    assert row["ci_low"] is None
-    assert row["ci_high"] is None
+    row = evaluate(glm, ["FSSSSS"], one).rows[0]
+    assert row.ci_low is None
+    assert row.ci_high is None
 
 
 def test_evaluate_refuses_vacuous_text_and_nothing(glm):
@@ -143,17 +146,17 @@ def test_overlap_against_sets(model, batches):
                 assert all(max(s) <= t and len(s) == k for s in sets)
                 expected += [[len(x & y) / k for y in sets] for x in sets]
                 count += 1
-    assert measured["queries"] == count
-    np.testing.assert_allclose(measured["overlap"], expected / count, rtol=1e-6)
-    np.testing.assert_allclose(np.diag(measured["overlap"]), 1)
-    assert measured["chance"] == pytest.approx(np.mean([k / (t + 1) for t in range(k, 64)]))
+    assert measured.queries == count
+    np.testing.assert_allclose(measured.shares, expected / count, rtol=1e-6)
+    np.testing.assert_allclose(np.diag(measured.shares), 1)
+    assert measured.chance == pytest.approx(np.mean([k / (t + 1) for t in range(k, 64)]))
 
 
 def test_overlap_of_a_natively_shared_model_is_one_within_its_groups(batches):
     native = make_model(
         "glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"]
     )
-    shares = overlap(native, batches[:1])["overlap"]
+    shares = overlap(native, batches[:1]).shares
     assert shares[0][1] == shares[1][2] == shares[3][5] == pytest.approx(1)
     assert shares[0][3] < 1
 
@@ -161,5 +164,5 @@ def test_overlap_of_a_natively_shared_model_is_one_within_its_groups(batches):
 def test_heat_map_is_drawn(glm, batches, tmp_path):
     from indexcache.report.plots import draw_overlap
 
-    draw_overlap(overlap(glm, batches[:1]), tmp_path / "map.png", Pattern("FSSFSS"))
+    draw_overlap(overlap(glm, batches[:1]).to_json(), tmp_path / "map.png", Pattern("FSSFSS"))
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

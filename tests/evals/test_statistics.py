@@ -11,7 +11,7 @@ import pytest
 
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.pattern import Pattern, full_count, stage_starts
-from indexcache.searching.greedy import evaluations, greedy, greedy_stages
+from indexcache.searching.greedy import evaluations, greedy
 
 # -- the bootstrap ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ def test_greedy_is_algorithm_1(layers, values):
 def test_ties_go_to_the_lower_layer():
     got = [s.flipped for s in greedy(lambda p: 1.0, 6, 1)]
     assert got == [None, 1, 2, 3, 4, 5]
-    got = [s.flipped for s in greedy_stages(lambda p: 1.0, 6, 2, (0, 3))]
+    got = [s.flipped for s in greedy(lambda p: 1.0, 6, 2, (0, 3))]
     assert got == [None, 1, 4, 2, 5]
 
 
@@ -237,7 +237,7 @@ def test_stages(layers, stages):
         for seed in range(4):
             for full in range(stages, layers + 1):
                 ours, theirs = Table(seed, values), Table(seed, values)
-                got = list(greedy_stages(ours, layers, full, starts))
+                got = list(greedy(ours, layers, full, starts))
                 assert steps(got) == by_stages(theirs, layers, full, starts)
                 assert len(ours.calls) == len(set(ours.calls)) == evaluations(layers, full, starts)
                 assert got[-1].full == full
@@ -254,15 +254,11 @@ def test_stages(layers, stages):
                     assert not open_ or max(flips) - min(open_) <= 1
 
 
-def test_one_stage_is_greedy():
-    assert steps(greedy_stages(Table(0, 3), 7, 2, (0,))) == steps(greedy(Table(0, 3), 7, 2))
-
-
 def test_too_few_full_layers_is_an_error_and_no_endless_loop():
     for call in (
         lambda: greedy(lambda p: 1.0, 5, 0),
         lambda: greedy(lambda p: 1.0, 5, -3),
-        lambda: greedy_stages(lambda p: 1.0, 6, 1, (0, 3)),
+        lambda: greedy(lambda p: 1.0, 6, 1, (0, 3)),
     ):
         with pytest.raises(ValueError, match="stays full"):
             list(call())

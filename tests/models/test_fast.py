@@ -164,19 +164,17 @@ def test_search_and_evidence_agree_with_stock(glm, tmp_path):
     batches = make_batches(documents(), length=64, sequences=4, batch=2)
     settings = SearchSettings(keep=1 / 3)
     stock = search(glm, batches, tmp_path / "stock", settings)
-    rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+    rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches).rows
     with accelerate(glm):
         fast = search(glm, batches, tmp_path / "fast", settings)
-        fast_rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches)["rows"]
+        fast_rows = evaluate(glm, ["FSSFSS", "FRRRRR@2"], batches).rows
         with pytest.raises(ValueError, match="path was"):
             search(glm, batches, tmp_path / "stock", settings)
-    for a, b in zip(
-        stock["frontier"] + stock["uniform"], fast["frontier"] + fast["uniform"], strict=True
-    ):
-        assert a["pattern"] == b["pattern"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for a, b in zip(stock.frontier + stock.uniform, fast.frontier + fast.uniform, strict=True):
+        assert a.pattern == b.pattern
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
     for a, b in zip(rows, fast_rows, strict=True):
-        assert a["delta_loss"] == pytest.approx(b["delta_loss"], abs=1e-4)
+        assert a.delta_loss == pytest.approx(b.delta_loss, abs=1e-4)
 
 
 def test_shared_layers_read_the_groups_of_their_source(model, ids, monkeypatch):

@@ -85,14 +85,10 @@ def test_exported_pruned_checkpoint_is_bitwise_use_pattern(tiny, held_out, tmp_p
 
 def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny, held_out):
     patterns = {"uniform": "FSSSFSSSFSSS", "searched": SEARCHED, "reindex": "FFRRRRRRRFRR@8"}
-    rows = {
-        r["name"]: r
-        for r in evaluate(tiny.module, patterns, held_out)["rows"]
-        if r["domain"] == "all"
-    }
-    assert rows["uniform"]["ci_low"] > 0
-    assert rows["searched"]["ci_high"] < rows["uniform"]["ci_low"]
-    assert rows["reindex"]["ci_high"] < rows["searched"]["ci_low"]
+    rows = {r.name: r for r in evaluate(tiny.module, patterns, held_out).overall}
+    assert rows["uniform"].ci_low > 0
+    assert rows["searched"].ci_high < rows["uniform"].ci_low
+    assert rows["reindex"].ci_high < rows["searched"].ci_low
 
 
 def test_the_shipped_text_is_split_by_document(tiny):

@@ -41,18 +41,21 @@ def brute_force(model, batches, full: int):
 def test_greedy_equals_brute_force_on_stock_models(glm, batches, tmp_path):
     result = search(glm, batches, tmp_path / "run", SearchSettings(keep=1 / 6, uniform=False))
     expected = brute_force(glm, batches, 1)
-    assert [p["pattern"] for p in result["frontier"]] == [p for p, _ in expected]
-    for point, (_, loss) in zip(result["frontier"], expected, strict=True):
-        assert point["loss"] == pytest.approx(loss, rel=1e-6)
-    assert [p["full"] for p in result["frontier"]] == [6, 5, 4, 3, 2, 1]
-    for a, b in pairwise(result["frontier"]):  # nested
-        assert [i for i in range(6) if a["pattern"][i] != b["pattern"][i]] == [b["flipped"]]
+    assert [str(p.pattern) for p in result.frontier] == [p for p, _ in expected]
+    for point, (_, loss) in zip(result.frontier, expected, strict=True):
+        assert point.loss == pytest.approx(loss, rel=1e-6)
+    assert [p.full for p in result.frontier] == [6, 5, 4, 3, 2, 1]
+    for a, b in pairwise(result.frontier):  # The patterns are nested.
+        assert [i for i in range(6) if a.pattern[i] != b.pattern[i]] == [b.flipped]
+    assert result.to_json() == read_json(tmp_path / "run" / "result.json")
+    assert result.table().splitlines()[-1].split()[:3] == ["searched,", "1", "full"]
 
 
 def test_search_works_on_deepseek_v32(batches, tmp_path):
     result = search(make_model("deepseek_v32"), batches, tmp_path, SearchSettings(keep=0.5))
-    assert result["frontier"][-1]["full"] == 3
-    assert {p["pattern"] for p in result["uniform"]} == {"FSFSFS", "FRFRFR@8"}
+    assert result.pattern == result.frontier[-1].pattern
+    assert result.frontier[-1].full == 3
+    assert {str(p.pattern) for p in result.uniform} == {"FSFSFS", "FRFRFR@8"}
 
 
 def test_stages_keep_their_first_layer_and_take_fewer_evaluations(glm, batches, tmp_path):
@@ -60,7 +63,7 @@ def test_stages_keep_their_first_layer_and_take_fewer_evaluations(glm, batches, 
     result = search(
         glm, batches, tmp_path / "b", SearchSettings(keep=1 / 3, stages=2, uniform=False)
     )
-    assert all(p["pattern"][0] == p["pattern"][3] == "F" for p in result["frontier"])
+    assert all(p.pattern[0] == p.pattern[3] == "F" for p in result.frontier)
     count = [len((tmp_path / r / "journal.jsonl").read_text().splitlines()) for r in "ab"]
     assert count == [1 + 5 + 4 + 3 + 2, 1 + 2 + 2 + 1 + 1]
 
