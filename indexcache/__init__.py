@@ -30,21 +30,21 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Decoder": "indexcache.models.fast.decode:Decoder",
-    "DistillSettings": "indexcache.distilling.settings:DistillSettings",
-    "FastCache": "indexcache.models.fast.cache:FastCache",
-    "Pattern": "indexcache.pattern:Pattern",
-    "SearchSettings": "indexcache.searching.run:SearchSettings",
-    "accelerate": "indexcache.models.fast.accelerate:accelerate",
-    "apply_delta": "indexcache.distilling.delta:apply_delta",
-    "distill": "indexcache.distilling.trainer:distill",
-    "evaluate": "indexcache.evals.evaluate:evaluate",
-    "export": "indexcache.exporting:export",
-    "load": "indexcache.models.loading:load",
-    "overlap": "indexcache.evals.overlap:overlap",
-    "prefill": "indexcache.models.fast.prefill:prefill",
-    "search": "indexcache.searching.run:search",
-    "use_pattern": "indexcache.models.seam:use_pattern",
+    "Decoder": "indexcache.models.fast.decode",
+    "DistillSettings": "indexcache.distilling.settings",
+    "FastCache": "indexcache.models.fast.cache",
+    "Pattern": "indexcache.pattern",
+    "SearchSettings": "indexcache.searching.run",
+    "accelerate": "indexcache.models.fast.accelerate",
+    "apply_delta": "indexcache.distilling.delta",
+    "distill": "indexcache.distilling.trainer",
+    "evaluate": "indexcache.evals.evaluate",
+    "export": "indexcache.exporting",
+    "load": "indexcache.models.loading",
+    "overlap": "indexcache.evals.overlap",
+    "prefill": "indexcache.models.fast.prefill",
+    "search": "indexcache.searching.run",
+    "use_pattern": "indexcache.models.seam",
 }
 __all__ = list(_HOME)
 
@@ -52,5 +52,4 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'indexcache' has no attribute {name!r}")
-    module, attribute = _HOME[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -79,9 +79,7 @@ def test_imports_go_down_only(user):
 
 
 def test_importing_the_package_imports_no_torch():
-    code = (
-        "import sys, indexcache; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import sys, indexcache; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"
 

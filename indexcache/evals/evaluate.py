@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from indexcache.data import ALL, Batch, check_context
 from indexcache.evals.statistics import bootstrap_interval
-from indexcache.models.family import native_pattern
+from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import check_pattern, selector_of, use_pattern
 from indexcache.pattern import Pattern
@@ -174,7 +174,7 @@ def _position_cell(row: Measurement) -> str:
 
 
 def evaluate(
-    model: nn.Module,
+    model: AnyModel,
     patterns: Pattern | str | Mapping[str, Pattern | str] | Sequence[Pattern | str],
     batches: Sequence[Batch],
     *,
@@ -185,7 +185,7 @@ def evaluate(
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
 
     Args:
-        model: a loaded model of a known family.
+        model: a model of a known family.
         patterns: one pattern, several, or a mapping from names to patterns.
         batches: held-out batches (`indexcache.data.batches`).
         against: the baseline; None is what the model does by itself, all F unless it has layers without
@@ -198,30 +198,31 @@ def evaluate(
             finite.
     """
     named = _named(patterns)
-    native = native_pattern(model)
+    module = module_of(model)
+    native = native_pattern(module)
     base = native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
-        check_pattern(model, pattern)
+        check_pattern(module, pattern)
     for batch in batches:
-        check_context(batch.ids.shape[1], model.config.index_topk)  # type: ignore[union-attr, arg-type]
+        check_context(batch.ids.shape[1], module.config.index_topk)
     sums: dict[str, dict[Key, np.ndarray]] = {
         name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
     }
     with progress_bar(len(batches) * (len(named) + 1), "pass", shown=progress) as bar:
         for batch in batches:
-            full = _hidden(model, base, native, batch)
+            full = _hidden(module, base, native, batch)
             bar.update()
             for name, pattern in named.items():
                 # The baseline's own pass is repeated once, to show that two passes are bitwise equal.
                 if pattern == base and batch is not batches[0]:
                     hidden = full
                 else:
-                    with use_pattern(model, pattern):
-                        hidden = hidden_states(model, batch.ids)
+                    with use_pattern(module, pattern):
+                        hidden = hidden_states(module, batch.ids)
                     assert pattern != base or torch.equal(hidden, full), (
                         "two passes under one pattern differ"
                     )
-                for key, value in _compare(model, full, hidden, batch):
+                for key, value in _compare(module, full, hidden, batch):
                     sums[name][key] += value
                 bar.update()
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
@@ -233,7 +234,7 @@ def evaluate(
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
-    return Evidence(rows, positions, base, selector_of(model).path)
+    return Evidence(rows, positions, base, selector_of(module).path)
 
 
 def _named(
@@ -248,21 +249,21 @@ def _named(
     return {name: Pattern.of(p) for name, p in patterns.items()}
 
 
-def _hidden(model: nn.Module, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
+def _hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
     """Compute hidden states of the baseline; without the seam where the model itself is the baseline."""
     if base == native:
-        return hidden_states(model, batch.ids)
-    with use_pattern(model, base):
-        return hidden_states(model, batch.ids)
+        return hidden_states(module, batch.ids)
+    with use_pattern(module, base):
+        return hidden_states(module, batch.ids)
 
 
 def _compare(
-    model: nn.Module, full: Tensor, hidden: Tensor, batch: Batch
+    module: DsaModule, full: Tensor, hidden: Tensor, batch: Batch
 ) -> Iterator[tuple[Key, np.ndarray]]:
     """Yield the sums of FIELDS for each sequence and position bucket."""
     length = batch.ids.shape[1]
     fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
-    for chunk, (a, b) in logit_chunks(model, full, hidden):
+    for chunk, (a, b) in logit_chunks(module, full, hidden):
         target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(a.device)[..., None]
         a, b = F.log_softmax(a, -1), F.log_softmax(b, -1)
         loss_a, loss_b = -a.gather(-1, target)[..., 0], -b.gather(-1, target)[..., 0]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from indexcache.data import Batch, check_context
-from indexcache.models.family import native_pattern
+from indexcache.models.family import AnyModel, module_of, native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
 from indexcache.progress import progress as progress_bar
@@ -59,29 +59,30 @@ class Overlap:
         }
 
 
-def overlap(model: nn.Module, batches: Sequence[Batch], *, progress: bool = False) -> Overlap:
+def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False) -> Overlap:
     """Measure the overlap of all pairs of layers when every layer that has an indexer runs it.
 
     Only queries with more than k tokens of context count: before that every layer selects everything.
 
     Args:
-        model: a loaded model of a known family.
+        model: a model of a known family.
         batches: text to measure on (`indexcache.data.batches`).
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError: sequences too short for k.
     """
-    topk = int(model.config.index_topk)  # type: ignore[union-attr, arg-type]
-    pattern = native_pattern(model)
+    module = module_of(model)
+    topk = int(module.config.index_topk)
+    pattern = native_pattern(module)
     for batch in batches:
         check_context(batch.ids.shape[1], topk)
     total = np.zeros((len(pattern), len(pattern)))
     queries, chance = 0, 0.0
     with progress_bar(len(batches), "batch", shown=progress) as bar:
         for batch in batches:
-            with use_pattern(model, pattern, capture=True) as seam:
-                hidden_states(model, batch.ids)
+            with use_pattern(module, pattern, capture=True) as seam:
+                hidden_states(module, batch.ids)
                 selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
             length, sequences = batch.ids.shape[1], len(batch.units)
             contexts = torch.arange(topk + 1, length + 1).double()

@@ -17,7 +17,7 @@ class Objective:
     """A function from a pattern to its loss over all batches, in nats per token; each is computed once.
 
     Args:
-        model: a loaded transformers model.
+        model: the transformers model.
         batches: the calibration batches, the same for every pattern.
         evaluated: losses of earlier evaluations, by pattern string (a run's journal).
         record: called with (pattern, loss) after each new evaluation.

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from indexcache.data import Batch, check_context, digest_of
-from indexcache.models.family import family_of, indexers
+from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
 from indexcache.models.loading import library_versions, weights_digest
 from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
@@ -79,7 +78,7 @@ class SearchResult:
 
 
 def search(
-    model: nn.Module,
+    model: AnyModel,
     batches: Sequence[Batch],
     out: str | Path,
     settings: SearchSettings = SearchSettings(),
@@ -92,7 +91,7 @@ def search(
     `out` gets settings.json, journal.jsonl (one line per evaluation), result.json and pattern.json.
 
     Args:
-        model: a loaded model of a known family whose layers all have an indexer.
+        model: a model of a known family whose layers all have an indexer.
         batches: calibration batches (`indexcache.data.batches`).
         out: run folder; an interrupted run with the same settings continues, to the same result.
         settings: see `SearchSettings`.
@@ -103,10 +102,11 @@ def search(
         ValueError: a model trained with sharing, sequences that are too short, a folder of another run,
             or a loss that is not finite.
     """
-    layers = len(indexers(model))
-    family_of(model)
-    refuse_trained_sharing(model)
-    beyond = min(check_context(b.ids.shape[1], model.config.index_topk) for b in batches)  # type: ignore[union-attr, arg-type]
+    family_of(model)  # It refuses an unknown family.
+    module = module_of(model)
+    _refuse_trained_sharing(module)
+    layers = module.config.num_hidden_layers
+    beyond = min(check_context(b.ids.shape[1], module.config.index_topk) for b in batches)
     starts = stage_starts(layers, settings.stages)
     full = full_count(layers, settings.keep)
     if full < settings.stages:
@@ -115,7 +115,7 @@ def search(
             f"{settings.keep} of {layers} layers leaves {full}."
         )
     comparisons = _uniform(layers, full, settings) if settings.uniform else []
-    facts = {**asdict(settings), **_environment(model, batches), **(identity or {})}
+    facts = {**asdict(settings), **_environment(module, batches), **(identity or {})}
     with open_run(Path(out), facts) as run:
         evaluated = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
@@ -125,7 +125,7 @@ def search(
                 run.append({"pattern": str(pattern), "loss": loss})
                 bar.update()
 
-            objective = Objective(model, batches, evaluated, record)
+            objective = Objective(module, batches, evaluated, record)
             frontier = []
             for point in greedy(objective, layers, full, starts):
                 frontier.append(point)
@@ -149,9 +149,9 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
     }
 
 
-def refuse_trained_sharing(model: nn.Module) -> None:
+def _refuse_trained_sharing(module: DsaModule) -> None:
     """Raise ValueError on a model with layers that have no indexer: trained with sharing, or pruned."""
-    shared = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
+    shared = missing_indexers(module)
     if shared:
         some = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
@@ -176,9 +176,9 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
     return patterns
 
 
-def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+def _environment(module: DsaModule, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what decides the last bit of a loss."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    weight = module.get_input_embeddings().weight
     device = (
         torch.cuda.get_device_name(weight.device)
         if weight.is_cuda
@@ -186,8 +186,8 @@ def _environment(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     )
     return {
         "data": digest_of(batches),
-        "weights": weights_digest(model),
-        "path": selector_of(model).path,
+        "weights": weights_digest(module),
+        "path": selector_of(module).path,
         "dtype": str(weight.dtype),
         "device": device,
         **library_versions(),
