@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.bench.floors import decode_floor, prefill_floor
-from indexcache.bench.recorded import Stretched, stretch
+from indexcache.bench.recorded import RecordedSelector, Stretched, record_selections, stretch
 from indexcache.data import Encode
-from indexcache.models.fast.accelerate import FastSelector, accelerate
+from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import prefill
@@ -101,6 +101,7 @@ def open_subject(
         made, identity, encode = loaded.module, fingerprint(loaded.path), loaded.encode
     on_gpu = torch.device(device).type == "cuda"
     accelerate(made, index_dtype=index_dtype, compile=compile and on_gpu)
+    record_selections(made)
     name = (
         torch.cuda.get_device_name(device)
         if on_gpu
@@ -274,21 +275,21 @@ def measure(
 def _lent(s: Subject, context: int, pattern: Pattern) -> Iterator[int]:
     """Lay the recorded selections out for a prefill of this length; yields the bytes they take."""
     selector = selector_of(s.model)
-    assert isinstance(selector, FastSelector)
+    assert isinstance(selector, RecordedSelector)
     ids, pools = [*(s.selections or ()), None, None][:2]
     taken = 0
     try:
         if ids is not None:
-            selector.stand_in = stretch(ids.to(s.where), s.shape.topk, context)
-            taken += selector.stand_in.nbytes
+            selector.ids = stretch(ids.to(s.where), s.shape.topk, context)
+            taken += selector.ids.nbytes
         if pools is not None and pattern.pool_factor is not None:
-            selector.stand_in_pool = Stretched(
+            selector.pools = Stretched(
                 pools.to(s.where), s.shape.topk * pattern.pool_factor, context
             )
-            taken += selector.stand_in_pool.nbytes
+            taken += selector.pools.nbytes
         yield taken
     finally:
-        selector.stand_in = selector.stand_in_pool = None
+        selector.ids = selector.pools = None
 
 
 def floors_of(

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from indexcache.models.family import module_of
+from indexcache.models.fast.selector import FastSelector, IndexInputs
+from indexcache.models.patch import state_of
+from indexcache.models.seam import IndexerCall
+from indexcache.ops import Selection
 
 
 def read_selections(word: str) -> list[Tensor]:
@@ -105,3 +111,46 @@ class Stretched:
 def stretch(ids_RK: Tensor, k: int, length: int) -> Tensor:
     """All rows of `Stretched`: int32 [length, k]."""
     return Stretched(ids_RK, k, length).rows(0, length)
+
+
+class RecordedSelector(FastSelector):
+    """The fast path's selector; prefills read recorded selections where there are some.
+
+    The indexers run and are timed as always; what they select goes before the recorded ids come.
+
+    Attributes:
+        ids: int32 [T, k], what a prefill reads in the place of every selection, or None.
+        pools: makes the ids that F layers publish to R layers, or None.
+    """
+
+    def __init__(self, model: nn.Module, selector: FastSelector):
+        super().__init__(
+            module_of(model), selector.index_dtype, selector.project, selector.project_one
+        )
+        self.ids: Tensor | None = None
+        self.pools: Stretched | None = None
+
+    def topk(
+        self, call: IndexerCall, inputs: IndexInputs, pool: int, within: Selection | None = None
+    ) -> Selection:
+        selection = super().topk(call, inputs, pool, within)
+        if inputs.positions is not None:
+            return selection  # Decoding reads what it selects.
+        batch, queries = call.x.shape[:2]
+        end = inputs.k.shape[1]
+        ids = selection.ids
+        candidates = selection.pool
+        del selection
+        if self.ids is not None:
+            ids = self.ids[None, end - queries : end].expand(batch, -1, -1)
+        if self.pools is not None and pool:
+            candidates = None
+            candidates = self.pools.rows(end - queries, end)[None].expand(batch, -1, -1)
+        return Selection(ids, candidates)
+
+
+def record_selections(model: nn.Module) -> None:
+    """Make the selector of an accelerated model a `RecordedSelector`, until `undo`."""
+    selector = state_of(model).selector
+    assert isinstance(selector, FastSelector)
+    state_of(model).selector = RecordedSelector(model, selector)

@@ -1,7 +1,8 @@
-"""Prefix reuse: a candidate pattern that differs from the trunk first in layer m starts from the trunk's state there.
+"""Reuse the layers that a candidate pattern shares with the trunk.
 
-Stock code runs every layer that is computed; the layers before m return what they returned for the trunk, so the
-result is bitwise that of the whole pass.
+A candidate that differs from the trunk first in layer m starts from the trunk's state there. Stock
+code runs every layer that is computed; the layers before m return what they returned for the trunk,
+so the result is bitwise that of the whole pass.
 """
 
 from __future__ import annotations
@@ -9,39 +10,44 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from indexcache.models.family import decoder_layers
+from indexcache.models.family import AnyModel, decoder_layers, module_of
 from indexcache.models.lm import hidden_states
 from indexcache.models.patch import Patches
 from indexcache.models.seam import Seam, use_pattern
+from indexcache.ops import Selection
 from indexcache.pattern import Pattern
 
-Saved = tuple[
-    Any, Tensor | None, Tensor | None
-]  # what the layer returned, and the seam's ids and pool after it
+# What a layer returned, and the ids of the selection and of the pool in force after it.
+Saved = tuple[Any, Tensor | None, Tensor | None]
 
 
 class PrefixCache:
-    """Hidden states under any pattern, reusing the layers that a pattern shares with the last `rebase`d trunk.
+    """Hidden states under any pattern; layers that it shares with the trunk are reused.
+
+    The trunk is the pattern of the last `rebase`.
 
     Args:
-        model: a loaded transformers model.
+        model: a loaded model, or its transformers module.
         inputs: token ids int64 [B, T] of every batch, addressed by their index.
-        limit_bytes: memory for saved layer outputs; when all layers do not fit, every second, third, ... is kept.
+        limit_bytes: memory for saved layer outputs. When not all layers fit, only every second (or
+            third, and so on) is kept.
     """
 
-    def __init__(self, model: nn.Module, inputs: list[Tensor], limit_bytes: int = 4 << 30):
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: AnyModel, inputs: list[Tensor], limit_bytes: int = 4 << 30):
+        self.model = module_of(model)
+        self.inputs = inputs
         self.trunk: Pattern | None = None
         self.saved: list[dict[int, Saved]] = [{} for _ in inputs]
-        layers, config = len(decoder_layers(model)), model.config
-        per_token = 4 * config.hidden_size + 8 * getattr(config, "index_topk", 0)  # type: ignore[union-attr, operator]
+        layers = len(decoder_layers(self.model))
+        config = self.model.config
+        per_token = 4 * config.hidden_size + 8 * getattr(config, "index_topk", 0)
         total = per_token * sum(i.numel() for i in inputs) * layers
         self.stride = min(-(-total // max(limit_bytes, 1)), layers) or 1
 
     def rebase(self, pattern: Pattern) -> None:
-        """Make `pattern` the trunk: one pass over every batch, from the first layer in which it differs."""
+        """Make `pattern` the trunk: one pass over every batch, from where it differs."""
         if pattern == self.trunk:
             return
         for index in range(len(self.inputs)):
@@ -49,15 +55,14 @@ class PrefixCache:
         self.trunk = pattern
 
     def hidden(self, index: int, pattern: Pattern) -> Tensor:
-        """Final hidden states [B, T, E] of batch `index` under `pattern`."""
+        """Compute the final hidden states [B, T, E] of batch `index` under `pattern`."""
         return self._run(index, pattern, keep=False)
 
     def _run(self, index: int, pattern: Pattern, keep: bool) -> Tensor:
         saved = self.saved[index]
         first = self._first_difference(pattern)
-        start = max(
-            (i for i in saved if i < first), default=-1
-        )  # the last layer whose output can be reused
+        # The last layer whose output can be reused.
+        start = max((i for i in saved if i < first), default=-1)
         if keep:
             for i in [i for i in saved if i > start]:
                 del saved[i]
@@ -65,7 +70,7 @@ class PrefixCache:
             return hidden_states(self.model, self.inputs[index])
 
     def _first_difference(self, pattern: Pattern) -> int:
-        """The first layer whose output may differ from the trunk's; 0 without a trunk."""
+        """Find the first layer whose output may differ from the trunk's; 0 without a trunk."""
         if self.trunk is None:
             return 0
         pairs = zip(pattern.signature(), self.trunk.signature(), strict=True)
@@ -73,18 +78,21 @@ class PrefixCache:
 
     @contextmanager
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
-        """Layers up to `start` return the saved output; the others run, and are saved when asked for."""
+        """Let layers up to `start` return what was saved, and with `keep` save those that run."""
 
-        def reuse(*_, **__):
-            current = seam.current()
-            output, current.ids, current.pool = saved[start]
+        def skip(*_, **__):
+            return saved[start][0]
+
+        def resume(*_, **__):
+            output, ids, pool = saved[start]
+            seam.resume(ids, pool)
             return output
 
         def record(i: int, forward):
             def run(*args, **kwargs):
                 output = forward(*args, **kwargs)
                 current = seam.current()
-                saved[i] = (output, current.ids, current.pool)
+                saved[i] = (_without_groups(output), _ids(current.selection), _ids(current.pool))
                 return output
 
             return run
@@ -92,7 +100,18 @@ class PrefixCache:
         with Patches() as patches:
             for i, layer in enumerate(decoder_layers(self.model)):
                 if i <= start:
-                    patches.replace(layer, reuse)
+                    patches.replace(layer, resume if i == start else skip)
                 elif keep and (i + 1) % self.stride == 0:
                     patches.replace(layer, record(i, layer.forward))
             yield
+
+
+def _without_groups(output: Any) -> Any:
+    """Drop the query groups of a selection in a layer's output: they are large, and made again."""
+    if not isinstance(output, tuple):
+        return output
+    return tuple(Selection(x.ids) if isinstance(x, Selection) else x for x in output)
+
+
+def _ids(selection: Selection | None) -> Tensor | None:
+    return None if selection is None else selection.ids

@@ -12,16 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from indexcache.models.family import Family, either, family_of, indexers, native_pattern
+from indexcache.models.family import (
+    AnyModel,
+    DsaModule,
+    Family,
+    either,
+    family_of,
+    indexers,
+    missing_indexers,
+    module_of,
+    native_pattern,
+)
 from indexcache.models.patch import ModelState, Patches, state_of
-from indexcache.ops import index_scores
+from indexcache.ops import Selection, index_scores
 from indexcache.pattern import Pattern
 
 
@@ -82,13 +93,28 @@ class Selector:
     def __init__(self, model: nn.Module):
         self.family: Family = family_of(model)
 
-    def full(self, call: IndexerCall, pool: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Select the top k over all keys, and where `pool` > 0 also the top `pool`: int32 ids."""
+    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
+        """Select the top k over all keys, and where `pool` > 0 also the top `pool`."""
         raise NotImplementedError
 
-    def reindex(self, call: IndexerCall, pool: Tensor) -> Tensor:
-        """Select the top k among the ids of `pool` [B, S, P], by the layer's own indexer."""
+    def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
+        """Select the top k among the ids of `pool`, by the layer's own indexer.
+
+        Returns:
+            The selection, and the pool as the next R layer is to be given it.
+        """
         raise NotImplementedError
+
+    def grouped(self, ids: Tensor) -> Selection:
+        """Make a selection of its ids alone."""
+        return Selection(ids)
+
+    def answer(self, selection: Selection) -> Any:
+        """Return what an indexer returns to the attention that runs with this selector."""
+        return selection
+
+    def clear(self) -> None:
+        """Forget what belongs to one forward pass."""
 
 
 class StockSelector(Selector):
@@ -106,9 +132,9 @@ class StockSelector(Selector):
             i: m.forward for i, m in enumerate(indexers(model)) if m is not None
         }
 
-    def full(self, call: IndexerCall, pool: int = 0) -> tuple[Tensor, Tensor | None]:
+    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
         if not pool:
-            return self._topk(call), None
+            return Selection(self._topk(call))
         topk = call.indexer.index_topk
         try:
             # One pass gives both: the top k are the first of the pool, up to equal scores.
@@ -116,34 +142,39 @@ class StockSelector(Selector):
             candidates = self._topk(call)
         finally:
             call.indexer.index_topk = topk
-        return candidates[..., :topk].contiguous(), candidates
+        return Selection(candidates[..., :topk].contiguous(), candidates)
 
     def _topk(self, call: IndexerCall) -> Tensor:
         return self.stock[call.layer](
             call.x, call.q_latent, call.rope, call.mask, call.positions, call.cache
         )
 
+    def answer(self, selection: Selection) -> Tensor:
+        return selection.ids
+
     @torch.no_grad()
-    def reindex(self, call: IndexerCall, pool: Tensor) -> Tensor:
+    def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
+        candidates = pool.ids
         q, k, w = self.family.project(call.indexer, call.x, call.q_latent, call.rope)
         if call.cache is not None:
             k = call.cache.update_indexer(k, call.layer)
-        scores = index_scores(q, k, w, pool)
-        allowed = call.mask.expand(*pool.shape[:2], -1).gather(-1, pool.long())
+        scores = index_scores(q, k, w, candidates)
+        allowed = call.mask.expand(*candidates.shape[:2], -1).gather(-1, candidates.long())
         if allowed.dtype == torch.bool:
             scores = scores.masked_fill(~allowed, -torch.inf)
         else:
             scores = scores + allowed
-        best = scores.topk(min(call.indexer.index_topk, pool.shape[-1]), dim=-1).indices
-        return pool.gather(-1, best)
+        best = scores.topk(min(call.indexer.index_topk, candidates.shape[-1]), dim=-1).indices
+        return Selection(candidates.gather(-1, best)), pool
 
 
-def selector_of(model: nn.Module) -> Selector:
+def selector_of(model: AnyModel) -> Selector:
     """Return the selector in force: the open pattern's, the fast path's, or the stock indexers."""
-    state = state_of(model)
+    module = module_of(model)
+    state = state_of(module)
     if state.patterns:
         return state.patterns[-1].selector
-    return state.selector or StockSelector(model)
+    return state.selector or StockSelector(module)
 
 
 @dataclass
@@ -151,12 +182,12 @@ class Current:
     """The selection in force in a forward pass.
 
     Attributes:
-        ids: those of the last F or R layer that ran.
+        selection: that of the last F or R layer that ran.
         pool: the candidates that the last publishing F layer left for R layers.
     """
 
-    ids: Tensor | None = None
-    pool: Tensor | None = None
+    selection: Selection | None = None
+    pool: Selection | None = None
 
 
 class Seam:
@@ -176,7 +207,7 @@ class Seam:
         self._publishers = pattern.publishers()
         self._current = Current()
         self._patches = Patches()
-        self._hook: Any = None
+        self._hook: RemovableHandle | None = None
         self._filled: WeakSet[Any] = WeakSet()  # caches that S layers have seen
 
     def current(self) -> Current:
@@ -198,7 +229,7 @@ class Seam:
     def _source_layer(self, layer: int) -> int:
         return self.pattern.source(layer) if self.pattern[layer] == "S" else layer
 
-    def install(self, model: nn.Module) -> None:
+    def install(self, model: DsaModule) -> None:
         """Replace the indexers' forwards by those of their roles."""
         roles = {"F": self._full, "R": self._reindex, "S": self._shared}
         self._hook = _on_forward(model, self._check_cache)
@@ -207,7 +238,7 @@ class Seam:
                 continue  # Natively shared: stock passes the previous layer's ids on, as S does.
             self._patches.replace(indexer, indexer_forward(i, indexer, roles[self.pattern[i]]))
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, model: DsaModule) -> None:
         """Restore the forwards, and guard the caches that S layers have filled."""
         self._patches.undo()
         if self._hook is not None:
@@ -220,82 +251,104 @@ class Seam:
         """Check before a forward pass that layers with an indexer have all past keys cached."""
         _refuse_lacking(_cache_of(args, kwargs), self.pattern)
 
-    def _publish(self, layer: int, ids: Tensor) -> Tensor:
-        self.current().ids = ids
+    def _publish(self, layer: int, selection: Selection) -> Any:
+        self.current().selection = selection
         if self.capture:
-            self.captured[layer] = ids
-        return ids
+            self.captured[layer] = selection.ids
+        return self.selector.answer(selection)
 
-    def _full(self, call: IndexerCall) -> Tensor:
-        publishes = call.layer in self._publishers
-        size = call.indexer.index_topk * self.pattern.pool_factor if publishes else 0
-        ids, pool = self.selector.full(call, size)
-        if publishes:
-            self.current().pool = pool
-        return self._publish(call.layer, ids)
+    def _full(self, call: IndexerCall) -> Any:
+        current = self.current()
+        current.selection = None  # Its memory is free before the next one is made.
+        if call.layer not in self._publishers:
+            return self._publish(call.layer, self.selector.full(call))
+        current.pool = None
+        selection = self.selector.full(call, call.indexer.index_topk * self.pattern.pool_factor)
+        assert selection.pool is not None
+        current.pool = Selection(selection.pool)
+        return self._publish(call.layer, replace(selection, pool=None))
 
-    def _reindex(self, call: IndexerCall) -> Tensor:
-        pool = self.current().pool
-        assert pool is not None and pool.shape[:2] == call.x.shape[:2]
-        return self._publish(call.layer, self.selector.reindex(call, pool.to(call.x.device)))
+    def _reindex(self, call: IndexerCall) -> Any:
+        current = self.current()
+        current.selection = None
+        selection, current.pool = self.selector.reindex(call, _for(call, current.pool))
+        return self._publish(call.layer, selection)
 
-    def _shared(self, call: IndexerCall) -> Tensor:
+    def _shared(self, call: IndexerCall) -> Any:
         if call.cache is not None:
             self._filled.add(call.cache)
-        ids = self.current().ids
-        assert ids is not None and ids.shape[:2] == call.x.shape[:2]
-        return ids.to(call.x.device)
+        return self.selector.answer(_for(call, self.current().selection))
+
+    def resume(self, ids: Tensor | None, pool: Tensor | None) -> None:
+        """Put the selection and the pool in force that an earlier pass left after some layer."""
+        self._current = Current(
+            None if ids is None else self.selector.grouped(ids),
+            None if pool is None else Selection(pool),
+        )
 
 
-def check_pattern(model: nn.Module, pattern: Pattern | str) -> Pattern:
-    """Return `pattern` as a Pattern that this model can run.
+def _for(call: IndexerCall, selection: Selection | None) -> Selection:
+    """Return a selection that was published for this call, on the device of its layer."""
+    assert selection is not None and selection.ids.shape[:2] == call.x.shape[:2]
+    return on_device(selection, call.x.device)
+
+
+def on_device(selection: Selection, device: torch.device) -> Selection:
+    """Return the selection on another device, where its groups are not known, or as it is."""
+    return selection if selection.ids.device == device else Selection(selection.ids.to(device))
+
+
+def check_pattern(model: AnyModel, pattern: Pattern | str) -> Pattern:
+    """Return `pattern` as a `Pattern` that this model can run.
 
     Raises:
         ValueError: unknown family, wrong length, F or R on a layer without indexer weights.
     """
-    family_of(model)  # refuses an unknown one
-    missing = [i for i, indexer in enumerate(indexers(model)) if indexer is None]
-    return Pattern.of(pattern).check(layers=len(indexers(model)), without_indexer=missing)
+    family_of(model)  # It refuses an unknown family.
+    layers = len(indexers(model))
+    return Pattern.of(pattern).check(layers=layers, without_indexer=missing_indexers(model))
 
 
 @contextmanager
 def use_pattern(
-    model: nn.Module, pattern: Pattern | str, *, capture: bool = False
+    model: AnyModel, pattern: Pattern | str, *, capture: bool = False
 ) -> Iterator[Seam]:
     """Run `model` under `pattern` inside the context; restore it in `finally`. Contexts nest.
 
     Args:
-        model: a loaded transformers model of a known family (`indexcache.models.family.families`).
+        model: a loaded model, or its transformers module, of a known family.
         pattern: F, R or S for each decoder layer.
         capture: keep the selections of the last forward pass in the yielded object's `selections`.
 
     Raises:
-        ValueError: as `check_pattern`. Inside the context: a forward pass with a cache that was filled while a layer, now F or R, was
-            shared. After it: the same for a layer that is full in the model itself.
+        ValueError: as `check_pattern`. Inside the context: a forward pass with a cache that was
+            filled while a layer, now F or R, was shared. After it: the same for a layer that is
+            full in the model itself.
     """
-    pattern = check_pattern(model, pattern)
-    seam = Seam(model, pattern, capture)
-    patterns = state_of(model).patterns
+    module = module_of(model)
+    pattern = check_pattern(module, pattern)
+    seam = Seam(module, pattern, capture)
+    patterns = state_of(module).patterns
     patterns.append(seam)
     try:
-        seam.install(model)
+        seam.install(module)
         yield seam
     finally:
-        seam.remove(model)
+        seam.remove(module)
         patterns.remove(seam)
 
 
-def in_force(model: nn.Module) -> bool:
+def in_force(model: AnyModel) -> bool:
     """Return whether a pattern is in force on this model."""
-    return bool(state_of(model).patterns)
+    return bool(state_of(module_of(model)).patterns)
 
 
-def _on_forward(model: nn.Module, check: Any) -> Any:
+def _on_forward(model: DsaModule, check: Any) -> RemovableHandle:
     """Call check(module, args, kwargs) before each forward pass of the decoder."""
-    return model.model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[union-attr, operator]
+    return model.model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def _guard(model: nn.Module, caches: WeakSet[Any]) -> None:
+def _guard(model: DsaModule, caches: WeakSet[Any]) -> None:
     """Refuse, after the context, to go on with a cache where indexer keys are missing.
 
     The model, now itself again, would run an indexer in layers that were shared while the cache was

@@ -88,10 +88,7 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
         torch.equal(ids[0], stretch(recorded(64, 16), 64, 100)[96:]) for ids in wide
     )
     assert "recorded selections" in result["note"] and result["settings"]["selections"]
-    assert (
-        selector_of(subject.model).stand_in is None
-        and selector_of(subject.model).stand_in_pool is None
-    )  # type: ignore[attr-defined]
+    assert selector_of(subject.model).ids is None and selector_of(subject.model).pools is None  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="other settings|differ"):  # not the same run
         run_bench(open_subject("tiny-random", layers=4, dtype="float32"), grid, tmp_path)
 

@@ -218,9 +218,10 @@ def test_rope_with_the_quantisation_is_the_indexers(model):
         (plain_q, q, angles.cos()[:, :, None], angles.sin()[:, :, None]),
         (plain_k, k, angles.cos(), angles.sin()),
     ):
-        turned = reference.rope(got, cos, sin, interleaved=family.interleaved)
-        turned = reference.half_split(turned, angles.shape[-1]) if family.interleaved else turned
-        assert relative(turned, want) < 1e-6
+        rotated = reference.rope(got, cos, sin, interleaved=family.interleaved)
+        if family.interleaved:
+            rotated = reference.half_split(rotated, angles.shape[-1])
+        assert relative(rotated, want) < 1e-6
         assert relative(got, want) > 1e-2
 
 
@@ -281,8 +282,11 @@ def test_routers_on_tensor_cores(compile):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiled_pieces(model, ids, monkeypatch, batch):
-    """Traced once for each shape, not for each layer; the backend, which takes a minute, is left out here. A step of one sequence
-    runs in pieces of its own."""
+    """Functions are traced once for each shape, not for each layer.
+
+    A step of one sequence has compiled functions of its own. The backend, which takes a minute, is
+    left out here.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
     torch._dynamo.reset()
@@ -313,7 +317,7 @@ def test_compiled_pieces(model, ids, monkeypatch, batch):
 
 @pytest.mark.parametrize("part", ["mlp", "experts", "hook"])
 def test_a_step_calls_what_somebody_put_there(model, ids, monkeypatch, part):
-    """Where a part of a layer has a forward or a hook of its own, a compiled step runs that layer whole, and says so."""
+    """A layer with a replaced forward or a hook is not run as a compiled step, with a warning."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     layer = next(layer for layer in model.model.layers if hasattr(layer.mlp, "experts"))
     module = layer.mlp.experts if part == "experts" else layer.mlp
@@ -326,7 +330,7 @@ def test_a_step_calls_what_somebody_put_there(model, ids, monkeypatch, part):
     try:
         want = logits(model, ids[:1])
         calls.clear()
-        with pytest.warns(UserWarning, match="run whole"):
+        with pytest.warns(UserWarning, match="do not compile"):
             handle_of_fast = accelerate(model, compile=True)
         with handle_of_fast:
             got = [logits(model, ids[:1, :95], past_key_values=(cache := FastCache(model, 96, 1)))]
@@ -373,8 +377,7 @@ def test_masks():
 
 
 def test_tiny_agrees_on_real_text(tiny):
-    """Where two keys score all but equally, the paths may select different ones: few tokens, and no bias."""
-
+    """The paths may select different keys where two score all but equally: few, and no bias."""
     (batch, *_) = tiny.batches("heldout", length=512, sequences=3)
     for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
         losses = []

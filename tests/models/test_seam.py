@@ -218,11 +218,11 @@ def test_unknown_family_is_refused():
         pass
 
 
-# -- the R role ----------------------------------------------------------------------------------------------------
+# -- the R role
 
 
 def own_scores(model, ids):
-    """Indexer scores of every layer of an all-full pass, from the family's projection; fp32 [B, T, T] per layer."""
+    """Compute every layer's indexer scores in an all-full pass: fp32 [B, T, T] per layer."""
     found = {}
 
     def hook(i):
@@ -247,7 +247,7 @@ def own_scores(model, ids):
 
 
 def test_projection_reproduces_the_stock_selection(model, ids):
-    """Compared by score margin: an id of one selection and not the other must score like the k-th."""
+    """An id that only one of two selections has must score like the k-th."""
     scores = own_scores(model, ids)
     with use_pattern(model, "FFFFFF", capture=True) as seam:
         logits(model, ids)
@@ -306,7 +306,7 @@ def test_larger_pools_come_closer(model, ids):
         )  # a pool of k leaves nothing to choose
 
 
-# -- prefix reuse, losses ------------------------------------------------------------------------------------------
+# -- prefix reuse, losses
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 6])

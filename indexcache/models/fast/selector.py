@@ -1,0 +1,181 @@
+"""Select tokens on the fast path, through `ops.index_topk`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from indexcache import ops
+from indexcache.models.family import DsaModule, Projection
+from indexcache.models.fast.cache import FastCache
+from indexcache.models.mla import Rope
+from indexcache.models.seam import IndexerCall, Selector
+from indexcache.models.timing import timed
+from indexcache.ops import Selection
+
+
+@dataclass(frozen=True)
+class IndexInputs:
+    """What `ops.index_topk` compares in one call.
+
+    Attributes:
+        q, w: queries [B, S, H, D] and head weights [B, S, H].
+        k, k_scale: keys of all tokens [B, T, D] and their scales [B, T] or None.
+        positions: int64 [B] in a step of a `Decoder`, otherwise None.
+    """
+
+    q: Tensor
+    w: Tensor
+    k: Tensor
+    k_scale: Tensor | None
+    positions: Tensor | None
+
+
+class FastSelector(Selector):
+    """Selections by `ops.index_topk`.
+
+    Ids are int32 [B, S, k], ascending, -1 where a row has fewer than k keys.
+
+    Args:
+        model: a loaded transformers model.
+        index_dtype: see `accelerate`.
+        project, project_one: run in the place of the family's projection of the indexer, the second
+            for one token of one sequence.
+    """
+
+    path = "fast"
+
+    def __init__(
+        self,
+        model: DsaModule,
+        index_dtype: str = "auto",
+        project: Projection | None = None,
+        project_one: Projection | None = None,
+    ):
+        super().__init__(model)
+        self.index_dtype = index_dtype
+        self.heads = int(model.config.num_attention_heads)
+        self.project = project or self.family.project
+        self.project_one = project_one or self.family.project
+        # The cos of a forward pass, then cos and sin as `_quantiser_rope` returns them.
+        self._rope: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
+        selection = self.topk(call, self._inputs(call), pool)
+        return replace(self.grouped(selection.ids), pool=selection.pool)
+
+    @torch.no_grad()
+    def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
+        inputs = self._inputs(call)
+        if pool.groups is None and call.mask.left is None:
+            pool = _in_groups(pool.ids, ops.pool_group(inputs.q, inputs.k))
+        return self.grouped(self.topk(call, inputs, 0, pool).ids), pool
+
+    def grouped(self, ids: Tensor) -> Selection:
+        """Make a selection of its ids, with the query groups that attention reads it by."""
+        return _in_groups(ids, ops.query_group(ids, self.heads))
+
+    def topk(
+        self, call: IndexerCall, inputs: IndexInputs, pool: int, within: Selection | None = None
+    ) -> Selection:
+        """Select the top k, within a pool or over all keys, and where `pool` > 0 the top `pool`."""
+        batch, queries = call.x.shape[:2]
+        selections = []
+        for rows, left in call.mask.groups(batch):
+            # A step of a `Decoder` has no padding.
+            offset = inputs.positions
+            if offset is None:
+                offset = inputs.k.shape[1] - queries - left
+            with timed("index_topk"):
+                selections.append(
+                    ops.index_topk(
+                        inputs.q[rows],
+                        inputs.k[rows, left:],
+                        inputs.w[rows],
+                        None if inputs.k_scale is None else inputs.k_scale[rows, left:],
+                        call.indexer.index_topk,
+                        offset,
+                        None if within is None else _shift(within.ids[rows], -left),
+                        pool=pool,
+                        groups=None if within is None else within.groups,
+                    )
+                )
+            selections[-1] = _shifted(selections[-1], left)
+        if len(selections) == 1:
+            return selections[0]
+        pools = [s.pool for s in selections if s.pool is not None]
+        return Selection(
+            torch.cat([s.ids for s in selections]), torch.cat(pools) if pools else None
+        )
+
+    def clear(self) -> None:
+        self._rope = None
+
+    def _inputs(self, call: IndexerCall) -> IndexInputs:
+        """Project queries and keys, and store the keys in the dtype in which they are compared."""
+        with timed("indexer"):
+            project = self.project_one if call.x.shape[:2] == (1, 1) else self.project
+            # RoPE goes with the quantisation where the keys need not be kept without.
+            fused = self.index_dtype == "fp8" and (
+                call.cache is None or isinstance(call.cache, FastCache)
+            )
+            rope = self._quantiser_rope(call) if fused else None
+            q, k, w = project(call.indexer, call.x, call.q_latent, None if rope else call.rope)
+            return self._stored(call, q, k, w, rope)
+
+    def _quantiser_rope(self, call: IndexerCall) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [B, S, r] as the quantisation takes them.
+
+        They are made once for all layers of a forward pass.
+        """
+        if self._rope is None or self._rope[0] is not call.rope[0]:
+            half = call.indexer.qk_rope_head_dim // 2
+            cos, sin = (t[..., :half].float().contiguous() for t in call.rope)
+            self._rope = call.rope[0], cos, sin
+        return self._rope[1:]
+
+    def _stored(
+        self, call: IndexerCall, q: Tensor, k: Tensor, w: Tensor, rope: Rope | None
+    ) -> IndexInputs:
+        fast = isinstance(call.cache, FastCache)
+        if call.cache is not None and not fast:
+            # Unquantised: a cache that is not ours has no place for scales.
+            k = call.cache.update_indexer(k, call.layer)
+        scale = None
+        if self.index_dtype == "fp8":
+            cos, sin = rope or (None, None)
+            q, w = ops.quantize_index_queries(
+                q, w, rotate=True, cos_BSr=cos, sin_BSr=sin, interleaved=self.family.interleaved
+            )
+            k, scale = ops.quantize_index_keys(
+                k, rotate=True, cos_BTr=cos, sin_BTr=sin, interleaved=self.family.interleaved
+            )
+        elif self.index_dtype == "bf16":
+            q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+        else:
+            k = k.to(q.dtype)
+        if not fast:
+            return IndexInputs(q, w, k, scale, None)
+        entry = call.cache.layers[call.layer]
+        k, scale = entry.store_index(k, scale)
+        return IndexInputs(q, w, k, scale, entry.positions)
+
+
+def _in_groups(ids: Tensor, group: int) -> Selection:
+    """Make a selection, with query groups where more than one query shares a program."""
+    if group == 1:
+        return Selection(ids)
+    with timed("plan"):
+        return Selection(ids, groups=ops.group_queries(ids, group))
+
+
+def _shifted(selection: Selection, by: int) -> Selection:
+    pool = selection.pool
+    return Selection(_shift(selection.ids, by), None if pool is None else _shift(pool, by))
+
+
+def _shift(ids: Tensor, by: int) -> Tensor:
+    return ids if by == 0 else torch.where(ids < 0, ids, ids + by)
