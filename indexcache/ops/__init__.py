@@ -1,8 +1,9 @@
-"""Operations of sparse attention with shared indexers: their contracts, and the dispatch to torch or Triton.
+"""Operations of sparse attention with shared indexers: contracts, and dispatch to torch or Triton.
 
-`indexcache.ops.reference` defines every operation, the legend of the shapes and the rule of visibility. `backend` of each
-operation: "torch" runs the definition; "triton" runs the kernels, or raises ValueError with the reason why it cannot; "auto"
-runs the kernels where they can run and otherwise the definition, and warns once for each reason.
+`indexcache.ops.reference` defines every operation, the legend of the shapes and the rule of
+visibility. Every operation takes a `backend`: "torch" runs the definition; "triton" runs the
+kernels, or raises ValueError with the reason why it cannot; "auto" runs the kernels where they can
+run and otherwise the definition, and warns once for each reason.
 """
 
 from __future__ import annotations
@@ -64,26 +65,32 @@ def index_topk(
 ) -> Selection:
     """Select for each query the ids of its `topk` best visible keys (docs/concepts.md#selection).
 
-    Scores are I[t, s] = k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s]), summed in fp32 (DeepSeek-V3.2, equation 1). The result is
-    exact with respect to the scores of the backend that ran: it is their true top-k, and two runs are bitwise equal. Between
-    backends scores differ by rounding, so near ties may differ.
+    Scores are I[t, s] = k_scale[s] sum_j w[t, j] relu(q[t, j] . k[s]), summed in fp32
+    (DeepSeek-V3.2, equation 1). The result is exact with respect to the scores of the backend that
+    ran: it is their true top-k, and two runs are bitwise equal. Between backends scores differ by
+    rounding, so near ties may differ.
 
     Args:
-        q_BSHD: queries, bf16, fp16, fp32 or e4m3 (scales in w, see `quantize_index_queries`); S any, S = 1 in decoding.
-        k_BTD: keys, dtype of q; keys that no query sees are not read for selection and may hold anything.
+        q_BSHD: queries, bf16, fp16, fp32 or e4m3 (with their scales in w, see
+            `quantize_index_queries`); S = 1 in decoding.
+        k_BTD: keys in q's dtype; keys that no query sees may hold anything.
         w_BSH: fp32 head weights with every scale in them; any sign.
         k_scale_BT: fp32 scale of each key, or None.
         topk: number of ids to return, > 0.
         offset: position of the first query, an int or int tensor [B] (see `reference`).
-        candidates_BSP: the pool of the R role (docs/concepts.md#roles): int32 ids, ascending in each row, -1 padded at the end,
-            distinct, as an earlier call returned them. Only these are scored; ids that are not visible are passed over.
-        pool: when > 0, return also the ids of the `pool` best from the same pass, which an F layer publishes to its R layers.
-        groups: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use; computed here when None.
+        candidates_BSP: the pool of the R role (docs/concepts.md#roles): int32 ids, distinct,
+            ascending in each row, -1 padded at the end, as an earlier call returned them. Only
+            these are scored; ids that are not visible are skipped.
+        pool: when > 0, return also the ids of the `pool` best from the same pass, which an F layer
+            publishes to its R layers.
+        groups: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use;
+            computed here when None.
 
     Returns:
-        `Selection` with ids int32 [B, S, topk] and, where asked for, pool int32 [B, S, pool]: ascending, -1 padded at the end. A
-        row with at most k visible keys (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN scores
-        count as -inf; +inf ranks first.
+        `Selection` with ids int32 [B, S, topk] and, where asked for, pool int32 [B, S, pool]:
+        ascending, -1 padded at the end. A row with at most k visible keys (candidates) takes them
+        all. Ties go to the lower position; -0 equals +0; NaN scores count as -inf; +inf ranks
+        first.
 
     Raises:
         ValueError: shapes or dtypes that do not agree; backend "triton" cannot run here.
@@ -100,7 +107,10 @@ def index_topk(
 
 
 def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
-    """Return how many neighbouring queries `index_topk` scores together inside their pools; 1: it scores each by itself."""
+    """Return how many neighbouring queries `index_topk` scores together inside their pools.
+
+    1 means that it scores each query by itself.
+    """
     if not _has_kernels(q_BSHD):
         return 1
     from indexcache.ops.index.scores_host import pool_group
@@ -119,21 +129,26 @@ def sparse_mla(
     deterministic: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attend from every query to its selected latents: MLA in MQA form, in which all heads read one latent per token.
+    """Attend from every query to its selected latents: MLA in MQA form (DeepSeek-V3.2, equation 2).
 
-    logits[h, i] = scale q[h] . latent[ids[i]]; out[h] = softmax(logits[h]) @ latent[ids, :value_dim] (DeepSeek-V3.2, equation 2).
+    All heads read one latent per token. logits[h, i] = scale q[h] . latent[ids[i]];
+    out[h] = softmax(logits[h]) @ latent[ids, :value_dim].
 
     Args:
-        q_BSHE: absorbed queries, bf16 (fp16 and fp32 too); E = value_dim + rotary dims.
+        q_BSHE: absorbed queries, bf16, fp16 or fp32; E = value_dim + rotary dims.
         latent_BTE: the latent cache in q's dtype.
-        ids_BSK: int32, distinct in a row, -1 anywhere means none. All of them are attended: causality is up to the ids.
+        ids_BSK: int32, distinct in a row, -1 anywhere means none. All ids are attended to, so they
+            must be causal.
         scale: factor of the logits.
-        groups: `group_queries(ids_BSK, query_group(..))` of the same ids, where several layers use them; computed here when None.
-        deterministic: make the gradient of the latents bitwise repeatable, which is slower; the forward pass always is.
+        groups: `group_queries(ids_BSK, query_group(..))` of the same ids, where several layers use
+            them; computed here when None.
+        deterministic: make the gradient of the latents bitwise repeatable, which is slower; the
+            forward pass always is.
 
     Returns:
-        out [B, S, H, value_dim] in q's dtype, lse fp32 [B, S, H] (natural logarithm). A row without ids gives zeros and -inf.
-        Differentiable in q and latent through out (lse carries no gradient on Triton).
+        out [B, S, H, value_dim] in q's dtype and lse fp32 [B, S, H] (natural logarithm). A row
+        without ids gives zeros and -inf. Differentiable in q and latent through out; lse carries
+        no gradient on Triton.
 
     Raises:
         ValueError: shapes or dtypes that do not agree; backend "triton" cannot run here.
@@ -151,16 +166,22 @@ def sparse_mla(
 
 
 def query_group(ids_BSK: Tensor, heads: int) -> int:
-    """Return how many neighbouring queries share a program of `sparse_mla`: 1 on a CPU, in decoding and with many heads."""
+    """Return how many neighbouring queries share a program of `sparse_mla`.
+
+    1 means no grouping: on a CPU, in decoding and with many heads.
+    """
     return _mla().query_group(ids_BSK, heads) if _has_kernels(ids_BSK) else 1
 
 
 def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> QueryGroups:
-    """Unite the ids of each `group` neighbouring queries, with a bit for each query; see `QueryGroups`.
+    """Unite the ids of each `group` neighbouring queries, with a bit for each query.
 
     Args:
-        ids_BSK: int32, ascending in each row and -1 padded at the end, as `index_topk` returns them.
+        ids_BSK: int32, ascending in each row, -1 padded at the end, as `index_topk` returns them.
         group: 1 to 8.
+
+    Returns:
+        `QueryGroups`, which defines the fields.
 
     Raises:
         ValueError: a group of another size; backend "triton" cannot run here.
@@ -184,9 +205,10 @@ def quantize_index_keys(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Quantise indexer keys for the cache in one pass: `rope`, Hadamard, then `reference.quantize_fp8`.
+    """Quantise indexer keys for the cache: `rope`, Hadamard, `reference.quantize_fp8`, in one pass.
 
-    Interleaved dims leave RoPE half-split, as transformers does it, so that keys rotated there and here agree.
+    Interleaved dims leave RoPE half-split, as transformers does it, so that keys rotated there and
+    here agree.
 
     Args:
         k_BTD: keys of any float dtype.
@@ -214,7 +236,7 @@ def quantize_index_queries(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Quantise indexer queries as `quantize_index_keys` does keys, with the scales multiplied into the head weights.
+    """Quantise indexer queries as `quantize_index_keys` does keys; w takes their scales.
 
     Returns:
         e4m3 [B, S, H, D] and fp32 weights [B, S, H].
@@ -256,10 +278,11 @@ def index_kl(
     gradients: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Gradients | None]:
-    """Compute the divergence of one indexer from the attention that it learns, with gradients (docs/concepts.md#distillation).
+    """Compute how far an indexer is from the attention it learns (docs/concepts.md#distillation).
 
-    With q_t = softmax(I_t) over the keys that query t sees and p_t^(j) the attention of target j, averaged over its heads:
-    "multi" is sum_j weight_j sum_t KL(p_t^(j) || q_t), "avg" is sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have one gradient.
+    With q_t = softmax(I_t) over the keys that query t sees, and p_t^(j) the attention of target j,
+    averaged over its heads: "multi" is sum_j weight_j sum_t KL(p_t^(j) || q_t), "avg" is
+    sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have the same gradient.
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer on one document, S = T.
@@ -267,8 +290,8 @@ def index_kl(
         weights: one for each target, summing to 1.
         kind: "multi" or "avg".
         block_bytes: memory of the intermediates of a block of queries.
-        ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) over this set alone. None: over all
-            visible keys. The kernels take None alone.
+        ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) are
+            over this set alone. None: over all visible keys, the only form with kernels.
         gradients: whether to compute the gradients too.
 
     Returns:
@@ -338,7 +361,7 @@ def _warn_once(operation: str, reason: str) -> None:
 
 
 def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], str | None]) -> bool:
-    """Decide whether the kernels run. `refuse` returns why they cannot take these tensors, or None."""
+    """Decide whether the kernels run. `refuse` returns why they cannot take these, or None."""
     if backend == "auto":
         backend = tuning.current().backend
     if backend not in BACKENDS:
@@ -361,7 +384,8 @@ def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], st
         return True
     if backend == "triton":
         raise ValueError(
-            f"{operation}: backend 'triton' cannot run here: {reason}; use backend='torch' or 'auto'."
+            f"{operation}: backend 'triton' cannot run here: {reason}; "
+            "use backend='torch' or 'auto'."
         )
     if on_gpu:  # on a CPU everybody expects torch
         _warn_once(operation, reason)
@@ -380,7 +404,8 @@ def _check_index(
 ) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"index_topk: want q [B, S, H, D] and k [B, T, D], got {tuple(q.shape)} and {tuple(k.shape)}."
+            f"index_topk: want q [B, S, H, D] and k [B, T, D], got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}."
         )
     if q.dtype != k.dtype:
         raise ValueError(f"index_topk: q and k must have one dtype, got {q.dtype} and {k.dtype}.")
@@ -394,7 +419,8 @@ def _check_index(
         )
     if candidates is not None and (candidates.dim() != 3 or candidates.shape[:2] != q.shape[:2]):
         raise ValueError(
-            f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got {tuple(candidates.shape)}."
+            f"index_topk: want candidates [B, S, P] with B, S = {tuple(q.shape[:2])}, got "
+            f"{tuple(candidates.shape)}."
         )
     if groups is not None and (
         candidates is None or groups.union_BGU.shape[1] != -(-q.shape[1] // groups.group)
@@ -412,13 +438,16 @@ def _check_mla(
     dim = latent.shape[-1]
     if q.dim() != 4 or q.shape[-1] != dim or not 0 < value_dim <= dim:
         raise ValueError(
-            f"sparse_mla: want q [B, S, H, {dim}] for these latents and 0 < value_dim <= {dim}, got {tuple(q.shape)}, {value_dim}."
+            f"sparse_mla: want q [B, S, H, {dim}] for these latents and 0 < value_dim <= {dim}, "
+            f"got {tuple(q.shape)}, {value_dim}."
         )
     if ids.dim() != 3 or ids.shape[:2] != q.shape[:2] or ids.dtype != torch.int32:
         raise ValueError(
-            f"sparse_mla: want int32 ids [B, S, K] with B, S = {tuple(q.shape[:2])}, got {ids.dtype} {tuple(ids.shape)}."
+            f"sparse_mla: want int32 ids [B, S, K] with B, S = {tuple(q.shape[:2])}, got "
+            f"{ids.dtype} {tuple(ids.shape)}."
         )
     if groups is not None and groups.union_BGU.shape[1] != -(-ids.shape[1] // groups.group):
         raise ValueError(
-            f"sparse_mla: the groups are of other ids: {groups.union_BGU.shape[1]} groups of {groups.group}, {ids.shape[1]} queries."
+            f"sparse_mla: the groups are of other ids: {groups.union_BGU.shape[1]} groups of "
+            f"{groups.group}, {ids.shape[1]} queries."
         )

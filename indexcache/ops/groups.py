@@ -137,7 +137,8 @@ def join(
                 if n % 2 == 0 and n < GROUP - 1:
                     words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005
                     word = tl.zeros_like(x)
-            words = words + (word | (tl.where(owned, bits, 0) << 24),)  # type: ignore[assignment]  # noqa: RUF005
+            word |= tl.where(owned, bits, 0) << 24
+            words = words + (word,)  # type: ignore[assignment]  # noqa: RUF005
             count = tl.where(owned, 1, 0)
             put(p_work + i * (K + 1) + o, tl.cumsum(count, 0) - count, o < K)
             owns = tl.sum(count, 0)
@@ -226,7 +227,7 @@ def unite(
                 union = tl.zeros_like(o)
                 for i in tl.static_range(GROUP):
                     row = tl.load(p_work + i * WORDS + o, mask=o < words, other=0)
-                    rows = rows + (row[:, None],)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no star
+                    rows = rows + (row[:, None],)  # type: ignore[assignment]  # noqa: RUF005
                     union |= row
                 tl.debug_barrier()  # a word is read by several warps, and cleared by one
                 for i in tl.static_range(GROUP):

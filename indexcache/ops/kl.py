@@ -1,4 +1,4 @@
-"""The distillation loss of one indexer on a GPU: it learns the dense attention of the layers that it serves.
+"""Compute the distillation loss of one indexer, which learns the dense attention of its layers.
 
 Queries come in chunks of R rows against the N keys before the chunk's end. Two fp32 matrices [R, N]
 are held, and one layer's keys at a time.
@@ -79,7 +79,8 @@ def normalise(
 ):
     """Compute log-sum-exps. grid (blocks of BM queries of start..stop, heads).
 
-    p_q and p_lse, fp32 [queries, heads] in base 2, begin at `start`. scale2: the scale times log2 e.
+    p_q and p_lse, fp32 [queries, heads] in base 2, begin at `start`. scale2 is the scale times
+    log2 e.
     """
     i_m, i_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -122,9 +123,10 @@ def teach(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Write weight * p into the target. grid (blocks of BM queries of start..stop, blocks of BN keys).
+    """Write weight * p into the target. grid (blocks of BM queries, blocks of BN keys).
 
-    p_q and p_lse begin at `start`. ADD: the target holds other layers' already and is added to.
+    The queries are start..stop. p_q and p_lse begin at `start`. ADD: the target holds other layers'
+    attention already, and this is added.
     p_entropy fp32: each program's sum of p log p, nats.
     """
     i_m, i_n = tl.program_id(0), tl.program_id(1)
@@ -185,7 +187,7 @@ def score(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Compute index scores. grid as `teach`. p_q and p_w begin at `start`; DP is a power of two >= D."""
+    """Compute index scores. grid as `teach`. p_q and p_w begin at `start`; DP is 2^n >= D."""
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m = start + o_m < stop
@@ -354,7 +356,7 @@ def grad_keys(
 
 
 def refuse(*queries: Tensor) -> str | None:
-    """Return why the kernels cannot take these queries of the indexer and all layers; None: they can."""
+    """Return why the kernels cannot take queries of the indexer and all layers, or None."""
     dtypes = {q.dtype for q in queries}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         return f"the dtypes are {', '.join(sorted(map(str, dtypes)))}"
@@ -373,7 +375,10 @@ def index_kl(
     block_bytes: int,
     gradients: bool,
 ) -> tuple[Tensor, Gradients | None]:
-    """Run `ops.index_kl` on the kernels. `block_bytes` is the memory of two fp32 matrices [queries of a chunk, T]."""
+    """Run `ops.index_kl` on the kernels.
+
+    `block_bytes` is the memory of two fp32 matrices [queries of a chunk, T].
+    """
     q, k, w = q_SJD.contiguous(), k_TD.contiguous(), w_SJ.float().contiguous()
     length, device = len(q), q.device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -398,7 +403,7 @@ def index_kl(
 
 
 class _Chunk:
-    """The launches for the queries start..stop - 1 of a document, against the keys before `stop`."""
+    """Launches for the queries start..stop - 1 of a document, against the keys before `stop`."""
 
     def __init__(self, start: int, stop: int, scores: Tensor, target: Tensor):
         self.start = start
@@ -408,7 +413,10 @@ class _Chunk:
         self.rows = {"start": start, "stop": stop}
 
     def add_target(self, layer: AttentionTarget, weight: float, add: bool) -> Tensor:
-        """Write one layer's attention times `weight` into the target, or add it; return its sum of p log p, fp64."""
+        """Write one layer's attention times `weight` into the target, or add it.
+
+        Returns its sum of p log p, fp64.
+        """
         tuning = current().kl
         q, keys = layer.q_SHn[self.start : self.stop].contiguous(), layer.keys().contiguous()
         heads, width = q.shape[1:]
@@ -433,7 +441,7 @@ class _Chunk:
         return entropy.sum(dtype=torch.float64)
 
     def compare(self, q: Tensor, k: Tensor, w: Tensor, kind: str) -> Tensor:
-        """Compute the scores, then the loss, and overwrite the scores with their gradient; return the loss, fp64."""
+        """Compute the scores and the loss, fp64; overwrite the scores with their gradient."""
         tuning = current().kl
         tile = tuning.score.options(tuning.score.queries, _divisor(q))
         score[self._tiles(tile)](**self._indexer(q, k, w), p_score=self.scores, **tile)
@@ -448,7 +456,7 @@ class _Chunk:
         return value.sum(dtype=torch.float64)
 
     def add_gradients(self, q: Tensor, k: Tensor, w: Tensor, grads: Gradients) -> None:
-        """Write the gradients of the chunk's queries and head weights, and add to those of the keys."""
+        """Write the gradients of the chunk's queries and head weights; add to those of the keys."""
         dq, dk, dw = grads
         heads, dim = q.shape[1:]
         arguments = self._indexer(q, k, w)
@@ -490,7 +498,10 @@ def _divisor(q: Tensor) -> int:
 
 
 def _gradient_tiles(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the launch options of `grad_queries` and `grad_keys`. Gradients in fp32 of wider tiles exceed the registers."""
+    """Return the launch options of `grad_queries` and `grad_keys`.
+
+    In fp32 the gradients of larger tiles exceed the registers.
+    """
     tuning, divisor = current().kl, 4 if q.dtype == torch.float32 else 1
     keys = tuning.keys_wide if q.shape[-1] > 128 else tuning.keys
     return (

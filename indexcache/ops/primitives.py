@@ -1,4 +1,4 @@
-"""Triton helpers that several kernels share: scores as integers whose order is the contract's order."""
+"""Triton helpers that several kernels share, and scores as integers in the contract's order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def sort_key(score):
-    """fp32 -> int32 with the same order; -0 as +0, NaN as -inf (the contract of `index_topk`). Never NONE."""
+    """Map fp32 to int32 in the same order, with -0 as +0 and NaN as -inf. Never returns NONE."""
     score = tl.where(score != score, float("-inf"), score)
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.int32, bitcast=True)
@@ -25,19 +25,23 @@ def sort_key(score):
 
 @triton.jit
 def _ahead(lo, span, share):
-    """lo plus that share of span (uint32), at least 1 and at most all of it."""
+    """Add that share of span (uint32) to lo, at least 1 and at most all of it."""
     step = tl.minimum(tl.maximum(span.to(tl.float32) * share, 1.0), 4294967040.0).to(tl.uint32)
     return lo + tl.minimum(step, span).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def kth_key(keys, low, high, total, k, slack):
-    """(t, count(keys >= t), count(keys > t)): a t >= low with k <= count(keys >= t) <= k + slack if one exists, else the k-th best key.
+    """Search a threshold t: (t, count(keys >= t), count(keys > t)).
 
-    Requires total = count(keys >= low) >= k, high the largest key and at most 32768 keys. The last of the three is meant only when
-    the second exceeds k + slack (ties). Two pivots a step, counted in the halves of one integer: around where the k-th key would lie
-    were keys spread evenly, and at the thirds in every other step, which bounds the steps. 6 to 9 steps on continuous scores; in
-    32 bits, since a program waits for every instruction between two steps.
+    t >= low is one with k <= count(keys >= t) <= k + slack if there is one, else the k-th best key.
+    Requires total = count(keys >= low) >= k, high the largest key, and at most 32768 keys. The
+    third result is exact only when the second exceeds k + slack, which happens with ties.
+
+    A step compares two pivots and counts them in the halves of one integer. They lie around where
+    the k-th key would be if keys were spread evenly, and in every other step at the thirds, which
+    bounds the number of steps: 6 to 9 on continuous scores. Everything is in 32 bits, since a
+    program waits for every instruction between two steps.
     """
     lo, above, step = low, 0, 0
     hi = tl.where(total <= k + slack, lo, tl.maximum(high, lo))
@@ -51,7 +55,7 @@ def kth_key(keys, low, high, total, k, slack):
         b = tl.maximum(_ahead(lo, span, tl.where(thirds, 0.6666667, share + 0.2 * root)), a)
         both = tl.sum(tl.where(keys >= a, 1, 0) + tl.where(keys >= b, 65536, 0))
         n_a, n_b = both & 0xFFFF, (both >> 16) & 0xFFFF
-        # the k-th key is at or above b, between a and b, or below a
+        # The k-th key is at or above b, between a and b, or below a.
         hi = tl.where(n_b >= k, hi, tl.where(n_a >= k, b, a) - 1)
         above = tl.where(n_b >= k, above, tl.where(n_a >= k, n_b, n_a))
         lo = tl.where(n_b >= k, b, tl.where(n_a >= k, a, lo))
@@ -72,8 +76,10 @@ PUT_BYTE = tl.constexpr(PUT.value.replace("b32 [", "u8 ["))
 
 @triton.jit
 def put(pointer, value, mask):
-    """tl.store of 32-bit values, or of their lowest bytes, in the layout that they have: tl.store moves scattered ones to another
-    through shared memory."""
+    """Store 32-bit values, or their lowest bytes, in the layout that they have.
+
+    `tl.store` would move scattered values to another layout through shared memory.
+    """
     byte: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth == 8
     if INTERPRETED:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
@@ -90,8 +96,10 @@ def put(pointer, value, mask):
 
 @triton.jit
 def take(pointer, mask):
-    """tl.load of 32-bit values, -1 where masked, in the layout that the pointers have: neighbours in a warp, where tl.load would give
-    each thread four in a row."""
+    """Load 32-bit values, -1 where masked, in the layout that the pointers have.
+
+    Neighbours lie side by side in a warp, where `tl.load` would give each thread four in a row.
+    """
     if INTERPRETED:
         return tl.load(pointer, mask=mask, other=-1)
     else:
@@ -107,7 +115,7 @@ def take(pointer, mask):
 
 @triton.jit
 def ones(x):
-    """How many bits of each int32 are set."""
+    """Count the bits that are set in each int32."""
     if INTERPRETED:
         left = x.to(tl.uint32, bitcast=True)
         n = left - ((left >> 1) & 0x55555555)
@@ -121,5 +129,8 @@ def ones(x):
 
 @triton.jit
 def rows_visible(offset, o_row, keys):
-    """How many of `keys` keys the queries at o_row of a batch entry that starts at `offset` see (ops/reference.py)."""
+    """Count which of `keys` keys the queries at o_row see.
+
+    The batch entry starts at position `offset`; see ops/reference.py.
+    """
     return tl.minimum(tl.maximum(offset + o_row + 1, 0), keys)

@@ -1,11 +1,13 @@
-"""The definition of every operation, in plain torch. Kernels are tested and timed against this file.
+"""The definition of every operation, in plain torch. Kernels are tested and timed against it.
 
-Shapes: B batch, S queries, T keys, H heads (index or attention), D index dim, P candidates of a query, K selected ids,
-E latent dim (V value dims, then R rotary dims), G groups of neighbouring queries, U union of a group's ids.
+Shapes: B batch, S queries, T keys, H heads (index or attention), D index dim, P candidates of a
+query, K selected ids, E latent dim (V value dims, then R rotary dims), G groups of neighbouring
+queries, U union of a group's ids. Distillation: J index heads, t queries of a block, N its keys.
 
-Visibility, the same everywhere: query s of batch entry b stands at position offset[b] + s and sees keys 0 .. offset[b] + s,
-at most T. A prefill chunk that starts at token n has offset n; a decode batch has S = 1 and offset = lengths - 1, where
-lengths counts the new token; length 0 (offset -1) sees nothing.
+Visibility, the same everywhere: query s of batch entry b stands at position offset[b] + s and sees
+keys 0 .. offset[b] + s, at most T. A prefill chunk that starts at token n has offset n; a decode
+batch has S = 1 and offset = lengths - 1, where lengths counts the new token; length 0 (offset -1)
+sees nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 1 << 26  # bytes of the largest intermediate, [B, s, H, P] or [B, s, P, D] in fp32
+# Bytes of the largest intermediate, [B, s, H, P] or [B, s, P, D] in fp32.
+CHUNK_BYTES = 1 << 26
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-Gradients = tuple[Tensor, Tensor, Tensor]  # of an indexer's queries, keys and head weights
+Gradients = tuple[Tensor, Tensor, Tensor]  # those of an indexer's queries, keys, head weights
 
 
 class QueryGroups(NamedTuple):
-    """The ids that neighbouring queries read together. Layers that share a selection share its groups.
+    """The ids that neighbouring queries read together; layers share them with the selection.
 
     union_BGU: int32, the distinct ids >= 0 of each group, ascending, then -1. U = group * K.
     mask_BGU: uint8; bit i is set where query i of the group selected that id, 0 at -1.
@@ -44,7 +47,8 @@ class Selection:
     """The tokens that an indexer selected, as one value on its way from the indexer to attention.
 
     ids: int32 [B, S, k], ascending in each row, -1 padded at the end.
-    pool: int32 [B, S, P] in the same form, the candidates that an F layer publishes to its R layers.
+    pool: int32 [B, S, P] in the same form, the candidates that an F layer publishes to its R
+        layers.
     groups: what neighbouring queries read together, where the kernel of attention reads so.
     """
 
@@ -54,14 +58,17 @@ class Selection:
 
 
 class AttentionTarget(NamedTuple):
-    """One layer's attention weights on one document, which an indexer learns: p = mean_h softmax(scale q_h . latent).
+    """One layer's attention on one document, which an indexer learns.
+
+    Its weights are p = mean_h softmax(scale q_h . latent) (docs/concepts.md#distillation).
 
     q_SHn: queries with RoPE applied.
     latent_TE: keys that all heads read.
-    absorb_Hmc: maps the first m dims of a query to the first c of the latent (the key part of MLA's kv_b_proj); None where
-        queries are compared with the keys as they are, n = E.
+    absorb_Hmc: maps the first m dims of a query to the first c of the latent (the key part of MLA's
+        kv_b_proj); None where queries are compared with the keys as they are, n = E.
     scale: factor of the logits.
-    lse_SH: fp32, the logarithm of each softmax's denominator where the attention kernel gave it; only kernels read it.
+    lse_SH: fp32, the logarithm of each softmax's denominator where the attention kernel gave it;
+        only kernels read it.
     """
 
     q_SHn: Tensor
@@ -78,7 +85,10 @@ class AttentionTarget(NamedTuple):
         )
 
     def keys(self) -> Tensor:
-        """Return the keys that `q_SHn` is compared with: [T, H, n], or [T, 1, E] where all heads read the same."""
+        """Return the keys that `q_SHn` is compared with.
+
+        They are [T, H, n], or [T, 1, E] where all heads read the same.
+        """
         if self.absorb_Hmc is None:
             return self.latent_TE[:, None]
         c = self.absorb_Hmc.shape[2]
@@ -87,7 +97,7 @@ class AttentionTarget(NamedTuple):
         return torch.cat([of_heads, shared], -1)
 
     def queries(self, rows: slice) -> Tensor:
-        """Return the absorbed queries [t, H, E] of these rows, which are compared with `latent_TE`."""
+        """Return these rows' absorbed queries [t, H, E], which are compared with `latent_TE`."""
         q = self.q_SHn[rows]
         if self.absorb_Hmc is None:
             return q
@@ -99,12 +109,15 @@ class AttentionTarget(NamedTuple):
 def index_scores(
     q_BSHD: Tensor, k_BTD: Tensor, w_BSH: Tensor, candidates_BSP: Tensor | None = None
 ) -> Tensor:
-    """Indexer scores I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]) (DeepSeek-V3.2, equation 1), without causality.
+    """Compute indexer scores I[t, s] = sum_j w[t, j] relu(q[t, j] . k[s]), without causality.
+
+    This is equation 1 of DeepSeek-V3.2.
 
     Args:
-        q_BSHD, k_BTD: queries and keys of the indexer, any float dtype; products are taken in fp32.
+        q_BSHD, k_BTD: queries and keys of the indexer, any float dtype; products are in fp32.
         w_BSH: head weights with every scale in them.
-        candidates_BSP: int ids of the keys to score for each query (the pool of the R role); None scores all.
+        candidates_BSP: int ids of the keys to score for each query (the pool of the R role); None
+            scores all.
 
     Returns:
         fp32 [B, S, T], or [B, S, P] in the order of the candidates.
@@ -114,32 +127,32 @@ def index_scores(
     width = k.shape[1] if candidates_BSP is None else candidates_BSP.shape[-1]
     out = q.new_empty(batch, queries, width)
     chunk = max(CHUNK_BYTES // (4 * max(batch, 1) * max(width, 1) * max(heads, dim)), 1)
-    rows = torch.arange(batch, device=k.device)[:, None, None]
+    entry = torch.arange(batch, device=k.device)[:, None, None]
     for start in range(0, queries, chunk):
-        part = slice(start, start + chunk)
+        rows = slice(start, start + chunk)
         if candidates_BSP is None:
-            products = torch.einsum("bshd,btd->bsht", q[:, part], k)
+            products = torch.einsum("bshd,btd->bsht", q[:, rows], k)
         else:
             products = torch.einsum(
-                "bshd,bspd->bshp", q[:, part], k[rows, candidates_BSP[:, part].long()]
+                "bshd,bspd->bshp", q[:, rows], k[entry, candidates_BSP[:, rows].long()]
             )
-        out[:, part] = torch.einsum("bshp,bsh->bsp", products.relu_(), w[:, part])
+        out[:, rows] = torch.einsum("bshp,bsh->bsp", products.relu_(), w[:, rows])
     return out
 
 
 def visible_counts(
     offset: int | Tensor, batch: int, queries: int, keys: int, device: torch.device
 ) -> Tensor:
-    """How many keys each query sees, int64 [B, S]; see the top of this file."""
+    """Count the keys that each query sees, int64 [B, S]; see the top of this file."""
     start = torch.as_tensor(offset, device=device, dtype=torch.int64).expand(batch)
     return (start[:, None] + torch.arange(1, queries + 1, device=device)).clamp(0, keys)
 
 
 def select(scores_RT: Tensor, allowed_RT: Tensor, k: int) -> Tensor:
-    """The k best allowed columns of each row: int32 [R, k], ascending, -1 padded.
+    """Select the k best allowed columns of each row: int32 [R, k], ascending, -1 padded.
 
-    -0 and +0 are equal; NaN counts as -inf; equal scores: the lower column first. An allowed column always beats a
-    column that is not, whatever its score.
+    -0 and +0 are equal; NaN counts as -inf; of equal scores the lower column comes first. An
+    allowed column always beats one that is not, whatever its score.
     """
     rows, width = scores_RT.shape
     out = scores_RT.new_full((rows, k), -1, dtype=torch.int32)
@@ -147,18 +160,19 @@ def select(scores_RT: Tensor, allowed_RT: Tensor, k: int) -> Tensor:
         return out
     scores = torch.where(scores_RT.isnan(), -torch.inf, scores_RT)
     total = allowed_RT.sum(-1, keepdim=True)
-    wanted = total.clamp(max=k)
-    # the k-th best value is unique even when the column that holds it is not; not-allowed ones sink as a second -inf
+    count = total.clamp(max=k)
+    # The k-th best value is unique even when its column is not. Columns that are not allowed become
+    # -inf, as NaN does.
     kth = (
         scores.masked_fill(~allowed_RT, -torch.inf)
         .topk(min(k, width), dim=-1)
-        .values.gather(-1, (wanted - 1).clamp(min=0))
+        .values.gather(-1, (count - 1).clamp(min=0))
     )
     above = allowed_RT & (scores > kth)
     equal = allowed_RT & (scores == kth)
-    chosen = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
-    row, column = chosen.nonzero(as_tuple=True)
-    out[row, (chosen.cumsum(-1) - 1)[row, column]] = column.int()
+    selected = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    row, column = selected.nonzero(as_tuple=True)
+    out[row, (selected.cumsum(-1) - 1)[row, column]] = column.int()
     return out
 
 
@@ -173,7 +187,7 @@ def index_topk(
     *,
     pool: int = 0,
 ) -> Selection:
-    """Define `indexcache.ops.index_topk`, whose docstring is the contract. Memory is O(chunk x T)."""
+    """Define `ops.index_topk`, whose docstring is the contract. Memory is O(chunk x T)."""
     batch, queries = q_BSHD.shape[:2]
     keys = k_BTD.shape[1]
     widths = [topk, pool] if pool else [topk]
@@ -183,29 +197,29 @@ def index_topk(
     chunk = max(CHUNK_BYTES // (4 * max(span, 1) * q_BSHD.shape[2]), 1)
     for b in range(batch):
         for start in range(0, queries, chunk):
-            part = slice(start, start + chunk)
+            rows = slice(start, start + chunk)
             if candidates_BSP is None:
-                # never look at keys that no row of the chunk sees: a cache may hold anything there
-                seen = int(visible[b, part].max())
+                # Keys that no row of the chunk sees are not read: a cache may hold anything there.
+                seen = int(visible[b, rows].max())
                 ids = torch.arange(seen, device=k_BTD.device).expand(
-                    visible[b, part].shape[0], seen
+                    visible[b, rows].shape[0], seen
                 )
                 scores = index_scores(
-                    q_BSHD[b : b + 1, part], k_BTD[b : b + 1, :seen], w_BSH[b : b + 1, part]
+                    q_BSHD[b : b + 1, rows], k_BTD[b : b + 1, :seen], w_BSH[b : b + 1, rows]
                 )[0]
             else:
-                ids = candidates_BSP[b, part].long()
+                ids = candidates_BSP[b, rows].long()
                 within = ids.clamp(0, max(keys - 1, 0))
                 scores = index_scores(
-                    q_BSHD[b : b + 1, part], k_BTD[b : b + 1], w_BSH[b : b + 1, part], within[None]
+                    q_BSHD[b : b + 1, rows], k_BTD[b : b + 1], w_BSH[b : b + 1, rows], within[None]
                 )[0]
             if k_scale_BT is not None:
                 scores = scores * k_scale_BT[b].float()[ids.clamp(min=0)]
-            allowed = (ids >= 0) & (ids < visible[b, part, None])
+            allowed = (ids >= 0) & (ids < visible[b, rows, None])
             for out, n in zip(outs, widths, strict=True):
                 slots = select(scores, allowed, n)
                 if ids.shape[1]:
-                    out[b, part] = torch.where(
+                    out[b, rows] = torch.where(
                         slots < 0, -1, ids.gather(-1, slots.clamp(min=0).long())
                     ).int()
     return Selection(outs[0], outs[1] if pool else None)
@@ -216,9 +230,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     valid = ids_SK >= 0
     kv = latent_TE[ids_SK.clamp(min=0).long()].float()
-    kv = torch.where(
-        valid[..., None], kv, 0.0
-    )  # a poisoned row 0 must not reach the output through 0 * NaN
+    # A NaN in row 0 must not reach the output through 0 * NaN.
+    kv = torch.where(valid[..., None], kv, 0.0)
     logits = torch.einsum("she,ske->shk", q_SHE.float(), kv) * scale
     logits = logits.masked_fill(~valid[:, None], -torch.inf)
     lse = logits.logsumexp(-1)
@@ -229,7 +242,7 @@ def _attend(
 def sparse_mla(
     q_BSHE: Tensor, latent_BTE: Tensor, ids_BSK: Tensor, scale: float, *, value_dim: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """Define `indexcache.ops.sparse_mla`, whose docstring is the contract. Differentiable."""
+    """Define `ops.sparse_mla`, whose docstring is the contract. Differentiable."""
     batch, queries, heads, _ = q_BSHE.shape
     chunk = max(
         CHUNK_BYTES // (4 * max(ids_BSK.shape[-1], 1) * (latent_BTE.shape[-1] + 2 * heads)), 1
@@ -245,7 +258,7 @@ def sparse_mla(
                 scale,
                 value_dim,
             )
-            # the gathered rows are O(S K E): recompute them for the gradient rather than keep them
+            # The gathered rows are O(S K E): they are recomputed for the gradient, not kept.
             out, lse = checkpoint(_attend, *args, use_reentrant=False) if graph else _attend(*args)
             outs.append(out)
             lses.append(lse)
@@ -259,7 +272,7 @@ def sparse_mla(
 
 
 def group_queries(ids_BSK: Tensor, group: int) -> QueryGroups:
-    """Define `indexcache.ops.group_queries`, whose docstring is the contract."""
+    """Define `ops.group_queries`, whose docstring is the contract."""
     batch, queries, k = ids_BSK.shape
     groups = -(-queries // group)
     ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, groups * group - queries), value=-1).view(
@@ -278,9 +291,13 @@ def group_queries(ids_BSK: Tensor, group: int) -> QueryGroups:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x [..., D] times the Walsh-Hadamard matrix of order D (a power of two) over sqrt(D): orthogonal, its own inverse.
+    """Multiply x [..., D] with the Walsh-Hadamard matrix over sqrt(D); D is a power of two.
 
-    In fp32, in x's dtype at the end. Dot products of two rotated vectors are those of the vectors; outliers are spread.
+    The matrix is orthogonal and its own inverse: dot products of rotated vectors are those of the
+    vectors, and outliers are spread. Computed in fp32, returned in x's dtype.
+
+    Raises:
+        ValueError: D is no power of two.
     """
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):
@@ -295,32 +312,33 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotates the first 2 r dims of x [..., D] by angles whose cos and sin [..., r] broadcast over x's leading dims.
+    """Rotate the first 2 r dims of x [..., D] by angles given as cos and sin [..., r].
 
-    Half-split (DeepSeek-V3.2's indexer) turns the pairs (i, i + r); interleaved (GLM-5) the pairs (2 i, 2 i + 1). Each
-    layout stays as it came, unlike in transformers, which leaves interleaved input half-split; dot products are the same.
-    In fp32, in x's dtype at the end.
+    cos and sin broadcast over x's leading dims. Half-split RoPE (DeepSeek-V3.2's indexer) rotates
+    the pairs (i, i + r), interleaved RoPE (GLM-5) the pairs (2 i, 2 i + 1). Each layout is kept,
+    unlike in transformers, which leaves interleaved input half-split; dot products are the same.
+    Computed in fp32, returned in x's dtype.
     """
     r = cos.shape[-1]
-    turned, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
-    pairs = turned.unflatten(-1, (r, 2) if interleaved else (2, r))
+    rotary, other = x[..., : 2 * r].float(), x[..., 2 * r :]
+    pairs = rotary.unflatten(-1, (r, 2) if interleaved else (2, r))
     a, b = pairs.unbind(-1 if interleaved else -2)
     out = torch.stack(
         [a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2
     ).flatten(-2)
-    return torch.cat([out.to(x.dtype), rest], dim=-1)
+    return torch.cat([out.to(x.dtype), other], dim=-1)
 
 
 def half_split(x: Tensor, half: int) -> Tensor:
-    """The first 2 half dims of x [..., D], interleaved pairs, as all first ones and then all second ones."""
+    """Reorder the first 2 half dims of x [..., D]: interleaved pairs become two halves."""
     return torch.cat([x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]], dim=-1)
 
 
 def quantize_fp8(x: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> (e4m3 [..., D], fp32 scale [...]) with x ~ e4m3 * scale; one scale a vector, amax / 448.
+    """Quantise x [..., D] to (e4m3 [..., D], fp32 scale [...]) with x ~ e4m3 * scale.
 
-    All zeros gives zeros and scale 1. A vector with an inf or NaN gets scale NaN: its scores are NaN, which rank last.
-    `rotate` applies `hadamard` first (to queries and keys alike).
+    Each vector has one scale, amax / 448. All zeros give zeros and scale 1. A vector with an inf or
+    NaN gets scale NaN: its scores are NaN, which rank last. `rotate` applies `hadamard` first (to queries and keys alike).
     """
     y = hadamard(x.float()) if rotate else x.float()
     amax = y.abs().amax(-1)
@@ -337,7 +355,7 @@ def quantize_index(
     rotate: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Define `quantize_index_keys` and `quantize_index_queries` of `indexcache.ops`, whose docstrings are the contract."""
+    """Define `ops.quantize_index_keys` and `ops.quantize_index_queries`; see their docstrings."""
     if cos_BSr is not None and sin_BSr is not None:
         cos, sin = cos_BSr[:, :, None].float(), sin_BSr[:, :, None].float()
         x_BSHD = rope(x_BSHD, cos, sin, interleaved=interleaved)
@@ -361,7 +379,11 @@ def index_kl(
     ids_SK: Tensor | None = None,
     gradients: bool = True,
 ) -> tuple[Tensor, Gradients | None]:
-    """Define `indexcache.ops.index_kl`, whose docstring is the contract. Memory is that of a block and of the gradients."""
+    """Define `ops.index_kl`, whose docstring is the contract.
+
+    A block of queries holds its scores, one layer's attention and their mean, turns the difference
+    into gradients and is dropped: memory is that of a block and of the gradients.
+    """
     inputs = (q_SJD, k_TD, w_SJ)
     total = q_SJD.new_zeros((), dtype=torch.float64)
     grads = None
@@ -406,9 +428,10 @@ def _block_kl(
 
 
 class QueryBlock:
-    """A block of one document's queries and the keys they see: all up to each query, or each query's own ids.
+    """A block of one document's queries and the keys they see.
 
-    Shapes: t queries of the block, N keys of the block (the last query + 1, or K), n heads.
+    These are all keys up to each query, or each query's own ids. Shapes: t queries of the block, N
+    keys of the block (the last query + 1, or K), n heads.
     """
 
     def __init__(self, rows: slice, ids_SK: Tensor | None = None):
@@ -417,13 +440,16 @@ class QueryBlock:
         self.padding = None if ids_SK is None else ids_SK[rows] < 0
 
     def scores(self, q_SJD: Tensor, k_TD: Tensor, w_SJ: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute (relu(q . k) fp32 [t, J, N], the index scores fp32 [t, N], -inf where a key is not visible)."""
+        """Compute (relu(q . k) fp32 [t, J, N], index scores fp32 [t, N]).
+
+        Scores are -inf where a key is not visible.
+        """
         products = self._products(q_SJD[self.rows], k_TD).relu_()
         scores = torch.bmm(w_SJ[self.rows].float()[:, None], products)[:, 0]
         return products, self._hide_(scores)
 
     def attention(self, target: AttentionTarget) -> Tensor:
-        """Compute p fp32 [t, N], the mean of the heads' attention weights, which sums to 1 over the visible keys."""
+        """Compute p fp32 [t, N], the mean of the heads' attention weights over the visible keys."""
         logits = self._products(target.queries(self.rows), target.latent_TE).mul_(target.scale)
         return self._hide_(logits).softmax(-1).mean(1)
 
@@ -465,7 +491,10 @@ def query_blocks(
     block_bytes: int,
     ids_SK: Tensor | None = None,
 ) -> Iterator[slice]:
-    """Yield slices of queries whose intermediates fit into `block_bytes`: two copies of all heads' products, and gathered keys."""
+    """Yield slices of queries whose intermediates fit into `block_bytes`.
+
+    The intermediates are two copies of all heads' products, and gathered keys.
+    """
     length, heads, dim = q_SJD.shape
     heads = max(heads, *(t.q_SHn.shape[1] for t in targets))
     gathered = 0 if ids_SK is None else dim + max(t.latent_TE.shape[1] for t in targets)

@@ -154,7 +154,9 @@ def tuned(
     mla: Mapping[str, Any] | None = None,
     kl: Mapping[str, Any] | None = None,
 ) -> Iterator[Tuning]:
-    """Change the tuning of all threads within a block: `with ops.tuned(mla={"hopper": False}): ...`.
+    """Change the tuning within a block: `with ops.tuned(mla={"hopper": False}): ...`.
+
+    The change holds in all threads: the backward pass runs in its own.
 
     Args:
         backend: "auto", "torch" or "triton", for calls whose own backend is "auto".
@@ -186,9 +188,10 @@ def power(n: int, minimum: int = 1) -> int:
 
 
 def segments(rows: int, length: int, programs: int, block: int) -> tuple[int, int]:
-    """Split rows of `length` so that `programs` programs have work: (number of segments, their length).
+    """Split rows of `length` so that `programs` programs have work.
 
-    The number is a power of two, at most 64, and no segment is shorter than a block.
+    Returns (number of segments, their length). The number is a power of two, at most 64, and no
+    segment is shorter than a block.
     """
     count = 1
     while count < 64 and rows * count < programs and length // (2 * count) >= block:

@@ -1,4 +1,4 @@
-"""The kernels of `ops.index_kl` against the definition: small in Triton's interpreter, large on a GPU."""
+"""The kernels of `ops.index_kl` against the definition: small on a CPU, large on a GPU."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_small(small, length, layers, absorbed, kind):
     ("queries", "keys"), [((64, 32), (32, 64)), ((64, 32), (64, 64)), ((32, 64), (64, 32))]
 )
 def test_tiles_of_gradients_that_are_not_square(small, queries, keys):
-    """Several chunks, the last of them not whole, in half precision, where tiles keep their sizes."""
+    """Half precision, where tiles keep their sizes; the last chunk is not whole."""
     by_keys = tuning.Tile(*keys)
     tiles = {"queries": tuning.Tile(*queries), "keys": by_keys, "keys_wide": by_keys}
     q, k, w, targets = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)

@@ -1,4 +1,4 @@
-"""Sparse MLA, query groups and quantisation: kernels against the definition, in the interpreter or on a GPU."""
+"""Sparse MLA, query groups and quantisation: kernels against the definition."""
 
 import os
 

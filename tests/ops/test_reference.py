@@ -1,4 +1,4 @@
-"""The definitions in ops/reference.py against naive ones written another way (loops, sorting, dense attention)."""
+"""The definitions in ops/reference.py against naive ones: loops, sorting, dense attention."""
 
 import itertools
 

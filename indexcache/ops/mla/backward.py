@@ -1,10 +1,12 @@
-"""Backward of sparse attention over selected latents.
+"""Backward pass of sparse attention over selected latents.
 
-With P the weights, o the output, g its gradient and delta = sum_v o g, for every row (query and head) and selected latent:
-dS = scale P (g . value - delta); dq = sum dS latent; dlatent = sum_rows dS q, and P g on the value dims.
-A program owns the same rows as in `mla.attend`, so the sum over a group's rows happens in one product before anything
-leaves the program. It leaves by fp32 atomics, or, when asked to be deterministic, as a row for each slot of the plan, which
-`gather_rows` adds up for each latent in the order of the groups.
+With P the weights, o the output, g its gradient and delta = sum_v o g, for every row (query and
+head) and selected latent: dS = scale P (g . value - delta); dq = sum dS latent;
+dlatent = sum_rows dS q, and P g on the value dims.
+
+A program owns the same rows as in `attend`, so one product sums over a group's rows before
+anything is written. The sum is written by fp32 atomics or, when the result must be deterministic,
+as a row for each slot of the groups, which `gather_rows` adds up for each latent in order.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from indexcache.ops.primitives import LOG2E
 
 
 @triton.jit
-def _leave(p, x, m, ATOMIC: tl.constexpr):
+def _write(p, x, m, ATOMIC: tl.constexpr):
     if ATOMIC:
         tl.atomic_add(p, x, mask=m, sem="relaxed")
     else:
@@ -52,7 +54,10 @@ def backward(
     SLICE: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """grid (groups, batch). p_dlatent fp32: [batch, keys, V + R] zeroed (ATOMIC), or [groups, n_slots, V + R]."""
+    """Compute the gradients. grid (groups, batch).
+
+    p_dlatent fp32: [batch, keys, V + R] of zeros (ATOMIC), or [groups, n_slots, V + R].
+    """
     i_group, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, M)
     o_q = i_group * GROUP + o_m // H
@@ -99,13 +104,14 @@ def backward(
         else:
             at_row = (i_list + o_n) * (V + R)
         drope = tl.dot(tl.trans(ds), q_rope, input_precision="ieee")
-        _leave(
+        _write(
             p_dlatent + at_row[:, None] + V + o_r[None, :],
             drope,
             m_n[:, None] & m_r[None, :],
             ATOMIC,
         )
-        # a slice of the value dims at a time: all of them beside dq do not fit the registers, and q comes from L2 again
+        # One slice of the value dims at a time: all of them and dq do not fit into the registers.
+        # q is read from L2 again.
         for i_slice in tl.static_range(V // SLICE):
             o_p = i_slice * SLICE + tl.arange(0, SLICE)
             q_slice = tl.load(p_q + at_q + o_p[None, :], mask=m_row[:, None], other=0.0)
@@ -114,14 +120,14 @@ def backward(
             )
             dkv = tl.dot(tl.trans(ds), q_slice, input_precision="ieee")
             dkv = tl.dot(tl.trans(weight16), grad_slice, dkv, input_precision="ieee")
-            _leave(p_dlatent + at_row[:, None] + o_p[None, :], dkv, m_n[:, None], ATOMIC)
+            _write(p_dlatent + at_row[:, None] + o_p[None, :], dkv, m_n[:, None], ATOMIC)
     tl.store(p_dq + at_q + o_v[None, :], dq, mask=m_row[:, None])
     tl.store(p_dq + at_q + V + o_r[None, :], dq_rope, mask=m_row[:, None] & m_r[None, :])
 
 
 @triton.jit
 def gather_rows(p_rows, p_order, p_start, p_dlatent, E: tl.constexpr, EP: tl.constexpr):
-    """grid (batch x keys,). dlatent[i] = sum of rows p_order[p_start[i] : p_start[i + 1]], in that order."""
+    """Sum rows p_order[p_start[i] : p_start[i + 1]] into dlatent[i]. grid (batch x keys,)."""
     i_key = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, EP)
     total = tl.zeros((EP,), tl.float32)

@@ -1,10 +1,11 @@
-"""Sparse attention over selected latents, forward, in plain Triton.
+"""Forward pass of sparse attention over selected latents, in plain Triton.
 
-`attend`: a program owns M = GROUP queries x HP heads as rows of one product and walks the union of the group's ids (a plan; with
-GROUP 1 a query's own ids), masked by the plan's bits. It serves prefill, and decode when the ids are split over programs:
-then each writes a partial result and `combine` adds them up.
-The latent tile is gathered once and serves as keys and values. Rows: query i_m // H, head i_m % H, so 20 heads of 3
-queries fill 60 of 64 rows.
+A program of `attend` owns GROUP queries x H heads as the rows of one product, query i_m // H and
+head i_m % H, so 20 heads of 3 queries fill 60 of 64 rows. It walks the union of the group's ids,
+masked by the queries' bits, or a query's own ids where there are no groups. A tile of latents is
+gathered once and serves as keys and values.
+
+In decoding the ids are split over programs: each writes a partial result, and `combine` adds them.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def attend(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grid (groups x row blocks, splits, batch). scale2 = scale * log2(e).
+    """Attend to selected latents. grid (groups x row blocks, splits, batch).
 
-    PLANNED: p_ids, p_bits [groups, n_slots], p_count; else p_ids [queries, n_slots] with -1 anywhere. SPLIT: out and lse are
-    fp32 partials [splits, rows, ..], a normalised result and a base-2 log-sum each; else the final ones.
+    p_ids and p_bits [groups, n_slots] and p_count [groups] are those of `QueryGroups`. Without
+    groups p_bits and p_count are None and p_ids [queries, n_slots] has -1 anywhere.
+    scale2 = scale * log2(e). SPLIT: out and lse are fp32 partial results [splits, rows, ..], each
+    normalised and with a base-2 log-sum; otherwise they are final.
     """
     blocks: tl.constexpr = (GROUP * H + M - 1) // M
     i_group, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -114,7 +117,7 @@ def combine(
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grid (rows, V / BLOCK). Adds the partial results of `attend` up, always in the same order."""
+    """Add the partial results of `attend` up, always in the same order. grid (rows, V / BLOCK)."""
     i_row = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, SP)
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

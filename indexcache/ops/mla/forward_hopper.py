@@ -1,14 +1,18 @@
-"""Sparse attention over selected latents on Hopper, in Gluon: what `mla.attend` computes for prefill, with the warps' work divided.
+"""Sparse attention over selected latents on Hopper, in Gluon, for prefill.
 
-One warpgroup gathers latents by cp.async into two buffers; two compute. Warpgroup W owns the tiles W, W + 2, .., which come to
-buffer W: it alone forms their logits and weights, and shares the weights (in the place of the tile's rotary dims, which nobody
-reads again) and the running maximum through shared memory. Then both add the tile to their half of the value dims. So no
-product is done twice, and each half of a tile is gathered anew as soon as its last reader is done. Barriers:
+It computes what `attend` in ops/mla/forward.py does, with the work divided among the warps. One
+warpgroup gathers latents by cp.async into two buffers; two compute. Warpgroup W owns the tiles
+W, W + 2, .., which are gathered into buffer W: it alone computes their logits and weights. It
+shares the running maximum and the weights through shared memory; the weights overwrite the tile's
+rotary dims, which nobody reads again. Then both warpgroups add the tile to their half of the value
+dims. So no product is computed twice, and each half of a tile is gathered anew as soon as its last
+reader is done. Barriers:
 
-    full[2 b], full[2 b + 1]    half b of the value dims of the tile in buffer b; its other half, rotary dims and bits
-    free[2 b + h]               half h in buffer b may be overwritten (half 1 - b: and the weights that lie in the rotary dims' place)
-    ready[b]                    the weights of the tile in buffer b, and the maximum up to there
-    both[0], both[1]            q is loaded; the last tile is done
+    full[2 b]         half b of the value dims of the tile in buffer b is loaded
+    full[2 b + 1]     its other half, rotary dims and bits are loaded
+    free[2 b + h]     half h in buffer b may be overwritten, and with half 1 - b the weights too
+    ready[b]          the weights of the tile in buffer b are stored, and the maximum so far
+    both[0], both[1]  q is loaded; the last tile is done
 """
 
 from __future__ import annotations
@@ -25,17 +29,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from indexcache.ops.primitives import LN2
 
-ROWS = gl.constexpr(64)  # of one program
-KEYS = gl.constexpr(64)  # of one tile
-GROWTH = gl.constexpr(
-    8.0
-)  # by how much, in powers of two, a row's logits may exceed the maximum that its weights are relative to
+ROWS = gl.constexpr(64)  # rows of a program
+KEYS = gl.constexpr(64)  # keys of a tile
+# Powers of two by which a row's logits may exceed the maximum that its weights are relative to.
+GROWTH = gl.constexpr(8.0)
 
 
 def _rescale(n: int) -> tuple[str, str]:
-    """Inline assembly and its operands: a thread's n accumulators times as many factors, if any of its warp's is not 1."""
-    factor = [f"${2 * n + i}" for i in range(n)]  # of two rows: elements 0 and 2
-    moved = f"setp.neu.f32 p, {factor[0]}, 0f3F800000; setp.neu.or.f32 p, {factor[2]}, 0f3F800000, p; vote.sync.any.pred p, p, 0xffffffff;"
+    """Write PTX, and its operands, that multiplies a thread's n accumulators with n factors.
+
+    The warp skips the products if all its factors are 1.
+    """
+    factor = [f"${2 * n + i}" for i in range(n)]  # a thread has two rows: elements 0 and 2
+    moved = (
+        f"setp.neu.f32 p, {factor[0]}, 0f3F800000; "
+        f"setp.neu.or.f32 p, {factor[2]}, 0f3F800000, p; "
+        "vote.sync.any.pred p, p, 0xffffffff;"
+    )
     products = " ".join(f"mul.f32 ${i}, ${i}, {factor[i]};" for i in range(n))
     return f"{{ .reg .pred p; {moved} @!p bra same; {products} same: }}", ",".join(
         ["=f"] * n + [str(i) for i in range(n)] + ["f"] * n
@@ -46,8 +56,11 @@ RESCALE, RESCALE_OPERANDS = (gl.constexpr(text) for text in _rescale(128))
 
 
 @gluon.jit
-def _turns(p_count, n_slots):
-    """Pairs of tiles; read by each partition itself, so that the first copies need not wait for it."""
+def _pairs_of_tiles(p_count, n_slots):
+    """Return the number of pairs of tiles.
+
+    Each partition reads it by itself, so that the first copies need not wait for it.
+    """
     total = n_slots
     if p_count is not None:
         total = gl.load(p_count)
@@ -56,21 +69,24 @@ def _turns(p_count, n_slots):
 
 @gluon.jit
 def _arrive(bar):
-    """One arrival, when every warp of the partition is here."""
+    """Arrive once, when every warp of the partition is here."""
     gl.thread_barrier()
     mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
 def _publish(bar):
-    """As _arrive, and one arrival of each thread: without these, racecheck does not see that the readers wait for what was stored."""
+    """Arrive as `_arrive`, and once per thread.
+
+    Without the latter, racecheck does not see that the readers wait for what was stored.
+    """
     async_copy.mbarrier_arrive(bar, increment_count=False)
     _arrive(bar)
 
 
 @gluon.jit
 def _gather(lists, tiles, n_slots, s_lt, V: gl.constexpr, R: gl.constexpr):
-    """The producer: tiles in order, into the buffers in turn; rows without an id become zeros."""
+    """Gather tiles in order, into the buffers in turn; rows without an id become zeros."""
     p_latent, p_ids, p_bits, p_count = lists
     v_smem, r_smem, bits_smem, full, free = tiles
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -80,13 +96,13 @@ def _gather(lists, tiles, n_slots, s_lt, V: gl.constexpr, R: gl.constexpr):
     ids = gl.load(p_ids + at, mask=at < n_slots, other=-1)
     if p_bits is not None:
         bits = gl.load(p_bits + at, mask=at < n_slots, other=0).to(gl.int32)
-    turns = _turns(p_count, n_slots)
-    for turn in range(turns):
+    pairs = _pairs_of_tiles(p_count, n_slots)
+    for pair in range(pairs):
         for b in gl.static_range(2):
             m_n = gl.expand_dims(ids >= 0, 1)
             row = gl.maximum(ids, 0).to(gl.int64)
             p_row = p_latent + row * s_lt
-            mbarrier.wait(free.index(3 * b), (turn & 1) ^ 1)
+            mbarrier.wait(free.index(3 * b), (pair & 1) ^ 1)
             async_copy.async_copy_global_to_shared(
                 v_smem.index(3 * b),
                 gl.expand_dims(p_row + b * (V // 2), 1) + o_v[None, :],
@@ -102,7 +118,7 @@ def _gather(lists, tiles, n_slots, s_lt, V: gl.constexpr, R: gl.constexpr):
             ids = gl.load(p_ids + at, mask=at < n_slots, other=-1)
             if p_bits is not None:
                 bits = gl.load(p_bits + at, mask=at < n_slots, other=0).to(gl.int32)
-            mbarrier.wait(free.index(1 + b), (turn & 1) ^ 1)
+            mbarrier.wait(free.index(1 + b), (pair & 1) ^ 1)
             p_rest = p_row + (1 - b) * (V // 2)
             async_copy.async_copy_global_to_shared(
                 v_smem.index(1 + b), gl.expand_dims(p_rest, 1) + o_v[None, :], mask=m_n
@@ -115,13 +131,13 @@ def _gather(lists, tiles, n_slots, s_lt, V: gl.constexpr, R: gl.constexpr):
 
 @gluon.jit
 def _spread(x, y):
-    """x [ROWS] as a column beside y."""
+    """Lay x [ROWS] out as a column beside y."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, y.type.layout)), 1)
 
 
 @gluon.jit
-def _faded(out, fade):
-    """out [ROWS, 256] times fade [ROWS], which is 1 in most rows of most tiles."""
+def _fade(out, fade):
+    """Multiply out [ROWS, 256] with fade [ROWS], which is 1 in most rows of most tiles."""
     return gl.inline_asm_elementwise(
         RESCALE, RESCALE_OPERANDS, [out, _spread(fade, out)], gl.float32, is_pure=True, pack=128
     )
@@ -129,16 +145,16 @@ def _faded(out, fade):
 
 @gluon.jit
 def _meet(out, top, mass, top_smem, ready, phase, W: gl.constexpr):
-    """Waits for the weights of the other warpgroup's tile and takes over its running maximum."""
+    """Wait for the weights of the other warpgroup's tile and take over its running maximum."""
     mbarrier.wait(ready.index(1 - W), phase)
     higher = top_smem.index(1 - W).load(top.type.layout)
     fade = gl.where(higher > top, gl.exp2(top - higher), 1.0)
-    return _faded(out, fade), higher, mass * fade
+    return _fade(out, fade), higher, mass * fade
 
 
 @gluon.jit
 def _other_tile(out, top, mass, v_smem, r_smem, top_smem, free, ready, phase, W: gl.constexpr):
-    """Warpgroup W's half of the result of a tile that the other one owns."""
+    """Add a tile that the other warpgroup owns to W's half of the result."""
     out, top, mass = _meet(out, top, mass, top_smem, ready, phase, W)
     flying = warpgroup_mma(r_smem.index(1 - W), v_smem.index(2 - W), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[flying])
@@ -161,8 +177,11 @@ def _own_tile(
     OTHER: gl.constexpr,
     W: gl.constexpr,
 ):
-    """A tile in buffer W by the warpgroup that owns it: logits, weights, its half of the result. OTHER: between the halves of the
-    logits, its half of the other warpgroup's tile before this one; other, phase: of the barriers of that tile and this one."""
+    """Process a tile in buffer W by the warpgroup that owns it: logits, weights, half the result.
+
+    OTHER: between the halves of the logits, it adds its half of the other warpgroup's tile before
+    this one. `other` and `phase` are the phases of the barriers of that tile and of this one.
+    """
     q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem = smem
     full, free, ready = bars
     acc: gl.constexpr = gl.NVMMADistributedLayout(
@@ -170,7 +189,7 @@ def _own_tile(
     )
     logits = gl.zeros([ROWS, KEYS], gl.float32, acc)
     mbarrier.wait(full.index(2 * W), phase)
-    fence_async_shared()  # what cp.async wrote
+    fence_async_shared()  # makes visible what cp.async wrote
     flying = warpgroup_mma(
         q_smem.index(w), v_smem.index(3 * w).permute((1, 0)), logits, use_acc=False, is_async=True
     )
@@ -201,7 +220,7 @@ def _own_tile(
     fence_async_shared()
     _publish(ready.index(w))
     mass = mass * fade + gl.sum(weight, 1)
-    out = _faded(out, fade)
+    out = _fade(out, fade)
     weights = gl.convert_layout(
         half, gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
     )
@@ -217,17 +236,21 @@ def _attend(
     p_count,
     p_out,
     p_lse,
-    shared,
+    smem,
+    bars,
     rows_at,
     H: gl.constexpr,
     V: gl.constexpr,
     R: gl.constexpr,
     W: gl.constexpr,
 ):
-    """Warpgroup W. i_row: the first of the program's rows in q and out; i_first: its place in the group; rows: how many there are."""
-    q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem, mass_smem, full, free, ready, both = (
-        shared
-    )
+    """Compute as warpgroup W.
+
+    rows_at holds i_row, the first of the program's rows in q and out, i_first, its place in the
+    group, and the number of rows.
+    """
+    q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem, mass_smem = smem
+    full, free, ready, both = bars
     n_slots, scale2, i_row, i_first, rows, one = rows_at
     half: gl.constexpr = V // 2
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -244,7 +267,7 @@ def _attend(
             qr_smem, gl.expand_dims(p_row + V, 1) + o_r[None, :], mask=m_c
         )
     async_copy.commit_group()
-    turns = _turns(p_count, n_slots)
+    pairs = _pairs_of_tiles(p_count, n_slots)
     async_copy.wait_group(0)
     fence_async_shared()
     _arrive(both.index(0))
@@ -262,21 +285,33 @@ def _attend(
     top = gl.full([ROWS], float("-inf"), gl.float32, row)
     mass = gl.zeros([ROWS], gl.float32, row)
     out = gl.zeros([ROWS, half], gl.float32, wide)
-    smem = (q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem)
-    bars = (full, free, ready)
-    w = (
-        one * W
-    )  # W, but the compiler must not know: it would keep all addresses of a tile in registers, and spill
+    tile_smem = (q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem)
+    tile_bars = (full, free, ready)
+    # w is W, but the compiler must not know: it would keep all addresses of a tile in registers.
+    w = one * W
     if W == 0:
-        out, top, mass = _own_tile(out, top, mass, smem, bars, scale2, member, 0, 0, w, False, W)
-    for turn in range(1 - W, turns):
+        out, top, mass = _own_tile(
+            out, top, mass, tile_smem, tile_bars, scale2, member, 0, 0, w, False, W
+        )
+    for pair in range(1 - W, pairs):
         w *= one
         out, top, mass = _own_tile(
-            out, top, mass, smem, bars, scale2, member, (turn + 1 - W) & 1, turn & 1, w, True, W
+            out,
+            top,
+            mass,
+            tile_smem,
+            tile_bars,
+            scale2,
+            member,
+            (pair + 1 - W) & 1,
+            pair & 1,
+            w,
+            True,
+            W,
         )
     if W == 0:
         out, top, mass = _other_tile(
-            out, top, mass, v_smem, r_smem, top_smem, free, ready, (turns - 1) & 1, W
+            out, top, mass, v_smem, r_smem, top_smem, free, ready, (pairs - 1) & 1, W
         )
     mass_smem.index(W).store(mass)
     _publish(both.index(1))
@@ -316,7 +351,10 @@ def attend(
     R: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
 ):
-    """grid (groups x row blocks, batch), 4 warps; arguments as `mla.attend`'s. V 512, R 64."""
+    """Attend to selected latents. grid (groups x row blocks, batch), 4 warps. V = 512, R = 64.
+
+    The arguments are those of `attend` in ops/mla/forward.py.
+    """
     blocks: gl.constexpr = (GROUP * H + ROWS - 1) // ROWS
     i_group, i_first = gl.program_id(0) // blocks, gl.program_id(0) % blocks * ROWS
     i_b = gl.program_id(1).to(gl.int64)
@@ -330,14 +368,13 @@ def attend(
         p_count += i_b * n_groups + i_group
 
     kind: gl.constexpr = p_q.dtype.element_ty
-    part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V // 2], kind)
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V // 2], kind)
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, R], kind)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = gl.allocate_shared_memory(kind, [2, ROWS, V // 2], part)
+    q_smem = gl.allocate_shared_memory(kind, [2, ROWS, V // 2], half)
     qr_smem = gl.allocate_shared_memory(kind, [ROWS, R], small)
-    v_smem = gl.allocate_shared_memory(
-        kind, [4, KEYS, V // 2], part
-    )  # buffer 0: halves 0, 1 of the value dims; buffer 1: 0, 1
+    # Buffer 0 holds halves 0 and 1 of the value dims of a tile, then buffer 1.
+    v_smem = gl.allocate_shared_memory(kind, [4, KEYS, V // 2], half)
     r_smem = gl.allocate_shared_memory(kind, [2, KEYS, R], small)
     bits_smem = gl.allocate_shared_memory(gl.int32, [2, KEYS], line)
     top_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], line)
@@ -347,34 +384,23 @@ def attend(
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     both = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(full.index(2 * i), count=128)  # each of the producer's threads
+        mbarrier.init(full.index(2 * i), count=128)  # the threads of the producer
         mbarrier.init(full.index(2 * i + 1), count=129)
         mbarrier.init(free.index(2 * i), count=1)
         mbarrier.init(free.index(2 * i + 1), count=1)
         mbarrier.init(ready.index(i), count=129)
         mbarrier.init(both.index(i), count=2 + i * 256)
     fence_async_shared()
-    shared = (
-        q_smem,
-        qr_smem,
-        v_smem,
-        r_smem,
-        bits_smem,
-        top_smem,
-        mass_smem,
-        full,
-        free,
-        ready,
-        both,
-    )
+    smem = (q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem, mass_smem)
+    bars = (full, free, ready, both)
     rows_at = (n_slots, scale2, i_row, i_first, rows, gl.minimum(n_queries, 1))
     lists = (p_latent, p_ids, p_bits, p_count)
     tiles = (v_smem, r_smem, bits_smem, full, free)
     gl.warp_specialize(
         [
             (_gather, (lists, tiles, n_slots, s_lt, V, R)),
-            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, 0)),
-            (_attend, (p_q, p_count, p_out, p_lse, shared, rows_at, H, V, R, 1)),
+            (_attend, (p_q, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 0)),
+            (_attend, (p_q, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 1)),
         ],
         [4, 4],
         [CONSUMER_REGS, CONSUMER_REGS],

@@ -1,4 +1,4 @@
-"""Host side of sparse MLA: how queries are grouped and ids split over programs, the launches, and autograd."""
+"""Host side of sparse MLA: groups of queries, splits of ids over programs, launches, autograd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refuse(q: Tensor, latent: Tensor, value_dim: int) -> str | None:
 
 
 def best_group(heads: int, rows: int | None = None) -> int:
-    """Return how many neighbouring queries fill the rows of a program, by default the rows for bf16."""
+    """Return how many neighbouring queries fill the rows of a program (default: those of bf16)."""
     return min(max((rows or current().mla.rows) // heads, 1), MAX_GROUP)
 
 
@@ -174,7 +174,7 @@ def launch_backward(
     groups: QueryGroups | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernels: (gradient of q in its dtype, gradient of the latents in fp32)."""
+    """Launch the backward kernels: (gradient of q in its dtype, of the latents in fp32)."""
     settings = current().mla
     batch, queries, heads, dim = q.shape
     keys, value_dim = latent.shape[1], out.shape[-1]
@@ -232,7 +232,7 @@ def _gather_rows(work: Tensor, union: Tensor, dlatent: Tensor) -> None:
 
 
 def _tile(dtype: torch.dtype, keys: int) -> tuple[int, int]:
-    """Return (max rows of a program, max keys of a tile) for queries of dtype; `keys` fit in bf16."""
+    """Return (max rows of a program, max keys of a tile) for dtype; `keys` fit in bf16."""
     settings = current().mla
     if dtype == torch.float32:
         return min(settings.rows, settings.rows_fp32), min(keys, settings.keys_fp32)
@@ -240,9 +240,10 @@ def _tile(dtype: torch.dtype, keys: int) -> tuple[int, int]:
 
 
 def _split(programs: int, slots: int, keys: int) -> tuple[int, int]:
-    """Return over how many programs the slots are split, and the slots of each, a multiple of `keys`.
+    """Return over how many programs the slots are split, and how many each takes.
 
-    Half a device of programs with all slots is faster than a full one whose results must be combined.
+    The latter is a multiple of `keys`. Half a device of programs with all slots is faster than a
+    full one whose results must be combined.
     """
     wanted = current().mla.programs
     splits = 1
