@@ -338,7 +338,8 @@ def quantize_fp8(x: Tensor, *, rotate: bool = False) -> tuple[Tensor, Tensor]:
     """Quantise x [..., D] to (e4m3 [..., D], fp32 scale [...]) with x ~ e4m3 * scale.
 
     Each vector has one scale, amax / 448. All zeros give zeros and scale 1. A vector with an inf or
-    NaN gets scale NaN: its scores are NaN, which rank last. `rotate` applies `hadamard` first (to queries and keys alike).
+    NaN gets scale NaN: its scores are NaN, which rank last. `rotate` applies `hadamard` first; it
+    must be the same for queries and keys.
     """
     y = hadamard(x.float()) if rotate else x.float()
     amax = y.abs().amax(-1)
