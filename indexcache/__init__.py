@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     from indexcache.models.fast.prefill import prefill
     from indexcache.models.loading import load
     from indexcache.models.seam import use_pattern
-    from indexcache.searching.run import SearchSettings, search
+    from indexcache.searching.run import search
+    from indexcache.searching.settings import SearchSettings
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _HOME = {
     "DistillSettings": "indexcache.distilling.settings",
     "FastCache": "indexcache.models.fast.cache",
     "Pattern": "indexcache.pattern",
-    "SearchSettings": "indexcache.searching.run",
+    "SearchSettings": "indexcache.searching.settings",
     "accelerate": "indexcache.models.fast.accelerate",
     "apply_delta": "indexcache.distilling.delta",
     "distill": "indexcache.distilling.trainer",

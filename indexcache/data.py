@@ -92,7 +92,7 @@ def batches(
         ValueError: text that `load_documents`, `split_documents` or `make_batches` refuses, or a
             length that `check_length` refuses.
     """
-    length = check_length(length, config)
+    length = check_length(length, int(config.index_topk), int(config.max_position_embeddings))
     path = shipped_text(str(source)) if source in SHIPPED else Path(source)
     documents = split_documents(load_documents(path, encode, config.vocab_size), split or "all")
     return make_batches(documents, length=length, sequences=sequences, batch=batch, seed=seed)
@@ -123,14 +123,13 @@ def default_length(topk: int, context: int) -> int:
     return min(max(4 * topk, 1024), context)
 
 
-def check_length(length: int | None, config: Any) -> int:
+def check_length(length: int | None, topk: int, context: int) -> int:
     """Return the length of sequences for a model; None becomes the default.
 
     Raises:
-        ValueError: the length exceeds `max_position_embeddings`, or `check_context` refuses it.
+        ValueError: the length exceeds the model's context, or `check_context` refuses it.
     """
-    topk, context = int(config.index_topk), int(config.max_position_embeddings)
-    length = length or default_length(topk, context)
+    length = default_length(topk, context) if length is None else length
     if length > context:
         raise ValueError(
             f"Sequences of {length} tokens are longer than the model's context of {context}."

@@ -13,15 +13,18 @@ from indexcache.pattern import Pattern, full_count
 from indexcache.records import read_json
 
 SYNTAX = """one of
-  FSSF..            a pattern with one character per layer; FRRF..@8 gives R layers a pool of 8 k
-  full, or all      every layer is full
-  1/4               the first layer of each four is full; also written uniform:1/4 or uniform:4
-  uniform:1/4:2     the same with the offset 2, which engines take where a config gives none: FFSSSFSSS..
-  FILE              a file that holds a pattern, or a config.json
-  RUN               the last pattern of a search's folder
-  RUN:1/4, RUN:3    the pattern of that search that keeps 1/4 of the layers full, or 3 of them
-Each may be followed by +R8: its full layers stay, and all others become R layers with a pool of 8 k
-(+R means +R8). NAME= in front of it gives it a name."""
+  FSSF..          a pattern, one character per layer; FRRF..@8 gives R layers
+                  a pool of 8 k
+  full, all       every layer is full
+  1/4             the first of each four layers is full; uniform:1/4 and
+                  uniform:4 mean the same
+  uniform:1/4:2   the same with the offset 2, which engines take where a
+                  config gives none: FFSSSFSSS..
+  FILE            a file that holds a pattern, or a config.json
+  RUN             the last pattern of a search's folder
+  RUN:1/4, RUN:3  the search's pattern that keeps 1/4 of the layers full, or 3
+Each may be followed by +R8: its full layers stay, all others become R layers
+with a pool of 8 k (+R means +R8). NAME= in front of it gives it a name."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import indexcache
-from indexcache.cli.common import ModelSettings
+from indexcache.cli.common import Dtype
+from indexcache.cli.export import Engine
 from indexcache.exporting.checks import ENGINES, MODEL_TYPES
 from indexcache.models.family import families
 from indexcache.models.loading import DTYPES
@@ -93,6 +95,5 @@ def test_names_agree():
     assert set(MODEL_TYPES) == set(families())
     # exporting.checks refuses this family by name.
     assert {n for n, f in families().items() if f.native_sharing} == {"glm_moe_dsa"}
-    dtype = ModelSettings.__dataclass_fields__["dtype"]
-    assert set(dtype.metadata["choices"]) == set(DTYPES)
-    assert set(ENGINES) == {"transformers", "vllm", "sglang"}
+    assert set(get_args(Dtype)) == set(DTYPES)
+    assert set(get_args(Engine)) == set(ENGINES)

@@ -1,73 +1,88 @@
-"""Time prefill and decoding at several lengths under several patterns, beside the floors; tables, JSON, two PNGs.
-
-Every row is written down when it is measured; a killed run goes on with the same command. On a finished bench.json
-(in the place of MODEL) the tables and pictures are made again.
-"""
+"""The verb `bench`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
-from indexcache.cli.flags import emit, flag
-from indexcache.cli.timing import PATTERNS, TimingSettings, open_model
+from cyclopts import Parameter
 
-EPILOG = f"PATTERN is {PATTERNS}. N is a number of tokens, K a thousand. Several may be parted by commas."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(TimingSettings):
-    verb: ClassVar[str] = "bench"
-    patterns: tuple[str, ...] = flag(
-        ("all", "1/2", "1/4", "1/8+R"), "patterns, named as below", metavar="PATTERN"
-    )
-    batch: str = flag(
-        "1",
-        "requests decoded together: a number, or fill for as many as fit; 1,fill for both",
-        metavar="N",
-    )
-    out: str | None = flag(None, "folder for bench.json and the pictures", metavar="DIR")
-    fresh: bool = flag(False, "measure everything anew instead of keeping the rows in --out")
-    plot: bool = flag(True, "draw the pictures")
+from indexcache.cli.common import FLAT, Output, Spec
+from indexcache.cli.timing import Timed, TimingSettings, open_model
 
 
-def run(s: Settings) -> int:
+def bench(
+    model: Timed,
+    *,
+    contexts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            show_default=" ".join,
+            metavar="N",
+            help="Lengths of the prompt in tokens; 60K is 60000.",
+        ),
+    ] = ("10K", "60K", "120K", "200K"),
+    patterns: Annotated[
+        tuple[Spec, ...], Parameter(show_default=" ".join, metavar="SPEC", help="Patterns to time.")
+    ] = ("all", "1/2", "1/4", "1/8+R"),
+    batch: Annotated[
+        str,
+        Parameter(
+            metavar="N",
+            help="Number of requests that are decoded together. fill takes as many as fit; "
+            "1,fill measures both.",
+        ),
+    ] = "1",
+    out: Annotated[
+        str | None, Parameter(metavar="DIR", help="Folder for bench.json and the pictures.")
+    ] = None,
+    fresh: Annotated[
+        bool, Parameter(help="Measure everything anew instead of keeping the rows in --out.")
+    ] = False,
+    plot: Annotated[bool, Parameter(help="Draw the pictures.")] = True,
+    settings: Annotated[TimingSettings, FLAT] = TimingSettings(),
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Time prefill and decoding at several lengths under several patterns, beside the floors.
+
+    The verb prints tables and draws two pictures. Every row is written down when it is measured, so
+    a killed run goes on with the same command. If MODEL is a finished bench.json, the tables and
+    pictures are made again.
+    """
     from indexcache.bench.run import RESULT, run_bench
     from indexcache.records import read_json
     from indexcache.report.speed import check_plots
 
-    out = None if s.out is None else Path(s.out)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if s.plot:
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if plot:
             check_plots()
-    if s.model.endswith(".json"):
-        result = read_json(Path(s.model))
+    if model.endswith(".json"):
+        result = read_json(Path(model))
         if (
             not isinstance(result, dict)
             or not isinstance(result.get("rows"), list)
             or "shape" not in result
         ):
-            raise ValueError(f"{s.model}: is not a {RESULT} of an earlier run.")
+            raise ValueError(f"{model}: is not a {RESULT} of an earlier run.")
     else:
-        subject, grid, text = open_model(s, s.patterns, s.batch)
-        result = run_bench(subject, grid, out, fresh=s.fresh, text=text)
-        if out is not None:
-            print(f"{out / RESULT}\n")
+        subject, grid, text = open_model(model, contexts, patterns, batch, settings)
+        result = run_bench(subject, grid, folder, fresh=fresh, text=text)
+        if folder is not None:
+            print(f"{folder / RESULT}\n")
     try:
         show(result)
-        if out is not None and s.plot:
-            draw(result, out)
+        if folder is not None and plot:
+            draw(result, folder)
     except (TypeError, KeyError, AttributeError):
-        if not s.model.endswith(".json"):
+        if not model.endswith(".json"):
             raise
         raise ValueError(
-            f"{s.model}: a row is not what a bench writes, so the file was changed; measure anew."
+            f"{model}: a row is not what a bench writes, so the file was changed; measure anew."
         ) from None
-    emit(s.json, result)
-    return 0
+    output.emit(result)
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -1,90 +1,188 @@
-"""The settings that the verbs which run a model have in common."""
+"""The settings that several verbs have, and the checks and steps that they share."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from indexcache.cli.flags import flag, required
-from indexcache.data import SPLITS, check_context
+from cyclopts import Parameter
+
+from indexcache.data import check_context, check_length, text_for
 
 if TYPE_CHECKING:
     from indexcache.data import Batch
     from indexcache.models.loading import Model
+    from indexcache.spec import NamedPattern
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+IndexDtype = Literal["auto", "bf16", "fp8"]
+Split = Literal["calibration", "heldout", "all"]
+
+FLAT = Parameter(name="*")
+"""The fields of a settings class are flags of their own."""
+
+Checkpoint = Annotated[str, Parameter(help="Checkpoint folder, or tiny for the packaged model.")]
+Spec = Annotated[str, Parameter(metavar="SPEC")]
+"""The name of a pattern; the help of a verb explains it with `spec.SYNTAX`."""
+RunFolder = Annotated[
+    str, Parameter(metavar="DIR", help="Run folder. An interrupted run in it is continued.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a verb prints, and the file that holds its settings."""
+
+    json: bool = False
+    "Print one JSON object as the last line."
+    config: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    "TOML file with any of these settings. Flags override it."
+
+    def emit(self, value: Any) -> None:
+        """Print the object as the last line of stdout if --json was given."""
+        if self.json:
+            sys.stdout.flush()
+            print(json.dumps(value, allow_nan=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which text becomes which batches; the defaults are for calibration."""
+
+    data: str | None = None
+    """Text: a .jsonl, .txt, .md or .npy file, or a folder of them. The default for tiny is the
+    shipped text."""
+    split: Split = "calibration"
+    "Which documents of --data to take. The two halves never share a document."
+    length: int | None = None
+    """Number of tokens of a sequence. The default is 4 k, at least 1024, and at most the model's
+    context."""
+    sequences: int = 9
+    "Number of sequences, spread over the domains."
+    batch: int = 1
+    "Number of sequences that go through the model at once."
+    seed: int = 0
+    "Random seed for which sequences are taken, and for the resamples of the bootstrap."
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText(TextSettings):
+    """Which text becomes which batches, for an evaluation."""
+
+    split: Split = "heldout"
+    sequences: int = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapText(HeldOutText):
+    """Which text becomes which batches, for a measurement of the overlap."""
+
+    sequences: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    model: str = required("checkpoint folder, or tiny", positional=True)
-    data: str | None = flag(
-        None, "text: a .jsonl, .txt, .md or .npy file or a folder of them (tiny: the shipped text)"
-    )
-    length: int | None = flag(
-        None, "tokens of a sequence (default: 4 k, at least 1024, at most the model's context)"
-    )
-    batch: int = flag(1, "sequences that go through the model at once")
-    seed: int = flag(0, "which sequences are taken, and the bootstrap's resamples")
-    dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
-    device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
-    fast: bool = flag(
-        True,
-        "run the fast path: a fraction of the time and memory of stock transformers, equal up to rounding",
-    )
-    trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
-    json: bool = flag(False, "print one JSON object as the last line")
+    """How a model is loaded and run."""
+
+    dtype: Dtype = "float32"
+    "Dtype of the weights."
+    device: str = "cpu"
+    "Where the model runs, e.g. cpu or cuda:0."
+    fast: bool = True
+    """Run the fast path, which needs a fraction of the time and memory of stock transformers and
+    is equal up to rounding."""
+    trust_remote_code: bool = False
+    "Run Python code that lies in the checkpoint."
 
 
-def load(s: ModelSettings, split: str, sequences: int) -> tuple[Model, list[Batch]]:
-    """The model and the batches of one split of its text."""
-    from indexcache.data import batches, text_for
-    from indexcache.models import loading
+def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPattern, ...]:
+    """Parse the patterns of a checkpoint that `models.loading.describe` has described.
+
+    Raises:
+        ValueError: see `spec.parse_patterns`; or a layer that runs its indexer has none.
+    """
+    from indexcache import spec
+
+    layers = facts["num_hidden_layers"]
+    patterns = spec.parse_patterns(specs, layers)
+    for p in patterns:
+        p.pattern.check(layers=layers, without_indexer=facts["layers_without_indexer"])
+    return patterns
+
+
+def check_folder(out: str | None) -> None:
+    """Raise ValueError if `out` is a file, so that no result could be written there."""
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{out}: this is a file, but --out takes a folder.")
+
+
+def check_text(facts: dict[str, Any], model: str, text: TextSettings) -> None:
+    """Check everything about a text that can be checked without its model.
+
+    Raises:
+        ValueError: there is no text, or its sequences do not fit the context or k.
+    """
+    source, _ = text_for(model, text.data, text.split)
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder.")
+    check_length(text.length, facts["index_topk"], facts["max_position_embeddings"])
+
+
+def open_model(
+    model: str, text: TextSettings, settings: ModelSettings
+) -> tuple[Model, list[Batch]]:
+    """Load a model and the batches of its text; say on stderr what they are."""
     from indexcache.models.fast.accelerate import accelerate
+    from indexcache.models.loading import load
 
-    if s.device == "cpu":
+    if settings.device == "cpu":
         keep_freed_memory()
-    source, part = text_for(s.model, s.data, split)
-    loaded = loading.load(
-        s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code
+    source, split = text_for(model, text.data, text.split)
+    loaded = load(
+        model,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
     )
-    if s.fast:
+    if settings.fast:
         try:
             accelerate(loaded.module)
         except ValueError as error:
             print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
-    text = batches(
+    batches = loaded.batches(
         source,
-        loaded.encode,
-        loaded.config,
-        split=part,
-        length=s.length,
-        sequences=sequences,
-        batch=s.batch,
-        seed=s.seed,
+        split=split,
+        length=text.length,
+        sequences=text.sequences,
+        batch=text.batch,
+        seed=text.seed,
     )
-    length, domains = text[0].ids.shape[1], ", ".join(sorted({b.domain for b in text}))
+    length = batches[0].ids.shape[1]
+    domains = ", ".join(sorted({b.domain for b in batches}))
     print(
-        f"{sequences} sequences of {length} tokens ({domains}); {check_context(length, loaded.topk):.0%} of the queries see more than "
+        f"{text.sequences} sequences of {length} tokens ({domains}); "
+        f"{check_context(length, loaded.topk):.0%} of the queries see more than "
         f"k = {loaded.topk} tokens",
         file=sys.stderr,
     )
-    return loaded, text
+    return loaded, batches
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees instead of returning it to the kernel at once. A CPU forward pass allocates and
-    frees the same few large tensors hundreds of times, and each time the kernel would map them anew."""
-    mmap_max, trim_threshold = -4, -1  # names of mallopt's parameters in malloc.h
+    """Make glibc keep the memory that torch frees instead of returning it to the kernel.
+
+    A forward pass on a CPU allocates and frees the same few large tensors hundreds of times, and
+    the kernel would map them anew each time.
+    """
+    mmap_max, trim_threshold = -4, -1  # the numbers of mallopt's parameters in malloc.h
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
-        return  # not glibc: slower, nothing else
-
-
-def split_flag(default: str, use: str):
-    return flag(
-        default, f"which documents of --data to {use}; the halves never share one", choices=SPLITS
-    )
+        return  # Another C library is slower here, and nothing else changes.

@@ -1,47 +1,55 @@
-"""Write the files an engine accepts: a pruned checkpoint for transformers, override strings for vLLM and SGLang."""
+"""The verb `export`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import sys
+from typing import Annotated, Literal
 
-from indexcache.cli.flags import emit, flag, required
-from indexcache.exporting.checks import ENGINES
-from indexcache.spec import SYNTAX
+from cyclopts import Parameter
 
-EPILOG = f"SPEC is {SYNTAX}"
+from indexcache.cli.common import FLAT, Checkpoint, Output, Spec, parse_patterns
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    verb: ClassVar[str] = "export"
-    model: str = required("checkpoint folder, or tiny", positional=True)
-    pattern: str = required("the pattern; the forms of SPEC are below", metavar="SPEC")
-    out: str = required("folder to write; must not hold anything yet", metavar="DIR")
-    engine: tuple[str, ...] = flag(
-        ENGINES, "engines to write for", choices=ENGINES, metavar="ENGINE"
-    )
-    stages: int = flag(1, "pipeline stages of the engine: the first layer of each must be full")
-    prune: bool = flag(True, "leave out the indexer tensors of the shared layers")
-    json: bool = flag(False, "print one JSON object as the last line")
+Engine = Literal["transformers", "vllm", "sglang"]
 
 
-def run(s: Settings) -> int:
-    import sys
+def export(
+    model: Checkpoint,
+    *,
+    pattern: Annotated[Spec, Parameter(help="The pattern to write.")],
+    out: Annotated[
+        str, Parameter(metavar="DIR", help="Folder to write. It must not hold anything yet.")
+    ],
+    engine: Annotated[
+        tuple[Engine, ...],
+        Parameter(show_default=" ".join, metavar="ENGINE", help="Engines to write for."),
+    ] = ("transformers", "vllm", "sglang"),
+    stages: Annotated[
+        int,
+        Parameter(
+            help="Number of pipeline stages of the engine. The first layer of each must be full."
+        ),
+    ] = 1,
+    prune: Annotated[
+        bool, Parameter(help="Leave out the indexer tensors of the shared layers.")
+    ] = True,
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Write the files that engines accept.
 
-    from indexcache.exporting import export
+    They are a pruned checkpoint for transformers, and strings for vLLM and SGLang that override its
+    config.
+    """
+    from indexcache.exporting import export as write_export
     from indexcache.models.loading import describe
-    from indexcache.spec import parse_pattern
 
-    facts = describe(s.model)
-    chosen = parse_pattern(s.pattern, facts["num_hidden_layers"])
-    result = export(
-        facts["path"], chosen.pattern, s.out, engines=s.engine, stages=s.stages, prune=s.prune
+    facts = describe(model)
+    named = parse_patterns(facts, [pattern])[0]
+    result = write_export(
+        facts["path"], named.pattern, out, engines=engine, stages=stages, prune=prune
     )
     for warning in result["warnings"]:
         print(f"indexcache: note: {warning}", file=sys.stderr)
-    for engine, files in result["files"].items():
+    for name, files in result["files"].items():
         for file in files:
-            print(f"{engine:14s}{file}")
-    emit(s.json, result)
-    return 0
+            print(f"{name:14s}{file}")
+    output.emit(result)

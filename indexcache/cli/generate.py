@@ -1,109 +1,127 @@
-"""Continue a prompt file of any length on the fast path; the text is streamed to stdout."""
+"""The verb `generate`."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
-from indexcache.cli.flags import emit, flag, required
-from indexcache.spec import SYNTAX
+from cyclopts import Parameter
 
-EPILOG = f"SPEC is {SYNTAX}"
+from indexcache.cli.common import FLAT, Checkpoint, Dtype, IndexDtype, Output, Spec, parse_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    verb: ClassVar[str] = "generate"
-    model: str = required("checkpoint folder, or tiny", positional=True)
-    prompt_file: str = required("UTF-8 text, given to the model as it is", metavar="FILE")
-    max_new_tokens: int = flag(256, "most tokens to generate")
-    pattern: str | None = flag(
-        None, "pattern to run under (default: the model itself)", metavar="SPEC"
-    )
-    temperature: float = flag(
-        0.0,
-        "0 takes the best token each time, else tokens are drawn from softmax(logits / temperature)",
-    )
-    seed: int = flag(0, "of the drawing")
-    chunk: int = flag(8192, "tokens of the prompt that go through the model at once")
-    dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
-    index_dtype: str = flag(
-        "auto",
-        "of the indexer's keys and queries; auto: as the weights",
-        choices=("auto", "bf16", "fp8"),
-    )
-    device: str = flag("cpu", "where the model runs, e.g. cpu or cuda:0")
-    trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
-    json: bool = flag(False, "print one JSON object as the last line")
+class GenerateSettings:
+    """How a prompt is continued."""
+
+    max_new_tokens: int = 256
+    "Max number of tokens to generate."
+    temperature: float = 0.0
+    """0 takes the best token each time. Otherwise tokens are drawn from
+    softmax(logits / temperature)."""
+    seed: int = 0
+    "Random seed for sampling."
+    chunk: int = 8192
+    "Number of tokens of the prompt that go through the model at once."
+    dtype: Dtype = "float32"
+    "Dtype of the weights."
+    index_dtype: IndexDtype = "auto"
+    "Dtype of the indexers' keys and queries; auto takes that of the weights."
+    device: str = "cpu"
+    "Where the model runs, e.g. cpu or cuda:0."
+    trust_remote_code: bool = False
+    "Run Python code that lies in the checkpoint."
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"--temperature must be at least 0, not {self.temperature}.")
+        if self.chunk < 1:
+            raise ValueError(f"--chunk must be at least 1, not {self.chunk}.")
 
 
-def run(s: Settings) -> int:
-    from indexcache.models.family import indexers
+def generate(
+    model: Checkpoint,
+    *,
+    prompt_file: Annotated[
+        str, Parameter(metavar="FILE", help="UTF-8 text, given to the model as it is.")
+    ],
+    pattern: Annotated[
+        Spec | None, Parameter(help="Pattern to run under. The default is the model itself.")
+    ] = None,
+    settings: Annotated[GenerateSettings, FLAT] = GenerateSettings(),
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Continue a prompt file of any length on the fast path.
+
+    The text is streamed to stdout.
+    """
     from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.fast.generate import end_tokens, stream_text, stream_tokens
-    from indexcache.models.loading import load
+    from indexcache.models.loading import describe, load
     from indexcache.models.seam import use_pattern
-    from indexcache.spec import parse_pattern
 
-    if not s.temperature >= 0:
-        raise ValueError(f"--temperature must be at least 0, not {s.temperature}.")
-    if s.chunk < 1:
-        raise ValueError(f"--chunk must be at least 1, not {s.chunk}.")
-    prompt = _read(Path(s.prompt_file))
-    loaded = load(s.model, dtype=s.dtype, device=s.device, trust_remote_code=s.trust_remote_code)
-    accelerate(loaded.module, index_dtype=s.index_dtype)
-    chosen = parse_pattern(s.pattern, len(indexers(loaded.module))).pattern if s.pattern else None
-    ids, tokens, text = loaded.encode(prompt), list[int](), list[str]()
-    began = time.perf_counter()
-    first = began
-    with use_pattern(loaded.module, chosen) if chosen else contextlib.nullcontext():
-        made = stream_tokens(
+    prompt = _read(Path(prompt_file))
+    facts = describe(model)
+    shared = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    loaded = load(
+        model,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    accelerate(loaded.module, index_dtype=settings.index_dtype)
+    ids = loaded.encode(prompt)
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+
+    def timed(stream: Iterator[int]) -> Iterator[int]:
+        for token in stream:
+            times.append(time.perf_counter())
+            tokens.append(token)
+            yield token
+
+    text = ""
+    with use_pattern(loaded.module, shared) if shared else contextlib.nullcontext():
+        stream = stream_tokens(
             loaded.module,
             ids,
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            seed=s.seed,
-            chunk=s.chunk,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            chunk=settings.chunk,
             ends=end_tokens(loaded.module),
         )
-
-        def noted():
-            nonlocal first
-            for token in made:
-                first = first if tokens else time.perf_counter()
-                tokens.append(token)
-                yield token
-
-        for piece in stream_text(loaded.tokenizer, noted()):
-            text.append(piece)
+        for piece in stream_text(loaded.tokenizer, timed(stream)):
+            text += piece
             print(piece, end="", flush=True)
     print()
     ended = time.perf_counter()
+    first = times[1] if tokens else times[0]
     rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
     print(
-        f"{len(ids)} tokens of prompt in {first - began:.2f} s, {len(tokens)} generated"
+        f"{len(ids)} tokens of prompt in {first - times[0]:.2f} s, {len(tokens)} generated"
         + (f", {rate:.1f} a second" if rate else ""),
         file=sys.stderr,
     )
-    emit(
-        s.json,
+    output.emit(
         {
             "prompt_tokens": len(ids),
             "tokens": tokens,
-            "text": "".join(text),
-            "ttft_s": first - began,
+            "text": text,
+            "ttft_s": first - times[0],
             "decode_tok_s": rate,
-            "pattern": str(chosen) if chosen else None,
-        },
+            "pattern": str(shared) if shared else None,
+        }
     )
-    return 0
 
 
 def _read(path: Path) -> str:
+    """Read the prompt; raise ValueError where there is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

@@ -1,33 +1,27 @@
-"""Say what a checkpoint is: shape, indexers, the pattern it ships with, what a search would cost."""
+"""The verb `inspect`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from indexcache.cli.flags import emit, flag, required
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    verb: ClassVar[str] = "inspect"
-    model: str = required("checkpoint folder, or tiny", positional=True)
-    json: bool = flag(False, "print one JSON object as the last line")
+from indexcache.cli.common import FLAT, Checkpoint, Output
 
 
-def run(s: Settings) -> int:
+def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) -> None:
+    """Say what a checkpoint is: its shape, its indexers, its pattern, and what a search would cost."""
     from indexcache.models.loading import describe
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations
 
-    facts = describe(s.model)
+    facts = describe(model)
     native = Pattern(facts["native_pattern"])
-    layers, k, context = len(native), facts["index_topk"], facts["max_position_embeddings"]
+    layers = len(native)
     shown = {
         "checkpoint": facts["path"],
         "model type": facts["model_type"],
         "layers": f"{layers}, hidden {facts['hidden_size']}, {facts['num_attention_heads']} heads",
-        "indexer": f"{facts['index_n_heads']} heads of {facts['index_head_dim']}, k = {k} of a context of {context}",
+        "indexer": f"{facts['index_n_heads']} heads of {facts['index_head_dim']}, "
+        f"k = {facts['index_topk']} of a context of {facts['max_position_embeddings']}",
         "pattern of its config": f"{native} ({len(native.full_layers)} of {layers} full)",
         "stock transformers": "reads F/S patterns"
         if facts["native_sharing"]
@@ -43,9 +37,8 @@ def run(s: Settings) -> int:
         )
     else:
         budgets = {f"1/{n}": evaluations(layers, full_count(layers, 1 / n)) for n in (2, 4, 8)}
-        shown["search"] = ", ".join(f"{v} evaluations to keep {b}" for b, v in budgets.items())
+        shown["search"] = ", ".join(f"{n} evaluations to keep {b}" for b, n in budgets.items())
         facts["search_evaluations"] = budgets
     width = max(map(len, shown))
-    print("\n".join(f"{k.ljust(width)}  {v}" for k, v in shown.items()))
-    emit(s.json, facts)
-    return 0
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items()))
+    output.emit(facts)

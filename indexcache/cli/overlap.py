@@ -1,50 +1,60 @@
-"""Measure how much the selections of the layers have in common; writes overlap.json and a heat map."""
+"""The verb `overlap`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
-from indexcache.cli.common import ModelSettings, load, split_flag
-from indexcache.cli.flags import emit, flag, required
-from indexcache.spec import SYNTAX
+from cyclopts import Parameter
 
-EPILOG = f"SPEC is {SYNTAX}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(ModelSettings):
-    verb: ClassVar[str] = "overlap"
-    out: str = required("folder for overlap.json and overlap.png", metavar="DIR")
-    pattern: str | None = flag(
-        None, "pattern whose blocks are drawn into the heat map", metavar="SPEC"
-    )
-    split: str = split_flag("heldout", "measure on")
-    sequences: int = flag(6, "sequences of text, spread over the domains")
+from indexcache.cli.common import (
+    FLAT,
+    Checkpoint,
+    ModelSettings,
+    Output,
+    OverlapText,
+    Spec,
+    check_folder,
+    check_text,
+    open_model,
+    parse_patterns,
+)
 
 
-def run(s: Settings) -> int:
-    from indexcache.evals.overlap import overlap
-    from indexcache.models.family import indexers
+def overlap(
+    model: Checkpoint,
+    *,
+    out: Annotated[str, Parameter(metavar="DIR", help="Folder for overlap.json and overlap.png.")],
+    pattern: Annotated[
+        Spec | None, Parameter(help="Pattern whose blocks are drawn into the heat map.")
+    ] = None,
+    text: Annotated[OverlapText, FLAT] = OverlapText(),
+    running: Annotated[ModelSettings, FLAT] = ModelSettings(),
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Measure how much the selections of the layers have in common.
+
+    The verb writes overlap.json and a heat map.
+    """
+    from indexcache.evals.overlap import overlap as measure_overlap
+    from indexcache.models.loading import describe
     from indexcache.records import write_json
     from indexcache.report.plots import draw_overlap
-    from indexcache.spec import parse_pattern
 
-    loaded, batches = load(s, s.split, s.sequences)
-    chosen = parse_pattern(s.pattern, len(indexers(loaded.module))) if s.pattern else None
-    result = overlap(loaded.module, batches, progress=True)
+    facts = describe(model)
+    shown = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    check_text(facts, model, text)
+    check_folder(out)
+    loaded, batches = open_model(model, text, running)
+    result = measure_overlap(loaded, batches, progress=True)
     measured = result.to_json()
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out / "overlap.json", measured | {"pattern": str(chosen.pattern) if chosen else None}
-    )
-    draw_overlap(measured, out / "overlap.png", chosen.pattern if chosen else None)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "overlap.json", measured | {"pattern": str(shown) if shown else None})
+    draw_overlap(measured, folder / "overlap.png", shown)
     print(result.table())
     print(
-        f"\nchance {result.chance:.3f}, {result.queries} queries with more than k = {result.topk} tokens; "
-        f"{out / 'overlap.json'}, {out / 'overlap.png'}"
+        f"\nchance {result.chance:.3f}, {result.queries} queries with more than "
+        f"k = {result.topk} tokens; {folder / 'overlap.json'}, {folder / 'overlap.png'}"
     )
-    emit(s.json, measured)
-    return 0
+    output.emit(measured)

@@ -1,8 +1,4 @@
-"""Predict time to first token, tokens/s and cost of a model on a GPU for all, 1/2 and 1/4 full layers.
-
-The prediction is a cost model fitted to the rows of a `bench` on that GPU (--bench), shown with its error on lengths it
-was not fitted to. Without --bench it is the floor alone, which nothing reaches.
-"""
+"""The verb `plan`."""
 
 from __future__ import annotations
 
@@ -10,9 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from indexcache.cli.flags import emit, flag, required
+from cyclopts import Parameter
+
+from indexcache.cli.common import FLAT, Output
 from indexcache.cli.timing import number
 
 if TYPE_CHECKING:
@@ -20,41 +18,58 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    verb: ClassVar[str] = "plan"
-    model: str = required("config.json, checkpoint folder, tiny or a named shape", positional=True)
-    gpu: str = required("H100, H200, or bench: the device of the --bench file", metavar="GPU")
-    context: str = required("tokens of a prompt, e.g. 60K (K is a thousand)", metavar="N")
-    output_tokens: int = required("tokens decoded for a request", metavar="N")
-    price: float = required("of a GPU hour, in any currency")
-    bench: str | None = flag(None, "bench.json of a bench on that GPU", metavar="FILE")
-    batch: int = flag(1, "requests decoded together")
-    index_dtype: str = flag(
-        "fp8",
-        "of the indexer's keys and queries (with --bench: as measured)",
-        choices=("bf16", "fp8"),
-    )
-    json: bool = flag(False, "print one JSON object as the last line")
+class PlanSettings:
+    """What is predicted."""
+
+    gpu: Annotated[str, Parameter(metavar="GPU")]
+    "H100, H200, or bench, which is the device of the --bench file."
+    context: Annotated[str, Parameter(metavar="N")]
+    "Number of tokens of a prompt, e.g. 60K, which is 60000."
+    output_tokens: Annotated[int, Parameter(metavar="N")]
+    "Number of tokens that are decoded for a request."
+    price: float
+    "Price of a GPU hour, in any currency."
+    bench: Annotated[str | None, Parameter(metavar="FILE")] = None
+    "The bench.json of a bench on that GPU."
+    batch: int = 1
+    "Number of requests that are decoded together."
+    index_dtype: Literal["bf16", "fp8"] = "fp8"
+    "Dtype of the indexers' keys and queries. With --bench it is the one that was measured."
 
 
-def run(s: Settings) -> int:
-    from indexcache.bench.cost import FLOOR_ONLY, WORTH, fit, left_out, plan, usable, worth_from
+def plan(
+    model: Annotated[
+        str, Parameter(help="A config.json, a checkpoint folder, tiny, or a named shape.")
+    ],
+    *,
+    settings: Annotated[PlanSettings, FLAT],
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Predict the speed and cost of a model on a GPU with all, 1/2 and 1/4 of its layers full.
+
+    The cost model is fitted to the rows of a bench on that GPU (--bench), and its error on lengths
+    that it was not fitted to is shown. Without --bench the prediction is the floor alone, which
+    nothing reaches.
+    """
+    s = settings
+    from indexcache.bench import cost
+    from indexcache.bench.cost import FLOOR_ONLY, WORTH, fit, left_out, usable, worth_from
     from indexcache.report.speed import predictions
     from indexcache.shapes import Shape, rates_named, read_shape
 
-    name, config = read_shape(s.model)
+    name, config = read_shape(model)
     shape, context = Shape.of(config), number(s.context)
     _check(s, shape, context)
     result = None if s.bench is None else _read(s.bench)
     device = _device_of(result) if s.gpu == "bench" else rates_named(s.gpu)
-    model, errors, notes = FLOOR_ONLY, list[dict[str, Any]](), _notes(s, shape, device, context)
+    fitted, errors, notes = FLOOR_ONLY, list[dict[str, Any]](), _notes(s, shape, device, context)
     chunk, index_dtype = 16384, s.index_dtype  # as bench takes it
     if result is None:
         basis = "floor only: no --bench was given, so these are bounds that nothing reaches (no efficiency is assumed)"
     else:
         rows = usable(result["rows"])
         try:
-            model, errors = fit(rows), left_out(rows)
+            fitted, errors = fit(rows), left_out(rows)
         except (TypeError, KeyError, AttributeError, ZeroDivisionError):
             raise ValueError(
                 f"{s.bench}: a row is not what a bench writes, so the file was changed; measure anew."
@@ -63,9 +78,9 @@ def run(s: Settings) -> int:
         basis = f"fitted to {len(rows)} rows of {s.bench} ({result['device']}, {result['date']})"
         notes += _mismatch(result, rows, shape, device, context, s.batch)
     predict = partial(
-        plan,
+        cost.plan,
         shape,
-        model,
+        fitted,
         device,
         output_tokens=s.output_tokens,
         price=s.price,
@@ -90,8 +105,7 @@ def run(s: Settings) -> int:
     print(_accuracy(errors) if s.bench else "Predictions have no error to show without --bench.")
     for note in notes:
         print(f"Note: {note}")
-    emit(
-        s.json,
+    output.emit(
         {
             "model": name,
             "gpu": device.name,
@@ -104,12 +118,11 @@ def run(s: Settings) -> int:
             "advice": advice,
             "left_out": errors,
             "notes": notes,
-        },
+        }
     )
-    return 0
 
 
-def _check(s: Settings, shape: Shape, context: int) -> None:
+def _check(s: PlanSettings, shape: Shape, context: int) -> None:
     if s.output_tokens < 1 or s.batch < 1:
         raise ValueError(
             f"--output-tokens and --batch must be at least 1, not {s.output_tokens} and {s.batch}."
@@ -162,7 +175,7 @@ def _device_of(result: dict[str, Any] | None) -> Rates:
         ) from None
 
 
-def _notes(s: Settings, shape: Shape, device: Rates, context: int) -> list[str]:
+def _notes(s: PlanSettings, shape: Shape, device: Rates, context: int) -> list[str]:
     if not device.memory:
         return []
     weights = 2 * shape.weights

@@ -1,37 +1,51 @@
-"""Say where the time of a model goes at given lengths: each part of prefill and decoding beside its floor."""
+"""The verb `profile`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from indexcache.cli.bench import show
-from indexcache.cli.flags import emit, flag, required
-from indexcache.cli.timing import PATTERNS, TimingSettings, open_model
-
-EPILOG = f"PATTERN is {PATTERNS}. N is a number of tokens, K a thousand."
+from indexcache.cli.common import FLAT, Output, Spec
+from indexcache.cli.timing import Timed, TimingSettings, open_model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(TimingSettings):
-    verb: ClassVar[str] = "profile"
-    contexts: tuple[str, ...] = required("lengths of the prompt", metavar="N")
-    pattern: tuple[str, ...] = flag(("all",), "pattern to run under, or several", metavar="PATTERN")
-    batch: str = flag("1", "requests decoded together", metavar="N")
-    out: str | None = flag(None, "folder for profile.json", metavar="DIR")
+def profile(
+    model: Timed,
+    *,
+    contexts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            show_default=" ".join,
+            metavar="N",
+            help="Lengths of the prompt in tokens; 60K is 60000.",
+        ),
+    ],
+    pattern: Annotated[
+        tuple[Spec, ...],
+        Parameter(show_default=" ".join, metavar="SPEC", help="Pattern to run under, or several."),
+    ] = ("all",),
+    batch: Annotated[
+        str, Parameter(metavar="N", help="Number of requests that are decoded together.")
+    ] = "1",
+    out: Annotated[str | None, Parameter(metavar="DIR", help="Folder for profile.json.")] = None,
+    settings: Annotated[TimingSettings, FLAT] = TimingSettings(),
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Say where the time of a model goes at given lengths.
 
-
-def run(s: Settings) -> int:
+    Each part of prefill and decoding is shown beside its floor.
+    """
     from indexcache.bench.run import run_bench
     from indexcache.records import write_json
 
-    if s.out is not None:
-        Path(s.out).mkdir(parents=True, exist_ok=True)
-    subject, grid, text = open_model(s, s.pattern, s.batch)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    subject, grid, text = open_model(model, contexts, pattern, batch, settings)
     result = run_bench(subject, grid, text=text)
     show(result)
-    if s.out is not None:
-        write_json(Path(s.out) / "profile.json", result)
-    emit(s.json, result)
-    return 0
+    if out is not None:
+        write_json(Path(out) / "profile.json", result)
+    output.emit(result)

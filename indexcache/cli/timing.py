@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from indexcache.cli.flags import flag, required
+from cyclopts import Parameter
+
+from indexcache.cli.common import Dtype, IndexDtype
 
 if TYPE_CHECKING:
     from indexcache.bench.measure import Subject
@@ -14,47 +16,42 @@ if TYPE_CHECKING:
     from indexcache.pattern import Pattern
 
 NAMED = "glm-4.7-flash-dsa, glm-5, deepseek-v3.2, tiny-random"
-PATTERNS = "all, 1/2, 1/4, 1/8 (uniform), each may be followed by +R8 (R with a pool of 8 k in the others; +R is +R8), or any SPEC of evaluate"
+Timed = Annotated[
+    str, Parameter(help=f"Checkpoint folder, tiny, or a named shape with random weights ({NAMED}).")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingSettings:
-    model: str = required(
-        f"checkpoint folder, tiny, or a named shape with random weights ({NAMED})", positional=True
-    )
-    contexts: tuple[str, ...] = flag(
-        ("10K", "60K", "120K", "200K"), "lengths of the prompt", metavar="N"
-    )
-    layers: int | None = flag(None, "take only the first layers of a named shape")
-    decode_tokens: int = flag(64, "tokens that are decoded after each prefill")
-    chunk: int = flag(
-        16384, "tokens of a prefill that go through the model at once, half as many with R"
-    )
-    data: str | None = flag(
-        None, "text to prefill with, repeated to the length (default: random tokens)"
-    )
-    dtype: str = flag("bfloat16", "of the weights", choices=("float32", "bfloat16", "float16"))
-    index_dtype: str = flag(
-        "fp8",
-        "of the indexer's keys and queries; auto: as the weights",
-        choices=("auto", "bf16", "fp8"),
-    )
-    compile: bool = flag(True, "fuse what lies between the products with torch.compile, on a GPU")
-    selections: str | None = flag(
-        None,
-        "recorded selections (and pools) that layers read in a prefill instead of their own",
-        metavar="FILE:NAME[,POOL]",
-    )
-    device: str | None = flag(
-        None, "where the model runs (default: cuda where there is one, else cpu)"
-    )
-    seed: int = flag(0, "of random weights and tokens")
-    trust_remote_code: bool = flag(False, "run Python code that lies in the checkpoint")
-    json: bool = flag(False, "print one JSON object as the last line")
+    """What is timed, and how its model is made."""
+
+    layers: int | None = None
+    "Take only the first layers of a named shape."
+    decode_tokens: int = 64
+    "Number of tokens that are decoded after each prefill."
+    chunk: int = 16384
+    """Number of tokens of a prefill that go through the model at once. Patterns with R layers take
+    half as many."""
+    data: str | None = None
+    "Text to prefill with, repeated to the length. The default is random tokens."
+    dtype: Dtype = "bfloat16"
+    "Dtype of the weights."
+    index_dtype: IndexDtype = "fp8"
+    "Dtype of the indexers' keys and queries; auto takes that of the weights."
+    compile: bool = True
+    "Fuse what lies between the matrix products with torch.compile, on a GPU."
+    selections: Annotated[str | None, Parameter(metavar="FILE:NAME[,POOL]")] = None
+    "Recorded selections, and pools, that layers read in a prefill instead of their own."
+    device: str | None = None
+    "Where the model runs. The default is cuda where there is one, else cpu."
+    seed: int = 0
+    "Random seed for random weights and tokens."
+    trust_remote_code: bool = False
+    "Run Python code that lies in the checkpoint."
 
 
 def open_model(
-    s: TimingSettings, wanted: tuple[str, ...], batch: str
+    model: str, lengths: tuple[str, ...], wanted: tuple[str, ...], batch: str, s: TimingSettings
 ) -> tuple[Subject, Grid, list[int] | None]:
     """The accelerated model, what to measure on it under the patterns `wanted`, and the ids of --data where it is given. What
     cannot be measured is refused before the model is made."""
@@ -68,9 +65,9 @@ def open_model(
     from indexcache.shapes import SHAPES, shape_of
 
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape = shape_of(s.model, s.layers)
+    shape = shape_of(model, s.layers)
     grid = Grid(
-        contexts=contexts(s.contexts),
+        contexts=contexts(lengths),
         patterns=patterns(wanted, shape.layers),
         batches=batches(batch),
         decode_tokens=s.decode_tokens,
@@ -78,7 +75,7 @@ def open_model(
         seed=s.seed,
     )
     grid.check(shape, device.startswith("cuda"))
-    if s.data is not None and s.model in SHAPES:
+    if s.data is not None and model in SHAPES:
         raise ValueError(
             "A named shape has no tokenizer, so it is timed with random tokens; leave --data out."
         )
@@ -97,7 +94,7 @@ def open_model(
     if device == "cpu":
         keep_freed_memory()
     subject = open_subject(
-        s.model,
+        model,
         layers=s.layers,
         dtype=s.dtype,
         device=device,

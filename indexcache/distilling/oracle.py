@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from indexcache.distilling.checks import check_model
 from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder
 from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.loss import attention_kept, mean_attention
 from indexcache.distilling.rows import Row
-from indexcache.distilling.settings import check_model
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.mla import Rope
 from indexcache.ops import AttentionTarget

@@ -1,28 +1,17 @@
-"""The settings of a distillation, its learning-rate schedule, and what a run refuses."""
+"""The settings of a distillation, and its learning-rate schedule.
+
+Nothing heavy is imported here, because the command line reads the settings.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
-from indexcache.data import check_context
-from indexcache.models.family import (
-    DsaModule,
-    check_latent_queries,
-    decoder_layers,
-    family_of,
-    missing_indexers,
-)
-from indexcache.models.loading import DTYPES
-from indexcache.models.seam import in_force
-from indexcache.pattern import Pattern
-
 Stage = Literal["warmup", "sparse"]
 Objective = Literal["multi", "avg", "own"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 MAX_RATE = 1e30
 """Upper bound of learning rates and layer weights; it keeps fp32 sums and products finite."""
@@ -79,9 +68,9 @@ class DistillSettings:
     lr_warmup: float = 0.03
     """Fraction of the steps over which the learning rate rises."""
 
-    compute_dtype: str = "float32"
-    """The dtype that full mode computes in, with fp32 master weights. With a frozen backbone the
-    dtype that the model was loaded in counts instead."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype to compute in. Full mode has fp32 master weights; with a frozen backbone a model
+    computes in the dtype that it was loaded in."""
 
     eval_every: int = 100
     """Number of steps between evaluations on held-out text; 0 means none, and the last indexers
@@ -138,7 +127,7 @@ class DistillSettings:
         choices = {
             "stage": get_args(Stage),
             "objective": get_args(Objective),
-            "compute_dtype": tuple(DTYPES),
+            "compute_dtype": get_args(ComputeDtype),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -156,53 +145,43 @@ class DistillSettings:
             raise ValueError(f"weight_decay is finite and not negative, got {self.weight_decay}.")
 
 
-def check_model(
-    model: DsaModule, pattern: Pattern, length: int, weights: Sequence[float] | None = None
-) -> None:
-    """Refuse a model, pattern, row length or layer weights that distillation cannot use.
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a distillation of a checkpoint reads and writes, and where it runs."""
 
-    Raises:
-        ValueError: an unknown family; no latent queries; a pattern of another length, or with F or
-            R on a layer that has no indexer; a model under a pattern or on the fast path; another
-            number of layer weights; rows that are too short for k or longer than the context.
-    """
-    family_of(model)
-    attentions = [layer.self_attn for layer in decoder_layers(model)]
-    pattern.check(layers=len(attentions), without_indexer=missing_indexers(model))
-    check_latent_queries(model, "Distillation")
-    if in_force(model) or any("forward" in attention.__dict__ for attention in attentions):
-        raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
-    if weights is not None and len(weights) != len(pattern):
-        raise ValueError(f"There are {len(weights)} layer weights for {len(pattern)} layers.")
-    if weights is not None and "S" not in pattern.roles:
-        raise ValueError(
-            f"Under {pattern} no two layers learn from one indexer, so layers have no weights; "
-            "leave them out."
-        )
-    context = int(model.config.max_position_embeddings)
-    if length > context:
-        raise ValueError(
-            f"Rows of {length} tokens are longer than the model's context of {context}; "
-            "give a smaller --length."
-        )
-    check_context(length, int(model.config.index_topk))
+    data: str | None = None
+    """Training text: a .jsonl, .txt, .md or .npy file, or a folder of them. The default for tiny
+    is the shipped text."""
 
+    held_out: str | None = None
+    """Text to evaluate on. The default is the held-out half of the documents of --data."""
 
-def check_trainable(model: DsaModule) -> None:
-    """Refuse a model whose backbone cannot be trained here.
+    delta: str | None = None
+    """File of a delta whose indexers the run begins with, e.g. that of the warmup stage."""
 
-    Raises:
-        ValueError: its weights are no fp32 masters, or it has dropout, which the recomputation of
-            this trainer does not repeat.
-    """
-    dtypes = {p.dtype for name, p in model.named_parameters() if "indexer" not in name}
-    if dtypes != {torch.float32}:
-        raise ValueError(
-            "Training the whole model needs fp32 master weights; load it in float32 (the compute "
-            "dtype is set apart), or train its indexers alone with --freeze-backbone."
-        )
-    if getattr(model.config, "attention_dropout", 0.0):
-        raise ValueError(
-            "The model has attention dropout, which this trainer does not do; set "
-            "attention_dropout to 0."
-        )
+    layer_weights: str | None = None
+    """How much each layer counts in what its indexer learns: numbers with commas, or the folder of
+    a finished search, for what sharing that layer alone cost there. By default all count the
+    same."""
+
+    batch_tokens: int | None = None
+    """Number of tokens of a step, over all processes. The default is four rows."""
+
+    length: int | None = None
+    """Number of tokens of a row, into which documents are packed. The default is 4 k, at least
+    1024, and at most the model's context."""
+
+    eval_sequences: int = 16
+    """Number of held-out sequences, spread over the domains."""
+
+    resume: bool = True
+    """Continue what is in --out. --no-resume refuses a folder that has a run."""
+
+    whole: bool = False
+    """Write the whole checkpoint beside the delta."""
+
+    device: str = "cpu"
+    """Where the model runs, e.g. cpu or cuda:0. Under torchrun, cuda is each process's own GPU."""
+
+    trust_remote_code: bool = False
+    """Run Python code that lies in the checkpoint."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from indexcache.data import Batch
+from indexcache.distilling.checks import check_model, check_trainable
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.flops import flops_per_token, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
@@ -37,7 +38,7 @@ from indexcache.distilling.parallel import (
 )
 from indexcache.distilling.result import DistillResult, HeldOutLosses
 from indexcache.distilling.rows import Row, check_beyond, digest_of_rows, rows_of_step
-from indexcache.distilling.settings import DistillSettings, check_model, check_trainable
+from indexcache.distilling.settings import DistillSettings
 from indexcache.distilling.state import list_states, load_state, save_state
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.family import indexers as indexers_of

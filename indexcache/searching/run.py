@@ -19,17 +19,7 @@ from indexcache.records import open_run
 from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
 from indexcache.searching.objective import Objective
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """What a search does. `keep`: fraction of layers that stay full at the end (the count is rounded, at least one per
-    stage); `stages`: pipeline stages of the engine; `uniform`: also evaluate uniform patterns, S and R, to compare."""
-
-    keep: float = 0.25
-    stages: int = 1
-    uniform: bool = True
-    pool_factor: int = 8
+from indexcache.searching.settings import SearchSettings
 
 
 @dataclass(frozen=True)
@@ -108,12 +98,7 @@ def search(
     layers = module.config.num_hidden_layers
     beyond = min(check_context(b.ids.shape[1], module.config.index_topk) for b in batches)
     starts = stage_starts(layers, settings.stages)
-    full = full_count(layers, settings.keep)
-    if full < settings.stages:
-        raise ValueError(
-            f"{settings.stages} pipeline stages need {settings.stages} full layers at least, but keep = "
-            f"{settings.keep} of {layers} layers leaves {full}."
-        )
+    full = settings.full_layers(layers)
     comparisons = _uniform(layers, full, settings) if settings.uniform else []
     facts = {**asdict(settings), **_environment(module, batches), **(identity or {})}
     with open_run(Path(out), facts) as run:

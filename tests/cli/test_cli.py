@@ -569,7 +569,7 @@ def test_wrong_usage(checkpoint, tmp_path, capsys):
     refused(capsys, says="required")
     refused(capsys, "serach", says="invalid choice")
     refused(capsys, "search", checkpoint, says="search needs --out")
-    refused(capsys, "search", "--out", tmp_path, says="search needs MODEL")
+    refused(capsys, "search", "--out", tmp_path, says="search needs --model")
     refused(capsys, "search", checkpoint, "--out", tmp_path, "--kep", "1/4", says="--kep")
     refused(capsys, "search", checkpoint, "--out", tmp_path, "--keep", "many", says="keep")
     refused(capsys, "search", "tiny", "--out", tmp_path, "--keep", "0", says="above 0")
@@ -583,7 +583,7 @@ def test_wrong_usage(checkpoint, tmp_path, capsys):
         tmp_path,
         "--dtype",
         "int4",
-        says="float32, bfloat16, float16",
+        says='"float32", "bfloat16", "float16"',
     )
     refused(
         capsys, "search", "tiny", "--out", tmp_path, "--batch", "0", says="batch must be at least 1"

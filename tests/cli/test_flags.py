@@ -1,58 +1,104 @@
-"""The command line without a model: flags from settings, TOML below flags, one sentence per refusal, and the names of patterns."""
+"""The contract of the command line: its flags and defaults, its config files, its help, its refusals."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import inspect
 import json
 import os
-import pkgutil
 import subprocess
 import sys
-import types
-from dataclasses import dataclass
+import typing
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 import indexcache
-import indexcache.cli as cli
-from indexcache.cli import main
-from indexcache.cli.flags import build_parser, emit, flag, fraction, parse, required
+from indexcache.cli import VERBS, build_app, common, main
+from indexcache.cli import evaluate as evaluate_verb
+from indexcache.cli import search as search_verb
 from indexcache.report.tables import table
 
-MODULES = [
-    importlib.import_module(f"indexcache.cli.{m.name}") for m in pkgutil.iter_modules(cli.__path__)
-]
-VERBS = {m.Settings.verb: m for m in MODULES if hasattr(m, "Settings")}
+FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
+"""The flags of every verb: whether one is required, its default and its choices. Users rely on them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    verb: ClassVar[str] = "demo"
-    model: str = required("a model", positional=True)
-    out: str = required("a folder", metavar="DIR")
-    count: int = flag(3, "a number, 100 % of it")
-    start: int = flag(0, "another number")
-    keep: float = flag(0.25, "a fraction", fraction=True)
-    most: float | None = flag(None, "a bound")
-    limit: int | None = flag(None, "a limit")
-    kind: str = flag("x", "which", choices=("x", "y"))
-    names: tuple[str, ...] = flag((), "some names", metavar="NAME")
-    engine: tuple[str, ...] = flag(("a", "b"), "engines", choices=("a", "b"))
-    long_name: bool = flag(False, "yes or no")
-    prune: bool = flag(True, "no or yes")
+def arguments(verb: str) -> dict[str, Any]:
+    """Return the arguments of a verb by the name that a user types, leaving out groups of them."""
+    collection = build_app()[verb].assemble_argument_collection(parse_docstring=True)
+    leaves = [a for a in collection if a.parse and not a.children]
+    return {a.name: a for a in leaves}
 
 
-DEMO: dict[str, Any] = {"demo": types.SimpleNamespace(Settings=Demo, __doc__="A demo.\n\nMore.")}
+@pytest.mark.parametrize("verb", VERBS)
+def test_flags_and_defaults(verb):
+    expected = FLAGS[verb]
+    actual = arguments(verb)
+    assert set(actual) == {name.replace("MODEL", "--model") for name in expected}
+    for name, facts in expected.items():
+        argument = actual[name.replace("MODEL", "--model")]
+        assert argument.required == facts.get("required", False), name
+        if not argument.required:
+            default = argument.field_info.default
+            assert json.loads(json.dumps(default)) == facts["default"], name
+        assert list(argument.get_choices(force=True) or ()) == facts.get("choices", []), name
 
 
-def read(*argv: str) -> Demo:
-    verb, values = parse(build_parser(DEMO), DEMO, ["demo", *argv])
-    assert verb == "demo"
-    assert isinstance(values, Demo)
-    return values
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_setting_is_explained(verb):
+    for name, argument in arguments(verb).items():
+        text = argument.parameter.help
+        assert text, name
+        assert text[:1].isupper() or text[:1].isdigit() or text.startswith(("warmup", "multi")), (
+            name
+        )
+        assert text.endswith("."), name
+    assert (VERBS[verb].__doc__ or "").strip()
+
+
+def test_settings_are_frozen():
+    for verb in VERBS.values():
+        for parameter in typing.get_type_hints(verb).values():
+            if dataclasses.is_dataclass(parameter):
+                assert parameter.__dataclass_params__.frozen
+                assert all(f.kw_only for f in dataclasses.fields(parameter))
+
+
+# -- What a verb is called with ---------------------------------------------------------------------
+
+
+class Called(ValueError):
+    """It is raised where a model would be loaded, so that nothing is."""
+
+
+@pytest.fixture
+def search(monkeypatch, capsys):
+    """Call `main(["search", ...])`; return the settings, or the one sentence of its refusal."""
+
+    def call(*argv: str) -> dict[str, Any] | str:
+        seen: dict[str, Any] = {}
+
+        def open_model(model, text, running):
+            frame = inspect.currentframe()
+            assert frame is not None and frame.f_back is not None
+            seen.update(frame.f_back.f_locals)
+            raise Called
+
+        monkeypatch.setattr(search_verb, "open_model", open_model)
+        code = main(["search", *argv])
+        assert code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        if not seen:
+            assert err.startswith("indexcache: ")
+            assert err.count("\n") == 1
+            return err
+        groups = [seen[name] for name in ("settings", "text", "running", "output")]
+        flat = {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+        return flat | {"model": seen["model"], "out": seen["out"]}
+
+    return call
 
 
 def toml(tmp_path: Path, text: str) -> str:
@@ -61,304 +107,193 @@ def toml(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def refused(call: Any, *parts: str) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is ValueError
-    assert message
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
-
-
-# -- flags ------------------------------------------------------------------------------------------------------------
-
-
-def test_defaults_and_values():
-    assert read("m", "--out", "o") == Demo(model="m", out="o")
-    got = read(
-        "m",
-        "--out",
-        "o",
-        "--count",
-        "5",
-        "--start",
-        "-2",
-        "--keep",
-        "1/8",
-        "--most",
-        "0.5",
-        "--limit",
-        "7",
-        "--kind",
-        "y",
-        "--names",
-        "p",
-        "q",
-        "--names",
-        "r",
-        "--engine",
-        "b",
-        "--long-name",
-        "--no-prune",
+def test_values(search):
+    got = search(
+        *("tiny", "--out", "o", "--keep", "1/8", "--stages", "2", "--no-uniform", "--split", "all"),
+        *("--length", "128", "--dtype", "bfloat16", "--no-fast", "--json", "--seed", "3"),
     )
-    assert got == Demo(
-        model="m",
-        out="o",
-        count=5,
-        start=-2,
-        keep=0.125,
-        most=0.5,
-        limit=7,
-        kind="y",
-        names=("p", "q", "r"),
-        engine=("b",),
-        long_name=True,
-        prune=False,
+    assert got["model"] == "tiny"
+    assert got["keep"] == 0.125
+    assert got["stages"] == 2
+    assert (got["uniform"], got["fast"], got["json"]) == (False, False, True)
+    assert (got["split"], got["length"], got["dtype"], got["seed"]) == ("all", 128, "bfloat16", 3)
+    assert got["sequences"] == 9
+
+
+def test_a_config_file_gives_what_flags_leave(search, tmp_path):
+    path = toml(
+        tmp_path,
+        'model = "tiny"\nout = "o"\nkeep = "1/8"\nlength = 256\nuniform = false\npool-factor = 4\n'
+        "trust_remote_code = true\nsequences = 5\n",
     )
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        got.count = 3  # type: ignore[misc]
-
-
-def test_fractions():
-    for text, value in {
-        "1/4": 0.25,
-        "0.25": 0.25,
-        "1": 1.0,
-        "1/3": 1 / 3,
-        "3/4": 0.75,
-        " 1 / 2 ": 0.5,
-    }.items():
-        assert fraction(text) == value
-        assert read("m", "--out", "o", "--keep", text).keep == value
-    for bad in ("a", "", "1/", "/4", "1/0", "1/2/3", "1:4", "1/4x"):
-        refused(lambda bad=bad: read("m", "--out", "o", "--keep", bad), "--keep")
-    refused(
-        lambda: read("m", "--out", "o", "--most", "1/4"), "--most"
-    )  # only where a fraction is meant
-
-
-@pytest.mark.parametrize(
-    ("argv", "parts"),
-    [
-        ([], ["demo needs MODEL", "demo --help"]),
-        (["m"], ["demo needs --out"]),
-        (["m", "--out"], ["--out"]),
-        (["m", "--out", "o", "--count", "x"], ["--count", "x"]),
-        (["m", "--out", "o", "--count", "1.5"], ["--count", "1.5"]),
-        (["m", "--out", "o", "--limit", ""], ["--limit"]),
-        (["m", "--out", "o", "--kind", "z"], ["kind", "x, y", "'z'"]),
-        (["m", "--out", "o", "--engine", "a", "c"], ["engine", "a, b", "'c'"]),
-        (["m", "--out", "o", "--nothing"], ["--nothing"]),
-        (["m", "--out", "o", "--coun", "3"], ["--coun"]),  # nothing is abbreviated
-        (["m", "--out", "o", "more"], ["more"]),
-        (["m", "--out", "o", "--long-name=1"], ["--long-name"]),
-        (["m", "--out", "o", "--names"], ["--names"]),
-    ],
-)
-def test_flags_refused(argv, parts):
-    refused(lambda: read(*argv), *parts)
-
-
-# -- TOML -------------------------------------------------------------------------------------------------------------
-
-ALL = """
-model = "m"
-out = "o"
-count = 5
-keep = "1/8"
-most = 1
-limit = 9
-kind = "y"
-names = ["p", "q"]
-long-name = true
-prune = false
-"""
-
-
-def test_toml_gives_everything(tmp_path):
-    path = toml(tmp_path, ALL)
-    expected = Demo(
-        model="m",
-        out="o",
-        count=5,
-        keep=0.125,
-        most=1.0,
-        limit=9,
-        kind="y",
-        names=("p", "q"),
-        long_name=True,
-        prune=False,
-    )
-    assert read("--config", path) == expected
-    assert isinstance(read("--config", path).most, float)
-    assert read("--config", toml(tmp_path, ALL.replace("long-name", "long_name"))) == expected
-    assert read("--config", toml(tmp_path, ALL.replace('"1/8"', "0.125"))) == expected
-
-
-def test_flags_override_toml(tmp_path):
-    path = toml(tmp_path, ALL)
-    got = read(
-        "n",
-        "--config",
-        path,
-        "--out",
-        "p",
-        "--count",
-        "6",
-        "--keep",
-        "0.5",
-        "--most",
-        "2",
-        "--limit",
-        "1",
-        "--kind",
-        "x",
-        "--names",
-        "z",
-        "--no-long-name",
-        "--prune",
-    )
-    assert got == Demo(
-        model="n",
-        out="p",
-        count=6,
-        keep=0.5,
-        most=2.0,
-        limit=1,
-        kind="x",
-        names=("z",),
-        long_name=False,
-        prune=True,
-    )
-    assert read("--config", path, "--start", "0").start == 0
-    assert (
-        read("--config", toml(tmp_path, ALL + "start = 4"), "--start", "0").start == 0
-    )  # a zero is a value too
-    assert read("--config", toml(tmp_path, 'out = "o"'), "m") == Demo(model="m", out="o")
+    got = search("--config", path, "--sequences", "7", "--uniform", "--seed", "0")
+    assert (got["model"], got["out"], got["keep"], got["length"]) == ("tiny", "o", 0.125, 256)
+    assert (got["pool_factor"], got["trust_remote_code"]) == (4, True)
+    assert (got["sequences"], got["uniform"]) == (7, True)
+    number = toml(tmp_path, "keep = 0.5\n")
+    assert search("tiny", "--out", "o", "--config", number)["keep"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("cuont = 5", ["demo has no setting 'cuont'", "count"]),
-        ("verb = 'demo'", ["no setting 'verb'"]),
-        ("config = 'x'", ["no setting 'config'"]),
-        ("[table]\na = 1", ["no setting 'table'"]),
-        ("count = '5'", ["count", "'5'"]),
-        ("count = 5.0", ["count", "5.0"]),
-        ("count = true", ["count", "True"]),
-        ("count = [5]", ["count"]),
-        ("limit = 'none'", ["limit"]),
-        ("keep = 'quarter'", ["keep", "'quarter'", "1/4"]),
-        ("keep = '1/0'", ["keep", "'1/0'"]),
-        ("keep = true", ["keep", "True"]),
-        ("most = '1/4'", ["most"]),
-        ("out = 3", ["out", "3"]),
-        ("out = ['o']", ["out"]),
-        ("kind = 'z'", ["kind", "x, y", "'z'"]),
-        ("kind = 1", ["kind"]),
-        ("names = 'p'", ["names"]),
-        ("names = [1]", ["names"]),
-        ("names = ['p', ['q']]", ["names"]),
-        ("engine = ['a', 'c']", ["engine", "a, b", "'c'"]),
-        ("prune = 1", ["prune"]),
-        ("prune = 'yes'", ["prune"]),
-        ("count = 2026-01-01", ["count"]),
-        ("[count]\na = 1", ["count"]),
+        ("lenght = 5", ["lenght", "Did you mean --length"]),
+        ("verb = 'search'", ["verb"]),
+        ("[table]\na = 1", ["table"]),
+        ("stages = 'x'", ["stages", "'x'"]),
+        ("stages = 1.5", ["stages", "1.5"]),
+        ("stages = true", ["stages", "True"]),
+        ("stages = [1]", ["stages"]),
+        ("keep = 'quarter'", ["keep", "quarter"]),
+        ("keep = '1/0'", ["keep"]),
+        ("dtype = 'int4'", ["dtype", "int4", "bfloat16"]),
+        ("uniform = 'maybe'", ["uniform", "maybe"]),
+        ("stages = ", ["TOML"]),
+        ("stages = 1\nstages = 2", ["TOML"]),
     ],
 )
-def test_toml_refused(tmp_path, line, parts):
+def test_config_files_are_refused_with_file_and_key(search, tmp_path, line, parts):
     path = toml(tmp_path, line)
-    message = refused(lambda: read("m", "--out", "o", "--config", path), *parts)
-    if "one of" not in message:
-        assert path in message
+    message = search("tiny", "--out", "o", "--config", path).replace('"', "'")
+    assert all(part in message for part in [path, *parts]), message
 
 
-def test_toml_files_refused(tmp_path):
-    refused(lambda: read("m", "--config", str(tmp_path / "missing.toml")), "missing.toml")
-    refused(lambda: read("m", "--config", str(tmp_path)), str(tmp_path))
-    for content in (b"count = ", b"a b c", b"\xff\xfe", b"count = 1\ncount = 2"):
-        (tmp_path / "a.toml").write_bytes(content)
-        refused(lambda: read("m", "--config", str(tmp_path / "a.toml")), "a.toml", "TOML")
-
-
-# -- main -------------------------------------------------------------------------------------------------------------
+def test_config_files_that_cannot_be_read(search, tmp_path):
+    assert "missing.toml" in search("tiny", "--config", str(tmp_path / "missing.toml"))
+    assert str(tmp_path) in search("tiny", "--config", str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "parts"),
     [
-        [],
-        ["serach"],
-        [""],
-        ["--nothing"],
-        ["search", "tiny", "--out", "o", "--nothing"],
-        ["search", "--out", "o"],
-        ["search", "tiny"],
-        ["search", "tiny", "--out", "o", "--keep", "x"],
-        ["search", "tiny", "--out", "o", "--stages", "1.5"],
-        ["search", "tiny", "--out", "o", "--config", "missing.toml"],
-        ["evaluate", "tiny"],
-        ["evaluate", "tiny", "--pattern"],
-        ["evaluate", "tiny", "--pattern", "F", "--split", "train"],
-        ["overlap", "tiny"],
-        ["export", "tiny", "--pattern", "F"],
-        ["export", "tiny", "--pattern", "F", "--out", "o", "--engine", "llama"],
-        ["inspect"],
-        ["inspect", "missing-folder"],
-        ["inspect", "a\nb"],
-        ["inspect", "missing-folder", "%s %(prog)s"],
-        ["search", "tiny", "--out", "o", "--dtype", "int8"],
+        ([], ["required", *VERBS]),
+        (["serach"], [*VERBS]),
+        ([""], [*VERBS]),
+        (["--nothing"], ["--nothing"]),
+        (["inspect"], ["inspect", "--model"]),
+        (["inspect", "missing-folder"], ["missing-folder"]),
+        (["inspect", "a\nb"], ["a b"]),
+        (["inspect", "missing-folder", "more"], ["more"]),
+        (["inspect", "missing-folder", "%s %(prog)s"], ["%(prog)s"]),
+        (["search", "tiny"], ["search", "--out"]),
+        (["search", "--out", "o"], ["search", "--model"]),
+        (["search", "tiny", "--out"], ["--out"]),
+        (["search", "tiny", "--out", "o", "--kep", "1/4"], ["--kep", "--keep"]),
+        (["search", "tiny", "--out", "o", "--keep", "x"], ["--keep", "x"]),
+        (["search", "tiny", "--out", "o", "--keep", "1/0"], ["--keep"]),
+        (["search", "tiny", "--out", "o", "--keep", "1/2/3"], ["--keep"]),
+        (["search", "tiny", "--out", "o", "--stages", "1.5"], ["--stages", "1.5"]),
+        (["search", "tiny", "--out", "o", "--length", ""], ["--length"]),
+        (["search", "tiny", "--out", "o", "--dtype", "int8"], ["--dtype", "int8", "float16"]),
+        (["search", "tiny", "--out", "o", "--sequ", "3"], ["--sequ"]),
+        (["evaluate", "tiny"], ["evaluate", "--pattern"]),
+        (["evaluate", "tiny", "--pattern"], ["--pattern"]),
+        (["evaluate", "tiny", "--pattern", "F", "--split", "train"], ["--split", "train"]),
+        (["overlap", "tiny"], ["--out"]),
+        (["export", "tiny", "--pattern", "F"], ["--out"]),
+        (
+            ["export", "tiny", "--pattern", "F", "--out", "o", "--engine", "llama"],
+            ["llama", "vllm"],
+        ),
     ],
 )
-def test_wrong_usage_is_one_line_and_2(capsys, monkeypatch, tmp_path, argv):
+def test_wrong_usage_is_one_sentence_and_2(capsys, monkeypatch, tmp_path, argv, parts):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("indexcache: ")
-    assert err.endswith("\n")
     assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_verb_names_the_verbs(capsys):
-    main(["serach"])
-    err = capsys.readouterr().err
-    assert all(v in err for v in VERBS)
+def test_lists(capsys, monkeypatch):
+    """Several values after a flag and repeated flags add up."""
+    seen = []
+    monkeypatch.setattr(
+        evaluate_verb, "parse_patterns", lambda facts, specs: seen.append(specs) or 1 / 0
+    )
+    for argv in (["--pattern", "1/2", "1/4", "a, b=all"], ["--pattern", "1/2", "--pattern", "all"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["evaluate", "tiny", *argv])
+    assert seen == [("1/2", "1/4", "a, b=all"), ("1/2", "all")]
+
+
+# -- Cheap things come before dear ones -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["-h"], ["--version"], *([v, "--help"] for v in VERBS)]
+    ("verb", "more"),
+    [
+        ("overlap", ["--out", "o"]),
+        ("evaluate", []),
+        ("distill", ["--out", "o"]),
+        ("export", ["--out", "o"]),
+        ("generate", ["--prompt-file", "prompt.txt"]),
+        ("bench", ["--patterns", "FSXS", "--device", "cpu", "--contexts", "100"]),
+        ("profile", ["--device", "cpu", "--contexts", "100"]),
+    ],
 )
-def test_help_and_version(capsys, argv):
-    with pytest.raises(SystemExit) as exit:
-        main(argv)
-    assert exit.value.code == 0
+def test_a_typo_in_the_pattern_costs_no_model(monkeypatch, tmp_path, capsys, verb, more):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("Once")
+    import transformers
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("The model was loaded before its pattern was parsed.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    pattern = [] if verb == "bench" else ["--pattern", "FSXS"]
+    assert main([verb, "tiny", *pattern, *more]) == 2
+    assert "'X'" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["prompt.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--keep", "0"], "above 0"),
+        (["--stages", "13"], "pipeline stages"),
+        (["--length", "40"], "too short"),
+        (["--length", "100000"], "longer than the model's context"),
+        (["--data", "missing.txt"], "no such file"),
+        (["--out", "prompt.txt"], "takes a folder"),
+    ],
+)
+def test_wrong_settings_cost_no_model(search, monkeypatch, tmp_path, argv, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("Once")
+    message = search("tiny", *(argv if "--out" in argv else ["--out", "o", *argv]))
+    assert says in message
+
+
+# -- Help and exit codes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], *([v, "--help"] for v in VERBS)])
+def test_help(capsys, argv):
+    assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    if argv == ["--version"]:
-        assert out == f"indexcache {indexcache.__version__}\n"
-    elif argv[0] in VERBS:
-        for field in dataclasses.fields(VERBS[argv[0]].Settings):
-            shown = (
-                field.name.upper()
-                if field.metadata.get("positional")
-                else "--" + field.name.replace("_", "-")
-            )
-            assert shown in out
-    else:
-        assert all(v in out for v in VERBS)
+    names = arguments(argv[0]) if argv[0] in VERBS else VERBS
+    assert all(name in out for name in names)
+    if "--pattern" in names:
+        assert "RUN:1/4" in out
 
 
-def test_help_imports_no_model_code():
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"indexcache {indexcache.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["search", "--help"], ["distill", "--help"]])
+def test_help_imports_no_model_code(argv):
     code = (
-        "import sys\nfrom indexcache.cli import main\n"
-        "try: main(['search', '--help'])\nexcept SystemExit: pass\n"
-        "sys.exit(' '.join(m for m in ('transformers', 'triton', 'matplotlib') if m in sys.modules) or 0)"
+        f"import sys\nfrom indexcache.cli import main\nmain({argv})\n"
+        "heavy = ('torch', 'transformers', 'triton', 'matplotlib')\n"
+        "sys.exit(' '.join(m for m in heavy if m in sys.modules) or 0)"
     )
     env = os.environ | {"PYTHONPATH": str(Path(indexcache.__file__).parents[1])}
     done = subprocess.run(
@@ -367,43 +302,12 @@ def test_help_imports_no_model_code():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_setting_is_explained(verb):
-    module = VERBS[verb]
-    assert (module.__doc__ or "").strip()
-    parameters = module.Settings.__dataclass_params__
-    assert parameters.frozen
-    for field in dataclasses.fields(module.Settings):
-        assert field.kw_only
-        assert len(field.metadata["help"].strip()) > 5
-        choices = field.metadata.get("choices")
-        if choices and field.default is not dataclasses.MISSING:
-            given = field.default if isinstance(field.default, tuple) else (field.default,)
-            assert set(given) <= set(choices)
-
-
-def test_help_shows_every_default(capsys):
-    with pytest.raises(SystemExit):
-        build_parser(DEMO).parse_args(["demo", "--help"])
-    out = " ".join(capsys.readouterr().out.split())
-    for shown in (
-        "100 % of it (default: 3)",
-        "another number (default: 0)",
-        "(default: 0.25)",
-        "(default: a b)",
-        "no or yes (default: True)",
-    ):
-        assert shown in out
-    assert "yes or no (default" not in out
-    assert "a bound (default" not in out
-
-
 def test_failures_of_a_verb(capsys, monkeypatch):
     def fail(error: BaseException):
-        def run(settings):
+        def describe(model):
             raise error
 
-        monkeypatch.setattr(VERBS["inspect"], "run", run)
+        monkeypatch.setattr("indexcache.models.loading.describe", describe)
         return main(["inspect", "x"]), capsys.readouterr().err
 
     for error, code, part in (
@@ -420,15 +324,15 @@ def test_failures_of_a_verb(capsys, monkeypatch):
         assert err.count("\n") == 1
         assert part in err
     for error in (RuntimeError("a bug"), TypeError("a bug"), OSError(5, "Input/output error")):
-        with pytest.raises(type(error)):  # a bug keeps its traceback
+        with pytest.raises(type(error)):  # A bug keeps its traceback.
             fail(error)
 
 
-def test_emit_is_the_last_line(capsys):
+def test_json_is_the_last_line(capsys):
     print("table")
-    emit(True, {"a": [1, None]})
+    common.Output(json=True).emit({"a": [1, None]})
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"a": [1, None]}
-    emit(False, {"a": 1})
+    common.Output().emit({"a": 1})
     assert capsys.readouterr().out == ""
 
 

@@ -287,7 +287,7 @@ def test_command_refuses(checkpoint, text, tmp_path, capsys):
     says("multiple of the 64 tokens", *base, "--batch-tokens", "100")
     says("training text too", *base, "--held-out", text)
     says("no such checkpoint folder", *base, model=tmp_path / "nowhere")
-    says("stage is one of", *base, "--stage", "dense")
+    says('"warmup", "sparse"', *base, "--stage", "dense")
     says("steps must be at least 1", *base, "--steps", "0")
     says("at most 1e+30, not nan", *base, "--layer-weights", "1,1,1,1,1,nan")
     says("no finished run", *base, "--layer-weights", tmp_path)

@@ -1,0 +1,214 @@
+"""Distil a checkpoint: from files to a run folder with a delta, or with a whole checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from indexcache.data import (
+    Batch,
+    Document,
+    check_length,
+    load_documents,
+    make_batches,
+    shipped_text,
+    split_documents,
+    text_for,
+)
+from indexcache.distilling.delta import apply_delta, save_checkpoint
+from indexcache.distilling.layer_weights import layer_weights
+from indexcache.distilling.parallel import local_device
+from indexcache.distilling.result import DistillResult
+from indexcache.distilling.rows import pack_rows
+from indexcache.distilling.settings import DistillSettings, RunSettings
+from indexcache.distilling.trainer import distill
+from indexcache.exporting import export
+from indexcache.models.family import family_of
+from indexcache.models.loading import Model, check_device, describe, fingerprint, load
+from indexcache.pattern import Pattern
+
+FP32_WEIGHTS = ("weights_proj.weight", "e_score_correction_bias")
+"""Weights that stay fp32 in a checkpoint that is written in bfloat16."""
+
+log = logging.getLogger("indexcache")
+
+
+def distill_checkpoint(
+    model: str,
+    pattern: Pattern,
+    out: str | Path,
+    settings: DistillSettings = DistillSettings(),
+    run: RunSettings = RunSettings(),
+    *,
+    progress: bool = False,
+) -> tuple[DistillResult, Path | None]:
+    """Train the indexers of a checkpoint on a text, resumable in `out`; see `trainer.distill`.
+
+    Under torchrun every process calls this, and the first one writes.
+
+    Args:
+        model: checkpoint folder, or `tiny`.
+        pattern: what the indexers are trained for.
+        out: run folder.
+        settings: `rows` and `layer_weights` are replaced by what `run` says about them.
+        run: what is read and written, and where the model runs.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The result, and the folder of the whole checkpoint where one was asked for or the backbone
+        was trained.
+
+    Raises:
+        ValueError: the checkpoint, the text, the delta or the settings cannot be used. What can be
+            said without the model is said before it is loaded.
+    """
+    folder = Path(out)
+    if not run.resume and (folder / "settings.json").exists():
+        raise ValueError(
+            f"{folder}: there is a run in this folder already; leave out --no-resume to continue it, "
+            "or choose another --out."
+        )
+    facts = describe(model)
+    device = local_device(run.device)
+    check_device(device)  # In full mode the model itself is loaded on the host.
+    length = check_length(run.length, facts["index_topk"], facts["max_position_embeddings"])
+    settings = replace(settings, rows=_rows(run.batch_tokens, length))
+    digest = fingerprint(Path(facts["path"]))
+    if run.layer_weights is not None:
+        weights = layer_weights(run.layer_weights, len(pattern), digest)
+        settings = replace(settings, layer_weights=tuple(weights))
+    settings.check()
+    _sources(model, run)
+
+    loaded = load(
+        model,
+        dtype=settings.compute_dtype if settings.frozen else "float32",
+        device=device if settings.frozen else "cpu",
+        trust_remote_code=run.trust_remote_code,
+    )
+    if run.delta is not None:
+        _begin_with(loaded, run.delta, pattern)
+    training, evaluation = _documents(model, run, loaded, evaluate=settings.eval_every > 0)
+    held_out: list[Batch] = []
+    if settings.eval_every:
+        held_out = make_batches(
+            evaluation, length=length, sequences=run.eval_sequences, seed=settings.seed
+        )
+    result = distill(
+        loaded.module,
+        pattern,
+        pack_rows(training, length, settings.seed),
+        folder,
+        settings,
+        held_out=held_out,
+        base={"base": loaded.path.name, "base_digest": digest},
+        device=device,
+        progress=progress,
+    )
+    if not first_process() or (settings.frozen and not run.whole):
+        return result, None
+    checkpoint = _write_checkpoint(
+        folder / "checkpoint", loaded, pattern, result.weights, settings.compute_dtype
+    )
+    return result, checkpoint
+
+
+def first_process() -> bool:
+    """Say whether this process is the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _rows(batch_tokens: int | None, length: int) -> int:
+    """Return the number of rows of a step."""
+    tokens = 4 * length if batch_tokens is None else batch_tokens
+    if tokens < length or tokens % length:
+        raise ValueError(
+            "A step has a whole number of rows: --batch-tokens must be a multiple of the "
+            f"{length} tokens of a row, not {tokens}."
+        )
+    return tokens // length
+
+
+def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> None:
+    """Put the indexers of a delta into the model, and note those that it lacks."""
+    begun = apply_delta(loaded.module, delta, base=loaded.path)
+    new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]
+    if new and first_process():
+        log.warning(
+            "%s has no indexer of the layers %s; they begin with the checkpoint's.",
+            delta,
+            ", ".join(new),
+        )
+
+
+def _sources(model: str, run: RunSettings) -> tuple[Path, str, Path | None]:
+    """Return the training text, its split, and the held-out text if it is another one."""
+    source, split = text_for(model, run.data, "calibration")
+    held_out = None if run.held_out is None else Path(run.held_out)
+    if held_out is None and run.data is None:
+        held_out = shipped_text("heldout")
+    for path in (source, held_out):
+        if path is not None and not path.exists():
+            raise ValueError(f"{path}: no such file or folder.")
+    return source, split, held_out
+
+
+def _documents(
+    model: str, run: RunSettings, loaded: Model, *, evaluate: bool
+) -> tuple[list[Document], list[Document]]:
+    """Return the training documents and the held-out documents, which share none."""
+    source, split, other = _sources(model, run)
+    vocabulary = int(loaded.config.vocab_size)
+    documents = load_documents(source, loaded.encode, vocabulary)
+    if other is None:
+        training = split_documents(documents, split)
+        return training, split_documents(documents, "heldout") if evaluate else []
+    held_out = load_documents(other, loaded.encode, vocabulary) if evaluate else []
+    shared = {d.digest for d in documents} & {d.digest for d in held_out}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the held-out documents are training text too, so the evaluation "
+            "would be no evidence; give other text with --held-out, or none."
+        )
+    return documents, held_out
+
+
+def _write_checkpoint(
+    target: Path, loaded: Model, pattern: Pattern, weights: dict[str, Any] | None, dtype: str
+) -> Path:
+    """Write the whole checkpoint for stock transformers, and return its folder.
+
+    Its config has the pattern where transformers can express that.
+    """
+    if target.exists():  # A finished run was started again.
+        return target
+    temporary = target.with_name(f"{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if weights is None:
+        weights = dict(loaded.module.state_dict())
+    elif dtype == "bfloat16":
+        weights = {
+            name: weight
+            if name.endswith(FP32_WEIGHTS) or not weight.is_floating_point()
+            else weight.to(torch.bfloat16)
+            for name, weight in weights.items()
+        }
+    save_checkpoint(loaded.module, weights, temporary, loaded.path)
+    if "R" not in pattern.roles and family_of(loaded.module).native_sharing:
+        export(temporary, pattern, target, engines=("transformers",))
+        shutil.rmtree(temporary)
+        return target
+    why = "no R layers" if "R" in pattern.roles else "no sharing for this family"
+    log.warning(
+        "stock transformers has %s, so the checkpoint keeps all indexers and its config no pattern; "
+        "run it with use_pattern.",
+        why,
+    )
+    temporary.rename(target)
+    return target

@@ -1,0 +1,36 @@
+"""The settings of a search; nothing heavy is imported here, because the command line reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from indexcache.pattern import full_count, stage_starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The settings of a search."""
+
+    keep: float = 0.25
+    "Fraction of the layers that stay full at the end, e.g. 1/4. At least one stays full per stage."
+    stages: int = 1
+    "Number of pipeline stages of the engine. The first layer of each stays full."
+    uniform: bool = True
+    "Evaluate uniform patterns too, with S and with R layers, for comparison."
+    pool_factor: int = 8
+    "Size of the pool of the uniform R patterns, in units of k."
+
+    def full_layers(self, layers: int) -> int:
+        """Return how many of `layers` layers stay full at the end.
+
+        Raises:
+            ValueError: `keep` or `stages` does not fit the number of layers.
+        """
+        stage_starts(layers, self.stages)
+        full = full_count(layers, self.keep)
+        if full < self.stages:
+            raise ValueError(
+                f"{self.stages} pipeline stages need at least {self.stages} full layers, but keep = "
+                f"{self.keep} of {layers} layers leaves {full}."
+            )
+        return full
