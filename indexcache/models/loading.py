@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ MAX_BYTES_READ = 1 << 30
 """Weights of up to this many bytes enter the fingerprint completely, larger ones by samples."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A loaded model with its tokenizer; every function of the package that needs a model takes it.
 
@@ -40,8 +40,8 @@ class Model:
         native: the pattern that the checkpoint's config asks for.
     """
 
-    module: DsaModule
-    tokenizer: Any
+    module: DsaModule = field(repr=False)
+    tokenizer: Any = field(repr=False)
     path: Path
     native: Pattern
 

@@ -26,15 +26,15 @@ def fast(model):
 
 
 def chunked(model, ids, chunks, cache, **kwargs):
-    parts, start = [], 0
+    outputs, start = [], 0
     for n in chunks:
-        parts.append(
+        outputs.append(
             logits(
                 model, ids[:, start : start + n], past_key_values=cache, use_cache=True, **kwargs
             )
         )
         start += n
-    return torch.cat(parts, 1)
+    return torch.cat(outputs, 1)
 
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
@@ -68,9 +68,9 @@ def test_memory_is_written_in_place(fast, ids):
     cache = FastCache(fast, 96, 2)
     with use_pattern(fast, "FSSFSS"):
         logits(fast, ids[:, :50], past_key_values=cache)
-        held = [layer.latents.data_ptr() for layer in cache.layers]
+        addresses = [layer.latents.data_ptr() for layer in cache.layers]
         logits(fast, ids[:, 50:], past_key_values=cache)
-    assert [layer.latents.data_ptr() for layer in cache.layers] == held
+    assert [layer.latents.data_ptr() for layer in cache.layers] == addresses
     assert cache.nbytes == 4 * 2 * 96 * (6 * WIDTH + 2 * SHAPE["index_head_dim"])
 
 
@@ -131,17 +131,17 @@ def test_generate(fast, ids, beams):
 
 def test_crop_select_and_reset(fast, ids):
     cache = FastCache(fast, batch=2)
-    whole = logits(fast, ids)
+    one_pass = logits(fast, ids)
     logits(fast, ids[:, :60], past_key_values=cache)
     cache.crop(-20)
     assert cache.lengths == [40, 40]
     cache.batch_select_indices(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
     got = logits(fast, ids[1:, 40:].expand(2, -1), past_key_values=cache)
-    assert relative(got, whole[1:, 40:].expand(2, -1, -1)) < 1e-5
+    assert relative(got, one_pass[1:, 40:].expand(2, -1, -1)) < 1e-5
     cache.reset()
     assert cache.pattern is None
-    assert relative(logits(fast, ids, past_key_values=cache), whole) < 1e-5
+    assert relative(logits(fast, ids, past_key_values=cache), one_pass) < 1e-5
 
 
 @pytest.mark.parametrize("index_dtype", ["bf16", "fp8"])
@@ -149,10 +149,10 @@ def test_narrow_indexer_keys(model, ids, index_dtype):
     """The fp8 cache has the keys of one pass, in fp8; only the edge of a selection moves."""
     for pattern in ("FFFFFF", "FRSFRR@2"):
         with accelerate(model, index_dtype=index_dtype), use_pattern(model, pattern):
-            whole = logits(model, ids)
+            one_pass = logits(model, ids)
             cache = FastCache(model, 96, 2)
-            assert relative(chunked(model, ids, CHUNKS[0], cache), whole) < 1e-5
-            assert relative(chunked(model, ids, CHUNKS[0], _plain(model)), whole) < 1e-5
+            assert relative(chunked(model, ids, CHUNKS[0], cache), one_pass) < 1e-5
+            assert relative(chunked(model, ids, CHUNKS[0], _plain(model)), one_pass) < 1e-5
         size = {"bf16": 2, "fp8": 1}[index_dtype]
         assert cache.layers[0].indexer_keys.element_size() == size
         assert (cache.layers[0].indexer_scales is not None) == (index_dtype == "fp8")
@@ -221,12 +221,12 @@ def test_fp8_on_tiny(tiny):
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_prefill_gives_the_last_logits(fast, ids, chunk):
     with use_pattern(fast, "FSFRSS@2"):
-        whole = logits(fast, ids)
+        one_pass = logits(fast, ids)
         for cache in (FastCache(fast, 96, 2), FastCache(fast, batch=2), _plain(fast)):
             first = prefill(fast, ids[:, :61], cache, chunk=chunk)
             second = prefill(fast, ids[:, 61:], cache, chunk=chunk)
-            assert relative(first, whole[:, 60]) < 1e-5
-            assert relative(second, whole[:, -1]) < 1e-5
+            assert relative(first, one_pass[:, 60]) < 1e-5
+            assert relative(second, one_pass[:, -1]) < 1e-5
 
 
 def test_prefill_of_unequal_lengths(fast, ids):
@@ -321,17 +321,17 @@ def test_a_cache_may_come_by_any_name(model, ids, name):
     give = by_name(name) if name else by_place
     stock = name != "cache" or "cache" in inspect.signature(type(model.model).forward).parameters
     with torch.no_grad():
-        whole = model.model(ids[:, :60]).last_hidden_state
+        one_pass = model.model(ids[:, :60]).last_hidden_state
         with accelerate(model):
             cache = FastCache(model, 96, 2)
             got = torch.cat(
                 [
-                    give(model, part, cache).last_hidden_state
-                    for part in (ids[:, :50], ids[:, 50:60])
+                    give(model, split, cache).last_hidden_state
+                    for split in (ids[:, :50], ids[:, 50:60])
                 ],
                 1,
             )
-            assert relative(got, whole) < 1e-5
+            assert relative(got, one_pass) < 1e-5
             assert [layer.length for layer in cache.layers] == [60] * 6
             with use_pattern(model, "FSSFSS"):
                 give(model, ids[:, 60:61], cache)
@@ -345,12 +345,13 @@ def test_a_cache_may_come_by_any_name(model, ids, name):
             refused(lambda: give(model, ids[:, 51:52], cache), "runs its indexer now")
             with use_pattern(model, "FRRFRR@2"):
                 cache = DynamicCache(config=model.config)
-                parts = [
-                    give(model, part, cache).last_hidden_state
-                    for part in (ids[:, :50], ids[:, 50:60])
+                outputs = [
+                    give(model, split, cache).last_hidden_state
+                    for split in (ids[:, :50], ids[:, 50:60])
                 ]
                 assert (
-                    relative(torch.cat(parts, 1), model.model(ids[:, :60]).last_hidden_state) < 1e-5
+                    relative(torch.cat(outputs, 1), model.model(ids[:, :60]).last_hidden_state)
+                    < 1e-5
                 )
 
 

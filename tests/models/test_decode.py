@@ -337,8 +337,10 @@ class TestGraph:
             with torch.no_grad():  # Both agree with one pass over everything.
                 for b, n in enumerate(lengths):
                     text = torch.cat([ids[b, :n], ids[b, :20]])[None]
-                    whole = large(text).logits[0, n - 1 :]
-                    rows = (runs[1][:, b] - whole).float().norm(dim=-1) / whole.float().norm(dim=-1)
+                    one_pass = large(text).logits[0, n - 1 :]
+                    rows = (runs[1][:, b] - one_pass).float().norm(dim=-1) / one_pass.float().norm(
+                        dim=-1
+                    )
                     assert rows.median() < 0.1
 
     @pytest.mark.parametrize(("index_dtype", "topk"), [("auto", 64), ("fp8", 64), ("auto", 1024)])
@@ -357,15 +359,15 @@ class TestGraph:
                 accelerate(model, index_dtype=index_dtype, compile=compiled),
                 use_pattern(model, "FSFRSS@2"),
             ):
-                found = []
+                outputs = []
                 for text in ids:
                     cache = FastCache(model, 1024, 1)
                     prefill(model, text[None], cache, chunk=500)
                     decoder = Decoder(
                         model, cache, graph=model.dtype != torch.float32
                     )  # No kernel takes an indexer in fp32.
-                    found += [decoder.step(t).clone() for t in text[:15, None]]
-                return torch.cat(found).float()
+                    outputs += [decoder.step(t).clone() for t in text[:15, None]]
+                return torch.cat(outputs).float()
 
         runs = [steps(large, False), steps(large, True), steps(copy.deepcopy(large).float(), False)]
         plain, compiled = (

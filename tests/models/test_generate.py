@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,16 +88,16 @@ def test_patterns_apply_as_in_the_stock_model(tiny):
     ids = tiny.encode(PROMPT)
     pattern = "FFRRRRRRRFRR@8"
     with use_pattern(tiny.module, pattern), torch.no_grad():
-        wanted = list(ids)
+        expected = list(ids)
         for _ in range(6):
-            wanted.append(int(tiny.module(torch.tensor([wanted])).logits[0, -1].argmax()))
+            expected.append(int(tiny.module(torch.tensor([expected])).logits[0, -1].argmax()))
     with accelerate(tiny.module), use_pattern(tiny.module, pattern):
-        assert list(stream_tokens(tiny.module, ids, max_new_tokens=6)) == wanted[len(ids) :]
-        stop = wanted[len(ids) + 3]
-        cut = wanted[len(ids) :].index(stop)
+        assert list(stream_tokens(tiny.module, ids, max_new_tokens=6)) == expected[len(ids) :]
+        stop = expected[len(ids) + 3]
+        cut = expected[len(ids) :].index(stop)
         assert (
             list(stream_tokens(tiny.module, ids, max_new_tokens=6, ends=[stop]))
-            == wanted[len(ids) : len(ids) + cut]
+            == expected[len(ids) : len(ids) + cut]
         )
 
 
@@ -122,10 +123,12 @@ def test_stock_samples_by_the_seed_and_leaves_the_global_state(tiny):
 def test_pieces_are_the_whole_text_and_whole_characters(tiny):
     text = "naïve café — 世界 🙂🙂\n  two  spaces\tand a tab\n" * 3
     tokens = tiny.encode(text)
-    found = list(stream_text(tiny.tokenizer, tokens))
-    assert "".join(found) == tiny.tokenizer.decode(tokens) == text
-    assert len(found) > len(text) / 8
-    assert not any("\ufffd" in piece for piece in found)
+    texts = list(stream_text(tiny.tokenizer, tokens))
+    assert "".join(texts) == tiny.tokenizer.decode(tokens) == text
+    assert len(texts) > len(text) / 8
+    assert not any("\ufffd" in piece for piece in texts)
+    slow = SimpleNamespace(decode=tiny.tokenizer.decode)  # It has no `tokenizers` backend.
+    assert list(stream_text(slow, iter(tokens))) == [text]
     cut = tiny.encode("🙂")[:-1]  # These tokens end within a character.
     assert "".join(stream_text(tiny.tokenizer, cut)) == tiny.tokenizer.decode(cut)
 

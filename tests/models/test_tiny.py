@@ -56,12 +56,13 @@ def test_cached_decoding_equals_one_pass(tiny, held_out):
     ids = held_out[0].ids[:1, :192]
     for pattern in ("F" * 12, SEARCHED, "FFRRRRRRRFRR@4"):
         with use_pattern(tiny.module, pattern), torch.no_grad():
-            whole, cache, parts = tiny.module(ids).logits, None, []
+            one_pass = tiny.module(ids).logits
+            cache, outputs = None, []
             for start, stop in [(0, 150), (150, 151), *((t, t + 1) for t in range(151, 192))]:
                 out = tiny.module(ids[:, start:stop], past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
-                parts.append(out.logits)
-        difference = (torch.cat(parts, 1) - whole).norm() / whole.norm()
+                outputs.append(out.logits)
+        difference = (torch.cat(outputs, 1) - one_pass).norm() / one_pass.norm()
         assert difference < 1e-5, (pattern, float(difference))
 
 
@@ -96,11 +97,11 @@ def test_the_shipped_text_is_split_by_document(tiny):
         s: [json.loads(x) for x in shipped_text(s).read_text(encoding="utf-8").splitlines()]
         for s in ("calibration", "heldout")
     }
-    names = {s: {r["source"] for r in found} for s, found in rows.items()}
+    names = {s: {r["source"] for r in lines} for s, lines in rows.items()}
     assert not names["calibration"] & names["heldout"]
-    for found in rows.values():
-        assert {r["domain"] for r in found} == {"code", "documentation", "prose"}
-        assert {r["licence"] for r in found} <= {
+    for lines in rows.values():
+        assert {r["domain"] for r in lines} == {"code", "documentation", "prose"}
+        assert {r["licence"] for r in lines} <= {
             "BSD-3-Clause",
             "PSF-2.0",
             "PostgreSQL",
