@@ -111,55 +111,38 @@ def launch_forward(
     slots = lists["p_ids"].shape[-1]
     splits, per_split = _split(n_groups * blocks * batch, slots, keys)
 
-    sizes = {
-        "n_queries": queries,
-        "n_groups": n_groups,
-        "n_slots": slots,
-        "scale2": scale * LOG2E.value,
-    }
     strides = {"s_lb": latent.stride(0) if batch > 1 else 0, "s_lt": latent.stride(1)}
+    sizes = {"n_queries": queries, "n_groups": n_groups, "n_slots": slots}
     shape = {"H": heads, "GROUP": group, "V": value_dim, "R": dim - value_dim}
     arguments = {"p_q": q, "p_latent": latent, **lists, **strides, **sizes, **shape}
+    arguments["scale2"] = scale * LOG2E.value
     if splits == 1 and _fits_hopper(q, latent, scale, value_dim):
         from indexcache.ops.mla import forward_hopper
 
-        forward_hopper.attend[(n_groups * -(-group * heads // 64), batch)](
-            **arguments,
-            p_out=out,
-            p_lse=lse,
-            CONSUMER_REGS=settings.hopper_registers,
-            num_warps=4,
-            maxnreg=168,  # what each of three warpgroups can have; the kernel shares them out anew
-        )
+        # 168 registers are what each of three warpgroups can have; the kernel shares them out anew.
+        options = {"CONSUMER_REGS": settings.hopper_registers, "num_warps": 4, "maxnreg": 168}
+        programs = n_groups * -(-group * heads // 64)
+        forward_hopper.attend[(programs, batch)](**arguments, p_out=out, p_lse=lse, **options)
         return out, lse
 
     rope_width = power(dim - value_dim, 16)
     pipelined = rows == settings.rows and splits == 1 and value_dim + rope_width <= MAX_PIPELINED
     tile = {"M": rows, "N": keys, "RP": rope_width, "STAGES": settings.stages if pipelined else 1}
-    grid = (n_groups * blocks, splits, batch)
-    if splits == 1:
-        forward_kernels.attend[grid](
-            **arguments,
-            p_out=out,
-            p_lse=lse,
-            per_split=per_split,
-            SPLIT=False,
-            **tile,
-            num_warps=settings.warps,
+    tile |= {"per_split": per_split, "SPLIT": splits > 1}
+    tile["num_warps"] = settings.decode_warps if splits > 1 else settings.warps
+    partial, partial_lse = out, lse
+    if splits > 1:
+        partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+    forward_kernels.attend[(n_groups * blocks, splits, batch)](
+        **arguments, p_out=partial, p_lse=partial_lse, **tile
+    )
+    if splits > 1:
+        block, n_rows = min(value_dim, 128), batch * queries * heads
+        constants = {"SPLITS": splits, "SP": power(splits), "V": value_dim, "BLOCK": block}
+        forward_kernels.combine[(n_rows, value_dim // block)](
+            partial, partial_lse, out, lse, n_rows, **constants, num_warps=1
         )
-        return out, lse
-    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
-    tile["num_warps"] = settings.decode_warps
-    forward_kernels.attend[grid](
-        **arguments, p_out=partial, p_lse=partial_lse, per_split=per_split, SPLIT=True, **tile
-    )
-    block = min(value_dim, 128)
-    n_rows = batch * queries * heads
-    constants = {"SPLITS": splits, "SP": power(splits), "V": value_dim, "BLOCK": block}
-    forward_kernels.combine[(n_rows, value_dim // block)](
-        partial, partial_lse, out, lse, n_rows, **constants, num_warps=1
-    )
     return out, lse
 
 
