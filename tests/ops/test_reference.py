@@ -262,3 +262,41 @@ def test_backend_is_checked():
         ops.sparse_mla(
             torch.randn(1, 2, 1, 16), k, torch.zeros(1, 2, 1, dtype=torch.int64), 1.0, value_dim=8
         )
+
+
+def test_tuning_is_restored():
+    before = tuning.current()
+    with pytest.raises(RuntimeError, match="stop"), ops.tuned(mla={"rows": 32}, backend="torch"):
+        with ops.tuned(index={"stride": 4}) as inner:
+            assert (inner.mla.rows, inner.index.stride, inner.backend) == (32, 4, "torch")
+        assert tuning.current().index.stride == before.index.stride
+        raise RuntimeError("stop")
+    assert tuning.current() is before
+    with pytest.raises(TypeError, match="columns"), ops.tuned(kl={"columns": 1}):
+        pass
+    with pytest.raises(AttributeError):
+        before.mla.rows = 1
+
+
+def test_index_kl_is_the_divergence_of_both_softmaxes():
+    q, k, w = torch.randn(9, 2, 8), torch.randn(9, 8), torch.randn(9, 2)
+    queries, keys = torch.randn(9, 3, 5), torch.randn(9, 5)
+    leaves = [x.double().requires_grad_() for x in (q, k, w)]
+    scores = torch.einsum("sjd,td->sjt", leaves[0], leaves[1]).relu()
+    scores = torch.einsum("sjt,sj->st", scores, leaves[2])
+    future = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    log_q = scores.masked_fill(future, -torch.inf).log_softmax(-1)
+    logits = torch.einsum("she,te->hst", queries, keys).double() * 0.3
+    p = logits.masked_fill(future, -torch.inf).softmax(-1).mean(0)
+    want = torch.where(future, 0.0, torch.xlogy(p, p) - p * log_q.masked_fill(future, 0.0)).sum()
+    target = ops.AttentionTarget(queries, keys, None, 0.3)
+    for kind in ("multi", "avg"):
+        for block_bytes in (1, 1 << 20):
+            options = {"kind": kind, "block_bytes": block_bytes}
+            value, grads = ops.index_kl(q, k, w, [target, target], [0.5, 0.5], **options)
+            assert float(value) == pytest.approx(float(want.detach()), rel=1e-5)
+            for got, exact in zip(
+                grads, torch.autograd.grad(want, leaves, retain_graph=True), strict=True
+            ):
+                torch.testing.assert_close(got, exact.float(), rtol=1e-4, atol=1e-5)
+    assert ops.index_kl(q, k, w, [target], [1.0], gradients=False)[1] is None
