@@ -1,8 +1,9 @@
-"""The main job, end to end, on the packaged `tiny` model: inspect -> search -> overlap -> evaluate -> export.
+"""Do the main job on the packaged model `tiny`: inspect, search, overlap, evaluate, export.
 
     python examples/demo.py --out demo
 
-Every step is the command a user would type; run it again and the search goes on from its journal.
+Every step is the command that a user would type. If you run the demo again, the search goes on from
+its journal.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from indexcache.cli import main as indexcache
 
 
 def step(*command: str) -> None:
+    """Print a command, run it, and stop the demo if it fails."""
     print("\n$ indexcache " + " ".join(command), flush=True)
     code = indexcache(command)
     if code:
@@ -26,8 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"))
     out: Path = parser.parse_args().out
+    search = str(out / "search")
+    best = str(out / "search" / "pattern.json")
     began = time.time()
-    search, best = str(out / "search"), str(out / "search" / "pattern.json")
     step("inspect", "tiny")
     step("search", "tiny", "--out", search, "--keep", "1/8", "--no-uniform")
     step("overlap", "tiny", "--out", str(out / "overlap"), "--pattern", f"{search}:1/4")
@@ -46,7 +49,8 @@ def main() -> None:
     shutil.rmtree(out / "export", ignore_errors=True)
     step("export", "tiny", "--pattern", f"{search}:1/4", "--out", str(out / "export"))
     print(
-        f"\nDone in {time.time() - began:.0f} s. The pattern that keeps the fewest full layers is in {best}; the rest is in {out}."
+        f"\nDone in {time.time() - began:.0f} s. The pattern that keeps the fewest full layers is "
+        f"in {best}; everything else is in {out}."
     )
 
 

@@ -71,7 +71,7 @@ def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...
 
 
 def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
-    """Parse a specification without its name and its +R; return the pattern and what a search saw."""
+    """Parse a specification without name and +R; return the pattern and what a search saw."""
     if not spec.strip():
         raise ValueError(
             "The pattern is empty: name one, e.g. FSSF, 1/4, a file or the folder of a search."
@@ -138,7 +138,8 @@ def _frontier_point(folder: Path, full: int | None, layers: int) -> tuple[Patter
     """Read the pattern with `full` full layers from a search's folder; None is the last one."""
     if not (folder / "result.json").exists():
         raise ValueError(
-            f"{folder}: has no result.json; the search there is not finished (run it again to go on)."
+            f"{folder}: has no result.json; the search there is not finished (run it again to go "
+            "on)."
         )
     result = read_json(folder / "result.json")
     try:

@@ -62,8 +62,8 @@ UNREACHABLE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb, and return its exit code.
 
-    0: it is done. 1: a gate failed. 2: the usage or the input is wrong, which one sentence on stderr
-    explains. 130: it was interrupted. 141: nobody reads stdout any more.
+    0: it is done. 1: a gate failed. 2: the usage or the input is wrong, and one sentence on stderr
+    says how. 130: it was interrupted. 141: nobody reads stdout any more.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     log, notes = logging.getLogger("indexcache"), Notes(logging.INFO)
@@ -113,7 +113,8 @@ def build_app() -> App:
     """Build the command line; verbs import what they need when they run."""
     app = App(
         name="indexcache",
-        help="Find a sharing pattern for a DeepSeek-Sparse-Attention model, prove it safe, export it.",
+        help="Find a sharing pattern for a model with DeepSeek Sparse Attention, prove it safe, and "
+        "export it.",
         help_format="markdown",
         version=f"indexcache {__version__}",
         config=read_config,
@@ -136,7 +137,7 @@ def build_app() -> App:
 
 
 def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
-    """Convert a flag's value: an integer has no point, and a number may be a fraction such as 1/4."""
+    """Convert a flag's value; an integer has no point, and a number may be a fraction."""
     text = tokens[0].value if tokens else ""
     if type_ is int and "." in text:
         raise CoercionError(token=tokens[0], target_type=int)
@@ -182,7 +183,8 @@ def guarded(call: Callable[[], int | None]) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         print(
-            "indexcache: interrupted; a search, distillation or bench goes on with the same command.",
+            "indexcache: interrupted; a search, distillation or bench goes on with the same "
+            "command.",
             file=sys.stderr,
         )
         return 130

@@ -19,7 +19,7 @@ from indexcache.cli.common import (
 from indexcache.distilling.settings import DistillSettings, RunSettings
 
 NO_FLAGS = ("rows", "layer_weights", "weight_decay", "clip", "lr_warmup")
-"""Settings without a flag of their own; --batch-tokens and --layer-weights stand for two of them."""
+"""Settings without a flag; --batch-tokens and --layer-weights stand for two of them."""
 
 FLAG_NAMES = {"objective": "loss", "compute_dtype": "dtype"}
 """Settings whose flag has another name."""

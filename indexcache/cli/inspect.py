@@ -8,7 +8,7 @@ from indexcache.cli.common import FLAT, Checkpoint, Output
 
 
 def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) -> None:
-    """Say what a checkpoint is: its shape, its indexers, its pattern, and what a search would cost."""
+    """Say what a checkpoint is: shape, indexers, pattern, and what a search would cost."""
     from indexcache.models.loading import describe
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations

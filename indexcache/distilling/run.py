@@ -71,8 +71,8 @@ def distill_checkpoint(
     folder = Path(out)
     if not run.resume and (folder / "settings.json").exists():
         raise ValueError(
-            f"{folder}: there is a run in this folder already; leave out --no-resume to continue it, "
-            "or choose another --out."
+            f"{folder}: there is a run in this folder already; leave out --no-resume to continue "
+            "it, or choose another --out."
         )
     facts = describe(model)
     device = local_device(run.device)
@@ -206,8 +206,8 @@ def _write_checkpoint(
         return target
     why = "no R layers" if "R" in pattern.roles else "no sharing for this family"
     log.warning(
-        "stock transformers has %s, so the checkpoint keeps all indexers and its config no pattern; "
-        "run it with use_pattern.",
+        "stock transformers has %s, so the checkpoint keeps all indexers and its config no "
+        "pattern; run it with use_pattern.",
         why,
     )
     temporary.rename(target)

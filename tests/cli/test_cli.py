@@ -1,4 +1,4 @@
-"""Through the command line: what good input gives, and one sentence with exit code 2 for each bad one."""
+"""Run verbs: good input gives results, bad input one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_changed_settings_data_or_model_are_refused(checkpoint, text, tmp_path, 
 def test_a_config_that_shares_on_a_whole_checkpoint_is_no_native_sharing(
     checkpoint, text, tmp_path, capsys
 ):
-    """Such a config is an override: the model is evaluated against all its indexers, and can be searched."""
+    """Such a config is an override: the baseline runs all indexers, and a search is possible."""
     assert (
         main(
             [
@@ -632,7 +632,10 @@ def test_as_a_program(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, indexcache; indexcache.Pattern('FS'); print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, indexcache; indexcache.Pattern('FS'); "
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "[]"

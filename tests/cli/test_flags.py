@@ -1,4 +1,4 @@
-"""The contract of the command line: its flags and defaults, its config files, its help, its refusals."""
+"""Test the contract of the command line: flags, defaults, config files, help and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from indexcache.cli import search as search_verb
 from indexcache.report.tables import table
 
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
-"""The flags of every verb: whether one is required, its default and its choices. Users rely on them."""
+"""The flags of every verb, with their defaults and choices, on which users rely."""
 
 
 def arguments(verb: str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_settings_are_frozen():
                 assert all(f.kw_only for f in dataclasses.fields(parameter))
 
 
-# -- What a verb is called with ---------------------------------------------------------------------
+# -- What a verb is called with --------------------------------------------------------------
 
 
 class Called(ValueError):
@@ -221,7 +221,7 @@ def test_lists(capsys, monkeypatch):
     assert seen == [("1/2", "1/4", "a, b=all"), ("1/2", "all")]
 
 
-# -- Cheap things come before dear ones -------------------------------------------------------------
+# -- Cheap things come before dear ones ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_wrong_settings_cost_no_model(search, monkeypatch, tmp_path, argv, says)
     assert says in message
 
 
-# -- Help and exit codes ----------------------------------------------------------------------------
+# -- Help and exit codes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], *([v, "--help"] for v in VERBS)])
