@@ -98,10 +98,10 @@ def index_topk(
     _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, groups)
     inputs = q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP
     if _use_triton(
-        backend, q_BSHD, "index_topk", lambda: _index().refuse(q_BSHD, k_BTD, topk, pool)
+        backend, q_BSHD, "index_topk", lambda: _index().refuse_index(q_BSHD, k_BTD, topk, pool)
     ):
         with _device_of(q_BSHD):
-            return _index().index_topk(*inputs, pool=pool, groups=groups)
+            return _index().run_index_topk(*inputs, pool=pool, groups=groups)
     with torch.no_grad():
         return reference.index_topk(*inputs, pool=pool)
 
@@ -113,9 +113,9 @@ def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     """
     if not _has_kernels(q_BSHD):
         return 1
-    from indexcache.ops.index.scores_host import pool_group
+    from indexcache.ops.index.scores_host import neighbours
 
-    return pool_group(q_BSHD, k_BTD)
+    return neighbours(q_BSHD, k_BTD)
 
 
 def sparse_mla(

@@ -114,12 +114,17 @@ def take(pointer, mask):
 
 
 @triton.jit
+def nibble_counts(x):
+    """Count the bits set in each group of four bits of a uint32, in the place of the group."""
+    n = x - ((x >> 1) & 0x55555555)
+    return (n & 0x33333333) + ((n >> 2) & 0x33333333)
+
+
+@triton.jit
 def ones(x):
     """Count the bits that are set in each int32."""
     if INTERPRETED:
-        left = x.to(tl.uint32, bitcast=True)
-        n = left - ((left >> 1) & 0x55555555)
-        n = (n & 0x33333333) + ((n >> 2) & 0x33333333)
+        n = nibble_counts(x.to(tl.uint32, bitcast=True))
         return ((((n + (n >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
     else:
         return tl.inline_asm_elementwise(

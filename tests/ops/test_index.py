@@ -1,4 +1,4 @@
-"""The selection's kernels against the definition: in Triton's interpreter at small shapes, on a GPU at large ones."""
+"""The kernels of `index_topk` against the definition: small in the interpreter, large on a GPU."""
 
 import os
 
@@ -6,45 +6,47 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported: its own library is decorated then
-    )
+if not GPU:  # This comes before triton is imported, because its own library is decorated then.
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
 from indexcache.ops import reference  # noqa: E402
-from indexcache.ops.index import host as launch_index  # noqa: E402
-from indexcache.ops.index import scores_host as launch_scores  # noqa: E402
-from indexcache.ops.index import topk_grid as select_grid  # noqa: E402
-from indexcache.ops.index import topk_host as launch_select  # noqa: E402
+from indexcache.ops.index import scores_host, topk_grid, topk_host  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
 
 def integers(*shape, low=-3, high=4):
-    """Small integers: sums are exact in any order and precision, so ids must be equal to the definition's."""
+    """Make small integers: sums are exact in any order and precision, so ids must be equal."""
     return torch.randint(low, high, shape, device=DEVICE).float()
 
 
 def inputs(batch, queries, keys, heads, dim, dtype):
-    q, k = integers(batch, queries, heads, dim).to(dtype), integers(batch, keys, dim).to(dtype)
+    q = integers(batch, queries, heads, dim).to(dtype)
+    k = integers(batch, keys, dim).to(dtype)
     return q, k, integers(batch, queries, heads), integers(batch, keys, low=1, high=3)
+
+
+def best(x, k):
+    """Select from rows of scores by the definition."""
+    return reference.select(x, torch.ones_like(x, dtype=torch.bool), k)
 
 
 @pytest.fixture
 def small():
-    """Lists and samples so small that short rows go the way of long ones."""
+    """Make lists and samples so small that short rows take the way of long ones."""
     tiles = {"queries": 16, "keys": 32, "chunk": 64}
     with ops.tuned(index={"listed": 64, "stride": 4, "workers": 2, **tiles}):
         yield
 
 
 def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
-    got = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="triton")
-    want = ops.index_topk(q, k, w, scale, topk, offset, candidates, pool=pool, backend="torch")
-    assert (got.pool is None) == (want.pool is None) == (not pool)
-    for a, b in ((got.ids, want.ids), (got.pool, want.pool)):
+    arguments = q, k, w, scale, topk, offset, candidates
+    result = ops.index_topk(*arguments, pool=pool, backend="triton")
+    expected = ops.index_topk(*arguments, pool=pool, backend="torch")
+    assert (result.pool is None) == (expected.pool is None) == (not pool)
+    for a, b in ((result.ids, expected.ids), (result.pool, expected.pool)):
         if a is not None:
             assert a.dtype == torch.int32
             assert torch.equal(a, b), (a != b).nonzero()[:5]
@@ -61,13 +63,13 @@ def test_prefill_long_rows(small):
 
 
 def test_prefill_when_samples_mislead(small):
-    with ops.tuned(index={"deviations": -1.0}):  # thresholds too high: too few are listed
+    with ops.tuned(index={"deviations": -1.0}):  # Thresholds are too high: too few are listed.
         check(*inputs(1, 33, 300, 2, 16, torch.float16), 8, 267, pool=20)
 
 
 def test_prefill_ties_overflow(small):
     q, k, w, _ = inputs(1, 33, 300, 2, 16, torch.float16)
-    check(q, k * 0, w, None, 8, 267)  # every score is zero: the lowest ids
+    check(q, k * 0, w, None, 8, 267)  # Every score is zero: the lowest ids win.
     check(q, k, w * 0, None, 8, 267)
 
 
@@ -82,12 +84,9 @@ def test_decode_unequal_lengths(small, pool):
 
 def test_candidates(small):
     q, k, w, scale = inputs(2, 5, 200, 4, 16, torch.float16)
-    pool = ops.index_topk(
-        *inputs(2, 5, 200, 4, 16, torch.float16),
-        120,
-        torch.tensor([190, 90], device=DEVICE),
-        backend="torch",
-    ).ids
+    others = inputs(2, 5, 200, 4, 16, torch.float16)
+    offset = torch.tensor([190, 90], device=DEVICE)
+    pool = ops.index_topk(*others, 120, offset, backend="torch").ids
     check(q, k, w, scale, 8, torch.tensor([180, 60], device=DEVICE), pool)
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
 
@@ -106,7 +105,10 @@ def test_candidates_of_neighbours(small, queries, heads, width):
 
 def test_nonfinite(small):
     q, k, w, scale = inputs(1, 33, 40, 2, 16, torch.float16)
-    k[0, 3], scale[0, 5], w[0, 7], scale[0, 9] = torch.nan, torch.inf, torch.nan, -torch.inf
+    k[0, 3] = torch.nan
+    scale[0, 5] = torch.inf
+    w[0, 7] = torch.nan
+    scale[0, 9] = -torch.inf
     check(q, k, w, scale, 4, 7)
     check(q[:, :1], k, w[:, :1], scale, 4, 30)
 
@@ -127,46 +129,49 @@ def test_fp8_and_fp32(small):
 @pytest.mark.parametrize("width", [1, 63, 257, 2049, 8193])
 def test_topk_rows_of_floats(small, width):
     x = torch.randn(4, width, device=DEVICE)
-    x[0, ::7], x[1, ::5], x[2], x[3] = torch.nan, torch.inf, x[2].round(), -torch.inf
+    x[0, ::7] = torch.nan
+    x[1, ::5] = torch.inf
     x[1, ::9] = -0.0
-    got, pool = launch_select.topk_rows(x, 5, pool=12)
-    for a, n in ((got, 5), (pool, 12)):
-        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+    x[2] = x[2].round()
+    x[3] = -torch.inf
+    ids, pool = topk_host.topk_rows(x, 5, pool=12)
+    assert torch.equal(ids, best(x, 5))
+    assert torch.equal(pool, best(x, 12))
 
 
 @pytest.mark.parametrize("burst", [0, 200, 2000])
 def test_topk_of_one_long_row(small, burst):
-    """Many short lists for one row; the best keys in one place make a list longer than the tile that serves even ones."""
+    """One row has many short lists. A burst of good keys makes one longer than the others' tile."""
     x = torch.randn(1, 12000, device=DEVICE)
     x[0, 5000 : 5000 + burst] += 10
     with ops.tuned(index={"workers": 132}):
-        got, pool = launch_select.topk_rows(x, 20, pool=50)
-    for a, n in ((got, 20), (pool, 50)):
-        assert torch.equal(a, reference.select(x, torch.ones_like(x, dtype=torch.bool), n))
+        ids, pool = topk_host.topk_rows(x, 20, pool=50)
+    assert torch.equal(ids, best(x, 20))
+    assert torch.equal(pool, best(x, 50))
 
 
 def test_refusals():
-    q, k, w = (
-        torch.randn(*shape, device=DEVICE) for shape in ((1, 2, 1, 24), (1, 2, 24), (1, 2, 1))
-    )
+    q = torch.randn(1, 2, 1, 24, device=DEVICE)
+    k = torch.randn(1, 2, 24, device=DEVICE)
+    w = torch.randn(1, 2, 1, device=DEVICE)
     with pytest.raises(ValueError, match="24 is not a power of two"):
         ops.index_topk(q, k, w, None, 1, 0, backend="triton")
 
 
 @pytest.mark.parametrize("wide", [0, 30])
 def test_rescue_in_pools(wide):
-    """Flagged rows are redone inside their pools, the others left alone."""
+    """Flagged rows are selected anew inside their pools; the others stay as they are."""
     q, k, w, scale = inputs(1, 5, 200, 4, 16, torch.float16)
-    made = ops.index_topk(*inputs(1, 5, 200, 4, 16, torch.float16), 90, 195, backend="torch")
-    candidates = made.ids
+    others = inputs(1, 5, 200, 4, 16, torch.float16)
+    candidates = ops.index_topk(*others, 90, 195, backend="torch").ids
     candidates[0, 2, 40:] = -1
     flag = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32, device=DEVICE)
     out, pool = (
         torch.full((5, n), -7, dtype=torch.int32, device=DEVICE) if n else None for n in (8, wide)
     )
-    launch_index._rescue(launch_scores.Inputs(q, k, w, scale, 180), flag, candidates[0], out, pool)
-    want = ops.index_topk(q, k, w, scale, 8, 180, candidates, pool=wide, backend="torch")
-    for a, b in ((out, want.ids), (pool, want.pool)):
+    scores_host.rescue(scores_host.Inputs(q, k, w, scale, 180), flag, candidates[0], out, pool)
+    expected = ops.index_topk(q, k, w, scale, 8, 180, candidates, pool=wide, backend="torch")
+    for a, b in ((out, expected.ids), (pool, expected.pool)):
         if a is not None:
             assert torch.equal(a[flag > 0], b[0, flag > 0])
             assert (a[flag == 0] == -7).all()
@@ -181,31 +186,22 @@ def test_rescue_in_pools(wide):
 def test_large(dtype, queries, keys):
     q, k, w, scale = inputs(1, queries, keys, 32, 128, dtype)
     check(q, k, w, scale, 2048, keys - queries, pool=16384)
-    assert torch.equal(
-        *[
-            ops.index_topk(q, k, w, scale, 2048, keys - queries, backend="triton").ids
-            for _ in range(2)
-        ]
-    )
+    arguments = q, k, w, scale, 2048, keys - queries
+    twice = [ops.index_topk(*arguments, backend="triton").ids for _ in range(2)]
+    assert torch.equal(*twice)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("queries", [63, 2049, 8192])
 def test_indexers_of_256_dims(queries):
-    """Nine heads of 256, k = 256: what the recipe for SmolLM2 selects with, pools of 1,024 and 2,048 among it."""
+    """The recipe for SmolLM2 selects with nine heads of 256, k = 256, pools of 1,024 and 2,048."""
     q, k, w, _ = inputs(1, queries, queries, 9, 256, torch.bfloat16)
     for pool in (0, 1024, 2048):
         check(q, k, w, None, 256, 0, pool=pool)
-    found = ops.index_topk(
-        *inputs(1, queries, queries, 9, 256, torch.bfloat16)[:3],
-        None,
-        256,
-        0,
-        pool=2048,
-        backend="torch",
-    ).pool
-    check(q, k, w, None, 256, 0, found)
+    others = inputs(1, queries, queries, 9, 256, torch.bfloat16)[:3]
+    candidates = ops.index_topk(*others, None, 256, 0, pool=2048, backend="torch").pool
+    check(q, k, w, None, 256, 0, candidates)
 
 
 @pytest.mark.gpu
@@ -214,51 +210,54 @@ def test_indexers_of_256_dims(queries):
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("queries", [33, 257])
 def test_heads_and_pools(heads, queries, grouped):
-    """Every number of heads that the Gluon kernels know; pools with padding at their ends and with keys that are not visible."""
+    """The Gluon kernels take these numbers of heads; pools are padded and hold invisible keys."""
     with ops.tuned(index={"grouped_pools": grouped}):
         check_heads_and_pools(heads, queries, grouped)
 
 
 def check_heads_and_pools(heads, queries, grouped):
-    dtype, offset = torch.float8_e4m3fn, torch.tensor([9000, 9000], device=DEVICE)
+    dtype = torch.float8_e4m3fn
+    offset = torch.tensor([9000, 9000], device=DEVICE)
     q, k, w, scale = inputs(2, queries, 9300, heads, 128, dtype)
-    if launch_scores._gluon(q, k) and heads in (16, 32, 64):
+    if scores_host.gluon_fits(q, k) and heads in (16, 32, 64):
         assert ops.pool_group(q, k) == (128 // heads if grouped else 1)
     check(q[:1], k[:1], w[:1], scale[:1], 300, 9000)
-    pool = ops.index_topk(
-        *inputs(2, queries, 9300, heads, 128, dtype), 700, offset, backend="torch"
-    ).ids
-    pool[:, 5, 300:] = pool[0, 7] = -1
+    others = inputs(2, queries, 9300, heads, 128, dtype)
+    pool = ops.index_topk(*others, 700, offset, backend="torch").ids
+    pool[:, 5, 300:] = -1
+    pool[0, 7] = -1
     k[1, 9280:] = torch.nan
     check(q, k, w, scale, 200, offset, pool, pool=450)
     check(q, k, w, scale, 200, torch.tensor([8000, 100], device=DEVICE), pool)
     group = ops.pool_group(q, k)
     groups = ops.group_queries(pool, group) if group > 1 else None
     arguments = q, k, w, scale, 200, offset, pool
-    grouped_before = ops.index_topk(*arguments, groups=groups, backend="triton")
-    assert torch.equal(grouped_before.ids, ops.index_topk(*arguments, backend="triton").ids)
-    for stride in (4, 32):  # thresholds from a sample; from one so small that everything overflows
+    with_groups = ops.index_topk(*arguments, groups=groups, backend="triton")
+    assert torch.equal(with_groups.ids, ops.index_topk(*arguments, backend="triton").ids)
+    # The second stride leaves a sample so small that every list overflows.
+    for stride in (4, 32):
         with ops.tuned(index={"listed": 512, "stride": stride}):
             check(q, k, w, scale, 200, offset, pool)
 
 
 def hard_rows(keys, topk):
-    """Rows that `select_grid` finds easy, full of ties, or hard: its sample lies, or the k-th key has too many near it."""
+    """Make rows that are easy, full of ties or hard for `select_grid`.
+
+    In the hard ones its sample misleads, or too many keys are near the k-th one.
+    """
     x = torch.randn(keys, device=DEVICE)
     sample = torch.zeros_like(x, dtype=torch.bool)
-    samples = min(
-        1 << max(5 * keys // topk - 1, 31).bit_length(), 512
-    )  # as launch_grid and the kernel place them
-    stride, i = -(-keys // samples), torch.arange(samples, device=DEVICE)
+    # `launch_grid` and the kernel place their samples like this.
+    samples = min(1 << max(5 * keys // topk - 1, 31).bit_length(), 512)
+    stride = -(-keys // samples)
+    i = torch.arange(samples, device=DEVICE)
     at = i * stride + (((i * 40503) & 0xFFFF) * stride >> 16)
     sample[at[at < keys]] = True
     mixed = x.clone()
-    mixed[::3], mixed[1::7], mixed[2::5], mixed[3::11] = (
-        mixed[::3].round(),
-        torch.nan,
-        torch.inf,
-        -0.0,
-    )
+    mixed[::3] = mixed[::3].round()
+    mixed[1::7] = torch.nan
+    mixed[2::5] = torch.inf
+    mixed[3::11] = -0.0
     few = torch.where(torch.arange(keys, device=DEVICE) < keys // 99, x, -torch.inf)
     rows = {
         "normal": x,
@@ -286,39 +285,33 @@ def hard_rows(keys, topk):
 @pytest.mark.parametrize("keys", [1, 63, 257, 3000, 20000])
 @pytest.mark.parametrize("deviations", [5.0, -1.0])
 def test_select_grid(keys, topk, deviations, monkeypatch):
-    """Rows of floats. The interpreter runs one program after another, so there a row has one."""
-    work, zeros = [], torch.zeros
+    """Rows have one program each in the interpreter, which runs one program after another."""
+    work = []
+    zeros = torch.zeros
     monkeypatch.setattr(
         torch, "zeros", lambda *shape, **options: work.append(zeros(*shape, **options)) or work[-1]
     )
     with ops.tuned(index={"deviations": deviations}):
         rounds = select_hard_rows(keys, topk, work)
-    if (keys, topk, deviations) == (20000, 300, 5.0):  # the sample served, and it did not
+    if (keys, topk, deviations) == (20000, 300, 5.0):  # The sample served or misled.
         assert rounds["normal"] == rounds["heavy"] == rounds["grid"] == rounds["zeros"] == 1, rounds
         assert min(rounds["few"], rounds["sample low"], rounds["sample high"]) > 1, rounds
 
 
 def select_hard_rows(keys, topk, work):
-    """Check each row's selection; return the rounds that each took."""
+    """Check the selection of each row, and return how many rounds it took."""
     rounds = {}
+    segment = 2048 if GPU else topk_host.power(keys, 16)
     for name, row in hard_rows(keys, topk).items():
-        got = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
-        launch_select.launch_grid(
-            launch_select.Rows(row[None], None, 1, None),
-            got,
-            2048 if GPU else launch_select.power(keys, 16),
-        )
-        want = reference.select(row[None], torch.ones_like(row[None], dtype=torch.bool), topk)
-        assert torch.equal(got, want), name
-        bins = work[-1][0, select_grid.COUNTS.value :].view(select_grid.ROUNDS.value, -1)
+        out = torch.empty(1, topk, dtype=torch.int32, device=DEVICE)
+        topk_host.launch_grid(topk_host.Rows(row[None]), out, segment)
+        expected = best(row[None], topk)
+        assert torch.equal(out, expected), name
+        bins = work[-1][0, topk_grid.COUNTS.value :].view(topk_grid.ROUNDS.value, -1)
         rounds[name] = int(bins.any(-1).sum())
         ids = torch.arange(keys, dtype=torch.int32, device=DEVICE)[None] * 3 + 1
-        launch_select.launch_grid(
-            launch_select.Rows(row[None], None, 1, ids),
-            got,
-            2048 if GPU else launch_select.power(keys, 16),
-        )
-        assert torch.equal(got, torch.where(want < 0, -1, 3 * want + 1)), name
+        topk_host.launch_grid(topk_host.Rows(row[None], mapped=ids), out, segment)
+        assert torch.equal(out, torch.where(expected < 0, -1, 3 * expected + 1)), name
     return rounds
 
 
@@ -327,50 +320,33 @@ def select_hard_rows(keys, topk, work):
 @pytest.mark.parametrize("keys", [8193, 200_000])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_select_grid_of_many(rows, keys):
-    """A row or a few by many programs: hard rows, and decoding steps of unequal lengths."""
-    assert launch_select.grid_segment(rows, keys, torch.device(DEVICE))
+    """Many programs select from one row or a few: hard rows, and decoding at unequal lengths."""
+    assert topk_host.grid_segment(rows, keys, torch.device(DEVICE))
     lengths = torch.tensor(
         [keys, keys // 2, 0, 9, keys // 40, keys - 1, 4096, keys], device=DEVICE
     )[:rows]
     for topk in (5, 2048):
         check(*inputs(rows, 1, keys, 32, 128, torch.float8_e4m3fn), topk, lengths - 1)
         hard = torch.stack([*hard_rows(keys, topk).values()])
-        if rows < 8:  # pools of one query, of unequal lengths
-            pool = (
-                torch.rand(rows, 1, 3 * keys, device=DEVICE)
-                .topk(keys, -1)
-                .indices.sort(-1)
-                .values.int()
-            )
-            pool = torch.where(
-                torch.arange(keys, device=DEVICE) < lengths.clamp(min=0)[:, None, None], pool, -1
-            )
-            check(
-                *inputs(rows, 1, 3 * keys, 32, 128, torch.float8_e4m3fn), topk, 3 * keys - 1, pool
-            )
+        if rows < 8:  # These are pools of one query, of unequal lengths.
+            every = torch.rand(rows, 1, 3 * keys, device=DEVICE).topk(keys, -1).indices
+            filled = torch.arange(keys, device=DEVICE) < lengths.clamp(min=0)[:, None, None]
+            pool = torch.where(filled, every.sort(-1).values.int(), -1)
+            others = inputs(rows, 1, 3 * keys, 32, 128, torch.float8_e4m3fn)
+            check(*others, topk, 3 * keys - 1, pool)
         for x in hard.split(rows):
-            for _ in range(3):  # a leftover of one call in its workspace would show in the next
-                got, _ = launch_select.topk_rows(x, topk)
-                assert torch.equal(
-                    got, reference.select(x, torch.ones_like(x, dtype=torch.bool), topk)
-                )
+            for _ in range(3):  # What one call left in its workspace would show in the next.
+                assert torch.equal(topk_host.topk_rows(x, topk)[0], best(x, topk))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 def test_addresses_past_2_31():
-    keys = 2**24 + 4096  # times 128 is past 2^31 elements
+    keys = 2**24 + 4096  # Times 128 dims this is past 2^31 elements.
     q, k, w, _ = inputs(1, 1, 1, 32, 128, torch.float8_e4m3fn)
     k = torch.zeros(1, keys, 128, device=DEVICE, dtype=torch.float8_e4m3fn)
     hot = torch.tensor([5, 2**24 + 1, 2**24 + 4000], device=DEVICE)
     k[0, hot] = torch.ones(3, 128, device=DEVICE).to(k.dtype)
-    got = ops.index_topk(
-        torch.ones_like(q, dtype=torch.float32).to(q.dtype),
-        k,
-        w.abs() + 1,
-        None,
-        3,
-        keys - 1,
-        backend="triton",
-    )
-    assert got.ids[0, 0].tolist() == hot.tolist()
+    q = torch.ones_like(q, dtype=torch.float32).to(q.dtype)
+    result = ops.index_topk(q, k, w.abs() + 1, None, 3, keys - 1, backend="triton")
+    assert result.ids[0, 0].tolist() == hot.tolist()

@@ -1,158 +1,164 @@
-"""Host side of ops/scores.py and ops/scores_hopper.py."""
+"""Launch the kernels in scores.py, scores_hopper.py and pools_hopper.py."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from indexcache.ops import tuning as settings
+from indexcache.ops import tuning
 from indexcache.ops.index import scores
-from indexcache.ops.index.topk_host import Lists
+from indexcache.ops.index.topk_host import Lists, output_args
 from indexcache.ops.reference import FP8, QueryGroups
 from indexcache.ops.tuning import current, power, segments
 
 
 class Inputs:
-    """Tensors as the kernels want them: contiguous but for the strides that they take."""
+    """Tensors as the kernels want them: contiguous, except for the strides that they take.
+
+    q: [B, S, H, D]; k: [B, T, D], dtype of q; w: fp32 [B, S, H]; scale: fp32 [B, T] or None;
+    offset: int64 [B], the position of the first query.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, offset: int | Tensor):
-        self.q, self.w = q.contiguous(), w.float().contiguous()
+        self.q = q.contiguous()
+        self.w = w.float().contiguous()
         self.k = k if k.stride(-1) == 1 else k.contiguous()
         self.scale = None if scale is None else scale.float().contiguous()
-        start = (
-            offset
-            if isinstance(offset, Tensor)
-            else torch.full((), offset, dtype=torch.int64, device=q.device)
-        )
-        self.offset = start.to(q.device, torch.int64).expand(q.shape[0]).contiguous()
+        if not isinstance(offset, Tensor):
+            offset = torch.full((), offset, dtype=torch.int64, device=q.device)
+        self.offset = offset.to(q.device, torch.int64).expand(q.shape[0]).contiguous()
         self.batch, self.queries, self.heads, self.dim = q.shape
         self.keys = k.shape[1]
 
     @property
-    def scale_or_any(self) -> Tensor:
-        return self.w if self.scale is None else self.scale
+    def tensor_args(self) -> dict[str, Any]:
+        """Arguments of every kernel that computes scores, except for the strides of the keys."""
+        tensors = {"p_q": self.q, "p_k": self.k, "p_w": self.w, "p_scale": self.scale}
+        sizes = {"n_queries": self.queries, "n_keys": self.keys, "H": self.heads, "D": self.dim}
+        return tensors | sizes | {"p_offset": self.offset}
+
+    @property
+    def row_args(self) -> dict[str, Any]:
+        """Arguments of the kernels that score one query at a time."""
+        strides = {"s_kb": self.k.stride(0), "s_kt": self.k.stride(1)}
+        return self.tensor_args | strides | {"HP": power(self.heads, 16), "BN": 128}
 
     def chunk(self, b: int, start: int, end: int) -> Inputs:
-        scale = None if self.scale is None else self.scale[b : b + 1]
+        """Return the queries from start to end of batch entry b, with all of its keys."""
         return Inputs(
             self.q[b : b + 1, start:end],
             self.k[b : b + 1],
             self.w[b : b + 1, start:end],
-            scale,
+            None if self.scale is None else self.scale[b : b + 1],
             self.offset[b : b + 1] + start,
         )
 
 
-def _gluon(q: Tensor, k: Tensor) -> bool:
-    """The kernels of ops/scores_hopper.py fit."""
+def gluon_fits(q: Tensor, k: Tensor) -> bool:
+    """Return whether the kernels in Gluon take these queries and keys on this device."""
     heads, dim = q.shape[2:]
     fits = q.dtype == FP8 and dim in (64, 128) and heads in (8, 16, 32, 64, 128)
     aligned = k.data_ptr() % 16 == 0 and k.stride(0) % 16 == 0 and k.stride(1) % 16 == 0
-    return current().index.hopper and fits and aligned and settings.gluon_runs(q.device)
+    return current().index.hopper and fits and aligned and tuning.gluon_runs(q.device)
 
 
 def tiles_in_gluon(x: Inputs) -> bool:
-    """`score_tiles` takes the Gluon kernel."""
-    return x.batch == 1 and _gluon(x.q, x.k)
+    """Return whether `score_tiles` takes the Gluon kernel."""
+    return x.batch == 1 and gluon_fits(x.q, x.k)
 
 
 def query_blocks(x: Inputs) -> int:
-    """Programs of `score_tiles` for each segment of the keys."""
-    return triton.cdiv(x.queries, 256 // x.heads if tiles_in_gluon(x) else current().index.queries)
+    """Return the number of programs of `score_tiles` for each segment of the keys."""
+    queries = 256 // x.heads if tiles_in_gluon(x) else current().index.queries
+    return triton.cdiv(x.queries, queries)
 
 
-def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
-    """How many neighbouring queries `score_pools` takes together; 1: it cannot run, `score_rows` does."""
+def neighbours(q_BSHD: Tensor, k_BTD: Tensor) -> int:
+    """Return how many neighbouring queries `score_pools` takes together; 1: `score_rows` runs."""
     queries, heads = q_BSHD.shape[1:3]
-    fits = (
-        current().index.grouped_pools
-        and 16 <= heads < 128
-        and queries >= current().index.rows_below
-    )
-    fits = (
-        fits and k_BTD.shape[1] * k_BTD.stride(1) < 2**33
-    )  # words of four bytes are counted in 32 bits
-    return 128 // heads if fits and _gluon(q_BSHD, k_BTD) else 1
+    settings = current().index
+    # The kernel counts words of four bytes in 32 bits.
+    addressable = k_BTD.shape[1] * k_BTD.stride(1) < 2**33
+    fits = settings.grouped_pools and 16 <= heads < 128 and queries >= settings.rows_below
+    return 128 // heads if fits and addressable and gluon_fits(q_BSHD, k_BTD) else 1
 
 
 def score_tiles(
     x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None
 ) -> None:
-    """Launches `scores_tiles`, plain or Hopper's: into the lists, or into rows of scores `out` (fp32 [B S, columns])."""
-    columns, blocks = -(-x.keys // stride), query_blocks(x)
+    """Launch `scores_tiles` in Triton or Gluon, into lists or into rows of scores.
+
+    Args:
+        stride: every stride-th key is scored.
+        lists: where to append what reaches their thresholds.
+        out: fp32 [B S, columns], rows of scores, in place of lists.
+    """
+    settings = current().index
+    columns = -(-x.keys // stride)
+    blocks = query_blocks(x)
+    arguments = x.tensor_args | {"n_columns": columns, "STRIDE": stride}
     if lists is None:
+        assert out is not None
         count, segment = segments(
-            x.batch * blocks, columns, 3 * current().index.workers, 4 * current().index.keys
+            x.batch * blocks, columns, 3 * settings.workers, 4 * settings.keys
         )
+        places = {"p_thr": None, "p_key": None, "p_id": None, "p_count": None, "CAP": 1}
+        arguments |= places | {"p_score": out, "s_row": out.stride(0), "segment": segment}
     else:
-        count, segment = lists.segments, lists.segment
-    unused = x.offset
-    constants: dict = {"H": x.heads, "D": x.dim, "STRIDE": stride, "SCALED": x.scale is not None}
-    constants |= {"CAP": 1 if lists is None else lists.cap, "APPEND": lists is not None}
-    places = (
-        unused if lists is None else lists.thr,
-        unused if out is None else out,
-        unused if lists is None else lists.key,
-        unused if lists is None else lists.id,
-        unused if lists is None else lists.count,
-    )
-    sizes = (0 if out is None else out.stride(0), x.queries, columns, x.keys, segment)
-    inputs = (x.q, x.w, x.scale_or_any, x.offset)
+        count = lists.segments
+        if tiles_in_gluon(x):
+            lists.hold_scores()
+        arguments |= lists.append_args | {"p_score": None, "s_row": 0, "segment": lists.segment}
     if tiles_in_gluon(x):
         from indexcache.ops.index import scores_hopper
 
-        constants |= {"STAGES": current().index.hopper_stages, "num_warps": 4}
-        if lists is not None:
-            places = (*places[:2], lists.as_scores(), *places[3:])
-        keys = scores_hopper.describe(x.k[0, ::stride])
-        scores_hopper.scores_tiles[(count, blocks)](keys, *inputs, *places, *sizes, **constants)
+        del arguments["p_k"]
+        arguments |= {"keys": scores_hopper.describe(x.k[0, ::stride])}
+        arguments |= {"STAGES": settings.hopper_stages, "num_warps": 4}
+        scores_hopper.scores_tiles[(count, blocks)](**arguments)
         return
-    keys = (
-        current().index.keys if x.dim <= 128 else current().index.keys // 2
-    )  # wider ones spill (896 bytes)
-    constants |= {
-        "BM": current().index.queries,
-        "BN": keys,
-        "STAGES": current().index.stages,
-        "num_warps": 4,
-    }
-    strides = (x.k.stride(0), x.k.stride(1), x.keys)
-    scores.scores_tiles[(count, blocks, x.batch)](
-        x.q, x.k, *inputs[1:], *places, *strides, *sizes, **constants
-    )
+    keys = settings.keys if x.dim <= 128 else settings.keys // 2  # Wider tiles spill 896 bytes.
+    arguments |= {"s_kb": x.k.stride(0), "s_kt": x.k.stride(1)}
+    arguments |= {"BM": settings.queries, "BN": keys, "STAGES": settings.stages, "num_warps": 4}
+    scores.scores_tiles[(count, blocks, x.batch)](**arguments)
 
 
 def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None = None) -> None:
-    """Launches `scores.scores_rows` into rows of keys `out` (int32 [B S, columns]). clear: integers that are zeros afterwards."""
-    (rows, columns), block = out.shape, 128
-    scores.scores_rows[(rows * triton.cdiv(columns, block),)](
-        x.q,
-        x.k,
-        x.w,
-        x.scale_or_any,
-        x.offset,
-        x.offset if ids is None else ids,
-        out,
-        out if clear is None else clear,
-        x.k.stride(0),
-        x.k.stride(1),
-        x.keys,
-        0 if ids is None else ids.stride(0),
-        out.stride(0),
-        rows,
-        x.queries,
-        columns,
-        x.keys,
-        0 if clear is None else clear.numel(),
-        H=x.heads,
-        HP=power(x.heads, 16),
-        D=x.dim,
-        BN=block,
-        GATHER=ids is not None,
-        SCALED=x.scale is not None,
-        num_warps=8 if ids is None else 4,
-    )
+    """Launch `scores_rows`.
+
+    Args:
+        ids: int32 [B S, columns], the candidates of each row; None: all keys.
+        out: int32 [B S, columns], rows of sort keys.
+        clear: integers that are zeros afterwards.
+    """
+    rows, columns = out.shape
+    arguments = x.row_args | {"p_ids": ids, "p_key": out, "p_clear": clear}
+    arguments |= {"n_rows": rows, "n_columns": columns, "s_row": out.stride(0)}
+    arguments |= {"s_ids": 0 if ids is None else ids.stride(0)}
+    arguments |= {"n_clear": 0 if clear is None else clear.numel()}
+    blocks = triton.cdiv(columns, arguments["BN"])
+    scores.scores_rows[(rows * blocks,)](**arguments, num_warps=8 if ids is None else 4)
+
+
+def rescue(x: Inputs, flag: Tensor, ids: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
+    """Launch `rescue_fused`: select the flagged rows of one batch entry anew.
+
+    Args:
+        flag: int32 [S].
+        ids: int32 [S, columns], the pools to select from; None: all keys.
+        out, pool: int32 [S, k] and [S, P], of which the rows that are flagged are written.
+    """
+    columns = x.keys if ids is None else ids.shape[1]
+    workers = min(current().index.workers, x.queries)
+    work = torch.empty(workers, columns, dtype=torch.int32, device=x.q.device)
+    arguments = x.row_args | output_args(out, pool)
+    arguments |= {"p_flag": flag, "p_ids": ids, "p_work": work, "s_work": work.stride(0)}
+    arguments |= {"s_ids": 0 if ids is None else ids.stride(0)}
+    arguments |= {"n_rows": x.queries, "n_columns": columns, "BLOCK": 4096, "num_warps": 8}
+    scores.rescue_fused[(workers,)](**arguments)
 
 
 def score_pools(
@@ -163,34 +169,26 @@ def score_pools(
     lists: Lists | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """Launches `scores_hopper.scores_pools`, of one batch entry: into lists of one segment, or every stride-th into rows of keys
-    `out` (int32 [S, columns]). groups: the groups of these queries, of the size of `pool_group`."""
-    from indexcache.ops.index import scores_hopper
+    """Launch `scores_pools` for one batch entry, into lists or into rows of keys.
 
-    unused = x.offset
-    scores_hopper.scores_pools[(groups.count_BG.numel(),)](
-        x.q.view(torch.int32),
-        x.k.view(torch.int32),
-        x.w,
-        x.scale_or_any,
-        x.offset,
-        groups.union_BGU,
-        groups.mask_BGU,
-        groups.count_BG,
-        unused if lists is None else lists.thr,
-        out if lists is None else lists.as_scores(),
-        unused if lists is None else lists.id,
-        unused if lists is None else lists.count,
-        x.k.stride(1) // 4,
-        x.queries,
-        x.keys,
-        groups.union_BGU.shape[-1],
-        H=x.heads,
-        D=x.dim,
-        CAP=lists.cap if lists is not None else 0 if out is None else out.shape[1],
-        STRIDE=stride,
-        APPEND=lists is not None,
-        SCALED=x.scale is not None,
-        num_warps=4,
-        maxnreg=168,
-    )
+    Args:
+        groups: the groups of these queries, with `neighbours` queries in each.
+        stride: every stride-th slot of a union is scored.
+        lists: where to append, with one segment a row.
+        out: int32 [S, columns], rows of sort keys, in place of lists.
+    """
+    from indexcache.ops.index import pools_hopper
+
+    arguments = x.tensor_args | {"p_q": x.q.view(torch.int32), "p_k": x.k.view(torch.int32)}
+    arguments |= {"s_kt": x.k.stride(1) // 4, "STRIDE": stride}
+    arguments |= {"p_union": groups.union_BGU, "p_mask": groups.mask_BGU}
+    arguments |= {"p_slots": groups.count_BG, "n_slots": groups.union_BGU.shape[-1]}
+    if lists is None:
+        assert out is not None
+        arguments |= {"p_thr": None, "p_id": None, "p_count": None}
+        arguments |= {"p_key": out, "CAP": out.shape[1]}
+    else:
+        lists.hold_scores()
+        arguments |= lists.append_args
+    programs = groups.count_BG.numel()
+    pools_hopper.scores_pools[(programs,)](**arguments, num_warps=4, maxnreg=168)

@@ -1,14 +1,21 @@
-"""Exact top-k of long rows in one pass over them, deterministic, ids ascending.
+"""Select the exact top k of rows of scores, deterministically, with ids in ascending order.
 
-  threshold   ranks a sample of each row and takes a value a little below the wanted rank
-  compact     one pass: every (key, position) at or above that value goes to a bounded list, a list per row and segment; the
-              segments are walked in order, so lists are ascending by construction and nothing is atomic
-  pick        finds the exact k-th key among the listed and writes the ids; a row whose lists overflowed or hold fewer than k is
-              flagged, and selected by bisection over the whole row. The sample decides speed, never the result
-  pick_row    rows short enough for registers (pools): the same without lists
+  threshold   ranks a sample of each row and takes a value a little below the rank that is needed
+  compact     reads the row once and appends every (key, position) at or above that value to bounded
+              lists, one for each row and segment. A segment is walked in order, so its list is
+              ascending by construction and nothing is atomic
+  pick        finds the exact k-th key among the listed ones and writes the ids. It flags a row
+              whose lists overflowed or hold fewer than k keys; bisection over the whole row then
+              selects it. The sample decides the speed, never the result
+  pick_row    does the same without lists for rows that fit into registers (pools)
 
-Scores are compared as int32 keys (`bits.sort_key`); the key NONE marks what is no candidate. Lists hold keys, or scores as they
-are. The fused score kernels (ops/scores.py) write the same lists without a row of scores in between.
+Scores are compared as int32 keys (`primitives.sort_key`). The key NONE marks what is no candidate.
+Rows and lists hold either keys or fp32 scores, which become keys when they are read. The fused
+kernels (scores.py, scores_hopper.py) write the same lists without a row of scores in between.
+
+An optional pointer is None where it is not needed; Triton compiles a kernel for each case:
+`p_offset` [batch entries] limits a row to the keys that its query sees, `p_map` [rows, columns]
+holds the ids that are written instead of columns, `p_pool` [rows, POOL] receives the best POOL ids.
 """
 
 from __future__ import annotations
@@ -16,23 +23,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from indexcache.ops.primitives import LOWEST, NONE, kth_key, put, rows_visible, sort_key
+from indexcache.ops.primitives import (
+    LOWEST,
+    NONE,
+    kth_key,
+    nibble_counts,
+    put,
+    rows_visible,
+    sort_key,
+)
 
 
 @triton.jit
-def _as_keys(x, FLOAT: tl.constexpr):
-    if FLOAT:
+def _as_keys(x):
+    """Turn fp32 scores into sort keys. Keys stay as they are."""
+    if x.dtype == tl.float32:
         return sort_key(x)
     else:
         return x
 
 
 @triton.jit
-def _seen(p_offset, i_row, n_queries, n_keys, CAUSAL: tl.constexpr):
-    if CAUSAL:
-        return rows_visible(tl.load(p_offset + i_row // n_queries), i_row % n_queries, n_keys).to(
-            tl.int32
-        )
+def _visible(p_offset, i_row, n_queries, n_keys):
+    """Return the number of keys that row i_row sees: all of them where p_offset is None."""
+    if p_offset is not None:
+        offset = tl.load(p_offset + i_row // n_queries)
+        return rows_visible(offset, i_row % n_queries, n_keys).to(tl.int32)
     else:
         return n_keys
 
@@ -46,41 +62,42 @@ def threshold(
     s_col,
     n_queries,
     n_keys,
-    wanted,
+    rank,
     slack,
     limit,
     STRIDE: tl.constexpr,
     SAMPLE: tl.constexpr,
-    FLOAT: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """grid (rows,). Sample i of a row lies at column i * s_col and stands for key i * STRIDE. Rows of at most `limit` keys take all.
+    """Write the key that ranks about rank-th among a row's samples; grid (rows,).
 
-    PAIRS: samples of unsampled rows, two in each 64 bytes that memory gives at once, 8 columns apart.
+    Sample i of a row lies at column i * s_col and stands for key i * STRIDE. A row of at most
+    `limit` keys gets NONE: all of its keys pass. PAIRS: the rows are unsampled, and samples are
+    taken 8 columns apart, two from each 64 bytes that memory delivers at once.
     """
     i_row = tl.program_id(0).to(tl.int64)
-    seen = _seen(p_offset, i_row, n_queries, n_keys, CAUSAL)
-    found = NONE
-    if seen > limit:
+    visible = _visible(p_offset, i_row, n_queries, n_keys)
+    key = NONE
+    if visible > limit:
         o = tl.arange(0, SAMPLE)
         if PAIRS:
-            total = seen // (2 * STRIDE) * 2 + tl.minimum((seen % (2 * STRIDE) + 7) // 8, 2)
+            total = visible // (2 * STRIDE) * 2
+            total += tl.minimum((visible % (2 * STRIDE) + 7) // 8, 2)
             o_col = (o // 2 * (2 * STRIDE) + o % 2 * 8).to(tl.int64)
         else:
-            total = (seen + STRIDE - 1) // STRIDE
+            total = (visible + STRIDE - 1) // STRIDE
             o_col = o.to(tl.int64) * s_col
-        keep = o < total
-        x = tl.load(p_score + i_row * s_row + o_col, mask=keep, other=0)
-        keys = tl.where(keep, _as_keys(x, FLOAT), NONE)
-        low = tl.min(tl.where(keep, keys, 0x7FFFFFFF), 0)
-        found, _, _ = kth_key(keys, low, tl.max(keys, 0), total, tl.minimum(wanted, total), slack)
-    tl.store(p_thr + i_row, found)
+        m_sample = o < total
+        x = tl.load(p_score + i_row * s_row + o_col, mask=m_sample, other=0)
+        keys = tl.where(m_sample, _as_keys(x), NONE)
+        low = tl.min(tl.where(m_sample, keys, 0x7FFFFFFF), 0)
+        key, _, _ = kth_key(keys, low, tl.max(keys, 0), total, tl.minimum(rank, total), slack)
+    tl.store(p_thr + i_row, key)
 
 
 @triton.jit
-def _wide(x):
-    """The four bytes of x as the four 16-bit fields of an int64."""
+def _widen(x):
+    """Spread the four bytes of x over the four 16-bit fields of an int64."""
     x = x.to(tl.int64)
     x = (x | (x << 16)) & 0x0000FFFF0000FFFF
     return (x | (x << 8)) & 0x00FF00FF00FF00FF
@@ -99,55 +116,61 @@ def compact(
     n_keys,
     segment,
     CAP: tl.constexpr,
-    FLOAT: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
-    """grid (rows, segments), one warp. Lists are [rows, segments, CAP]; the count goes on past CAP: so `pick` sees an overflow.
+    """Append the keys that reach the row's threshold to lists; grid (rows, segments), one warp.
 
-    A tile is 8 groups of 32 lanes x 4 keys. Few keys pass, so a lane makes them the bits of one word: only words are scanned (a
-    byte a group, all groups at once), and only set bits are stored.
+    Lists are [rows, segments, CAP]. The count goes on past CAP, so that `pick` sees an overflow.
+
+    A tile is 8 groups of 32 lanes x 4 keys. Few keys pass. Each lane therefore packs its 32 keys
+    into the bits of one word; only the counts of these words are scanned, all groups at once with a
+    byte for each group, and only the bits that are set are stored.
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_list = i_row * tl.num_programs(1) + tl.program_id(1)
     start = tl.program_id(1) * segment
-    end = tl.minimum(start + segment, _seen(p_offset, i_row, n_queries, n_keys, CAUSAL))
-    least = tl.maximum(tl.load(p_thr + i_row), NONE + 1)
-    edge = (least ^ ((least >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    end = tl.minimum(start + segment, _visible(p_offset, i_row, n_queries, n_keys))
+    min_key = tl.maximum(tl.load(p_thr + i_row), NONE + 1)
+    min_score = (min_key ^ ((min_key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     p_row = p_score + i_row * s_row
     p_key += i_list * CAP
     p_id += i_list * CAP
-    o_group, o_lane, o_4 = tl.arange(0, 8), tl.arange(0, 32), tl.arange(0, 4)
+    o_group = tl.arange(0, 8)
+    o_lane = tl.arange(0, 32)
+    o_4 = tl.arange(0, 4)
     o_tile = o_lane[:, None, None] * 4 + o_group[None, :, None] * 128 + o_4[None, None, :]
     bit = (1 << (o_group[:, None] * 4 + o_4[None, :])).to(tl.uint32, bitcast=True)[None, :, :]
     ones: tl.constexpr = 0x0001000100010001
+    floats: tl.constexpr = p_score.dtype.element_ty == tl.float32
     count = 0
     for base in range(start, end, 1024):
         if base + 1024 <= end:
             x = tl.load(p_row + base + o_tile)
-        elif FLOAT:
+        elif floats:
             x = tl.load(p_row + base + o_tile, mask=o_tile < end - base, other=float("nan"))
         else:
             x = tl.load(p_row + base + o_tile, mask=o_tile < end - base, other=NONE)
-        if FLOAT:
-            keep = x >= edge
-            if least <= LOWEST:  # everything, NaN too
+        if floats:
+            keep = x >= min_score
+            if min_key <= LOWEST:  # Every key passes, NaN too.
                 keep = o_tile < end - base
         else:
-            keep = x >= least
+            keep = x >= min_key
         word = tl.sum(tl.sum(tl.where(keep, bit, 0), 2), 1)
-        n = word - ((word >> 1) & 0x55555555)
-        n = (n & 0x33333333) + ((n >> 2) & 0x33333333)  # bits set in each group of 4
-        n_0, n_4 = n & 0xFFFF, n >> 16  # of the groups from 0 and from 4: a byte each
+        n = nibble_counts(word)
+        # Groups 0 to 3 and groups 4 to 7 each get a byte for a group.
+        n_0 = n & 0xFFFF
+        n_4 = n >> 16
         n_0 = (n_0 | (n_0 << 8)) & 0x00FF00FF
         n_0 = (n_0 | (n_0 << 4)) & 0x0F0F0F0F
         n_4 = (n_4 | (n_4 << 8)) & 0x00FF00FF
         n_4 = (n_4 | (n_4 << 4)) & 0x0F0F0F0F
-        all_0, all_4 = _wide(tl.sum(n_0, 0)) * ones, _wide(tl.sum(n_4, 0)) * ones
-        # the next slot of each group and lane within the tile, 16 bits each
-        slot_0 = _wide(tl.cumsum(n_0, 0) - n_0) + (all_0 << 16)
-        slot_4 = _wide(tl.cumsum(n_4, 0) - n_4) + ((all_4 << 16) + (all_0 >> 48) * ones)
-        left = tl.max((((n_0 + n_4) * 0x01010101) >> 24).to(tl.int32), 0)
-        while left > 0:
+        all_0 = _widen(tl.sum(n_0, 0)) * ones
+        all_4 = _widen(tl.sum(n_4, 0)) * ones
+        # The next slot of each group and lane within the tile takes 16 bits.
+        slot_0 = _widen(tl.cumsum(n_0, 0) - n_0) + (all_0 << 16)
+        slot_4 = _widen(tl.cumsum(n_4, 0) - n_4) + ((all_4 << 16) + (all_0 >> 48) * ones)
+        remaining = tl.max((((n_0 + n_4) * 0x01010101) >> 24).to(tl.int32), 0)
+        while remaining > 0:
             lowest = word & (0 - word)
             i_bit = tl.maximum((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, 0)
             i_group = i_bit >> 2
@@ -158,39 +181,37 @@ def compact(
             slot_4 += tl.where(i_group < 4, 0, one)
             at = base + i_group * 128 + o_lane * 4 + (i_bit & 3)
             fits = (word != 0) & (slot < CAP)
-            tl.store(
-                p_key + slot, _as_keys(tl.load(p_row + at, mask=fits, other=0), FLOAT), mask=fits
-            )
+            tl.store(p_key + slot, _as_keys(tl.load(p_row + at, mask=fits, other=0)), mask=fits)
             tl.store(p_id + slot, at, mask=fits)
             word = word & (word - 1)
-            left -= 1
+            remaining -= 1
         count += ((all_0 >> 48) + (all_4 >> 48)).to(tl.int32)
     tl.store(p_count + i_list, count)
 
 
 @triton.jit
 def _place(slot, p_count, SEGMENTS: tl.constexpr, CAP: tl.constexpr, LOG: tl.constexpr):
-    """Where the slot-th entry of a row's lists, one behind the other, lies."""
+    """Locate the slot-th entry of a row's lists when they are read one after the other."""
     if SEGMENTS == 1:
         return slot
     elif SEGMENTS <= 8:
-        where = slot
+        at = slot
         before = 0
         for i_seg in tl.static_range(SEGMENTS - 1):
             n = tl.load(p_count + i_seg)
             before += n
-            where = tl.where(slot >= before, where + (CAP - n), where)
-        return where
+            at = tl.where(slot >= before, at + (CAP - n), at)
+        return at
     else:
-        # the segment: how many end at or before the slot
+        # The entry's segment is the number of segments that end at or before the slot.
         counts = tl.load(p_count + tl.arange(0, SEGMENTS))
         ends = tl.cumsum(counts, 0)
-        begin = tl.zeros_like(slot)
+        i_seg = tl.zeros_like(slot)
         for i_bit in tl.static_range(LOG):
-            middle = begin + (1 << (LOG - 1 - i_bit))
-            begin = tl.where(tl.gather(ends, middle - 1, 0) <= slot, middle, begin)
-        begin = tl.minimum(begin, SEGMENTS - 1)
-        return begin * CAP + slot - tl.gather(ends - counts, begin, 0)
+            middle = i_seg + (1 << (LOG - 1 - i_bit))
+            i_seg = tl.where(tl.gather(ends, middle - 1, 0) <= slot, middle, i_seg)
+        i_seg = tl.minimum(i_seg, SEGMENTS - 1)
+        return i_seg * CAP + slot - tl.gather(ends - counts, i_seg, 0)
 
 
 @triton.jit
@@ -201,19 +222,20 @@ def _write(
     p_map,
     p_out,
     end,
-    edge,
-    reach,
-    above,
+    cut,
     k,
     K: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CAP: tl.constexpr,
-    LOG: tl.constexpr,
     BLOCK: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MAPPED: tl.constexpr,
+    SEGMENTS: tl.constexpr = 1,
+    CAP: tl.constexpr = 0,
+    LOG: tl.constexpr = 0,
 ):
-    """The ids of the k best in order, then -1 up to K. `edge`, `reach`, `above`: what `kth_key` returned. SEGMENTS 0: a row, no lists."""
+    """Write the ids of the k best of `end` entries in order, then -1 up to K.
+
+    The entries are a row (p_id is None: ids are columns) or its lists. cut: what `kth_key`
+    returned.
+    """
+    edge, reach, above = cut
     written = 0
     ties = 0
     for base in range(0, end, BLOCK):
@@ -222,15 +244,15 @@ def _write(
         at = slot
         if SEGMENTS > 1:
             at = _place(slot, p_count, SEGMENTS, CAP, LOG)
-        key = tl.where(inside, _as_keys(tl.load(p_key + at, mask=inside, other=0), FLOAT), NONE)
+        key = tl.where(inside, _as_keys(tl.load(p_key + at, mask=inside, other=0)), NONE)
         chosen = (key >= edge) & (k > 0)
         if reach > k:
             equal = key == edge
             chosen = (key > edge) | (equal & (ties + tl.cumsum(equal.to(tl.int32), 0) <= k - above))
             ties += tl.sum(equal.to(tl.int32), 0)
-        if SEGMENTS > 0:
+        if p_id is not None:
             at = tl.load(p_id + at, mask=chosen, other=-1)
-        if MAPPED:
+        if p_map is not None:
             at = tl.load(p_map + at, mask=chosen, other=-1)
         rank = tl.cumsum(chosen.to(tl.int32), 0)
         put(p_out + written + rank - 1, at, chosen)
@@ -241,70 +263,62 @@ def _write(
 
 
 @triton.jit
-def _edges(keys, least, total, TOPK: tl.constexpr, POOL: tl.constexpr):
-    """`kth_key` for the selection, then for the pool; keys of no candidate are NONE. least: no other is below it, or NONE."""
-    low = least
-    if least == NONE:
+def _cuts(keys, min_key, total, TOPK: tl.constexpr, POOL: tl.constexpr):
+    """Return `kth_key` for the selection and for the pool; the keys of no candidate are NONE.
+
+    min_key: no candidate's key is below it; or NONE, and the smallest is sought here.
+    """
+    low = min_key
+    if min_key == NONE:
         low = tl.min(tl.where(keys == NONE, 0x7FFFFFFF, keys))
     high = tl.max(keys)
     if POOL > TOPK:
-        p_edge, p_reach, p_above = kth_key(keys, low, high, total, tl.minimum(total, POOL), 0)
-        edge, reach, above = kth_key(keys, p_edge, high, p_reach, tl.minimum(total, TOPK), 0)
+        pool_cut = kth_key(keys, low, high, total, tl.minimum(total, POOL), 0)
+        cut = kth_key(keys, pool_cut[0], high, pool_cut[1], tl.minimum(total, TOPK), 0)
     else:
-        edge, reach, above = kth_key(keys, low, high, total, tl.minimum(total, TOPK), 0)
-        p_edge, p_reach, p_above = edge, reach, above
+        cut = kth_key(keys, low, high, total, tl.minimum(total, TOPK), 0)
+        pool_cut = cut
         if POOL > 0:
-            p_edge, p_reach, p_above = kth_key(keys, edge, high, reach, tl.minimum(total, POOL), 0)
-    return edge, reach, above, p_edge, p_reach, p_above
+            pool_cut = kth_key(keys, cut[0], high, cut[1], tl.minimum(total, POOL), 0)
+    return cut, pool_cut
 
 
 @triton.jit
-def _edges_lists(
+def _cuts_of_lists(
     p_key,
     p_count,
-    least,
+    min_key,
     total,
     TOPK: tl.constexpr,
     POOL: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAP: tl.constexpr,
     LOG: tl.constexpr,
-    ALL: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    slot = tl.arange(0, ALL)
+    """Return `_cuts` of the entries of a row's lists, at most SLOTS of them, in registers."""
+    slot = tl.arange(0, SLOTS)
     at = _place(slot, p_count, SEGMENTS, CAP, LOG)
-    keys = _as_keys(
-        tl.load(p_key + at, mask=slot < total, other=0), p_key.dtype.element_ty == tl.float32
-    )
-    return _edges(tl.where(slot < total, keys, NONE), least, total, TOPK, POOL)
+    keys = _as_keys(tl.load(p_key + at, mask=slot < total, other=0))
+    return _cuts(tl.where(slot < total, keys, NONE), min_key, total, TOPK, POOL)
 
 
 @triton.jit
 def _ranks(flag):
-    """1-based ranks of the set flags of [lists, entries], list by list."""
+    """Return the 1-based ranks of the flags set in [lists, entries], counted list by list."""
     flag = flag.to(tl.int32)
-    here = tl.sum(flag, 1)
-    return (tl.cumsum(here, 0) - here)[:, None] + tl.cumsum(flag, 1)
+    counts = tl.sum(flag, 1)
+    return (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(flag, 1)
 
 
 @triton.jit
-def _write_tile(
-    keys,
-    ids,
-    p_map,
-    p_out,
-    edge,
-    reach,
-    above,
-    k,
-    K: tl.constexpr,
-    FILL: tl.constexpr,
-    MAPPED: tl.constexpr,
-):
+def _write_tile(keys, ids, p_map, p_out, cut, k, K: tl.constexpr, FILL: tl.constexpr):
+    """Write the ids of the k best of [lists, entries] in order, then -1 up to K."""
+    edge, reach, above = cut
     chosen = (keys >= edge) & (k > 0)
     if reach > k:
         chosen = (keys > edge) | ((keys == edge) & (_ranks(keys == edge) <= k - above))
-    if MAPPED:
+    if p_map is not None:
         ids = tl.load(p_map + ids, mask=chosen, other=-1)
     put(p_out + _ranks(chosen) - 1, ids, chosen)
     if k < K:
@@ -313,54 +327,19 @@ def _write_tile(
 
 
 @triton.jit
-def _pick_tile(
-    keys,
-    ids,
-    p_map,
-    p_out,
-    p_pool,
-    least,
-    total,
-    TOPK: tl.constexpr,
-    POOL: tl.constexpr,
-    FILL: tl.constexpr,
-    MAPPED: tl.constexpr,
-):
-    """A row whose lists are short: a tile [lists, entries] in registers, and no search for an entry's list."""
-    edge, reach, above, p_edge, p_reach, p_above = _edges(keys, least, total, TOPK, POOL)
-    _write_tile(
-        keys, ids, p_map, p_out, edge, reach, above, tl.minimum(total, TOPK), TOPK, FILL, MAPPED
-    )
-    if POOL > 0:
-        _write_tile(
-            keys,
-            ids,
-            p_map,
-            p_pool,
-            p_edge,
-            p_reach,
-            p_above,
-            tl.minimum(total, POOL),
-            POOL,
-            FILL,
-            MAPPED,
-        )
-
-
-@triton.jit
 def pick(
     p_key,
     p_id,
     p_count,
     p_thr,
-    p_map,
+    p_flag,
     p_out,
     p_pool,
-    p_flag,
     p_score,
     p_offset,
-    s_map,
+    p_map,
     s_row,
+    s_map,
     n_queries,
     n_keys,
     TOPK: tl.constexpr,
@@ -368,72 +347,60 @@ def pick(
     SEGMENTS: tl.constexpr,
     CAP: tl.constexpr,
     LOG: tl.constexpr,
-    ALL: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FILL: tl.constexpr,
-    MAPPED: tl.constexpr,
-    RESCUE: tl.constexpr,
-    FLOAT: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
-    """grid (rows,). LOG is log2 SEGMENTS. A threshold of NONE means that the lists hold every candidate there is.
+    """Select the top k of each row from its lists; grid (rows,).
 
-    ALL slots at most, their keys in registers while the edges are sought. MAPPED: ids are slots of a pool, the output is
-    p_map[row, slot]. RESCUE: flagged rows are selected here, from p_score; else the flag says that somebody must.
+    LOG is log2 SEGMENTS. A row's lists may hold SLOTS entries in all; their keys are in registers
+    while the k-th is sought. A threshold of NONE means that the lists hold every candidate there
+    is. A row whose lists do not serve is flagged, and is selected here from p_score. Where p_score
+    is None the flag tells the caller to do that.
     """
     i_row = tl.program_id(0).to(tl.int64)
     p_count += i_row * SEGMENTS
     p_key += i_row * SEGMENTS * CAP
     p_id += i_row * SEGMENTS * CAP
-    p_map += i_row * s_map
     p_out += i_row * TOPK
-    p_pool += i_row * POOL
-    few: tl.constexpr = SEGMENTS > 8 and CAP >= 32
-    scores: tl.constexpr = p_key.dtype.element_ty == tl.float32  # listed as they are
+    if POOL > 0:
+        p_pool += i_row * POOL
+    if p_map is not None:
+        p_map += i_row * s_map
+    # With many lists most are short: their first 32 entries make a tile of registers, and no
+    # entry's list is searched for.
+    tiled: tl.constexpr = SEGMENTS > 8 and CAP >= 32
     counts = tl.load(p_count + tl.arange(0, SEGMENTS))
-    if few:  # in parallel with the counts, hence past them too
-        o_each = tl.arange(0, 32)
-        o_at = (tl.arange(0, SEGMENTS) * CAP)[:, None] + o_each[None, :]
-        keys, ids = tl.load(p_key + o_at), tl.load(p_id + o_at)
-        keys = tl.where(o_each[None, :] < counts[:, None], _as_keys(keys, scores), NONE)
+    if tiled:  # These loads do not wait for the counts and hence read past the lists' ends.
+        o_entry = tl.arange(0, 32)
+        o_at = (tl.arange(0, SEGMENTS) * CAP)[:, None] + o_entry[None, :]
+        keys = tl.load(p_key + o_at)
+        ids = tl.load(p_id + o_at)
+        keys = tl.where(o_entry[None, :] < counts[:, None], _as_keys(keys), NONE)
     total = tl.sum(counts, 0)
-    least = tl.load(p_thr + i_row)
-    most: tl.constexpr = POOL if POOL > TOPK else TOPK
+    min_key = tl.load(p_thr + i_row)
+    max_k: tl.constexpr = POOL if POOL > TOPK else TOPK
     longest = tl.max(counts, 0)
-    fits = (longest <= CAP) & (total <= ALL) & ((least == NONE) | (total >= most))
+    fits = (longest <= CAP) & (total <= SLOTS) & ((min_key == NONE) | (total >= max_k))
     tl.store(p_flag + i_row, 1 - fits.to(tl.int32))
-    if fits & few & (longest <= 32):
-        if few:
-            _pick_tile(keys, ids, p_map, p_out, p_pool, least, total, TOPK, POOL, FILL, MAPPED)
+    k = tl.minimum(total, TOPK)
+    if fits & tiled & (longest <= 32):
+        if tiled:
+            cut, pool_cut = _cuts(keys, min_key, total, TOPK, POOL)
+            _write_tile(keys, ids, p_map, p_out, cut, k, TOPK, FILL)
+            if POOL > 0:
+                k = tl.minimum(total, POOL)
+                _write_tile(keys, ids, p_map, p_pool, pool_cut, k, POOL, FILL)
     elif fits:
-        if total <= ALL // 2:
-            edge, reach, above, p_edge, p_reach, p_above = _edges_lists(
-                p_key, p_count, least, total, TOPK, POOL, SEGMENTS, CAP, LOG, ALL // 2
+        if total <= SLOTS // 2:
+            cut, pool_cut = _cuts_of_lists(
+                p_key, p_count, min_key, total, TOPK, POOL, SEGMENTS, CAP, LOG, SLOTS // 2
             )
         else:
-            edge, reach, above, p_edge, p_reach, p_above = _edges_lists(
-                p_key, p_count, least, total, TOPK, POOL, SEGMENTS, CAP, LOG, ALL
+            cut, pool_cut = _cuts_of_lists(
+                p_key, p_count, min_key, total, TOPK, POOL, SEGMENTS, CAP, LOG, SLOTS
             )
-        k = tl.minimum(total, TOPK)
-        _write(
-            p_key,
-            p_id,
-            p_count,
-            p_map,
-            p_out,
-            total,
-            edge,
-            reach,
-            above,
-            k,
-            TOPK,
-            SEGMENTS,
-            CAP,
-            LOG,
-            BLOCK,
-            scores,
-            MAPPED,
-        )
+        _write(p_key, p_id, p_count, p_map, p_out, total, cut, k, TOPK, BLOCK, SEGMENTS, CAP, LOG)
         if POOL > 0:
             k = tl.minimum(total, POOL)
             _write(
@@ -443,23 +410,19 @@ def pick(
                 p_map,
                 p_pool,
                 total,
-                p_edge,
-                p_reach,
-                p_above,
+                pool_cut,
                 k,
                 POOL,
+                BLOCK,
                 SEGMENTS,
                 CAP,
                 LOG,
-                BLOCK,
-                scores,
-                MAPPED,
             )
-    elif RESCUE:
-        end = _seen(p_offset, i_row, n_queries, n_keys, CAUSAL)
-        select_row(p_score + i_row * s_row, end, p_map, p_out, TOPK, BLOCK, FLOAT, MAPPED)
+    elif p_score is not None:
+        end = _visible(p_offset, i_row, n_queries, n_keys)
+        select_row(p_score + i_row * s_row, end, p_map, p_out, TOPK, BLOCK)
         if POOL > 0:
-            select_row(p_score + i_row * s_row, end, p_map, p_pool, POOL, BLOCK, FLOAT, MAPPED)
+            select_row(p_score + i_row * s_row, end, p_map, p_pool, POOL, BLOCK)
 
 
 @triton.jit
@@ -475,118 +438,54 @@ def pick_row(
     n_keys,
     TOPK: tl.constexpr,
     POOL: tl.constexpr,
-    ALL: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    FLOAT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MAPPED: tl.constexpr,
 ):
-    """grid (rows,). As `pick`, from rows of at most ALL scores or keys."""
+    """Select the top k of rows of at most SLOTS scores or keys; grid (rows,)."""
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_score + i_row * s_row
-    p_map += i_row * s_map
-    end = _seen(p_offset, i_row, n_queries, n_keys, CAUSAL)
-    slot = tl.arange(0, ALL)
-    keys = tl.where(
-        slot < end, _as_keys(tl.load(p_row + slot, mask=slot < end, other=0), FLOAT), NONE
-    )
+    if p_map is not None:
+        p_map += i_row * s_map
+    end = _visible(p_offset, i_row, n_queries, n_keys)
+    slot = tl.arange(0, SLOTS)
+    keys = tl.where(slot < end, _as_keys(tl.load(p_row + slot, mask=slot < end, other=0)), NONE)
     total = tl.sum((keys != NONE).to(tl.int32), 0)
-    edge, reach, above, p_edge, p_reach, p_above = _edges(keys, NONE, total, TOPK, POOL)
+    cut, pool_cut = _cuts(keys, NONE, total, TOPK, POOL)
     k = tl.minimum(total, TOPK)
-    _write(
-        p_row,
-        p_row,
-        p_row,
-        p_map,
-        p_out + i_row * TOPK,
-        end,
-        edge,
-        reach,
-        above,
-        k,
-        TOPK,
-        0,
-        0,
-        0,
-        BLOCK,
-        FLOAT,
-        MAPPED,
-    )
+    _write(p_row, None, None, p_map, p_out + i_row * TOPK, end, cut, k, TOPK, BLOCK)
     if POOL > 0:
         k = tl.minimum(total, POOL)
-        p_wide = p_pool + i_row * POOL
-        _write(
-            p_row,
-            p_row,
-            p_row,
-            p_map,
-            p_wide,
-            end,
-            p_edge,
-            p_reach,
-            p_above,
-            k,
-            POOL,
-            0,
-            0,
-            0,
-            BLOCK,
-            FLOAT,
-            MAPPED,
-        )
+        _write(p_row, None, None, p_map, p_pool + i_row * POOL, end, pool_cut, k, POOL, BLOCK)
 
 
 @triton.jit
-def _count_row(p_row, end, mid, BLOCK: tl.constexpr, FLOAT: tl.constexpr):
+def _count_from(p_row, end, key, BLOCK: tl.constexpr):
+    """Count the candidates of a row whose keys are at least `key`."""
     total = tl.zeros((BLOCK,), tl.int32)
     for base in range(0, end, BLOCK):
         o = base + tl.arange(0, BLOCK)
-        key = _as_keys(tl.load(p_row + o, mask=o < end, other=0), FLOAT)
-        total += ((o < end) & (key >= mid) & (key != NONE)).to(tl.int32)
+        keys = _as_keys(tl.load(p_row + o, mask=o < end, other=0))
+        total += ((o < end) & (keys >= key) & (keys != NONE)).to(tl.int32)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def select_row(
-    p_row,
-    end,
-    p_map,
-    p_out,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MAPPED: tl.constexpr,
-):
-    """One row of scores by bisection over its values, a pass for each step; writes K ids, -1 padded."""
+def select_row(p_row, end, p_map, p_out, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the best K ids of one row, -1 padded, by bisection over the values of its keys.
+
+    Each step of the bisection reads the row once.
+    """
     lo = tl.full((), -(2**31) + 1, tl.int64)
     hi = tl.full((), 2**31 - 1, tl.int64)
-    reach = _count_row(p_row, end, lo.to(tl.int32), BLOCK, FLOAT)
+    reach = _count_from(p_row, end, lo.to(tl.int32), BLOCK)
     k = tl.minimum(reach, K)
     above = 0
     hi = tl.where(reach == k, lo, hi)
     while lo < hi:
         mid = lo + (hi - lo + 1) // 2
-        count = _count_row(p_row, end, mid.to(tl.int32), BLOCK, FLOAT)
+        count = _count_from(p_row, end, mid.to(tl.int32), BLOCK)
         reach = tl.where(count >= k, count, reach)
         above = tl.where(count >= k, above, count)
         lo = tl.where(count >= k, mid, lo)
         hi = tl.where(count >= k, tl.where(count == k, mid, hi), mid - 1)
-    _write(
-        p_row,
-        p_row,
-        p_row,
-        p_map,
-        p_out,
-        end,
-        lo.to(tl.int32),
-        reach,
-        above,
-        k,
-        K,
-        0,
-        0,
-        0,
-        BLOCK,
-        FLOAT,
-        MAPPED,
-    )
+    _write(p_row, None, None, p_map, p_out, end, (lo.to(tl.int32), reach, above), k, K, BLOCK)
