@@ -1,10 +1,11 @@
-"""Compiles every kernel for sm_90 without a GPU and prints registers, spills, shared memory and instruction counts.
+"""Compile every kernel for sm_90 without a GPU and print registers, spills and instructions.
 
-    python benchmarks/compile_report.py [--only NAME] [--sass DIR]
+    python -m benchmarks.compile_report [--only NAME] [--sass DIR]
 
-Runs the package's own launch code on CPU tensors and catches each kernel before it would be launched, so what is compiled is what a
-GPU would get. Shapes: 32 and 64 index heads of 128, k 2048, 200,000 keys; 20 and 64 attention heads over latents of 512 + 64.
-Needs triton's wheel, which carries ptxas, cuobjdump and nvdisasm.
+This runs the package's own launch code on CPU tensors and catches each kernel before its launch, so
+that it compiles what a GPU would get. Shapes: 32 and 64 index heads of 128, k 2048, 200,000 keys;
+20 and 64 attention heads over latents of 512 + 64. It needs triton's wheel, which carries ptxas,
+cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -20,182 +21,184 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from indexcache.ops import AttentionTarget, kl, tuning
+from indexcache.ops.index import host as index_host
+from indexcache.ops.index import topk_host
+from indexcache.ops.mla import host as mla_host
+from indexcache.ops.quantize import quantize
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MAX_SHARED = 232448  # bytes of shared memory that a program can have on Hopper
 COUNTED = {"HGMMA", "QGMMA", "HMMA", "FMNMX", "FFMA", "FMUL", "F2FP", "MUFU", "LDGSTS", "UTMALDG"}
-SHARED = 232448  # bytes of shared memory that a program can have on Hopper
 COUNTED |= {"LDS", "STS", "LDL", "STL", "SHFL", "VOTE", "BAR"}
+INSTRUCTION = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", re.MULTILINE)
 
 
 @contextmanager
 def caught() -> Iterator[dict[str, Any]]:
-    """Within, a launch compiles for sm_90 and runs nothing. Yields name and constants -> compiled kernel, in order of launch."""
-    from indexcache.ops import tuning as settings
-    from indexcache.ops.index import topk_host as launch_select
+    """Make launches compile for sm_90 and run nothing.
 
-    found: dict[str, Any] = {}
+    Yields a dict that maps a kernel's name, constants and missing pointers to the compiled kernel,
+    in the order of the launches.
+    """
+    kernels: dict[str, Any] = {}
     run = JITFunction.run
 
     def catch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        shown = " ".join(f"{k}={v}" for k, v in options.items() if k.isupper() and v is not False)
-        found.setdefault(f"{self.__name__} {shown}", kernel)
+        constants = {k: v for k, v in options.items() if k.isupper() or v is None}
+        words = [f"{k}={v}" for k, v in constants.items() if v is not False]
+        kernels.setdefault(" ".join([self.__name__, *words]), kernel)
 
-    driver, gluon, limited = (
-        triton.runtime.driver._active,
-        settings.gluon_runs,
-        launch_select._limited,
-    )
-    fake = SimpleNamespace(
+    registers = topk_host._two_per_processor
+    before = triton.runtime.driver._active
+    driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    JITFunction.run, settings.gluon_runs = catch, lambda device: True
-    launch_select._limited = lambda n, cuda: limited(n, True)
-    triton.runtime.driver.set_active(fake)
+    triton.runtime.driver.set_active(driver)
     try:
-        yield found
+        with (
+            mock.patch.object(JITFunction, "run", catch),
+            mock.patch.object(tuning, "gluon_runs", return_value=True),
+            mock.patch.object(topk_host, "_two_per_processor", lambda n, _: registers(n, True)),
+        ):
+            yield kernels
     finally:
-        JITFunction.run, settings.gluon_runs, launch_select._limited = run, gluon, limited
-        triton.runtime.driver._active = driver
+        triton.runtime.driver._active = before
+
+
+def output_of(command: list[Any], check: bool = True) -> str:
+    """Run a command and return what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=check)
+    return done.stdout + done.stderr
 
 
 def resources(kernel: Any, sass_file: Path | None = None) -> dict[str, Any]:
+    """Measure a compiled kernel: registers, stack, shared memory, warnings and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        sass = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = output_of([TOOLS / "cuobjdump", "--dump-resource-usage", file.name])
+        sass = output_of([TOOLS / "nvdisasm", "-c", file.name])
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(kernel.asm["ptx"].encode())
         file.flush()
         command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        messages = output_of(command, check=False)
     if sass_file:
         sass_file.write_text(sass)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    count = collections.Counter(
-        m.group(1)
-        for m in re.finditer(r"^\s+/\*\w+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", sass, re.MULTILINE)
-    )
+    count = collections.Counter(INSTRUCTION.findall(sass))
     return {
         "regs": int(used["REG"]),
         "stack": int(used["STACK"]),
         "smem": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        # C7512, C7514, ..: wgmma instructions are waited for one by one
-        "warnings": sorted(set(re.findall(r"\((C75\d\d)\)", said.stdout + said.stderr))),
+        # C7512, C7514 and their like say that each wgmma instruction is waited for.
+        "warnings": sorted(set(re.findall(r"\((C75\d\d)\)", messages))),
         "instructions": sum(count.values()),
         "mix": {name: count[name] for name in sorted(COUNTED) if count[name]},
     }
 
 
-def index(
+def index_inputs(
     heads: int = 32,
     queries: int = 512,
     keys: int = 200_000,
-    kind: torch.dtype = torch.float8_e4m3fn,
-) -> tuple:
-    q, k = torch.zeros(1, queries, heads, 128, dtype=kind), torch.zeros(1, keys, 128, dtype=kind)
-    return (
-        q,
-        k,
-        torch.zeros(1, queries, heads),
-        torch.zeros(1, keys) if kind == torch.float8_e4m3fn else None,
-    )
+    dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Make queries, keys, weights and scales of an indexer."""
+    q = torch.zeros(1, queries, heads, 128, dtype=dtype)
+    k = torch.zeros(1, keys, 128, dtype=dtype)
+    scale = torch.zeros(1, keys) if dtype == torch.float8_e4m3fn else None
+    return q, k, torch.zeros(1, queries, heads), scale
 
 
-def attention(heads: int, queries: int, dims: int = 576) -> tuple:
+def attention_inputs(heads: int, queries: int, dims: int = 576) -> tuple[Tensor, Tensor, Tensor]:
+    """Make queries, latents and ids of attention."""
     latent = torch.zeros(1, 4096, dims, dtype=torch.bfloat16)
-    q, ids = (
-        torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16),
-        torch.zeros(1, queries, 2048, dtype=torch.int32),
-    )
-    return q, latent, ids
+    q = torch.zeros(1, queries, heads, dims, dtype=torch.bfloat16)
+    return q, latent, torch.zeros(1, queries, 2048, dtype=torch.int32)
 
 
-def calls() -> dict[str, Callable[[], Any]]:
-    """label -> a call of the launch code, which launches the kernels of one task."""
-    from indexcache.ops import AttentionTarget, kl
-    from indexcache.ops.index import host as index_host
-    from indexcache.ops.mla import host as mla_host
-    from indexcache.ops.quantize import quantize
+def topk(inputs: tuple, pool: int = 0, candidates: Tensor | None = None) -> Callable[[], Any]:
+    arguments = *inputs, 2048, 199_000, candidates
+    return lambda: index_host.run_index_topk(*arguments, pool=pool, groups=None)
 
-    def topk(inputs: tuple, pool: int = 0, candidates: Any = None) -> Callable[[], Any]:
-        rest = 2048, 199_000, candidates
-        return lambda: index_host.index_topk(*inputs, *rest, pool=pool, groups=None)
 
-    def mla(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
-        x = attention(heads, queries, dims)
-        options = {"value_dim": 512 if dims == 576 else 256, "groups": None, "deterministic": False}
-        return lambda: mla_host.sparse_mla(*x, 0.06, **options)
+def attend(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
+    inputs = attention_inputs(heads, queries, dims)
+    value_dim = 512 if dims == 576 else 256
+    options = {"value_dim": value_dim, "groups": None, "deterministic": False}
+    return lambda: mla_host.sparse_mla(*inputs, 0.06, **options)
 
-    def backward(deterministic: bool, kind: torch.dtype = torch.bfloat16) -> Any:
-        q, latent, ids = (x.to(kind) if x.is_floating_point() else x for x in attention(20, 264))
-        q.requires_grad_(), latent.requires_grad_()
-        options = {"value_dim": 512, "groups": None, "deterministic": deterministic}
-        mla_host.sparse_mla(q, latent, ids, 0.06, **options)[0].sum().backward()
 
-    def index_kl(
-        index: tuple[int, int],
-        heads: int,
-        dims: int,
-        length: int = 4096,
-        kind: torch.dtype = torch.bfloat16,
-    ) -> None:
-        index_heads, dim = index
-        q = torch.zeros(length, index_heads, dim, dtype=kind)
-        k = torch.zeros(length, dim, dtype=kind)
-        w = torch.zeros(length, index_heads)
-        absorb = torch.zeros(heads, dims, dims, dtype=kind)
-        x = torch.zeros(length, heads, dims, dtype=kind)
-        targets = [AttentionTarget(x, torch.zeros(length, dims, dtype=kind), absorb, 0.1)] * 2
-        options: dict[str, Any] = {"kind": "multi", "block_bytes": 1 << 30, "gradients": True}
-        kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
+def backward(deterministic: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    q, latent, ids = attention_inputs(20, 264)
+    leaves = [x.to(dtype).requires_grad_() for x in (q, latent)]
+    options = {"value_dim": 512, "groups": None, "deterministic": deterministic}
+    mla_host.sparse_mla(*leaves, ids, 0.06, **options)[0].sum().backward()
 
+
+def index_kl(
+    index: tuple[int, int],
+    heads: int,
+    dims: int,
+    length: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    index_heads, index_dim = index
+    q = torch.zeros(length, index_heads, index_dim, dtype=dtype)
+    k = torch.zeros(length, index_dim, dtype=dtype)
+    w = torch.zeros(length, index_heads)
+    absorb = torch.zeros(heads, dims, dims, dtype=dtype)
+    x = torch.zeros(length, heads, dims, dtype=dtype)
+    targets = [AttentionTarget(x, torch.zeros(length, dims, dtype=dtype), absorb, 0.1)] * 2
+    options: dict[str, Any] = {"kind": "multi", "block_bytes": 1 << 30, "gradients": True}
+    kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
+
+
+def quantize_rotated() -> None:
     angle = torch.zeros(1, 4096, 32)
+    x = torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16)
+    quantize(x, angle, angle, rotate=True, interleaved=True)
+
+
+def tasks() -> dict[str, Callable[[], Any]]:
+    """Return label -> a call of the launch code, which launches the kernels of one task."""
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
+    bf16 = index_inputs(dtype=torch.bfloat16)
+    one = index_inputs(queries=1)
+    batch = tuple(x.expand(8, *x.shape[1:]) for x in one if x is not None)
     return {
-        "prefill fp8": topk(index()),
-        "prefill fp8 H=64": topk(index(64)),
-        "prefill bf16": topk(index(kind=torch.bfloat16)),
-        "prefill with pool": topk(index(), pool=16384),
-        "pool": topk(index(), candidates=pool),
-        "pool H=64": topk(index(64), candidates=pool),
-        "pool bf16": topk(index(kind=torch.bfloat16), candidates=pool),
-        "decode": topk(index(queries=1)),
-        "decode in a pool": topk(index(queries=1), candidates=pool[:, :1]),
-        "decode, a batch": topk(tuple(t.expand(8, *t.shape[1:]) for t in index(queries=1))),
-        "attention 20": mla(20, 264),
-        "attention 64": mla(64, 264),
-        "attention of SmolLM2": mla(9, 924, dims=448),
-        "decode 20": mla(20, 1),
+        "prefill fp8": topk(index_inputs()),
+        "prefill fp8 H=64": topk(index_inputs(64)),
+        "prefill bf16": topk(bf16),
+        "prefill with pool": topk(index_inputs(), pool=16384),
+        "pool": topk(index_inputs(), candidates=pool),
+        "pool H=64": topk(index_inputs(64), candidates=pool),
+        "pool bf16": topk(bf16, candidates=pool),
+        "decode": topk(one),
+        "decode in a pool": topk(one, candidates=pool[:, :1]),
+        "decode, a batch": topk(batch),
+        "attention 20": attend(20, 264),
+        "attention 64": attend(64, 264),
+        "attention of SmolLM2": attend(9, 924, dims=448),
+        "decode 20": attend(20, 1),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),
-        "quantize": lambda: quantize(
-            torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16),
-            angle,
-            angle,
-            rotate=True,
-            interleaved=True,
-        ),
+        "quantize": quantize_rotated,
         "distill warm-up": lambda: index_kl((9, 256), 9, 256),
         "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),
@@ -203,40 +206,43 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def main() -> int:
-    """Exit code 1: a kernel does not compile, needs more shared memory than there is, or has its wgmma instructions serialised."""
+    """Compile and print.
+
+    Returns 1 if a kernel does not compile, needs more shared memory than there is, or has its wgmma
+    instructions serialised.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="tasks whose label contains this")
-    parser.add_argument("--sass", type=Path, help="write the disassembly there")
+    parser.add_argument("--only", default="", help="compile the tasks whose label contains this")
+    parser.add_argument("--sass", type=Path, help="write the disassembly to this folder")
     arguments = parser.parse_args()
     if arguments.sass:
         arguments.sass.mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
+    reported: set[str] = set()
     failed = 0
-    for label, call in calls().items():
+    for label, call in tasks().items():
         if arguments.only not in label:
             continue
         print(f"-- {label}", flush=True)
-        with caught() as found:
+        with caught() as kernels:
             try:
                 call()
-            except Exception as error:  # one kernel that does not compile must not hide the others
+            except Exception as error:  # One kernel that does not compile must not hide the others.
                 failed += 1
                 print(f"FAILED: {type(error).__name__}: {str(error).strip()[-600:]}")
-        for name, kernel in found.items():
-            if name in seen:
+        for name, kernel in kernels.items():
+            if name in reported:
                 continue
-            seen.add(name)
-            r = resources(
-                kernel,
-                arguments.sass / f"{len(seen):02}.{name.split()[0]}.sass"
-                if arguments.sass
-                else None,
-            )
-            failed += bool(r["warnings"]) or r["smem"] > SHARED
+            reported.add(name)
+            sass = None
+            if arguments.sass:
+                sass = arguments.sass / f"{len(reported):02}.{name.split()[0]}.sass"
+            r = resources(kernel, sass)
+            failed += bool(r["warnings"]) or r["smem"] > MAX_SHARED
+            sizes = f"{r['warps']:2} warps {r['regs']:3} registers {r['stack']:4} stack"
+            sizes += f" {r['smem']:6} shared {r['instructions']:5} instructions"
             mix = " ".join(f"{k}={v}" for k, v in r["mix"].items())
-            sizes = f"{r['warps']:2} warps {r['regs']:3} registers {r['stack']:4} stack {r['smem']:6} shared {r['instructions']:5} instructions"
             print(f"{name}\n    {sizes}  {' '.join([*r['warnings'], mix])}", flush=True)
-    print(f"{len(seen)} kernels, {failed} failed")
+    print(f"{len(reported)} kernels, {failed} failed")
     return int(failed > 0)
 
 

@@ -1,7 +1,9 @@
-"""A Gluon kernel that does nothing but start its partitions and let them wait at an mbarrier: what a sanitizer says of that alone.
+"""Run a Gluon kernel that only starts its partitions and lets them wait at an mbarrier.
 
-racecheck names a race in it, as in ops/mla_hopper.py: between the write of the partitions' numbers and their read, code that
-Triton makes for `gl.warp_specialize`. docs/kernels.md says what was run.
+This is the control for benchmarks/sanitize.py: it shows what a sanitizer reports for that alone.
+racecheck names a race in it, as in ops/mla/forward_hopper.py: between the write of the partitions'
+numbers and their read, in code that Triton generates for `gl.warp_specialize`. docs/kernels.md says
+what was run.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ def _write(p_out, ready, W: gl.constexpr, ALL: gl.constexpr):
     o = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     if W == 0 or ALL:
         mbarrier.arrive(ready.index(0), count=1)
-    mbarrier.wait(ready.index(0), 0)  # of one phase: who only waits would miss one of several
+    # There is one phase: a partition that only waits would miss one of several.
+    mbarrier.wait(ready.index(0), 0)
     gl.store(p_out + gl.program_id(0) * 256 + W * 128 + o, o)
 
 
 @gluon.jit
 def start(p_out, ALL: gl.constexpr):
-    """grid (programs,). p_out int32 [programs, 2, 128]: 0..127 from each of two partitions. ALL: all three arrive, not two."""
+    """Write 0 to 127 from each of two partitions into int32 [programs, 2, 128]; grid (programs,).
+
+    ALL: all three partitions arrive at the mbarrier, not two.
+    """
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=3 if ALL else 2)
     fence_async_shared()
@@ -44,8 +50,11 @@ def start(p_out, ALL: gl.constexpr):
     )
 
 
-def run(every: bool = False, programs: int = 2000) -> bool:
-    """Launches it, with an arrival from every partition or from two; whether it wrote what it should."""
+def run(all_arrive: bool = False, programs: int = 2000) -> bool:
+    """Launch the kernel and return whether its output is right.
+
+    all_arrive: every partition arrives at the mbarrier, not two of the three.
+    """
     out = torch.full((programs, 2, 128), -1, dtype=torch.int32, device="cuda")
-    start[(programs,)](out, every, num_warps=4, maxnreg=168)
+    start[(programs,)](out, all_arrive, num_warps=4, maxnreg=168)
     return bool((out == torch.arange(128, device="cuda")).all())

@@ -1,18 +1,21 @@
-"""Selections of a trained DSA model, for timing kernels on ids whose neighbours share what neighbours in text share.
+"""Record selections of a trained DSA model, for timing kernels on ids like those of real text.
 
-    python benchmarks/selections.py [--out FILE]
+    python -m benchmarks.selections [--out FILE]
 
-Runs the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the last 1,024 queries: a share of
-1.6 % of the keys and more, like 2,048 of 131,072. Writes safetensors, int16: `topk.LAYER` [1024, 32], `pool.LAYER` [1024, 256].
-`tile` makes ids for long contexts of them: each id stands for its likes in as many copies of the text as are needed.
+In text, neighbouring queries share many ids, and how many decides what attention costs. This runs
+the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the last
+1,024 queries. k is 1.6 % of the keys or more there, as 2,048 is of 131,072. It writes int16 tensors
+to a safetensors file: `topk.LAYER` [1024, 32] and `pool.LAYER` [1024, 256].
+
+`tile` makes ids for long contexts from them: it copies the text, and each id appears in every copy.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -20,24 +23,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 FILE = ROOT / "benchmarks" / "data" / "tiny_selections.safetensors"
-LENGTH, QUERIES, LAYERS, WIDER = 2048, 1024, (4, 8, 10), 8
+TEXT = ROOT / "indexcache" / "assets" / "text" / "heldout.jsonl"
+LENGTH = 2048
+QUERIES = 1024
+LAYERS = (4, 8, 10)
+POOL = 8  # A pool has this many times k ids.
 
 
 def union(ids_SK: Tensor, group: int) -> float:
-    """Mean size of the union of `group` neighbouring queries' ids, in units of k."""
-    whole = (
-        ids_SK[: len(ids_SK) // group * group]
-        .reshape(-1, group * ids_SK.shape[1])
-        .sort(dim=-1)
-        .values
-    )
-    return float(((whole[:, 1:] != whole[:, :-1]).sum(-1) + 1).float().mean()) / ids_SK.shape[1]
+    """Return the mean size of the union of `group` neighbouring queries' ids, in units of k."""
+    queries, k = ids_SK.shape
+    ids = ids_SK[: queries // group * group].reshape(-1, group * k).sort(dim=-1).values
+    sizes = (ids[:, 1:] != ids[:, :-1]).sum(-1) + 1
+    return float(sizes.float().mean()) / k
 
 
 def tile(ids_SK: Tensor, k: int, keys: int, queries: int) -> Tensor:
-    """int32 [queries, k], ascending: the ids of copy j are those of the text plus j * LENGTH; rows repeat."""
+    """Make int32 [queries, k], ascending, from ids of a text of LENGTH tokens.
+
+    The ids of copy j are those of the text plus j * LENGTH. Rows repeat.
+
+    Raises:
+        ValueError: the copies are longer than `keys`.
+    """
     copies = k // ids_SK.shape[1]
     if copies * LENGTH > keys:
         raise ValueError(f"{copies} copies of {LENGTH} tokens are more than {keys} keys.")
@@ -47,62 +56,54 @@ def tile(ids_SK: Tensor, k: int, keys: int, queries: int) -> Tensor:
 
 
 def load(name: str) -> Tensor:
+    """Read a recorded tensor, `topk.LAYER` or `pool.LAYER`."""
     with safe_open(FILE, "pt") as file:
         return file.get_tensor(name)
 
 
 def record() -> dict[str, Tensor]:
-    from indexcache import accelerate, load, ops
+    """Run `tiny` over its held-out text and return the selections and pools of LAYERS."""
+    import indexcache as ic
+    from indexcache import ops
     from indexcache.data import load_documents
     from indexcache.models.lm import hidden_states
 
-    found: dict[str, Tensor] = {}
-    select, turn = ops.index_topk, iter(range(1000))
+    recorded: dict[str, Tensor] = {}
+    layers = iter(range(1000))
+    index_topk = ops.index_topk
 
-    def recording(
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        scale: Tensor | None,
-        topk: int,
-        offset: Any,
-        *rest: Any,
-        **options: Any,
-    ):
-        layer = next(turn)
+    def recording(*arguments: Any, **options: Any) -> ops.Selection:
+        layer = next(layers)
         if layer in LAYERS:
-            selection = select(q, k, w, scale, topk, offset, pool=WIDER * topk)
-            for name, ids in (("topk", selection.ids), ("pool", selection.pool)):
-                found[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
-        return select(q, k, w, scale, topk, offset, *rest, **options)
+            q, k, w, scale, topk, offset = arguments[:6]
+            wide = index_topk(q, k, w, scale, topk, offset, pool=POOL * topk)
+            for name, ids in (("topk", wide.ids), ("pool", wide.pool)):
+                assert ids is not None
+                recorded[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
+        return index_topk(*arguments, **options)
 
-    loaded = load("tiny")
-    text = ROOT / "indexcache" / "assets" / "text" / "heldout.jsonl"
-    documents = load_documents(text, loaded.encode, loaded.config.vocab_size)
+    model = ic.load("tiny")
+    documents = load_documents(TEXT, model.encode, model.config.vocab_size)
     ids = torch.cat([torch.as_tensor(d.ids) for d in documents])[None, :LENGTH].long()
-    ops.index_topk = recording
-    try:
-        with accelerate(loaded.module), torch.no_grad():
-            hidden_states(loaded.module, ids)
-    finally:
-        ops.index_topk = select
-    return found
+    with (
+        mock.patch.object(ops, "index_topk", recording),
+        ic.accelerate(model.module),
+        torch.no_grad(),
+    ):
+        hidden_states(model.module, ids)
+    return recorded
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=FILE, help="safetensors file to write")
     out = parser.parse_args().out
-    found = record()
+    recorded = record()
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(found, out)
-    for name, ids in found.items():
-        print(
-            name,
-            tuple(ids.shape),
-            "union of 2, 3, 4, 8:",
-            *(f"{union(ids, g):.2f}" for g in (2, 3, 4, 8)),
-        )
+    save_file(recorded, out)
+    for name, ids in recorded.items():
+        sizes = " ".join(f"{union(ids, group):.2f}" for group in (2, 3, 4, 8))
+        print(f"{name} {tuple(ids.shape)} union of 2, 3, 4, 8: {sizes}")
 
 
 if __name__ == "__main__":
