@@ -294,7 +294,7 @@ def _for(call: IndexerCall, selection: Selection | None) -> Selection:
 
 
 def on_device(selection: Selection, device: torch.device) -> Selection:
-    """Return the selection on another device, where its groups are not known, or as it is."""
+    """Return the selection on a device; on another one than its own without its groups."""
     return selection if selection.ids.device == device else Selection(selection.ids.to(device))
 
 

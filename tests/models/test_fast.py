@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from indexcache import Pattern, SearchSettings, evaluate, search, use_pattern
+from indexcache import Pattern, SearchSettings, evaluate, ops, search, use_pattern
 from indexcache.data import make_batches
 from indexcache.models.family import decoder_layers, family_of, indexers
 from indexcache.models.fast import accelerate as fast_path
@@ -179,29 +179,23 @@ def test_search_and_evidence_agree_with_stock(glm, tmp_path):
 
 def test_shared_layers_read_the_groups_of_their_source(model, ids, monkeypatch):
     made, used = [], []
-    group, attend = fast_path.ops.group_queries, fast_path.ops.sparse_mla
+    group, attend = ops.group_queries, ops.sparse_mla
 
     def seen(q, latents, selected, scale, *, value_dim, groups):
         expected = group(selected, 3)
-        assert all(
-            torch.equal(a, b) for a, b in zip(groups[:3], expected[:3], strict=True)
-        )  # of these very ids
+        assert all(torch.equal(a, b) for a, b in zip(groups[:3], expected[:3], strict=True))
         used.append(groups)
         return attend(q, latents, selected, scale, value_dim=value_dim, groups=groups)
 
-    monkeypatch.setattr(
-        fast_path.ops, "query_group", lambda ids, heads: 3 if ids.shape[1] > 8 else 1
-    )
-    monkeypatch.setattr(
-        fast_path.ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1]
-    )
-    monkeypatch.setattr(fast_path.ops, "sparse_mla", seen)
-    for pattern, plans in (("FSSFSS", 2), ("FSFRSS@2", 3), ("FFFFFF", 6)):
+    monkeypatch.setattr(ops, "query_group", lambda ids, heads: 3 if ids.shape[1] > 8 else 1)
+    monkeypatch.setattr(ops, "group_queries", lambda *args: made.append(group(*args)) or made[-1])
+    monkeypatch.setattr(ops, "sparse_mla", seen)
+    for pattern, count in (("FSSFSS", 2), ("FSFRSS@2", 3), ("FFFFFF", 6)):
         with accelerate(model), use_pattern(model, pattern):
             made.clear(), used.clear()
             logits(model, ids)
-            assert len(made) == plans
-            assert len({id(p) for p in used}) == plans
+            assert len(made) == count
+            assert len({id(g) for g in used}) == count
             assert len(used) == 6
 
 

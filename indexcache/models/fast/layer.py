@@ -75,7 +75,7 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(x.float(), weight.float())
     scores = logits.sigmoid()
     indices = torch.topk(
-        scores + router.e_score_correction_bias, k=router.top_k, dim=-1, sorted=False
+        scores + weight_of(router, "e_score_correction_bias"), k=router.top_k, dim=-1, sorted=False
     )[1]
     weights = scores.gather(1, indices)
     if router.norm_topk_prob:
@@ -158,7 +158,7 @@ def _selection(
     cache: Any,
     previous: ops.Selection | None,
 ) -> ops.Selection:
-    """Return the selection of a layer's indexer, or else the one that the layer before passed on."""
+    """Return the selection of a layer's indexer, or else the one that was passed on to it."""
     if a.indexer is not None:
         selection = a.indexer(x, q_latent, rope, padding, position_ids, cache)
         # An indexer whose forward somebody else replaced returns ids.
