@@ -22,7 +22,7 @@ PACKAGE = Path(indexcache.__file__).parent
 # The floors of the package, from the ground up. A room imports rooms of lower floors only, and never
 # another room of its own floor.
 FLOORS = (
-    {"pattern", "records", "progress"},
+    {"pattern", "records", "memory", "progress"},
     {"checkpoint", "data", "spec", "ops", "report"},
     {"shapes"},
     {"models"},

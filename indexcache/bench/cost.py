@@ -1,16 +1,16 @@
-"""A cost model fitted to `bench` rows: how long a prefill and a decoding step take at lengths that were not measured.
+"""A cost model fitted to `bench` rows: how long prefills and decoding steps take at other lengths.
 
-A part of a prefill takes a * calls + b * floor (`indexcache.bench.floors`), calls = layers that run it, times chunks (of a
-plan, parts of a chunk count). A decoding step, which is one CUDA graph and not timed in parts, takes a + b * (floor of all but
-the indexers) + c * (layers that index) + d * (floor of the indexers). Every coefficient is at least 0; relative errors are
-squared. R layers are not modelled.
+A part of a prefill takes a * calls + b * floor, where `calls` is the number of layers that run the
+part, times the number of chunks, and the floor is that of `indexcache.bench.floors`. A decoding step
+is one CUDA graph and is not timed in parts. It takes
+a + b * (floor of all but the indexers) + c * (layers that index) + d * (floor of the indexers).
+Every coefficient is at least 0, and relative errors are squared. R layers are not modelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -24,28 +24,36 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CostModel:
-    """Coefficients in milliseconds. `prefill`: part -> (a, b); `decode`: (a, b, c, d), None where nothing was fitted."""
+    """Coefficients in milliseconds.
+
+    Attributes:
+        prefill: part -> (a, b); None where no prefill was fitted.
+        decode: (a, b, c, d); None where no decoding was fitted.
+    """
 
     prefill: dict[str, tuple[float, float]] | None
     decode: tuple[float, float, float, float] | None
 
     def ttft_s(self, row: Row) -> float | None:
-        """Predicted seconds to the first token of a row (`point`, or one of `bench`; what it measured is not looked at)."""
+        """Predict the seconds to the first token of a row of `point` or of `bench`.
+
+        Nothing that a row of `bench` measured is used.
+        """
         if self.prefill is None:
             return None
+        features = _prefill_features(row, self.prefill)
+        coefficients = self.prefill.values()
         return (
             sum(
-                a * n + b * floor
-                for (a, b), (n, floor) in zip(
-                    self.prefill.values(), _parts(row, self.prefill), strict=True
-                )
+                a * calls + b * floor
+                for (a, b), (calls, floor) in zip(coefficients, features, strict=True)
             )
             / 1e3
         )
 
     def step_ms(self, row: Row) -> float | None:
-        """Predicted milliseconds of one decoding step of all sequences of a row."""
-        return None if self.decode is None else float(np.dot(self.decode, _step(row)))
+        """Predict the milliseconds of one decoding step of all sequences of a row."""
+        return None if self.decode is None else float(np.dot(self.decode, _step_features(row)))
 
 
 FLOOR_ONLY = CostModel(dict.fromkeys(PARTS, (0.0, 1.0)), (0.0, 1.0, 0.0, 1.0))
@@ -61,7 +69,7 @@ def point(
     batch: int = 1,
     index_dtype: str = "fp8",
 ) -> Row:
-    """A row of `bench` without measurements: what a prediction needs."""
+    """Make a row of `bench` without measurements: what a prediction needs."""
     return {
         "context": context,
         "pattern": str(pattern),
@@ -79,7 +87,7 @@ def point(
 
 
 def usable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a model is fitted to: measured, with floors, and without R layers."""
+    """Return the rows that a model can be fitted to: measured, with floors, and without R layers."""
     return [
         r
         for r in rows
@@ -91,61 +99,71 @@ def usable(rows: Sequence[Row]) -> list[Row]:
 
 
 def fit(rows: Sequence[Row]) -> CostModel:
-    """The model of these rows. Prefill is fitted where a row has a TTFT and the time of its parts, decoding where it has a rate.
+    """Fit the model to the usable rows.
+
+    Prefill is fitted to the rows that have a TTFT and times of parts, decoding to those with a rate.
 
     Raises:
-        ValueError: nothing to fit to.
+        ValueError: no row can be fitted to.
     """
     rows = usable(rows)
-    timed = [r for r in rows if r.get("ttft_s") and r.get("parts_ms")]
-    stepped = [r for r in rows if r.get("decode_tok_s")]
-    if not timed and not stepped:
+    prefills = [r for r in rows if r.get("ttft_s") and r.get("parts_ms")]
+    steps = [r for r in rows if r.get("decode_tok_s")]
+    if not prefills and not steps:
         raise ValueError(
-            "There is no measured row of F and S layers with floors in these bench results, so nothing to fit to."
+            "There is no measured row of F and S layers with floors in these bench results, so "
+            "nothing to fit to."
         )
-    prefill = None
-    if timed:
-        parts = [shares(r) for r in timed]
-        weight = np.array([1e-3 / r["ttft_s"] for r in timed])
-        names = [p for p in PARTS if any(p in x for x in parts)]
-        features = [_parts(r, names) for r in timed]
-        prefill = {}
-        for i, name in enumerate(names):
-            a, b = non_negative(
-                np.array([f[i] for f in features]) * weight[:, None],
-                np.array([x.get(name, 0.0) for x in parts]) * weight,
-            )
-            prefill[name] = (a, b)
-    decode = None
-    if stepped:
-        took = np.array([1e3 / r["decode_tok_s"] for r in stepped])
-        a, b, c, d = non_negative(
-            np.array([_step(r) for r in stepped]) / took[:, None], np.ones(len(stepped))
-        )
-        decode = (a, b, c, d)
-    return CostModel(prefill, decode)
+    return CostModel(
+        _fit_prefill(prefills) if prefills else None, _fit_decode(steps) if steps else None
+    )
 
 
-def left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Predictions for each context by a model fitted to the other contexts only: {"context", "pattern", "batch", "what" (ttft_s or
-    decode_tok_s), "measured", "predicted", "error" (relative)}. Empty where there is one context."""
-    rows, found = usable(rows), []
+def _fit_prefill(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    measured = [parts_of_ttft(r) for r in rows]
+    weight = np.array([1e-3 / r["ttft_s"] for r in rows])
+    names = [name for name in PARTS if any(name in parts for parts in measured)]
+    features = [_prefill_features(r, names) for r in rows]
+    coefficients = {}
+    for i, name in enumerate(names):
+        a, b = non_negative(
+            np.array([f[i] for f in features]) * weight[:, None],
+            np.array([parts.get(name, 0.0) for parts in measured]) * weight,
+        )
+        coefficients[name] = (a, b)
+    return coefficients
+
+
+def _fit_decode(rows: Sequence[Row]) -> tuple[float, float, float, float]:
+    milliseconds = np.array([1e3 / r["decode_tok_s"] for r in rows])
+    features = np.array([_step_features(r) for r in rows])
+    a, b, c, d = non_negative(features / milliseconds[:, None], np.ones(len(rows)))
+    return a, b, c, d
+
+
+def errors_left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Predict each context by a model that is fitted to the other contexts only.
+
+    Returns:
+        One {"context", "pattern", "batch", "what" (ttft_s or decode_tok_s), "measured", "predicted",
+        "error" (relative)} per prediction; none where there is only one context.
+    """
+    rows = usable(rows)
+    errors = []
     for context in sorted({r["context"] for r in rows}):
-        others = [r for r in rows if r["context"] != context]
-        if not others:
-            continue
         try:
-            model = fit(others)
+            model = fit([r for r in rows if r["context"] != context])
         except ValueError:
             continue
         for row in (r for r in rows if r["context"] == context):
             step = model.step_ms(row)
-            for what, predicted in (
-                ("ttft_s", model.ttft_s(row)),
-                ("decode_tok_s", 1e3 / step if step else None),
-            ):
+            predictions = {
+                "ttft_s": model.ttft_s(row),
+                "decode_tok_s": 1e3 / step if step else None,
+            }
+            for what, predicted in predictions.items():
                 if row.get(what) and predicted is not None:
-                    found.append(
+                    errors.append(
                         {
                             "context": context,
                             "pattern": row["pattern"],
@@ -156,124 +174,48 @@ def left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
                             "error": predicted / row[what] - 1,
                         }
                     )
-    return found
+    return errors
 
 
-def shares(row: Row) -> dict[str, float]:
-    """Milliseconds of each part of a row's prefill, adding up to its TTFT: the parts are timed in a pass of their own, and what
-    they leave of the TTFT is rest."""
+def parts_of_ttft(row: Row) -> dict[str, float]:
+    """Scale the parts of a row's prefill so that they add up to its TTFT, in milliseconds.
+
+    The parts are timed in a pass of their own. What they leave of the TTFT is "rest".
+    """
     parts = {p: ms for p, ms in row["parts_ms"].items() if p not in ("rest", "total")}
-    total, known = 1e3 * row["ttft_s"], sum(parts.values())
-    if known > total:
-        parts = {p: ms * total / known for p, ms in parts.items()}
-    return parts | {"rest": max(total - known, 0.0)}
+    total = 1e3 * row["ttft_s"]
+    timed = sum(parts.values())
+    if timed > total:
+        parts = {p: ms * total / timed for p, ms in parts.items()}
+    return parts | {"rest": max(total - timed, 0.0)}
 
 
 def non_negative(features: np.ndarray, target: np.ndarray) -> list[float]:
-    """Coefficients >= 0 that minimise |features @ x - target|^2, exactly: the best of the least-squares fits on every subset of
-    the columns that are non-negative there (few columns, so all subsets are tried)."""
-    columns = features.shape[1]
-    best, least = np.zeros(columns), float(target @ target)
-    for size in range(1, columns + 1):
-        for chosen in combinations(range(columns), size):
-            part = features[:, chosen]
-            if not part.any(axis=0).all():
-                continue
-            x = np.linalg.lstsq(part, target, rcond=None)[0]
-            error = float(np.square(part @ x - target).sum())
-            if (x >= 0).all() and error < least * (1 - 1e-12):
-                best, least = np.zeros(columns), error
-                best[list(chosen)] = x
-    return [float(v) for v in best]
+    """Return the coefficients x >= 0 that minimise |features @ x - target|^2."""
+    from scipy.optimize import nnls
+
+    return [float(x) for x in nnls(features, target)[0]]
 
 
-def _parts(row: Row, names: Any) -> list[tuple[float, float]]:
-    """(calls, floor in ms) of each part of a prefill. A plan has no floor and takes its time by the token: parts of a chunk count."""
-    chunks, whole = (
-        -(-row["context"] // row["chunk"]) * row.get("batch", 1),
-        row["context"] / row["chunk"] * row.get("batch", 1),
-    )
+def _prefill_features(row: Row, names: Iterable[str]) -> list[tuple[float, float]]:
+    """Return (calls, floor in ms) of each named part of a prefill.
+
+    "plan" has no floor and takes its time by the token, so a fraction of a chunk counts as such.
+    """
+    chunks = -(-row["context"] // row["chunk"]) * row.get("batch", 1)
+    exact_chunks = row["context"] / row["chunk"] * row.get("batch", 1)
     calls = {
         "head": 1,
         **dict.fromkeys(INDEX_PARTS, row["full"] * chunks),
-        "plan": row["full"] * whole,
+        "plan": row["full"] * exact_chunks,
     }
-    return [(calls.get(p, row["layers"] * chunks), row["floor_ms"].get(p, 0.0)) for p in names]
+    return [
+        (calls.get(name, row["layers"] * chunks), row["floor_ms"].get(name, 0.0)) for name in names
+    ]
 
 
-def _step(row: Row) -> tuple[float, float, float, float]:
-    """(1, floor of all but the indexers, layers that index, floor of the indexers) of a decoding step."""
+def _step_features(row: Row) -> tuple[float, float, float, float]:
+    """Return what the coefficients of a decoding step multiply; see the top of the module."""
     floor = row["decode_floor_ms"]
-    index = sum(floor.get(p, 0.0) for p in INDEX_PARTS)
+    index = sum(floor.get(name, 0.0) for name in INDEX_PARTS)
     return 1.0, sum(floor.values()) - index, row["full"], index
-
-
-PLANNED = (("all", 1), ("1/2", 2), ("1/4", 4))
-WORTH = 0.05  # of a request's GPU time: sharing that saves less is called not worth it
-
-
-def plan(
-    shape: Shape,
-    model: CostModel,
-    rates: Rates,
-    *,
-    context: int,
-    output_tokens: int,
-    price: float,
-    batch: int = 1,
-    chunk: int = 8192,
-    index_dtype: str = "fp8",
-) -> list[dict[str, Any]]:
-    """What requests of `context` prompt tokens and `output_tokens` cost under all, 1/2 and 1/4 full layers (uniform).
-
-    A request takes its TTFT and output_tokens steps shared by `batch` requests, each at the length half of the output has been
-    decoded.
-
-    Args:
-        price: of an hour of one GPU, in any currency.
-
-    Returns:
-        Per pattern {"name", "pattern", "full", "layers", "ttft_s", "decode_tok_s" (of one request), "gpu_s" (of one request),
-        "cost_per_million" (prompt and output tokens, in the currency of the price), "saving" (of gpu_s, against all; None for all)}.
-    """
-    found: list[dict[str, Any]] = []
-    for name, freq in PLANNED:
-        pattern = Pattern.uniform(shape.layers, freq)
-        first = model.ttft_s(
-            point(shape, context, pattern, rates, chunk=chunk, index_dtype=index_dtype)
-        )
-        held = context + output_tokens // 2
-        step = model.step_ms(
-            point(shape, held, pattern, rates, chunk=chunk, batch=batch, index_dtype=index_dtype)
-        )
-        if first is None or not step:
-            raise ValueError(
-                "These bench results have no prefill or no decoding, so a request cannot be predicted from them."
-            )
-        seconds = first + output_tokens * step / batch / 1e3
-        found.append(
-            {
-                "name": name,
-                "pattern": str(pattern),
-                "full": len(pattern.full_layers),
-                "layers": len(pattern),
-                "ttft_s": first,
-                "decode_tok_s": 1e3 / step,
-                "gpu_s": seconds,
-                "cost_per_million": price / 3600 * seconds / (context + output_tokens) * 1e6,
-                "saving": None if name == PLANNED[0][0] else 1 - seconds / found[0]["gpu_s"],
-            }
-        )
-    return found
-
-
-def worth_from(shape: Shape, saving: float, predict: Any) -> int | None:
-    """The shortest context, to a twentieth, at which predict(context) -> rows of `plan` saves at least `saving` with its last
-    pattern; None when none up to the model's maximum does."""
-    low, high = shape.topk, shape.context
-    if predict(high)[-1]["saving"] < saving:
-        return None
-    while high > low * 1.05 + 1:
-        middle = int((low * high) ** 0.5)
-        low, high = (low, middle) if predict(middle)[-1]["saving"] >= saving else (middle, high)
-    return high

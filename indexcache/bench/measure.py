@@ -1,187 +1,78 @@
 """One measurement: a prefill of a given length, the decoding after it, and where the time went.
 
-Clocks: `time.perf_counter` around work that a synchronisation closes; decoding ends when its last token is on the host, and each
-token is read there while the next step runs, as it is streamed.
+Clocks are `time.perf_counter` around work that a synchronisation closes. Decoding ends when its last
+token is on the host, and each token is read there while the next step runs, as when text is streamed.
 """
 
 from __future__ import annotations
 
 import gc
-import platform
+import logging
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from indexcache.bench import CHUNK
 from indexcache.bench.floors import decode_floor, prefill_floor
-from indexcache.bench.recorded import RecordedSelector, Stretched, record_selections, stretch
-from indexcache.data import Encode
-from indexcache.models.fast.accelerate import accelerate
+from indexcache.bench.recorded import RecordedSelector, Stretched, stretch
+from indexcache.bench.subject import Subject, prompt_ids, synchronize
+from indexcache.memory import out_of_memory
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import prefill
-from indexcache.models.loading import DTYPES, fingerprint, load
-from indexcache.models.random import random_model
 from indexcache.models.seam import selector_of, use_pattern
 from indexcache.models.timing import PartTimer
 from indexcache.pattern import Pattern
-from indexcache.shapes import SHAPES, Rates, Shape, reachable_of, shape_config, shape_of
 
-WARM_STEPS = 3  # of decoding, before the clock starts: the first captures the graph
-PART_STEPS = 4  # of decoding, timed in parts
-SPARE = (
-    WARM_STEPS + 2 * PART_STEPS + 2
-)  # tokens of cache that a measurement needs beside the prompt and what it decodes
-COMPILED = 0.98  # of a first run's time, which the same pass timed in parts, if anything slower, does not fall below otherwise
-SHORT = 1.5  # seconds; shorter prefills are repeated and the median taken
+WARM_STEPS = 3  # decoding steps before the clock starts; the first one captures the graph
+PART_STEPS = 4  # decoding steps that are timed part by part
+SPARE = WARM_STEPS + 2 * PART_STEPS + 2  # tokens of cache beside the prompt and what it decodes
+
+# The instrumented pass is never faster than the plain one. Where it takes less than this share of the
+# plain one's time, that one was still compiling and is timed again.
+COMPILING = 0.98
+SHORT = 1.5  # seconds; shorter prefills are repeated and the median is taken
+REPEATS = 3  # runs of a short prefill
 FILL_RESERVE = 4e9  # bytes left free for activations when the cache is filled
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
-
-@dataclass(frozen=True)
-class Subject:
-    """An accelerated model and what a result says of it. `identity` changes with the weights."""
-
-    model: nn.Module
-    name: str
-    shape: Shape
-    random: bool
-    dtype: str
-    index_dtype: str
-    device: Rates
-    device_name: str
-    identity: str
-    encode: Encode | None = None
-    compiled: bool = False
-    selections: list[Tensor] | None = (
-        None  # recorded ones (analysis/recorded.py) that a prefill reads: the ids, the pools
-    )
-
-    @property
-    def cuda(self) -> bool:
-        return self.where.type == "cuda"
-
-    @property
-    def where(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-
-def open_subject(
-    model: str,
-    *,
-    layers: int | None = None,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    index_dtype: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    compile: bool = False,
-    selections: list[Tensor] | None = None,
-) -> Subject:
-    """A named shape with random weights (cut to `layers`), a checkpoint folder, or `tiny`; accelerated, with `compile` on a GPU.
-
-    Raises:
-        ValueError: what `shape_of`, `random_model`, `load` and `accelerate` refuse.
-    """
-    shape_of(model, layers)
-    encode = None
-    if model in SHAPES:
-        config = shape_config(model, layers)
-        made = random_model(config, dtype=dtype, device=device, seed=seed)
-        identity = f"random, seed {seed}, {config['num_hidden_layers']} layers"
-    else:
-        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        made, identity, encode = loaded.module, fingerprint(loaded.path), loaded.encode
-    on_gpu = torch.device(device).type == "cuda"
-    accelerate(made, index_dtype=index_dtype, compile=compile and on_gpu)
-    record_selections(made)
-    name = (
-        torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
-    )
-    return Subject(
-        made,
-        model,
-        Shape.of(made.config),
-        model in SHAPES,
-        dtype,
-        index_dtype,
-        ceilings(device, dtype),
-        name,
-        identity,
-        encode,
-        compile and on_gpu,
-        selections,
-    )
-
-
-def ceilings(device: str, dtype: str) -> Rates:
-    """The rates of a known GPU (`shapes.DEVICES`); of any other device those of one matrix product and one copy, measured now."""
-    where = torch.device(device)
-    if where.type == "cuda":
-        known = reachable_of(torch.cuda.get_device_name(where))
-        if known is not None:
-            return known
-    size, copied = (8192, 1 << 28) if where.type == "cuda" else (1024, 1 << 25)
-    a = torch.ones(size, size, dtype=DTYPES[dtype], device=where)
-    b = torch.ones(copied, dtype=torch.uint8, device=where)
-    target = torch.empty_like(b)
-    product = min(_timed(where, lambda: a @ a) for _ in range(4))
-    copy = min(_timed(where, lambda: target.copy_(b)) for _ in range(4))
-    rate, bandwidth = 2 * size**3 / product, 2 * copied / copy
-    return Rates("measured here", rate, rate, bandwidth, bandwidth, 0.0)
-
-
-def prompt_ids(
-    subject: Subject, length: int, *, text: list[int] | None = None, seed: int = 0
-) -> Tensor:
-    """int64 [1, length] on the model's device: random ids, or the ids of a text, repeated to the length."""
-    if text:
-        ids = torch.tensor((text * (-(-length // len(text))))[:length])[None]
-    else:
-        ids = torch.randint(
-            0, subject.shape.vocab, (1, length), generator=torch.Generator().manual_seed(seed)
-        )
-    return ids.to(subject.where)
+log = logging.getLogger(__name__)
 
 
 def filling_batch(subject: Subject, capacity: int, pattern: Pattern) -> int:
-    """How many requests of `capacity` tokens fit beside the weights.
+    """Return how many requests of `capacity` tokens fit beside the weights.
 
     Raises:
-        ValueError: not on a GPU; not even one fits.
+        ValueError: the model is not on a GPU, or not even one request fits.
     """
-    if not subject.cuda:
+    if not subject.on_gpu:
         raise ValueError(
             "How many requests fill the memory is known for a GPU only; give --batch a number."
         )
     _release(subject)
-    free = torch.cuda.mem_get_info(subject.where)[0] - FILL_RESERVE
-    per_token = subject.shape.cache_bytes(
-        len(pattern) - pattern.roles.count("S"), index_dtype=subject.index_dtype
-    )
+    free = torch.cuda.mem_get_info(subject.device)[0] - FILL_RESERVE
+    index_layers = len(pattern) - pattern.roles.count("S")
+    per_token = subject.shape.cache_bytes(index_layers, index_dtype=subject.index_dtype)
     count = int(free / (per_token * capacity))
     if count < 1:
         raise ValueError(
-            f"Not one request of {capacity} tokens fits beside the weights ({max(free, 0) / 1e9:.1f} GB free)."
+            f"Not one request of {capacity} tokens fits beside the weights "
+            f"({max(free, 0) / 1e9:.1f} GB free)."
         )
     return count
 
 
-def warm_up(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
-    """Compile what a measurement would compile."""
+def compile_pass(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
+    """Run a prefill and a few steps, so that what a measurement would compile is compiled."""
     ids = prompt_ids(subject, length)
     with torch.no_grad(), use_pattern(subject.model, pattern):
         cache = FastCache(subject.model, length + SPARE)
-        with _lent(subject, length, pattern):
+        with _recorded_selections(subject, length, pattern):
             tokens = prefill(subject.model, ids, cache, chunk=chunk).argmax(-1)
         _steps(Decoder(subject.model, cache), tokens, WARM_STEPS)
 
@@ -193,168 +84,172 @@ def measure(
     *,
     batch: int = 1,
     decode_tokens: int = 64,
-    chunk: int = 8192,
-    text: list[int] | None = None,
+    chunk: int = CHUNK,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Time a prefill of `context` tokens and `decode_tokens` steps after it under a pattern.
 
+    Args:
+        batch: requests that are decoded together, copies of one prompt that go on differently.
+        decode_tokens: number of steps that are timed.
+        chunk: tokens of the prefill that go through the model at once.
+        seed: random seed of the prompt.
+
     Returns:
-        {"context", "pattern", "full", "layers", "batch", "chunk", "ttft_s" (null when batch > 1), "ttft_runs_s", "decode_tok_s" (of one
-        request), "decode_total_tok_s" (of the batch), "peak_gb", "added_gb" (of the prefill, beyond weights and cache; null on a
-        CPU), "cache_gb", "weights_gb", "parts_ms", "floor_ms" (prefill), "decode_parts_ms", "decode_floor_ms" (a step)}.
+        {"context", "pattern", "full", "layers", "batch", "chunk", "ttft_s" (null when batch > 1),
+        "ttft_runs_s", "decode_tok_s" (of one request), "decode_total_tok_s" (of the batch),
+        "peak_gb", "added_gb" (of the prefill, beyond weights and cache; null on a CPU), "cache_gb",
+        "weights_gb", "parts_ms" and "floor_ms" (prefill), "decode_parts_ms" and "decode_floor_ms" (a
+        step)}.
     """
-    s, capacity = subject, context + decode_tokens + SPARE
-    ids = prompt_ids(s, context, text=text, seed=seed)
-    row: dict[str, Any] = {
+    model = subject.model
+    ids = prompt_ids(subject, context, seed=seed)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with torch.no_grad(), use_pattern(model, pattern):
+        _release(subject)
+        with _recorded_selections(subject, context, pattern) as recorded_bytes:
+            if subject.on_gpu:
+                torch.cuda.reset_peak_memory_stats(subject.device)
+            cache = FastCache(model, context + decode_tokens + SPARE)
+            runs = [_prefill_s(subject, ids, cache, chunk)]
+            parts: dict[str, float] = {}
+            added = None
+            if batch == 1:
+                while len(runs) < REPEATS and statistics.median(runs) < SHORT:
+                    runs.append(_prefill_s(subject, ids, cache, chunk))
+                with PartTimer() as timer:
+                    seconds = _prefill_s(subject, ids, cache, chunk)
+                parts = timer.milliseconds()
+                if seconds < COMPILING * statistics.median(runs):
+                    runs = [_prefill_s(subject, ids, cache, chunk)]
+                if subject.on_gpu:
+                    added = _peak_bytes(subject) - weights - cache.nbytes - recorded_bytes
+        if batch > 1:
+            runs = []
+            _release(subject)
+            cache.batch_repeat_interleave(batch)
+        tokens = (ids[0, -1:] + torch.arange(batch, device=ids.device)) % subject.shape.vocab
+        tokens, step = _time_steps(subject, cache, tokens, decode_tokens)
+        decode_parts = _decode_parts(subject, cache, tokens, 1e3 * step)
+    return {
         "context": context,
         "pattern": str(pattern),
         "full": len(pattern.full_layers),
         "layers": len(pattern),
         "batch": batch,
         "chunk": chunk,
+        "ttft_s": round(statistics.median(runs), 5) if runs else None,
+        "ttft_runs_s": [round(r, 5) for r in runs],
+        "decode_tok_s": round(1 / step, 3),
+        "decode_total_tok_s": round(batch / step, 3),
+        "peak_gb": round(_peak_bytes(subject) / 1e9, 3),
+        "added_gb": None if added is None else round(added / 1e9, 3),
+        "cache_gb": round(cache.nbytes / 1e9, 4),
+        "weights_gb": round(weights / 1e9, 4),
+        "parts_ms": {p: round(ms, 4) for p, ms in parts.items() if p != "total"},
+        "decode_parts_ms": {p: round(ms, 4) for p, ms in decode_parts.items() if p != "total"},
+        **_floors(subject, context, pattern, batch),
     }
-    weights = sum(p.numel() * p.element_size() for p in s.model.parameters())
-    with torch.no_grad(), use_pattern(s.model, pattern):
-        _release(s)
-        with _lent(s, context, pattern) as lent:  # decoding reads what it selects
-            if s.cuda:
-                torch.cuda.reset_peak_memory_stats(s.where)
-            cache = FastCache(s.model, capacity)
-            runs, parts, added = [_prefill_s(s, ids, cache, chunk)], {}, None
-            while batch == 1 and len(runs) < 3 and statistics.median(runs) < SHORT:
-                runs.append(_prefill_s(s, ids, cache, chunk))
-            if batch == 1:
-                with PartTimer() as timer:
-                    seconds = _prefill_s(s, ids, cache, chunk)
-                parts = timer.milliseconds()
-                if seconds < COMPILED * statistics.median(
-                    runs
-                ):  # what was measured first was compiling
-                    runs = [_prefill_s(s, ids, cache, chunk)]
-                added = _peak(s) - weights - cache.nbytes - lent if s.cuda else None
-        if batch > 1:
-            runs = []
-            _release(s)
-            cache.batch_repeat_interleave(
-                batch
-            )  # copies of one prompt, which go on with different tokens
-        tokens = (ids[0, -1:] + torch.arange(batch, device=ids.device)) % s.shape.vocab
-        decoder = Decoder(s.model, cache)
-        tokens = _steps(decoder, tokens, WARM_STEPS)
-        began = time.perf_counter()
-        tokens = _steps(decoder, tokens, decode_tokens)
-        step = (time.perf_counter() - began) / decode_tokens
-        del decoder  # and its graph
-        try:
-            decode_parts = _decode_parts(s, cache, tokens, 1e3 * step)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            print(
-                f"indexcache: note: decoding cannot be timed in parts here ({str(error).splitlines()[0]:.200}).",
-                file=sys.stderr,
-            )
-            decode_parts = {}
-        row |= {
-            "ttft_s": round(statistics.median(runs), 5) if runs else None,
-            "ttft_runs_s": [round(r, 5) for r in runs],
-            "decode_tok_s": round(1 / step, 3),
-            "decode_total_tok_s": round(batch / step, 3),
-            "peak_gb": round(_peak(s) / 1e9, 3),
-            "added_gb": None if added is None else round(added / 1e9, 3),
-            "cache_gb": round(cache.nbytes / 1e9, 4),
-            "weights_gb": round(weights / 1e9, 4),
-            "parts_ms": {p: round(ms, 4) for p, ms in parts.items() if p != "total"},
-            "decode_parts_ms": {p: round(ms, 4) for p, ms in decode_parts.items() if p != "total"},
-        }
-    return row | floors_of(s, context, pattern, batch)
 
 
 @contextmanager
-def _lent(s: Subject, context: int, pattern: Pattern) -> Iterator[int]:
-    """Lay the recorded selections out for a prefill of this length; yields the bytes they take."""
-    selector = selector_of(s.model)
+def _recorded_selections(subject: Subject, context: int, pattern: Pattern) -> Iterator[int]:
+    """Let a prefill of this length read the recorded selections; yields the bytes that they take.
+
+    Decoding is outside, so it reads what it selects.
+    """
+    selector = selector_of(subject.model)
     assert isinstance(selector, RecordedSelector)
-    ids, pools = [*(s.selections or ()), None, None][:2]
+    topk = subject.shape.topk
     taken = 0
     try:
-        if ids is not None:
-            selector.ids = stretch(ids.to(s.where), s.shape.topk, context)
+        if subject.selections:
+            ids = subject.selections[0].to(subject.device)
+            selector.ids = stretch(ids, topk, context)
             taken += selector.ids.nbytes
-        if pools is not None and pattern.pool_factor is not None:
-            selector.pools = Stretched(
-                pools.to(s.where), s.shape.topk * pattern.pool_factor, context
-            )
+        if len(subject.selections) > 1 and pattern.pool_factor is not None:
+            pools = subject.selections[1].to(subject.device)
+            selector.pools = Stretched(pools, topk * pattern.pool_factor, context)
             taken += selector.pools.nbytes
         yield taken
     finally:
         selector.ids = selector.pools = None
 
 
-def floors_of(
+def _floors(
     subject: Subject, context: int, pattern: Pattern, batch: int
 ) -> dict[str, dict[str, float]]:
-    floors = {"floor_ms": prefill_floor, "decode_floor_ms": decode_floor}
-    found = {
-        key: f(
+    """Return the floors of a row, to five digits."""
+    rows = {}
+    for key, floor in (("floor_ms", prefill_floor), ("decode_floor_ms", decode_floor)):
+        parts = floor(
             subject.shape,
             context,
             pattern,
-            subject.device,
+            subject.rates,
             batch=batch,
             index_dtype=subject.index_dtype,
         )
-        for key, f in floors.items()
-    }
-    return {key: {p: float(f"{ms:.5g}") for p, ms in parts.items()} for key, parts in found.items()}
+        rows[key] = {name: float(f"{ms:.5g}") for name, ms in parts.items()}
+    return rows
 
 
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(s in str(error) for s in OUT_OF_MEMORY)
-    )
-
-
-def _prefill_s(s: Subject, ids: Tensor, cache: FastCache, chunk: int) -> float:
-    """Seconds until the first token is on the host, from an empty cache."""
+def _prefill_s(subject: Subject, ids: Tensor, cache: FastCache, chunk: int) -> float:
+    """Return the seconds until the first token is on the host, from an empty cache."""
     cache.reset()
-    _wait(s.where)
+    synchronize(subject.device)
     began = time.perf_counter()
-    prefill(s.model, ids, cache, chunk=chunk).argmax(-1).tolist()
+    prefill(subject.model, ids, cache, chunk=chunk).argmax(-1).tolist()
     return time.perf_counter() - began
 
 
-def _release(s: Subject) -> None:
-    """Give back what earlier measurements left."""
+def _release(subject: Subject) -> None:
+    """Give back the memory that earlier measurements left."""
     gc.collect()
-    if s.cuda:
+    if subject.on_gpu:
         torch.cuda.empty_cache()
 
 
+def _time_steps(
+    subject: Subject, cache: FastCache, tokens: Tensor, count: int
+) -> tuple[Tensor, float]:
+    """Return the last tokens, and the seconds of one of `count` steps after the warm ones."""
+    decoder = Decoder(subject.model, cache)
+    tokens = _steps(decoder, tokens, WARM_STEPS)
+    began = time.perf_counter()
+    tokens = _steps(decoder, tokens, count)
+    return tokens, (time.perf_counter() - began) / count
+
+
 def _steps(decoder: Decoder, tokens: Tensor, count: int) -> Tensor:
-    """Greedy tokens, one request's shifted against the next one's: requests that say the same would meet the same experts."""
+    """Decode `count` greedy tokens, each request's shifted against those of the one before it.
+
+    Requests that say the same would meet the same experts.
+    """
     shift = torch.arange(len(tokens), device=tokens.device)
 
-    def drawn() -> Iterator[Tensor]:
+    def decoded() -> Iterator[Tensor]:
         nonlocal tokens
         for _ in range(count):
             logits = decoder.step(tokens)
             tokens = (logits.argmax(-1) + shift) % logits.shape[-1]
             yield tokens
 
-    for _ in on_host(drawn()):
+    for _ in on_host(decoded()):
         pass
     return tokens
 
 
 class GraphTimer(PartTimer):
-    """Times the parts of a step inside its CUDA graph: marks made while the graph is captured become nodes of it, and every replay
-    sets them anew. What runs outside of a capture is not timed."""
+    """A timer of the parts of a step inside its CUDA graph.
+
+    Marks that are made while the graph is captured become nodes of it, and every replay sets them
+    anew. What runs outside of a capture is not timed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.cuda = False  # a plain timer leaves captures alone
+        self.cuda = False  # A plain timer leaves captures alone, and this one must not.
 
     def _now(self) -> Any:
         if not torch.cuda.is_current_stream_capturing():
@@ -364,7 +259,7 @@ class GraphTimer(PartTimer):
         return mark
 
     def replayed(self) -> dict[str, float]:
-        """Milliseconds of each part in the last replay, which must have ended."""
+        """Return the milliseconds of each part in the last replay, which must have ended."""
         sums: dict[str, float] = {}
         for name, start, end in self._spans:
             if start is not None and end is not None:
@@ -372,43 +267,50 @@ class GraphTimer(PartTimer):
         return sums
 
 
-def _decode_parts(s: Subject, cache: FastCache, tokens: Tensor, step_ms: float) -> dict[str, float]:
-    """Milliseconds of each part of one step. On a GPU they are timed in a graph of their own, whose marks cost a microsecond
-    or two each; rest is what they leave of the step without marks."""
-    if not s.cuda:
-        decoder = Decoder(s.model, cache)
+def _decode_parts(
+    subject: Subject, cache: FastCache, tokens: Tensor, step_ms: float
+) -> dict[str, float]:
+    """Return the milliseconds of each part of one step, or nothing where they cannot be timed."""
+    try:
+        if subject.on_gpu:
+            return _graph_parts(subject, cache, tokens, step_ms)
+        decoder = Decoder(subject.model, cache)
         tokens = _steps(decoder, tokens, 1)
-        with PartTimer() as plain:
+        with PartTimer() as timer:
             _steps(decoder, tokens, PART_STEPS)
-        return {p: ms / PART_STEPS for p, ms in plain.milliseconds().items()}
-    timer = GraphTimer()
-    with timer:
-        decoder = Decoder(s.model, cache)
+        return {name: ms / PART_STEPS for name, ms in timer.milliseconds().items()}
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        log.warning("Decoding cannot be timed in parts here (%.200s).", reason)
+        return {}
+
+
+def _graph_parts(
+    subject: Subject, cache: FastCache, tokens: Tensor, step_ms: float
+) -> dict[str, float]:
+    """Time the parts of a step in a CUDA graph of their own, whose marks cost 1 to 2 us each.
+
+    "rest" is what the parts leave of the step without marks.
+    """
+    with GraphTimer() as timer:
+        decoder = Decoder(subject.model, cache)
         tokens = _steps(decoder, tokens, 1)
     sums: dict[str, float] = {}
     for _ in range(PART_STEPS):
         tokens = _steps(decoder, tokens, 1)
-        _wait(s.where)
+        synchronize(subject.device)
         for name, ms in timer.replayed().items():
             sums[name] = sums.get(name, 0.0) + ms / PART_STEPS
     return sums | {"rest": max(step_ms - sum(sums.values()), 0.0)}
 
 
-def _timed(where: torch.device, work: Any) -> float:
-    _wait(where)
-    began = time.perf_counter()
-    work()
-    _wait(where)
-    return time.perf_counter() - began
+def _peak_bytes(subject: Subject) -> int:
+    """Return the maximum of bytes allocated on the GPU since the last reset.
 
-
-def _wait(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-
-
-def _peak(s: Subject) -> int:
-    """Most bytes allocated on the GPU since the last reset; of a process on a CPU, its largest resident set so far."""
-    if s.cuda:
-        return torch.cuda.max_memory_allocated(s.where)
+    On a CPU it is the largest resident set of the process so far.
+    """
+    if subject.on_gpu:
+        return torch.cuda.max_memory_allocated(subject.device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

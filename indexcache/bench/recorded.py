@@ -1,4 +1,8 @@
-"""Selections of a trained model for timing a random one: how much neighbouring queries read in common decides what attention costs."""
+"""Selections of a trained model, for timing a model with random weights.
+
+How much neighbouring queries read in common decides what attention costs, and with random weights
+they have too little in common.
+"""
 
 from __future__ import annotations
 
@@ -14,81 +18,101 @@ from indexcache.models.seam import IndexerCall
 from indexcache.ops import Selection
 
 
-def read_selections(word: str) -> list[Tensor]:
-    """int [R, K], tensors of a safetensors file, from "FILE:NAME" or "FILE:NAME,POOL": row r holds ascending ids below `R + r + 1`.
+def read_selections(word: str) -> tuple[Tensor, ...]:
+    """Read recorded ids, and pools where they are named too, from a safetensors file.
+
+    Args:
+        word: "FILE:NAME" or "FILE:NAME,POOL", the names of the file's tensors.
+
+    Returns:
+        int32 [R, K] tensors whose row r holds ascending ids of at most R + r.
 
     Raises:
-        ValueError: no such file or tensor, or it does not hold selections.
+        ValueError: there is no such file or tensor, or it does not hold selections.
     """
     file, _, names = word.rpartition(":")
     if not file or names.count(",") > 1:
         raise ValueError(
-            f"--selections takes FILE:NAME[,POOL], one or two tensors of a safetensors file, not {word!r}."
+            "--selections takes FILE:NAME[,POOL], one or two tensors of a safetensors file, not "
+            f"{word!r}."
         )
     if not Path(file).is_file():
         raise ValueError(f"There is no file {file} (--selections FILE:NAME).")
-    return [_read(Path(file), name) for name in names.split(",")]
+    return tuple(_read(Path(file), name) for name in names.split(","))
 
 
 def _read(path: Path, name: str) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as held:
-            if name not in held.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise ValueError(
-                    f"{path}: has no tensor {name!r}, it has {', '.join(sorted(held.keys()))}."
-                )
-            ids = held.get_tensor(name)
+        with safe_open(path, "pt") as tensors:
+            names = sorted(tensors.keys())
+            if name not in names:
+                raise ValueError(f"{path}: has no tensor {name!r}, it has {', '.join(names)}.")
+            ids = tensors.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path}: is no safetensors file ({error}).") from None
-    whole = (
-        ids.dim() == 2 and ids.numel() and not ids.is_floating_point() and bool((ids >= 0).all())
-    )
-    seen = torch.arange(len(ids), 2 * len(ids)) if whole else ids
-    if (
-        not whole
-        or not bool((ids[:, 1:] > ids[:, :-1]).all())
-        or not bool((ids[:, -1] <= seen).all())
-    ):
+    if not _are_selections(ids):
         raise ValueError(
-            f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up to rows + r."
+            f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up to "
+            "rows + r."
         )
     return ids.int()
 
 
+def _are_selections(ids: Tensor) -> bool:
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or bool((ids < 0).any()):
+        return False
+    ascending = (ids[:, 1:] > ids[:, :-1]).all()
+    last_key = torch.arange(len(ids), 2 * len(ids))
+    return bool(ascending) and bool((ids[:, -1] <= last_key).all())
+
+
 class Stretched:
-    """Recorded ids [R, K] over a context, made row by row when asked for: each row of k ids is k / K copies of a recorded row side by
-    side, spread over the keys that are visible. Rows repeat every R; rows of at most k visible keys take all, -1 padded.
+    """Recorded ids [R, K] over a longer context, made row by row when asked for.
 
-    The last R of 2 R tokens were recorded; their ids are scaled to the width of a copy, which is the same for R neighbouring rows.
+    A row of k ids is k / K copies of a recorded row side by side, spread over the keys that are
+    visible. Rows repeat every R. A row with at most k visible keys takes all of them and is padded
+    with -1. The recorded ids are those of the last R of 2 R tokens. They are scaled to the width of a
+    copy, which is the same for R neighbouring rows.
 
-    Args:
-        ids_RK: recorded ids, on the device where rows are wanted; `k` ids a row, of `length` rows.
-
-    Raises:
-        ValueError: k is no multiple of K.
+    Attributes:
+        ids: int32 [length, K], the ids of the first copy.
+        shift: int32 [length / R, k / K], how far each copy lies behind the first.
     """
 
     def __init__(self, ids_RK: Tensor, k: int, length: int):
-        recorded, each = ids_RK.shape
-        self.k, self.recorded, self.copies = k, recorded, k // each
-        if self.copies * each != k:
-            raise ValueError(f"{k} ids a query cannot be made of copies of {each} recorded ones.")
+        """Lay the recorded ids out for a context.
+
+        Args:
+            ids_RK: recorded ids, on the device where rows are wanted.
+            k: ids of one row.
+            length: number of rows.
+
+        Raises:
+            ValueError: k is no multiple of K.
+        """
+        recorded, width_K = ids_RK.shape
+        self.k = k
+        self.recorded = recorded
+        copies = k // width_K
+        if copies * width_K != k:
+            raise ValueError(
+                f"{k} ids a query cannot be made of copies of {width_K} recorded ones."
+            )
         device = ids_RK.device
-        slot, copy = torch.arange(each, device=device), torch.arange(self.copies, device=device)
-        self.ids = torch.empty(length, each, dtype=torch.int32, device=device)  # of the first copy
-        self.shift = torch.empty(
-            -(-length // recorded), self.copies, dtype=torch.int32, device=device
-        )  # of the others
+        slot = torch.arange(width_K, device=device)
+        copy = torch.arange(copies, device=device)
+        blocks = -(-length // recorded)
+        self.ids = torch.empty(length, width_K, dtype=torch.int32, device=device)
+        self.shift = torch.empty(blocks, copies, dtype=torch.int32, device=device)
         for i, start in enumerate(range(0, length, recorded)):
             end = min(start + recorded, length)
-            width = max(start + 1, k) / self.copies
-            e = (ids_RK[: end - start] * (width / (2 * recorded))).long()
-            # apart again where they fell together
-            self.ids[start:end] = ((e - slot).cummax(1).values + slot).minimum(
-                int(width) - each + slot
-            )
+            width = max(start + 1, k) / copies
+            scaled = (ids_RK[: end - start] * (width / (2 * recorded))).long()
+            # Ids that fell together when they were scaled are moved apart again.
+            apart = (scaled - slot).cummax(1).values + slot
+            self.ids[start:end] = apart.minimum(int(width) - width_K + slot)
             self.shift[i] = (copy * width).long()
 
     @property
@@ -96,20 +120,19 @@ class Stretched:
         return self.ids.nbytes + self.shift.nbytes
 
     def rows(self, start: int, end: int) -> Tensor:
-        """int32 [end - start, k], ascending."""
+        """Return the rows from `start` to `end`: int32 [end - start, k], ascending."""
         row = torch.arange(start, end, device=self.ids.device)
-        out = (
-            self.shift[row // self.recorded][:, :, None] + self.ids[start:end][:, None, :]
-        ).flatten(1)
-        few = min(max(self.k - start, 0), end - start)  # rows that take all
-        if few:
+        shift = self.shift[row // self.recorded][:, :, None]
+        out = (shift + self.ids[start:end][:, None, :]).flatten(1)
+        short = min(max(self.k - start, 0), end - start)  # rows with at most k visible keys
+        if short:
             every = torch.arange(self.k, dtype=torch.int32, device=out.device)
-            out[:few] = torch.where(every <= row[:few, None], every, -1)
+            out[:short] = torch.where(every <= row[:short, None], every, -1)
         return out
 
 
 def stretch(ids_RK: Tensor, k: int, length: int) -> Tensor:
-    """All rows of `Stretched`: int32 [length, k]."""
+    """Return all rows of `Stretched`: int32 [length, k]."""
     return Stretched(ids_RK, k, length).rows(0, length)
 
 

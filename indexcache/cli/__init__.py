@@ -28,6 +28,7 @@ from indexcache.cli import (
     profile,
     search,
 )
+from indexcache.memory import out_of_memory
 from indexcache.spec import SYNTAX
 
 VERBS: dict[str, Callable[..., int | None]] = {
@@ -204,7 +205,7 @@ def guarded(call: Callable[[], int | None]) -> int:
             return _fail(f"{error.filename or 'A file'!s:.120}: {error.strerror}.")
         raise
     except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             return _fail(
                 "There is not enough memory for this; use fewer or shorter sequences, or another "
                 "--device."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -50,9 +49,9 @@ def bench(
     a killed run goes on with the same command. If MODEL is a finished bench.json, the tables and
     pictures are made again.
     """
+    from indexcache.bench.results import BenchResult
     from indexcache.bench.run import RESULT, run_bench
-    from indexcache.records import read_json
-    from indexcache.report.speed import check_plots
+    from indexcache.report.plots import check_plots
 
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -60,55 +59,14 @@ def bench(
         if plot:
             check_plots()
     if model.endswith(".json"):
-        result = read_json(Path(model))
-        if (
-            not isinstance(result, dict)
-            or not isinstance(result.get("rows"), list)
-            or "shape" not in result
-        ):
-            raise ValueError(f"{model}: is not a {RESULT} of an earlier run.")
+        result = BenchResult.read(model)
     else:
-        subject, grid, text = open_model(model, contexts, patterns, batch, settings)
-        result = run_bench(subject, grid, folder, fresh=fresh, text=text)
+        subject, grid = open_model(model, contexts, patterns, batch, settings)
+        result = run_bench(subject, grid, folder, fresh=fresh, progress=True)
         if folder is not None:
             print(f"{folder / RESULT}\n")
-    try:
-        show(result)
-        if folder is not None and plot:
-            draw(result, folder)
-    except (TypeError, KeyError, AttributeError):
-        if not model.endswith(".json"):
-            raise
-        raise ValueError(
-            f"{model}: a row is not what a bench writes, so the file was changed; measure anew."
-        ) from None
-    output.emit(result)
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """The tables on stdout."""
-    from indexcache.report.speed import parts, speeds
-
-    print(
-        f"{result['model']}, {result['shape']['layers']} layers, {result['device']}, {result['date']}\n"
-    )
-    print(speeds(result["rows"]))
-    for which in ("prefill", "decode"):
-        print("\n" + parts(result["rows"], which))
-    whose = (
-        "measured here"
-        if result["ceilings"]["memory"] == 0
-        else f"of an {result['ceilings']['name']}"
-    )
-    print(f"\nFloors: rates {whose}. Parts are timed in a pass of their own. {result['note']}")
-    if result.get("published"):
-        print(f"Published: {result['published']['source']}")
-
-
-def draw(result: Mapping[str, Any], out: Path) -> None:
-    from indexcache.report.speed import draw_share, draw_speedups
-
-    title = f"{result['model']}, {result['shape']['layers']} layers, {result['device']}"
-    draw_speedups(result["rows"], out / "speedup.png", title, result.get("published"))
-    draw_share(result["rows"], out / "indexer_share.png", title, result.get("published"))
-    print(f"\n{out / 'speedup.png'}, {out / 'indexer_share.png'}")
+    print(result.report())
+    if folder is not None and plot:
+        gains, share = result.draw(folder)
+        print(f"\n{gains}, {share}")
+    output.emit(result.to_json())

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from indexcache.cli.bench import show
 from indexcache.cli.common import FLAT, Output, Spec
 from indexcache.cli.timing import Timed, TimingSettings, open_model
 
@@ -43,9 +42,9 @@ def profile(
 
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    subject, grid, text = open_model(model, contexts, pattern, batch, settings)
-    result = run_bench(subject, grid, text=text)
-    show(result)
+    subject, grid = open_model(model, contexts, pattern, batch, settings)
+    result = run_bench(subject, grid, progress=True)
+    print(result.report())
     if out is not None:
-        write_json(Path(out) / "profile.json", result)
-    output.emit(result)
+        write_json(Path(out) / "profile.json", result.to_json())
+    output.emit(result.to_json())

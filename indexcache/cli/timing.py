@@ -1,4 +1,4 @@
-"""The settings that the verbs which time a model have in common, and how their words become values."""
+"""The settings that `bench` and `profile` have in common, and how their words become values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from indexcache.bench import CHUNK
 from indexcache.cli.common import Dtype, IndexDtype
 
 if TYPE_CHECKING:
-    from indexcache.bench.measure import Subject
     from indexcache.bench.run import Grid
-    from indexcache.pattern import Pattern
+    from indexcache.bench.subject import Subject
 
 NAMED = "glm-4.7-flash-dsa, glm-5, deepseek-v3.2, tiny-random"
 Timed = Annotated[
@@ -29,7 +29,7 @@ class TimingSettings:
     "Take only the first layers of a named shape."
     decode_tokens: int = 64
     "Number of tokens that are decoded after each prefill."
-    chunk: int = 16384
+    chunk: int = CHUNK
     """Number of tokens of a prefill that go through the model at once. Patterns with R layers take
     half as many."""
     data: str | None = None
@@ -51,46 +51,31 @@ class TimingSettings:
 
 
 def open_model(
-    model: str, lengths: tuple[str, ...], wanted: tuple[str, ...], batch: str, s: TimingSettings
-) -> tuple[Subject, Grid, list[int] | None]:
-    """The accelerated model, what to measure on it under the patterns `wanted`, and the ids of --data where it is given. What
-    cannot be measured is refused before the model is made."""
+    model: str, lengths: tuple[str, ...], specs: tuple[str, ...], batch: str, s: TimingSettings
+) -> tuple[Subject, Grid]:
+    """Return the accelerated model, and what to measure on it under the patterns `specs`.
+
+    What cannot be measured is refused before the model is made.
+    """
     import torch
 
-    from indexcache.bench.measure import open_subject
-    from indexcache.bench.recorded import read_selections
     from indexcache.bench.run import Grid
+    from indexcache.bench.subject import open_subject
     from indexcache.cli.common import keep_freed_memory
-    from indexcache.data import load_documents
-    from indexcache.shapes import SHAPES, shape_of
+    from indexcache.shapes import shape_of
+    from indexcache.spec import parse_patterns
 
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(model, s.layers)
     grid = Grid(
         contexts=contexts(lengths),
-        patterns=patterns(wanted, shape.layers),
+        patterns=parse_patterns(split(specs), shape.layers),
         batches=batches(batch),
         decode_tokens=s.decode_tokens,
         chunk=s.chunk,
         seed=s.seed,
     )
     grid.check(shape, device.startswith("cuda"))
-    if s.data is not None and model in SHAPES:
-        raise ValueError(
-            "A named shape has no tokenizer, so it is timed with random tokens; leave --data out."
-        )
-    recorded = None if s.selections is None else read_selections(s.selections)
-    widths = [(recorded[0], 1)] if recorded else []
-    widths += (
-        [(recorded[1], p.pool_factor) for _, p in grid.patterns if p.pool_factor]
-        if recorded and recorded[1:]
-        else []
-    )
-    for ids, factor in widths:
-        if shape.topk * factor % ids.shape[1]:
-            raise ValueError(
-                f"{s.selections}: {shape.topk * factor} ids a query cannot be made of copies of {ids.shape[1]} recorded ones."
-            )
     if device == "cpu":
         keep_freed_memory()
     subject = open_subject(
@@ -102,21 +87,24 @@ def open_model(
         seed=s.seed,
         trust_remote_code=s.trust_remote_code,
         compile=s.compile,
-        selections=recorded,
+        selections=s.selections,
+        patterns=tuple(named.pattern for named in grid.patterns),
+        data=s.data,
     )
-    if s.data is None:
-        return subject, grid, None
-    assert subject.encode is not None
-    documents = load_documents(s.data, subject.encode, shape.vocab)
-    return subject, grid, [i for d in documents for i in d.ids.tolist()]
+    return subject, grid
 
 
 def contexts(words: tuple[str, ...]) -> tuple[int, ...]:
-    """("10K,60K", "5000") -> (10000, 60000, 5000); K is a thousand, M a million."""
+    """Read lengths: ("10K,60K", "5000") gives (10000, 60000, 5000)."""
     return tuple(dict.fromkeys(number(word) for word in split(words)))
 
 
 def number(word: str) -> int:
+    """Read a number of tokens, in which K is a thousand and M a million.
+
+    Raises:
+        ValueError: the word is no whole number of tokens.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KkM]?)", word)
     value = (
         float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()] if match else 0.0
@@ -128,22 +116,20 @@ def number(word: str) -> int:
     return int(value)
 
 
-def patterns(words: tuple[str, ...], layers: int) -> tuple[tuple[str, Pattern], ...]:
-    """(name, pattern) for each word; see PATTERNS."""
-    from indexcache.spec import parse_patterns
-
-    return tuple((p.name, p.pattern) for p in parse_patterns(split(words), layers))
-
-
 def batches(word: str) -> tuple[int | str, ...]:
-    """ "1,4,fill" -> (1, 4, "fill")."""
-    found: list[int | str] = []
-    for one in split((word,)):
-        if one != "fill" and not (one.isascii() and one.isdigit() and int(one) > 0):
-            raise ValueError(f"--batch takes numbers of requests and the word fill, not {one!r}.")
-        found.append(one if one == "fill" else int(one))
-    return tuple(dict.fromkeys(found))
+    """Read numbers of requests: "1,4,fill" gives (1, 4, "fill").
+
+    Raises:
+        ValueError: a part of the word is neither a number nor "fill".
+    """
+    values: list[int | str] = []
+    for item in split((word,)):
+        if item != "fill" and not (item.isascii() and item.isdigit() and int(item) > 0):
+            raise ValueError(f"--batch takes numbers of requests and the word fill, not {item!r}.")
+        values.append(item if item == "fill" else int(item))
+    return tuple(dict.fromkeys(values))
 
 
 def split(words: tuple[str, ...]) -> list[str]:
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+    """Split words at commas, and drop what is empty."""
+    return [item.strip() for word in words for item in word.split(",") if item.strip()]

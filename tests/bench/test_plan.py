@@ -11,16 +11,15 @@ import pytest
 
 from indexcache.bench.cost import (
     FLOOR_ONLY,
+    errors_left_out,
     fit,
-    left_out,
     non_negative,
-    plan,
+    parts_of_ttft,
     point,
-    shares,
     usable,
-    worth_from,
 )
 from indexcache.bench.floors import PARTS, decode_floor, prefill_floor
+from indexcache.bench.plan import Traffic, predict, worth_from
 from indexcache.cli import main
 from indexcache.pattern import Pattern
 from indexcache.shapes import SHAPES, rates_named, shape_of
@@ -113,29 +112,29 @@ def test_a_known_law_is_found_and_predicts_lengths_it_was_not_fitted_to():
         want = law(context, Pattern.uniform(47, freq))
         assert model.ttft_s(want) == pytest.approx(want["ttft_s"], rel=1e-3)
         assert model.step_ms(want) == pytest.approx(1e3 / want["decode_tok_s"], rel=1e-3)
-    errors = left_out(rows())
+    errors = errors_left_out(rows())
     assert {e["context"] for e in errors} == set(CONTEXTS)
     assert len([e for e in errors if e["what"] == "ttft_s"]) == 12
     assert len([e for e in errors if e["what"] == "decode_tok_s"]) == 24
     assert max(abs(e["error"]) for e in errors) < 1e-3
 
 
-def test_errors_are_of_the_context_that_was_left_out():
+def test_errors_are_of_the_context_that_was_errors_left_out():
     """A row that does not follow the law shows in the error of its own context, at its full size."""
     made = [law(c, p) for c in CONTEXTS for p in PATTERNS]
     for row in made:
         if row["context"] == 60_000:
             row["ttft_s"] *= 1.5
-    errors = {e["context"]: e["error"] for e in left_out(made) if e["what"] == "ttft_s"}
+    errors = {e["context"]: e["error"] for e in errors_left_out(made) if e["what"] == "ttft_s"}
     assert errors[60_000] == pytest.approx(1 / 1.5 - 1, abs=1e-3)
 
 
 def test_parts_add_up_to_the_ttft():
     row = law(60_000, PATTERNS[0])
-    assert sum(shares(row).values()) == pytest.approx(1e3 * row["ttft_s"])
-    slower = shares(row | {"ttft_s": row["ttft_s"] + 0.1})
+    assert sum(parts_of_ttft(row).values()) == pytest.approx(1e3 * row["ttft_s"])
+    slower = parts_of_ttft(row | {"ttft_s": row["ttft_s"] + 0.1})
     assert slower["rest"] == pytest.approx(row["parts_ms"]["rest"] + 100)
-    faster = shares(row | {"ttft_s": row["ttft_s"] / 2})  # the timer's own pass was slower
+    faster = parts_of_ttft(row | {"ttft_s": row["ttft_s"] / 2})  # the timer's own pass was slower
     assert sum(faster.values()) == pytest.approx(500 * row["ttft_s"])
     assert faster["rest"] == 0
 
@@ -153,7 +152,7 @@ def test_only_measured_rows_of_full_and_shared_layers_count():
     assert usable([pooled, failed, bare]) == []
     refused(lambda: fit([pooled, failed, bare]), "nothing to fit to")
     assert fit([*rows(), pooled, failed, bare]) == fit(rows())
-    assert left_out([r for r in rows() if r["context"] == 10_000]) == []
+    assert errors_left_out([r for r in rows() if r["context"] == 10_000]) == []
 
 
 def test_floors_alone():
@@ -169,9 +168,8 @@ def test_floors_alone():
 
 def test_a_plan_is_the_arithmetic_it_says():
     model = fit(rows())
-    full, half, quarter = plan(
-        FLASH, model, H100, context=100_000, output_tokens=500, price=3.6, batch=4
-    )
+    traffic = Traffic(context=100_000, output_tokens=500, price=3.6, batch=4)
+    full, half, quarter = predict(FLASH, model, H100, traffic, chunk=8192)
     first = law(100_000, PATTERNS[0])["ttft_s"]
     step = 1 / law(100_250, PATTERNS[0], 4)["decode_tok_s"]
     assert full["gpu_s"] == pytest.approx(first + 500 * step / 4, rel=1e-3)
@@ -185,13 +183,14 @@ def test_a_plan_is_the_arithmetic_it_says():
     )
     assert [r["full"] for r in (full, half, quarter)] == [47, 24, 12]
 
-    def predict(n: int) -> list[dict[str, Any]]:
-        return plan(FLASH, model, H100, context=n, output_tokens=500, price=1.0)
+    def predict_at(context: int) -> list[dict[str, Any]]:
+        one = Traffic(context=context, output_tokens=500, price=1.0)
+        return predict(FLASH, model, H100, one, chunk=8192)
 
-    start = worth_from(FLASH, 0.2, predict)
+    start = worth_from(FLASH, 0.2, predict_at)
     assert start is not None
-    assert predict(start)[-1]["saving"] >= 0.2 > predict(int(start / 1.06))[-1]["saving"]
-    assert worth_from(FLASH, 0.9, predict) is None
+    assert predict_at(start)[-1]["saving"] >= 0.2 > predict_at(int(start / 1.06))[-1]["saving"]
+    assert worth_from(FLASH, 0.9, predict_at) is None
 
 
 def test_the_verb(tmp_path, capsys):
@@ -290,7 +289,7 @@ def test_bad_input_gets_one_sentence(tmp_path, capsys):
     assert "a row lacks" in said(shape, *traffic, "--bench", results(tmp_path, [{"context": 1}]))
     other = tmp_path / "other.json"
     other.write_text('{"rows": []}')
-    assert "is not the bench.json" in said(shape, *traffic, "--bench", str(other))
+    assert "is not a bench.json" in said(shape, *traffic, "--bench", str(other))
     assert "not what a bench writes" in said(
         shape, *traffic, "--bench", results(tmp_path, [rows()[0] | {"ttft_s": "fast"}])
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from indexcache.bench.measure import open_subject
-from indexcache.bench.recorded import Stretched, read_selections, stretch
+from indexcache.bench.recorded import RecordedSelector, Stretched, read_selections, stretch
 from indexcache.bench.run import Grid, run_bench
+from indexcache.bench.subject import open_subject
 from indexcache.cli import main
 from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern
+from indexcache.spec import NamedPattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "tiny_selections.safetensors"
@@ -51,8 +53,9 @@ def test_neighbours_share_what_was_recorded():
 
 
 def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
-    subject = open_subject(
-        "tiny-random", layers=4, dtype="float32", selections=[recorded(64, 8), recorded(64, 16)]
+    subject = replace(
+        open_subject("tiny-random", layers=4, dtype="float32"),
+        selections=(recorded(64, 8), recorded(64, 16)),
     )
     read: list[torch.Tensor] = []
     pools: list[torch.Tensor] = []
@@ -72,7 +75,7 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
     )
     grid = Grid(
         contexts=(100, 130),
-        patterns=(("all", Pattern("FFFF")), ("pool", Pattern("FRSR@2"))),
+        patterns=(NamedPattern("all", Pattern("FFFF")), NamedPattern("pool", Pattern("FRSR@2"))),
         decode_tokens=2,
         chunk=64,
     )
@@ -87,8 +90,11 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
     assert wide and all(
         torch.equal(ids[0], stretch(recorded(64, 16), 64, 100)[96:]) for ids in wide
     )
-    assert "recorded selections" in result["note"] and result["settings"]["selections"]
-    assert selector_of(subject.model).ids is None and selector_of(subject.model).pools is None  # type: ignore[attr-defined]
+    assert "recorded selections" in result.note and result.settings["selections"]
+    selector = selector_of(subject.model)
+    assert isinstance(selector, RecordedSelector)
+    assert selector.ids is None
+    assert selector.pools is None
     with pytest.raises(ValueError, match="other settings|differ"):  # not the same run
         run_bench(open_subject("tiny-random", layers=4, dtype="float32"), grid, tmp_path)
 

@@ -1,0 +1,217 @@
+"""The result of a bench: its rows, what follows from them, and its tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from indexcache.bench.floors import INDEX_PARTS
+from indexcache.records import read_json
+from indexcache.report.plots import draw_share, draw_speedups
+from indexcache.report.speed import parts_table, speed_table
+
+FILL = "fill"  # the batch that stands for as many requests as fit
+CELL_KEYS = {"context", "pattern", "full", "layers"}  # every row has these, also one that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """What a bench measured, as bench.json holds it.
+
+    Attributes:
+        device: name of the device.
+        date: ISO date of the last row.
+        model: name of the model, as it was given.
+        random: whether its weights are random.
+        note: what a reader must know of the rows.
+        shape: the sizes of the model; see `shapes.Shape`.
+        ceilings: the rates of the device, by which the floors divide; see `shapes.Rates`.
+        settings: what every row has in common.
+        published: the published figures of the model, or None.
+        rows: what `measure.measure` returns, with "name", "asked" (the batch that was asked for),
+            "speedup" against all full, "indexer_share" and the "published" figures where there are
+            any. A row that could not be measured has an "error" in their place.
+    """
+
+    device: str
+    date: str
+    model: str
+    random: bool
+    note: str
+    shape: dict[str, Any]
+    ceilings: dict[str, Any]
+    settings: dict[str, Any]
+    published: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, file: str | Path) -> BenchResult:
+        """Read a bench.json.
+
+        Raises:
+            ValueError: the file cannot be read, or it is no bench.json.
+        """
+        value = read_json(Path(file))
+        if not (
+            isinstance(value, dict)
+            and {"device", "date", "shape", "settings", "rows"} <= set(value)
+            and isinstance(value["rows"], list)
+            and all(isinstance(row, dict) for row in value["rows"])
+        ):
+            raise ValueError(f"{file}: is not a bench.json of an earlier run.")
+        for row in value["rows"]:
+            if not set(row) >= CELL_KEYS or not ("chunk" in row or row.get("error")):
+                raise ValueError(
+                    f"{file}: a row lacks what a bench writes ({', '.join(sorted(CELL_KEYS))}, "
+                    "chunk)."
+                )
+        optional = {
+            "model": "unknown",
+            "random": False,
+            "note": "",
+            "ceilings": {},
+            "published": None,
+        }
+        names = [field.name for field in fields(cls)]
+        result = cls(**{name: value.get(name, optional.get(name)) for name in names})
+        try:
+            result.report()
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError(
+                f"{file}: a row is not what a bench writes, so the file was changed; measure anew."
+            ) from None
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what bench.json holds."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def table(self) -> str:
+        """Render times, rates, gains and memory, one line per row."""
+        return speed_table(self.rows)
+
+    def report(self) -> str:
+        """Render the tables of speeds and parts, with what they are of and the notes."""
+        measured = not self.ceilings.get("memory")
+        source = "measured here" if measured else f"of an {self.ceilings['name']}"
+        note = f"Floors: rates {source}. Parts are timed in a pass of their own. {self.note}"
+        if self.published:
+            note += f"\nPublished: {self.published['source']}"
+        return "\n\n".join(
+            [
+                f"{self.model}, {self.shape['layers']} layers, {self.device}, {self.date}",
+                self.table(),
+                parts_table(self.rows, "prefill"),
+                parts_table(self.rows, "decode"),
+                note,
+            ]
+        )
+
+    def draw(self, folder: Path) -> tuple[Path, Path]:
+        """Write speedup.png and indexer_share.png into the folder, and return their paths.
+
+        Raises:
+            ValueError: matplotlib is not installed.
+        """
+        title = f"{self.model}, {self.shape['layers']} layers, {self.device}"
+        gains = folder / "speedup.png"
+        share = folder / "indexer_share.png"
+        draw_speedups(self.rows, gains, title, self.published)
+        draw_share(self.rows, share, title, self.published)
+        return gains, share
+
+
+def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a row measures: context, pattern and the batch that was asked for."""
+    return row["context"], row["pattern"], row.get("asked", row.get("batch", 1))
+
+
+def derive_rows(
+    journal: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Return the last measurement of each cell, with what follows from the others beside it.
+
+    Args:
+        journal: rows in the order in which they were measured.
+        published: published figures of this model, see `published_figures`.
+    """
+    latest = {cell_key(row): dict(row) for row in journal}
+    rows = sorted(
+        latest.values(), key=lambda r: (str(r["asked"]), r["context"], -r["full"], r["name"])
+    )
+    all_full = {
+        (r["context"], r["asked"]): r
+        for r in reversed(rows)
+        if set(r["pattern"]) == {"F"} and not r.get("error")
+    }
+    for row in rows:
+        if row.get("error"):
+            continue
+        if full := all_full.get((row["context"], row["asked"])):
+            row["speedup"] = _speedup(row, full)
+        row["indexer_share"] = indexer_share(row)
+        if figures := _published_row(published, row):
+            row["published"] = figures
+    return rows
+
+
+def _speedup(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the gains of a row over the one with all layers full."""
+    prefills = row["ttft_s"] and full["ttft_s"]
+    return {
+        "ttft": round(full["ttft_s"] / row["ttft_s"], 6) if prefills else None,
+        "decode": round(row["decode_total_tok_s"] / full["decode_total_tok_s"], 6),
+    }
+
+
+def indexer_share(row: Mapping[str, Any]) -> float | None:
+    """Return the indexers' share of a prefill, from the pass that was timed in parts."""
+    parts = row.get("parts_ms") or {}
+    total = sum(parts.values())
+    return sum(parts.get(name, 0.0) for name in INDEX_PARTS) / total if total else None
+
+
+def published_figures(model: str) -> dict[str, Any] | None:
+    """Return the published figures of a named shape, or None where there are none.
+
+    They are "contexts", and for each quantity and pattern a list of values at these.
+    """
+    return _published().get(model)
+
+
+def published_source() -> str:
+    """Return where the published figures are from."""
+    return str(_published()["source"])
+
+
+def _published() -> dict[str, Any]:
+    file = resources.files("indexcache") / "assets" / "published.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _published_row(published: Mapping[str, Any] | None, row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the published figures of a row's context and share of full layers, if it has no R."""
+    if published is None or row["context"] not in published["contexts"] or "R" in row["pattern"]:
+        return {}
+    if row["asked"] not in (1, FILL):
+        return {}
+    share = row["full"] / row["layers"]
+    kept = next(
+        (
+            name
+            for name, fraction in (("all", 1.0), ("1/2", 0.5), ("1/4", 0.25))
+            if abs(share - fraction) < 0.03
+        ),
+        None,
+    )
+    at = published["contexts"].index(row["context"])
+    quantities = ("ttft_s", "decode_tok_s") if row["batch"] == 1 else ("decode_total_tok_s",)
+    return {
+        quantity: published[quantity][kept][at]
+        for quantity in quantities
+        if kept in published[quantity]
+    }

@@ -1,0 +1,15 @@
+"""How the want of memory shows, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that there is too little memory.
+
+    torch raises a RuntimeError for it, whose message differs between a GPU and a CPU.
+    """
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
+    )
