@@ -91,6 +91,17 @@ def test_every_public_name_is_there():
         assert getattr(indexcache, name).__doc__
 
 
+def test_distillation_is_a_second_product():
+    """Nothing but its verb and the lazy names of the top level imports it."""
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(m.startswith("indexcache.distilling") for m in imports(path))
+    }
+    outside = {name for name in importers if not name.startswith("distilling/")}
+    assert outside <= {"__init__.py", "cli/distill.py"}
+
+
 def test_names_agree():
     assert set(MODEL_TYPES) == set(families())
     # exporting.checks refuses this family by name.

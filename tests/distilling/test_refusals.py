@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import re
 import resource
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,3 +302,17 @@ def test_command_refuses(checkpoint, text, tmp_path, capsys):
     capsys.readouterr()
     says("leave out --no-resume", *base, "--no-resume")
     says("other settings", *base, "--seed", "1")
+
+
+def test_documented_commands_run(tmp_path, monkeypatch, capsys):
+    """Run the first commands of docs/distill.md, with fewer steps and shorter rows."""
+    document = (Path(__file__).parents[2] / "docs" / "distill.md").read_text(encoding="utf-8")
+    block = re.findall(r"```sh\n(.*?)```", document, re.DOTALL)[0].replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    smaller = {"20": "1", "512": "256"}
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in filter(None, commands):
+        assert program == "indexcache"
+        arguments = [smaller.get(a, a) for a in arguments]
+        assert main([*arguments, "--eval-every", "0"]) == 0, capsys.readouterr().err
+    assert {path.parent.name for path in tmp_path.rglob("delta.safetensors")} == {"d4", "s4"}
