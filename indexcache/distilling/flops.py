@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from indexcache.distilling.forward import served_layers
+from indexcache.distilling.rows import Row
 from indexcache.distilling.settings import DistillSettings
 from indexcache.pattern import Pattern
 from indexcache.shapes import Shape, peak_of
@@ -42,3 +45,11 @@ def flops_per_token(
     targets = sum(len(group) for group in groups.values())
     target = shape.logit_pair_operations * keys
     return backbone + len(groups) * indexer + targets * target
+
+
+def flops_of_rows(
+    shape: Shape, pattern: Pattern, settings: DistillSettings, rows: Sequence[Row]
+) -> float:
+    """Count the operations that training on some rows needs, document by document."""
+    lengths = [b - a for row in rows for a, b in row.cuts]
+    return sum(n * flops_per_token(shape, pattern, settings, n) for n in lengths)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from indexcache.data import Batch
 from indexcache.distilling.checks import check_model, check_trainable
 from indexcache.distilling.delta import save_delta
-from indexcache.distilling.flops import flops_per_token, peak
+from indexcache.distilling.flops import flops_of_rows, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
 from indexcache.distilling.gradients import clip, local_shard, matrices_with_zero_rows
 from indexcache.distilling.indexers import trainable_indexers, write_back
@@ -258,8 +258,19 @@ class Trainer:
         weights shows there.
         """
         if self.saved != self.done:
-            save_state(self.out, "state", self.done, self.trained, self._facts(), self.world)
+            self._save_state("state", optimizers=True)
             self.saved = self.done
+
+    def _save_state(self, kind: str, optimizers: bool) -> None:
+        save_state(
+            self.out,
+            kind,
+            self.done,
+            self.trained,
+            self._facts(),
+            self.world,
+            optimizers=optimizers,
+        )
 
     def _log(self, entry: dict[str, Any], kind: str) -> None:
         """Append a line to the journal, unless a run that was killed wrote that line already."""
@@ -323,11 +334,7 @@ class Trainer:
         if rate is None:
             return None
         rows = rows_of_step(self.rows, step, self.settings.rows, self.settings.seed)
-        flops = sum(
-            (b - a) * flops_per_token(self.shape, self.pattern, self.settings, b - a)
-            for row in rows
-            for a, b in row.cuts
-        )
+        flops = flops_of_rows(self.shape, self.pattern, self.settings, rows)
         return round(flops / seconds / (rate * self.world.size), 4)
 
     def _summary(self, entry: dict[str, Any]) -> str:
@@ -427,15 +434,7 @@ class Trainer:
         if loss < self.best:
             self.best = loss
             self.best_step = self.done
-            save_state(
-                self.out,
-                "best",
-                self.done,
-                self.trained,
-                self._facts(),
-                self.world,
-                optimizers=False,
-            )
+            self._save_state("best", optimizers=False)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
