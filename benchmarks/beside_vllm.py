@@ -1,0 +1,288 @@
+"""Compare prefill and decoding of this package with vLLM on one card, the same shape, one request.
+
+Three steps, back to back on one machine; the first runs where vLLM can be imported:
+
+    python -m benchmarks.beside_vllm engine --freq 4 --out vllm.jsonl     # and --freq 1
+    indexcache bench glm-4.7-flash-dsa --selections benchmarks/data/tiny_selections.safetensors:topk.10 \
+        --contexts 200K,60K,120K,10K --patterns all,1/2,1/4 --out runs/bench
+    python -m benchmarks.beside_vllm join --bench runs/bench/bench.json --engine vllm.jsonl \
+        --out benchmarks/results/beside_vllm_h200.json --plot docs/beside_vllm.png
+
+`join` refuses rows whose correctness check failed and rows of different cards. The check of the
+engine: after a prompt of 20,000 tokens the ids in its top-k buffer are k different positions of
+the prompt. The weights are random in both, so the tokens mean nothing; only times count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPE: dict[str, Any] = {  # GLM-4.7-Flash with a lightning indexer, as `glm-4.7-flash-dsa` of bench
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "dtype": "bfloat16",
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "n_shared_experts": 1,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 768,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "max_position_embeddings": 202752,
+    "num_nextn_predict_layers": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+CONTEXTS = (10_000, 60_000, 120_000, 200_000)
+NEW_TOKENS = 129
+CHUNK = 8192
+NAMES = {1: "all", 4: "1/4"}  # of the engine's index_topk_freq
+
+
+def engine(freq: int, out: Path) -> None:
+    """Append one JSON line for each context and repetition, after a line with the check."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import torch
+    import vllm
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        llm = vllm.LLM(
+            model=folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=SHAPE["max_position_embeddings"],
+            enable_prefix_caching=False,
+            max_num_batched_tokens=CHUNK,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=16_000_000_000,
+            hf_overrides={"index_topk_freq": freq},
+            seed=0,
+            disable_log_stats=True,
+            compilation_config={"cudagraph_capture_sizes": [1, 2]},
+        )
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    model = runner.model.unwrap() if hasattr(runner.model, "unwrap") else runner.model
+    _draw_weights(model)
+    indexers = sum(layer.self_attn.indexer is not None for layer in model.model.layers)
+    generator = torch.Generator().manual_seed(11)
+    prompt = torch.randint(10, 154_000, (CONTEXTS[-1] + 2000,), generator=generator).tolist()
+
+    def emit(row: dict[str, Any]) -> None:
+        line = json.dumps({"freq": freq, "indexer_layers": indexers} | row)
+        print(line, flush=True)
+        with open(out, "a") as file:
+            file.write(line + "\n")
+
+    for length in (12_000, 40_000):  # compile kernels and fill caches
+        _request(llm, prompt[:length], 8)
+    _request(llm, prompt[:20_000], 1)
+    last = model.model.topk_indices_buffer[20_000 % CHUNK - 1].tolist()
+    ids = [i for i in last if i >= 0]
+    emit(
+        {
+            "kind": "check",
+            "valid": len(ids),
+            "unique": len(set(ids)),
+            "max": max(ids),
+            "device": torch.cuda.get_device_name(),
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+        }
+    )
+    for repetition in range(2):
+        for length in CONTEXTS:
+            start = 100 * repetition
+            times, tokens = _request(llm, prompt[start : start + length], NEW_TOKENS)
+            emit(
+                {
+                    "kind": "time",
+                    "context": length,
+                    "ttft_s": round(times[0], 4),
+                    "decode_tok_s": round((NEW_TOKENS - 1) / (times[-1] - times[0]), 2),
+                    "different_tokens": len(set(tokens)),
+                }
+            )
+
+
+def _draw_weights(model: Any) -> None:
+    """Draw all weights again: a dummy load leaves zeros, whose scores are all equal."""
+    import torch
+
+    generator = torch.Generator(device="cuda").manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "e_score_correction_bias" in name:
+                weight.zero_()
+            elif "norm" in name:
+                weight.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif weight.is_floating_point():
+                weight.normal_(0.0, 0.02, generator=generator)
+        for module in model.modules():  # matrices that vLLM derives from kv_b_proj while loading
+            for name in ("W_UK_T", "W_UV"):
+                derived = getattr(module, name, None)
+                if isinstance(derived, torch.Tensor):
+                    derived.normal_(0.0, 0.02, generator=generator)
+    torch.cuda.synchronize()
+
+
+_requests = 0
+
+
+def _request(llm: Any, prompt: list[int], new_tokens: int) -> tuple[list[float], list[int]]:
+    """Return the time at which each new token came, in seconds, and the tokens."""
+    global _requests
+    import torch
+    from vllm import SamplingParams
+
+    _requests += 1
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    llm.llm_engine.add_request(f"r{_requests}", {"prompt_token_ids": prompt}, settings)
+    times: list[float] = []
+    tokens: list[int] = []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            tokens = list(output.outputs[0].token_ids)
+            times += [time.perf_counter() - began] * (len(tokens) - len(times))
+    return times, tokens
+
+
+def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
+    """Write one result file, and the picture, from a bench.json and the engine's lines."""
+    ours = json.loads(bench.read_text())
+    lines = [json.loads(line) for line in engine_rows.read_text().splitlines()]
+    checks = {line["freq"]: line for line in lines if line["kind"] == "check"}
+    k = ours["shape"]["topk"]
+    for freq, check in checks.items():
+        if not (check["valid"] == check["unique"] == k and check["max"] < 20_000):
+            sys.exit(f"The engine's selection failed its check at index_topk_freq {freq}: {check}")
+        if check["device"] != ours["device"]:
+            sys.exit(f"The rows are of two cards: {check['device']} and {ours['device']}.")
+    rows = []
+    for row in ours["rows"]:
+        peers = [
+            line
+            for line in lines
+            if line["kind"] == "time"
+            and line["context"] == row["context"]
+            and NAMES[line["freq"]] == row["name"]
+        ]
+        if any(line["different_tokens"] < 10 for line in peers):
+            sys.exit(f"The engine repeats itself at {row['context']} tokens: {peers}")
+        if peers:
+            rows.append(
+                {
+                    "context": row["context"],
+                    "name": row["name"],
+                    "layers": row["layers"],
+                    "full": row["full"],
+                    "ttft_s": row["ttft_s"],
+                    "floor_ttft_s": round(sum(row["floor_ms"].values()) / 1e3, 4),
+                    "decode_tok_s": row["decode_tok_s"],
+                    "floor_decode_tok_s": round(1e3 / sum(row["decode_floor_ms"].values()), 1),
+                    "peer_full": peers[0]["indexer_layers"],
+                    "peer_ttft_s": min(line["ttft_s"] for line in peers),
+                    "peer_ttft_runs_s": [line["ttft_s"] for line in peers],
+                    "peer_decode_tok_s": max(line["decode_tok_s"] for line in peers),
+                    "peer_decode_runs_tok_s": [line["decode_tok_s"] for line in peers],
+                }
+            )
+    some = next(iter(checks.values()))
+    result = {
+        "device": ours["device"],
+        "date": ours["date"],
+        "model": ours["model"],
+        "peer": f"vLLM {some['vllm']}, torch {some['torch']}, index_topk_freq 1 and 4, bf16 cache, "
+        f"chunks of {CHUNK}, defaults otherwise, random weights; the better of two runs",
+        "note": "One card, vLLM first and ours after it. Attention of ours reads recorded "
+        "selections of a trained model in the prefill, vLLM those of its own random indexers.",
+        "rows": sorted(rows, key=lambda r: (r["context"], -r["full"])),
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        draw(result, plot)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the time to the first token of both, all layers full and one in four."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    contexts = sorted({row["context"] for row in result["rows"]})
+    series = (
+        ("vLLM 0.33.0, all layers full", "all", "peer_ttft_s", "#b0b7bf"),
+        ("vLLM 0.33.0, 1/4 full", "1/4", "peer_ttft_s", "#6b7780"),
+        ("indexcache, all layers full", "all", "ttft_s", "#7fb8e6"),
+        ("indexcache, 1/4 full", "1/4", "ttft_s", "#1f6fb2"),
+    )
+    figure, axes = pyplot.subplots(figsize=(8.8, 3.4), layout="constrained")
+    for number, (label, name, key, colour) in enumerate(series):
+        found = {row["context"]: row[key] for row in result["rows"] if row["name"] == name}
+        places = [i + (number - 1.5) * 0.2 for i in range(len(contexts))]
+        bars = axes.bar(places, [found[c] for c in contexts], 0.19, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+    axes.set_xticks(range(len(contexts)), [f"{c // 1000}K" for c in contexts])
+    axes.set_xlabel("prompt, tokens")
+    axes.set_ylabel("seconds to the first token")
+    axes.set_title(f"30B shape, one request, one {result['device']}: lower is better", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("engine", help="time vLLM; append JSON lines")
+    one.add_argument("--freq", type=int, choices=tuple(NAMES), required=True)
+    one.add_argument("--out", type=Path, required=True)
+    two = verbs.add_parser("join", help="check the rows, write the result and the picture")
+    two.add_argument("--bench", type=Path, required=True)
+    two.add_argument("--engine", type=Path, required=True)
+    two.add_argument("--out", type=Path, required=True)
+    two.add_argument("--plot", type=Path)
+    a = parser.parse_args()
+    if a.verb == "engine":
+        engine(a.freq, a.out)
+    else:
+        join(a.bench, a.engine, a.out, a.plot)
+
+
+if __name__ == "__main__":
+    main()

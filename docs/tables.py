@@ -1,0 +1,330 @@
+"""Write the tables of README and docs from the result files they quote.
+
+A page holds a table between `<!-- table NAME -->` and `<!-- end -->`. Run
+
+    python -m docs.tables
+
+after a result file has changed; the tests fail where a page and its result files disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def table(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a function that returns the markdown of the table `name`."""
+
+    def register(make: Callable[[], str]) -> Callable[[], str]:
+        TABLES[name] = make
+        return make
+
+    return register
+
+
+def pages() -> list[Path]:
+    """Return README and every page of docs and recipes that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """Return a page with every table made anew from its result files."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def read(name: str) -> Any:
+    """Return the content of one result file."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a markdown table."""
+    titles = list(header)
+    lines = [titles, ["---"] * len(titles), *map(list, rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def kilo(tokens: int) -> str:
+    return f"{tokens // 1000}K"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+# -- beside vLLM, one H200 ---------------------------------------------------------------
+
+
+def _beside(contexts: Iterable[int] | None = None) -> str:
+    rows = []
+    wanted = None if contexts is None else set(contexts)
+    for r in read("beside_vllm_h200.json")["rows"]:
+        if wanted is None or r["context"] in wanted:
+            first = r["peer_ttft_s"] / r["ttft_s"]
+            rate = r["decode_tok_s"] / r["peer_decode_tok_s"]
+            layers = "all" if r["name"] == "all" else "one in four"
+            rows.append(
+                [
+                    kilo(r["context"]),
+                    layers,
+                    f"{seconds(r['ttft_s'])} s",
+                    f"{seconds(r['peer_ttft_s'])} s",
+                    f"{first:.2f} x",
+                    f"{r['decode_tok_s']:.0f}",
+                    f"{r['peer_decode_tok_s']:.0f}",
+                    f"{rate:.2f} x",
+                ]
+            )
+    header = ["prompt", "full layers", "first token", "vLLM 0.33.0", "", "tokens/s", "vLLM", ""]
+    return markdown(header, rows)
+
+
+@table("beside-vllm-short")
+def beside_vllm_short() -> str:
+    return _beside((60_000, 200_000))
+
+
+@table("beside-vllm")
+def beside_vllm() -> str:
+    return _beside()
+
+
+# -- the 30B shape -----------------------------------------------------------------------
+
+PARTS = ("linears", "indexer", "index_topk", "plan", "attention", "mlp", "head", "rest")
+
+
+@table("published")
+def published() -> str:
+    result = read("glm-4.7-flash-dsa_h100.json")
+    paper = result["published"]
+    rows = []
+    chosen = [r for r in result["rows"] if r["name"] in ("all", "1/2", "1/4")]
+    for r in sorted(chosen, key=lambda r: (r["context"], -r["full"])):
+        at = paper["contexts"].index(r["context"])
+        rows.append(
+            [
+                kilo(r["context"]),
+                f"{r['name']} ({r['full']}/{r['layers']})",
+                f"{r['ttft_s']:.3g} ({paper['ttft_s'][r['name']][at]})",
+                f"{r['speedup']['ttft']:.2f}",
+                f"{r['decode_tok_s']:.0f} ({paper['decode_tok_s'][r['name']][at]})",
+                f"{r['speedup']['decode']:.2f}",
+                f"{r['added_gb']:.2f}",
+            ]
+        )
+    header = ["context", "full layers", "TTFT s (published)", "gain", "tokens/s (published)"]
+    return markdown([*header, "gain", "prefill adds GB"], rows)
+
+
+@table("parts")
+def parts() -> str:
+    rows = []
+    for r in read("glm-4.7-flash-dsa_h200_one_request.json")["rows"]:
+        if r["context"] == 200_000 and r["name"] in ("all", "1/4"):
+            for what, key, floor in (
+                ("prefill, s", "parts_ms", "floor_ms"),
+                ("decoding step, ms", "decode_parts_ms", "decode_floor_ms"),
+            ):
+                scale = 1e3 if what.startswith("prefill") else 1.0
+                cells = [
+                    f"{r[key][p] / scale:.2f} ({r[floor].get(p, 0.0) / scale:.2f})"
+                    if p in r[key]
+                    else ""
+                    for p in PARTS
+                ]
+                rows.append([f"{what}, {r['name']}", *cells])
+    return markdown(["", *PARTS], rows)
+
+
+@table("batch")
+def batch() -> str:
+    rows = []
+    for r in read("glm-4.7-flash-dsa_h200.json")["rows"]:
+        if r["batch"] > 1:
+            rows.append(
+                [
+                    f"{r['batch']} x {kilo(r['context'])}",
+                    f"{r['name']} ({r['full']}/{r['layers']})",
+                    f"{r['decode_total_tok_s']:.0f} ({r['published']['decode_total_tok_s']})",
+                    f"{r['speedup']['decode']:.2f}",
+                    f"{r['cache_gb']:.0f} GB",
+                    f"{r['peak_gb']:.0f} GB",
+                ]
+            )
+    header = ["requests", "full layers", "tokens/s of all (published)", "gain", "cache", "peak"]
+    return markdown(header, rows)
+
+
+@table("kernels")
+def kernels() -> str:
+    rows = []
+    for r in read("ops_h100.json")["rows"]:
+        if ("fp8" in r["op"] and "decode" in r["op"]) or "triton" in r["op"]:
+            continue  # fp8 latents are gone; the plain kernel of the scores is the slower one
+        if "backward" in r["op"] or r["shape"].startswith("8192 k=2048"):
+            continue
+        peer = ""
+        if r.get("peer_ms"):
+            peer = f"{r['peer']} {r['peer_ms']:.4g} ms, {r['peer_ms'] / r['ms']:.2f} x"
+        share = r["floor_ms"] / r["ms"]
+        rows.append([r["op"], r["shape"], f"{r['ms']:.4g}", f"{share:.2f}", peer])
+    header = ["operation", "shape", "ms", "floor / ms", "peer"]
+    return markdown(header, rows)
+
+
+# -- tiny --------------------------------------------------------------------------------
+
+
+@table("tiny")
+def tiny() -> str:
+    rows = []
+    for r in read("demo_tiny.json")["rows"]:
+        if r["domain"] == "all":
+            rows.append(
+                [
+                    f"{r['name']}: `{r['pattern']}`",
+                    f"{r['full']} of {r['layers']}",
+                    f"{r['loss']:.4f}",
+                    f"{r['delta_loss']:+.4f}",
+                    f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]",
+                    f"{r['kl']:.4f}",
+                    f"{100 * r['agreement']:.1f}%",
+                ]
+            )
+    header = ["pattern", "full layers", "loss", "vs full", "95 % interval", "KL", "same top-1"]
+    return markdown(header, rows)
+
+
+@table("tiny-third-layer")
+def tiny_third_layer() -> str:
+    rows = read("tiny_third_layer.json")["rows"]
+    return markdown(
+        ["third full layer", "loss above the searched pattern's", "95 % interval"],
+        [
+            [
+                f"`{r['pattern']}`",
+                f"{r['delta_loss']:+.3f}",
+                f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]",
+            ]
+            for r in sorted(rows, key=lambda r: r["delta_loss"])
+        ],
+    )
+
+
+@table("tiny-cpu")
+def tiny_cpu() -> str:
+    rows = []
+    for r in read("tiny_cpu.json")["rows"]:
+        formula = f"{r['stock_formula_mb']:,} MB" if r["path"] == "stock" else ""
+        rows.append(
+            [
+                f"{r['context']:,}",
+                r["path"],
+                "" if r["seconds"] is None else f"{r['seconds']:.1f}",
+                "" if r["peak_mb"] is None else f"{r['peak_mb']:,} MB",
+                formula,
+            ]
+        )
+    header = ["context", "path", "seconds", "peak of the process", "stock's scores by formula"]
+    return markdown(header, rows)
+
+
+# -- SmolLM2 -----------------------------------------------------------------------------
+
+
+@table("smollm2-short")
+def smollm2_short() -> str:
+    rows = {
+        (r["method"], r["kept"]): r
+        for r in read("smollm2_training_aware.json")["rows"]
+        if r["domain"] == "all"
+    }
+    named = (
+        ("uniform pattern, nothing trained for it", "untouched"),
+        ("uniform pattern, trained with L_multi", "multi"),
+        ("searched pattern, nothing trained for it", "searched"),
+    )
+    return markdown(
+        ["loss above all full; answers found", "15 of 30 full", "8 of 30", "4 of 30"],
+        [
+            [
+                name,
+                *(
+                    f"{rows[way, k]['delta_loss']:+.3f}; {100 * rows[way, k]['retrieval']:.0f} %"
+                    for k in (2, 4, 8)
+                ),
+            ]
+            for name, way in named
+        ],
+    )
+
+
+@table("smollm2-changes")
+def smollm2_changes() -> str:
+    rows = {
+        r["method"]: r
+        for r in read("smollm2_training_aware.json")["rows"]
+        if r["domain"] == "all" and r["kept"] == 4
+    }
+    named = (
+        ("a fifth of the steps", "multi, short"),
+        ("four times the steps", "multi, long"),
+        ("a third of the learning rate", "multi, slow"),
+        ("three times the learning rate", "multi, fast"),
+        ("400 steps of the sparse stage behind it", "multi, sparse"),
+        ("layers weighted by what sharing them alone costs (`--layer-weights`)", "multi, weighted"),
+        ("the engines' own rule: offset 2, nine full layers", "multi, offset2"),
+        ("an oracle that selects by the mean attention of each group", "oracle"),
+    )
+    return markdown(
+        ["change", "loss above all indexers"],
+        [[title, f"{rows[way]['delta_loss']:.3f}"] for title, way in named],
+    )
+
+
+@table("smollm2-early")
+def smollm2_early() -> str:
+    loss = {
+        (r["way"], len(r["served"])): f"{r['delta_loss']:.3f}"
+        for r in read("smollm2_reasons_cpu.json")["rows"]
+    }
+    named = (
+        ("layer 16's, as it is", "layer 16's own"),
+        ("layer 16's, 240 steps of L_multi", "16, L_multi"),
+        ("the same with 27 heads instead of nine", "16, 27 heads, L_multi"),
+        ("layer 16's, trained on layer 17 alone", "16, layer 17 alone"),
+        ("layer 17's, as it is", "layer 17's own"),
+        ("layer 17's, with L_multi", "17, L_multi"),
+    )
+    alone = {"layer 17's own": "layer 17's own, for itself"}
+    return markdown(
+        ["indexer", "layers 17 to 19", "layer 17 alone"],
+        [
+            [title, loss.get((way, 3), ""), loss.get((alone.get(way, way), 1), "")]
+            for title, way in named
+        ],
+    )
+
+
+def main() -> None:
+    """Write every page's tables in place."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)}: tables written")
+
+
+if __name__ == "__main__":
+    main()
