@@ -87,12 +87,12 @@ def test_shown_commands_run(path, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_commands_for_a_gpu_are_understood(path, tmp_path, monkeypatch, capsys):
     """Blocks marked `sh gpu` need a GPU or hours; their flags are parsed, nothing runs."""
-    from indexcache.cli import parse
+    from indexcache.cli import build_app
 
     for block in blocks(path, "sh gpu"):
         assert commands(block)
         for arguments in commands(block):
-            parse(arguments)
+            build_app().parse_args(arguments, exit_on_error=False, print_error=False)
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
