@@ -47,9 +47,7 @@ def export(
     result = write_export(
         facts["path"], named.pattern, out, engines=engine, stages=stages, prune=prune
     )
-    for warning in result["warnings"]:
+    for warning in result.warnings:
         print(f"indexcache: note: {warning}", file=sys.stderr)
-    for name, files in result["files"].items():
-        for file in files:
-            print(f"{name:14s}{file}")
-    output.emit(result)
+    print(result.table())
+    output.emit(result.to_json())

@@ -1,22 +1,50 @@
-"""Hand a pattern to the engines: a checkpoint for transformers, a flag for vLLM and one for SGLang."""
+"""Hand a pattern to the engines: a checkpoint for transformers, a flag each for vLLM and SGLang."""
 
 from __future__ import annotations
 
 import errno
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import read_config
-from indexcache.exporting import sglang, transformers, vllm
+from indexcache.exporting import transformers
 from indexcache.exporting.checks import ENGINES, check_engines, check_export
+from indexcache.exporting.engines import FLAGS, write_flag
 from indexcache.pattern import Pattern
 from indexcache.records import atomic_folder
 
-__all__ = ["ENGINES", "check_export", "export"]
+__all__ = ["ENGINES", "ExportResult", "check_export", "export"]
 
-SMALL_FILES = 1 << 20  # bytes set aside for flags, config and index
+SMALL_FILES = 1 << 20
+"""Bytes set aside for flags, config and index."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        files: the paths for each engine; that of "transformers" is its folder.
+        warnings: true things to know that do not make the export wrong, one sentence each.
+        pattern: the pattern as a string.
+    """
+
+    files: dict[str, list[str]]
+    warnings: list[str]
+    pattern: str
+
+    def table(self) -> str:
+        """Return one line for each file."""
+        return "\n".join(
+            f"{engine:<14}{path}" for engine, paths in self.files.items() for path in paths
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return asdict(self)
 
 
 def export(
@@ -27,62 +55,62 @@ def export(
     engines: Sequence[str] = ENGINES,
     stages: int = 1,
     prune: bool = True,
-) -> dict[str, Any]:
-    """Check `pattern` against `checkpoint` and write, into the new folder `out`, what each engine needs to run it.
+) -> ExportResult:
+    """Check `pattern` against `checkpoint`, and write what each engine needs into a new folder.
 
-    `out` gets pattern.json; for "transformers" the folder `transformers/`, a complete checkpoint (also what
-    TensorRT-LLM reads); for "vllm" and "sglang" `<engine>.txt`, a flag ready for the shell, and `<engine>.json`, its
-    value. Everything is written beside `out` and renamed at the end: `out` is whole or absent. Weight files that do
-    not change are hard links to the checkpoint's where the disk allows it.
+    `out` gets pattern.json. For "transformers" it gets the folder `transformers/`, a complete
+    checkpoint that TensorRT-LLM reads too; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
+    the shell, and `<engine>.json`, its value. Everything is written beside `out` and renamed at the
+    end, so `out` is whole or absent. Weight files that do not change are hard links to the
+    checkpoint's where the disk allows it.
 
     Args:
         checkpoint: a local folder with config.json and safetensors; never changed.
         pattern: F and S for every decoder layer.
         out: a folder that does not exist or is empty.
         engines: some of `ENGINES`.
-        stages: pipeline stages that will serve it; each must begin with F.
+        stages: number of pipeline stages that will serve it; each must begin with F.
         prune: leave the indexers of S layers out of the transformers checkpoint.
 
-    Returns:
-        {"files": {engine: [paths]}, "warnings": [sentences], "pattern": the string}; the path of "transformers" is
-        its folder.
-
     Raises:
-        ValueError: as `check_export`; `out` is in use or not empty; or the disk is too small, full or not writable.
+        ValueError: as `check_export`; `out` is in use or not empty; or the disk is too small, full
+            or not writable.
     """
-    checkpoint, out = Path(checkpoint), Path(out).resolve()
-    engines, pattern = check_engines(engines), Pattern.of(pattern)
+    checkpoint = Path(checkpoint)
+    out = Path(out).resolve()
+    engines = check_engines(engines)
+    pattern = Pattern.of(pattern)
     _check_free(out)
     warnings = check_export(checkpoint, pattern, engines, stages)
     config = read_config(checkpoint)
     files: dict[str, list[str]] = {}
     try:
-        with atomic_folder(out) as part:
-            pattern.to_file(part / "pattern.json")
+        with atomic_folder(out) as tmp:
+            pattern.to_file(tmp / "pattern.json")
             if "transformers" in engines:
-                shards = transformers.plan_shards(checkpoint, pattern, prune=prune)
-                _check_space(out, transformers.bytes_needed(checkpoint, shards, part) + SMALL_FILES)
+                shards = transformers.shard_layout(checkpoint, pattern, prune=prune)
+                _check_space(out, transformers.bytes_needed(checkpoint, shards, tmp) + SMALL_FILES)
                 links = transformers.write(
-                    checkpoint, config, pattern, shards, part / "transformers"
+                    checkpoint, config, pattern, shards, tmp / "transformers"
                 )
                 files["transformers"] = [str(out / "transformers")]
                 if links:
                     warnings.append(
-                        f"{links} of the exported weight files did not change and are hard links to the "
-                        "checkpoint's: replace them if you must, but do not edit them in place."
+                        f"{links} of the exported weight files did not change and are hard links "
+                        "to the checkpoint's: replace them if you must, but do not edit them in "
+                        "place."
                     )
-            for name, engine in (("vllm", vllm), ("sglang", sglang)):
+            for name in FLAGS:
                 if name in engines:
-                    files[name] = [
-                        str(out / path.name) for path in engine.write(config, pattern, part)
-                    ]
+                    paths = write_flag(name, config, pattern, tmp)
+                    files[name] = [str(out / path.name) for path in paths]
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full; free some space" if full else f"{error.strerror or error}"
         raise ValueError(
             f"{out}: the export could not be written ({why}); nothing was left behind."
         ) from error
-    return {"files": files, "warnings": warnings, "pattern": str(pattern)}
+    return ExportResult(files, warnings, str(pattern))
 
 
 def _check_free(out: Path) -> None:
@@ -92,7 +120,8 @@ def _check_free(out: Path) -> None:
         raise ValueError(f"{out}: cannot be read ({error.strerror or error}).") from None
     if taken:
         raise ValueError(
-            f"{out}: this exists and is not an empty folder; nothing is overwritten, so choose another one."
+            f"{out}: this exists and is not an empty folder; nothing is overwritten, so choose "
+            "another one."
         )
 
 
@@ -100,8 +129,8 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise ValueError(
-            f"{out}: the export needs {_size(needed)}, but the disk has {_size(free)} free; choose another disk "
-            "or free some space."
+            f"{out}: the export needs {_size(needed)}, but the disk has {_size(free)} free; choose "
+            "another disk or free some space."
         )
 
 

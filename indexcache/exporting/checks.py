@@ -1,4 +1,7 @@
-"""What is checked before anything is emitted: an engine that gets a wrong pattern mostly says nothing and runs another."""
+"""Check a pattern against a checkpoint before anything is written.
+
+An engine that is given a wrong pattern mostly says nothing and runs another one.
+"""
 
 from __future__ import annotations
 
@@ -25,32 +28,34 @@ def check_export(
     engines: Sequence[str] = ENGINES,
     stages: int = 1,
 ) -> list[str]:
-    """Check that `pattern` can be served from `checkpoint` by `engines` in `stages` pipeline stages; nothing is written.
+    """Check that `engines` can serve `pattern` from `checkpoint` in `stages` pipeline stages.
 
     Returns:
         Warnings, one sentence each: true things to know that do not make the export wrong.
 
     Raises:
-        ValueError: one sentence, for an unknown engine or model type; a folder that is not a whole safetensors
-            checkpoint; a pattern with R, of another length, or with a stage that does not begin with F; an F layer
-            whose indexer is not in the checkpoint; or an engine that cannot share on this model.
+        ValueError: one sentence, for an unknown engine or model type; a folder that is not a whole
+            safetensors checkpoint; a pattern with R, of another length, or with a stage that does
+            not begin with F; an F layer whose indexer is not in the checkpoint; or an engine that
+            cannot share on this model.
     """
-    engines, pattern = check_engines(engines), Pattern.of(pattern)
+    engines = check_engines(engines)
+    pattern = Pattern.of(pattern)
     config = read_config(checkpoint)
     section = text_section(config)
     model_type = section.get("model_type") or config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{checkpoint}: the model_type {model_type!r:.60} is not known to have a DSA indexer that can be "
-            f"shared; known are {', '.join(MODEL_TYPES)}."
+            f"{checkpoint}: the model_type {model_type!r:.60} is not known to have a DSA indexer "
+            f"that can be shared; known are {', '.join(MODEL_TYPES)}."
         )
-    starts = stage_starts(section["num_hidden_layers"], _whole(stages))
+    starts = stage_starts(section["num_hidden_layers"], stages)
     pattern.check(layers=section["num_hidden_layers"], stages=starts, reindex=False)
     if "transformers" in engines and model_type == "deepseek_v32" and "S" in pattern.roles:
         raise ValueError(
-            "The transformers library has no index sharing for deepseek_v32: its config keys would be ignored "
-            "and every layer stay full; run the pattern with indexcache's use_pattern, or export it for vllm "
-            "or sglang."
+            "The transformers library has no index sharing for deepseek_v32: its config keys would "
+            "be ignored and every layer stay full; run the pattern with indexcache's use_pattern, "
+            "or export it for vllm or sglang."
         )
     without = _check_indexers(Path(checkpoint), pattern)
     return [
@@ -62,7 +67,11 @@ def check_export(
 
 
 def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
-    """The engines without repetition; a single name may be given as a string. Raises ValueError for an unknown one."""
+    """Return the engines without repetition; a single name may be given as a string.
+
+    Raises:
+        ValueError: no engine, or an unknown one.
+    """
     names = tuple(dict.fromkeys([engines] if isinstance(engines, str) else engines))
     for name in names:
         if name not in ENGINES:
@@ -74,14 +83,8 @@ def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _whole(stages: Any) -> int:
-    if isinstance(stages, bool) or not isinstance(stages, int):
-        raise ValueError(f"stages must be a whole number of pipeline stages, not {stages!r:.60}.")
-    return stages
-
-
 def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
-    """The layers without any indexer tensor, once it is sure that every F layer has a whole indexer."""
+    """Return the layers without any indexer tensor, after a check that every F layer's is whole."""
     present: dict[int, set[str]] = {}
     for name in tensor_names(checkpoint):
         if found := indexer_part(name):
@@ -89,15 +92,15 @@ def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
     absent = [layer for layer in pattern.full_layers if layer not in present]
     if absent:
         raise ValueError(
-            f"{checkpoint}: the pattern wants full indexers at layers {_numbers(absent)}, but the checkpoint has "
-            "no indexer weights there (it was trained shared, or pruned by an export): these can only be "
-            "S."
+            f"{checkpoint}: the pattern wants full indexers at layers {_numbers(absent)}, but the "
+            "checkpoint has no indexer weights there (it was trained shared, or pruned by an "
+            "export): these can only be S."
         )
     for layer in pattern.full_layers:
         if lacking := [part for part in INDEXER_PARTS if part not in present[layer]]:
             raise ValueError(
-                f"{checkpoint}: the indexer of layer {layer}, which is F, lacks {', '.join(lacking)}; fetch the "
-                "checkpoint again."
+                f"{checkpoint}: the indexer of layer {layer}, which is F, lacks "
+                f"{', '.join(lacking)}; fetch the checkpoint again."
             )
     return tuple(layer for layer in range(len(pattern)) if layer not in present)
 
@@ -108,9 +111,9 @@ def _pattern_warnings(
     warnings = []
     if without:
         warnings.append(
-            f"The checkpoint has no indexer at layers {_numbers(without)}: it was trained shared, or pruned by an "
-            "export, so these layers can only be S, and searching a pattern for a model that was trained "
-            "shared is pointless."
+            f"The checkpoint has no indexer at layers {_numbers(without)}: it was trained shared, "
+            "or pruned by an export, so these layers can only be S, and searching a pattern for a "
+            "model that was trained shared is pointless."
         )
     before = _pattern_of(section)
     if before is not None and "S" in before.roles:
@@ -119,16 +122,18 @@ def _pattern_warnings(
     extra = section.get("num_nextn_predict_layers")
     if isinstance(extra, int) and extra > 0:
         warnings.append(
-            f"The checkpoint's {extra} multi-token-prediction (MTP) layers are outside the pattern and keep their "
-            "own indexer."
+            f"The checkpoint's {extra} multi-token-prediction (MTP) layers are outside the pattern "
+            "and keep their own indexer."
         )
     k, context = section.get("index_topk"), section.get("max_position_embeddings")
     if "S" in pattern.roles and isinstance(k, int):
         always = isinstance(context, int) and context <= k
         warnings.append(
-            f"Sharing is a no-op here: the context of at most {context} tokens never exceeds index_topk = {k}."
+            f"Sharing is a no-op here: the context of at most {context} tokens never exceeds "
+            f"index_topk = {k}."
             if always
-            else f"Sharing is a no-op in contexts of up to index_topk = {k} tokens: check quality on much longer ones."
+            else f"Sharing is a no-op in contexts of up to index_topk = {k} tokens: check quality "
+            "on much longer ones."
         )
     return warnings
 
@@ -141,31 +146,36 @@ def _engine_warnings(
     warnings = []
     if "vllm" in engines:
         warnings.append(
-            "Some versions of vLLM fail to load a checkpoint that still has the indexers of S layers: give vLLM "
-            "the pruned checkpoint where there is one."
+            "Some versions of vLLM fail to load a checkpoint that still has the indexers of S "
+            "layers: give vLLM the pruned checkpoint where there is one."
         )
     if "sglang" in engines:
         warnings.append(
-            "Older versions of SGLang refuse sharing together with two-batch overlap: leave it off there."
+            "Older versions of SGLang refuse sharing together with two-batch overlap: leave it off "
+            "there."
         )
         if text_section(config) is not config:
             warnings.append(
-                "Older versions of SGLang apply overrides only to the top of a multimodal config, where the "
-                "pattern is not read: check its log, or serve a checkpoint whose config.json carries the "
-                "pattern."
+                "Older versions of SGLang apply overrides only to the top of a multimodal config, "
+                "where the pattern is not read: check its log, or serve a checkpoint whose "
+                "config.json carries the pattern."
             )
     return warnings
 
 
 def _stage_warnings(layers: int, starts: tuple[int, ...]) -> list[str]:
-    """Engines put the remainder elsewhere than `stage_starts` (vLLM in the middle stages, SGLang in the last ones), so
-    a pattern that begins every stage with F here would not do so there unless they are given the same cut."""
+    """Warn where engines cut the layers into stages in another way than `stage_starts`.
+
+    vLLM puts the remainder into the middle stages, SGLang into the last ones. A pattern that begins
+    every stage with F here would not do so there, unless they are given the same cut.
+    """
     if layers % len(starts) == 0:
         return []
     cut = ",".join(str(b - a) for a, b in zip(starts, [*starts[1:], layers], strict=True))
     warning = (
-        f"{layers} layers do not divide into {len(starts)} pipeline stages, and engines cut them in different ways: "
-        f"set VLLM_PP_LAYER_PARTITION or SGLANG_PP_LAYER_PARTITION to {cut}, which is what was checked."
+        f"{layers} layers do not divide into {len(starts)} pipeline stages, and engines cut them "
+        f"in different ways: set VLLM_PP_LAYER_PARTITION or SGLANG_PP_LAYER_PARTITION to {cut}, "
+        "which is what was checked."
     )
     return [warning]
 
@@ -174,14 +184,14 @@ def _code_warnings(checkpoint: Path, engines: tuple[str, ...]) -> list[str]:
     if "transformers" not in engines or not any(checkpoint.glob("*.py")):
         return []
     warning = (
-        "The checkpoint brings Python files, which are not copied: a tokenizer or model that needs them must be "
-        "loaded from the original."
+        "The checkpoint brings Python files, which are not copied: a tokenizer or model that needs "
+        "them must be loaded from the original."
     )
     return [warning]
 
 
 def _pattern_of(section: dict[str, Any]) -> Pattern | None:
-    """The pattern that the config gives; None where it gives no valid one, which does not matter: it is replaced."""
+    """Return the config's pattern, or None where it has no valid one: it is replaced anyway."""
     try:
         return Pattern.from_config(section)
     except ValueError:

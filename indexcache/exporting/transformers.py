@@ -1,7 +1,8 @@
-"""transformers (and TensorRT-LLM, which also reads config.json): a complete checkpoint folder for one pattern.
+"""Write a complete checkpoint folder for one pattern, for transformers and TensorRT-LLM.
 
-Shared layers need no indexer, so its tensors are left out. Weights are moved as bytes, file by file: no dtype is
-interpreted, no value can change, and memory stays at one block whatever the checkpoint's size.
+Shared layers need no indexer, so its tensors are left out. Weights are copied as bytes, file by
+file: no dtype is interpreted, no value can change, and memory stays at one block whatever the
+checkpoint's size.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from indexcache.checkpoint import (
     read_index,
     text_section,
 )
-from indexcache.exporting.overrides import SHARING_KEYS
+from indexcache.exporting.engines import SHARING_KEYS
 from indexcache.pattern import Pattern
 
-BLOCK = 1 << 24
+BLOCK = 1 << 24  # bytes
 
-# Weights in other formats would be stale beside the pruned ones, and code is never carried along.
+# Weights in other formats would be stale beside the pruned ones, and code is never copied.
 LEFT_OUT = (
     ".bin",
     ".pt",
@@ -44,7 +45,7 @@ LEFT_OUT = (
 
 
 class Shard(NamedTuple):
-    """One weight file of the source, and the names in it that are left out of the export."""
+    """A weight file of the source, and the names in it that are left out of the export."""
 
     name: str
     header: Header
@@ -57,8 +58,11 @@ class Shard(NamedTuple):
         )
 
 
-def plan_shards(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shard]:
-    """What becomes of each weight file. Layers outside the pattern (multi-token prediction) keep their indexer."""
+def shard_layout(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shard]:
+    """Decide which tensors of each weight file are left out.
+
+    Layers outside the pattern, those of multi-token prediction, keep their indexer.
+    """
 
     def dropped(name: str) -> bool:
         found = indexer_part(name)
@@ -71,7 +75,7 @@ def plan_shards(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shar
 
 
 def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
-    """New bytes that the export takes on the disk of `parent`; files that can be hard-linked there take none."""
+    """Count the bytes that the export adds to the disk of `parent`, where hard links add none."""
     total = sum(path.stat().st_size for path in _other_files(checkpoint))
     for shard in shards:
         source = (checkpoint / shard.name).stat()
@@ -81,16 +85,16 @@ def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
 
 
 def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
-    """The config to save: the pattern's keys in the decoder's section and no other sharing key anywhere.
+    """Return the config to save, with the pattern's keys and no other sharing key.
 
-    `layer_types` goes, because 5.17 and 5.23 of transformers name the same type differently and both derive it;
-    `auto_map` goes, because the code that it points to is not carried along.
+    `layer_types` goes, because 5.17 and 5.23 of transformers name the same type differently and
+    both derive it. `auto_map` goes, because the code that it points to is not copied.
     """
     config = json.loads(json.dumps(config))
     section = text_section(config)
-    for part in (config, section):
+    for level in (config, section):
         for key in (*SHARING_KEYS, "layer_types", "auto_map"):
-            part.pop(key, None)
+            level.pop(key, None)
     section.update(pattern.to_config())
     return config
 
@@ -98,7 +102,7 @@ def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
 def write(
     checkpoint: Path, config: dict[str, Any], pattern: Pattern, shards: list[Shard], folder: Path
 ) -> int:
-    """Write the checkpoint into the new folder `folder`; return how many weight files became hard links.
+    """Write the checkpoint into the new `folder`, and return the number of hard links.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -120,10 +124,10 @@ def write(
 
 
 def write_shard(source: Path, target: Path, shard: Shard) -> None:
-    """Copy one safetensors file without the dropped tensors; metadata and every kept byte stay as they are."""
+    """Copy a safetensors file without the dropped tensors; other bytes and metadata stay."""
     kept = [(name, t) for name, t in shard.header.tensors.items() if name not in shard.dropped]
-    # Wide elements first, as the format's own writer does: a file may begin anywhere, but a tensor that is mapped into
-    # memory must begin at a multiple of its element size.
+    # Wide elements come first, as in the format's own writer: a tensor that is mapped into memory
+    # must begin at a multiple of its element size.
     kept.sort(key=lambda item: -item[1].bits)
     entries: dict[str, Any] = (
         {"__metadata__": shard.header.metadata} if shard.header.metadata else {}
@@ -151,7 +155,8 @@ def _copy_bytes(f: BinaryIO, out: BinaryIO, count: int, source: Path) -> None:
         block = f.read(min(count, BLOCK))
         if not block:
             raise ValueError(
-                f"{source}: the file became shorter while it was read; export again when it is complete."
+                f"{source}: the file became shorter while it was read; export again when it is "
+                "complete."
             )
         out.write(block)
         count -= len(block)
@@ -159,10 +164,10 @@ def _copy_bytes(f: BinaryIO, out: BinaryIO, count: int, source: Path) -> None:
 
 def _link_or_copy(source: Path, target: Path) -> int:
     try:
-        # Resolved, because hub caches hold symbolic links, and a hard link to one of those would point nowhere.
+        # Hub caches hold symbolic links, and a hard link to one of those would point nowhere.
         os.link(source.resolve(), target)
         return 1
-    except OSError:  # another disk, or one without hard links
+    except OSError:  # This is another disk, or one without hard links.
         shutil.copyfile(source, target)
         return 0
 
@@ -185,7 +190,7 @@ def _pruned_index(index: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
 
 
 def _other_files(checkpoint: Path) -> list[Path]:
-    """Tokenizer, generation config, licence and the like: plain files of the folder itself that are no weights or code."""
+    """List the plain files that are no weights and no code, such as tokenizer and licence."""
     made_here = ("config.json", INDEX_NAME)
     return [
         path

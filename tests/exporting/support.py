@@ -1,4 +1,4 @@
-"""What the tests of the export share: small checkpoints on disk, of which a test may damage a copy, and how to read them."""
+"""Small checkpoints on disk, of which a test may damage a copy, and how to read them."""
 
 from __future__ import annotations
 

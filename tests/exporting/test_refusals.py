@@ -1,4 +1,4 @@
-"""Export: what would run wrongly is refused with one sentence; full disks, kills and races leave nothing behind."""
+"""Refuse in one sentence what would run wrongly; full disks, kills and races leave nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.exporting.support import PATTERN, edit_config, packed, refused
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------
 
 
 def test_patterns_that_are_refused(glm_folder, deepseek, tmp_path):
@@ -34,7 +34,6 @@ def test_patterns_that_are_refused(glm_folder, deepseek, tmp_path):
     refused(lambda: export(glm_folder, "SFFFFF", out), "Layer 0")
     refused(lambda: export(glm_folder, PATTERN, out, stages=3), "stage begins at layer 2", "S")
     refused(lambda: export(glm_folder, PATTERN, out, stages=0), "0 pipeline stages")
-    refused(lambda: export(glm_folder, PATTERN, out, stages=True), "stages")
     refused(lambda: export(deepseek, PATTERN, out), "deepseek_v32", "use_pattern", "vllm", "sglang")
     assert not any(tmp_path.iterdir())
 
@@ -152,7 +151,7 @@ def test_an_existing_folder_is_never_overwritten(glm_folder, tmp_path):
     assert file.read_text() == "mine"
 
 
-# -- disks and kills --------------------------------------------------------------------------------------------------
+# -- disks and kills -----------------------------------------------------------------------------
 
 
 def test_too_little_space_is_seen_before_writing(glm_folder, tmp_path, monkeypatch):
@@ -175,7 +174,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(glm_folder, tmp_path, monkey
 
 
 def test_a_source_that_shrinks_is_an_error(broken, tmp_path):
-    (shard,) = export_transformers.plan_shards(broken, Pattern(PATTERN), prune=True)
+    (shard,) = export_transformers.shard_layout(broken, Pattern(PATTERN), prune=True)
     path = broken / "model.safetensors"
     os.truncate(path, path.stat().st_size - 5)
     refused(

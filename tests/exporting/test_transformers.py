@@ -1,4 +1,4 @@
-"""Export for transformers: what is written loads in stock transformers with the same logits, and holds the same tensors and files."""
+"""Load an exported checkpoint in stock transformers: same logits, same tensors and files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.exporting.support import LAYERS, PATTERN, edit_config, load, logits, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# -- the checkpoint for transformers ----------------------------------------------------------------------------------
+# -- the checkpoint for transformers -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["glm_folder", "sharded"])
@@ -39,8 +39,8 @@ def test_pruned_checkpoint_gives_bitwise_the_stock_logits(kind, pattern, request
     base = request.getfixturevalue(kind)
     result = export(base, pattern, tmp_path / "out")
     pruned = tmp_path / "out" / "transformers"
-    assert result["files"]["transformers"] == [str(pruned)]
-    assert result["pattern"] == pattern
+    assert result.files["transformers"] == [str(pruned)]
+    assert result.pattern == pattern
 
     model, info = load(pruned)
     assert not info["missing_keys"]
@@ -119,7 +119,7 @@ def test_empty_shards_vanish_and_unchanged_ones_are_not_rewritten(glm_folder, tm
     assert {p.name for p in pruned.glob("*.safetensors")} == {"a.safetensors", "c.safetensors"}
     assert "b.safetensors" not in (pruned / INDEX_NAME).read_text()
     assert os.path.samefile(base / "c.safetensors", pruned / "c.safetensors")
-    assert any("1 of the exported weight files" in warning for warning in result["warnings"])
+    assert any("1 of the exported weight files" in warning for warning in result.warnings)
     with safe_open(pruned / "a.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt", "note": "é"}
     assert not load(pruned)[1]["missing_keys"]
@@ -137,7 +137,7 @@ def test_without_hard_links_bytes_are_copied(broken, tmp_path, monkeypatch):
     )
     assert source.read_bytes() == target.read_bytes()
     assert not os.path.samefile(source, target)
-    assert not any("hard link" in warning for warning in result["warnings"])
+    assert not any("hard link" in warning for warning in result.warnings)
 
 
 def test_links_are_made_to_files_not_to_symbolic_links(glm_folder, tmp_path):
@@ -158,7 +158,7 @@ def test_unpruned_export_keeps_every_tensor(glm_folder, tmp_path):
 
 
 def test_wide_elements_come_first_and_odd_dtypes_survive(tmp_path):
-    """Dropping an odd number of bytes must not leave a wide tensor at an address that cannot be mapped."""
+    """Dropping an odd number of bytes must leave wide tensors at addresses that can be mapped."""
     tensors = {
         "model.layers.1.self_attn.indexer.wk.weight": torch.arange(3, dtype=torch.uint8),
         "a": torch.arange(5, dtype=torch.uint8),
@@ -187,7 +187,7 @@ def test_wide_elements_come_first_and_odd_dtypes_survive(tmp_path):
         data += raw
     (tmp_path / "model.safetensors").write_bytes(packed(entries, data))
 
-    (shard,) = export_transformers.plan_shards(tmp_path, Pattern("FS"), prune=True)
+    (shard,) = export_transformers.shard_layout(tmp_path, Pattern("FS"), prune=True)
     assert shard.dropped == {"model.layers.1.self_attn.indexer.wk.weight"}
     export_transformers.write_shard(
         tmp_path / "model.safetensors", tmp_path / "new.safetensors", shard
@@ -216,7 +216,7 @@ def test_layers_outside_the_pattern_keep_their_indexer(broken, tmp_path):
     edit_config(broken, num_nextn_predict_layers=1)
     result = export(broken, PATTERN, tmp_path / "out")
     assert set(mtp) <= set(tensor_names(tmp_path / "out" / "transformers"))
-    assert any("MTP" in warning for warning in result["warnings"])
+    assert any("MTP" in warning for warning in result.warnings)
 
 
 def test_saved_config_has_the_pattern_and_no_stale_key(broken, tmp_path):
@@ -252,7 +252,7 @@ def test_nested_text_config(broken, tmp_path):
     keys = Pattern(PATTERN).to_config()
     assert json.loads((tmp_path / "out" / "vllm.json").read_text()) == {"text_config": keys}
     assert json.loads((tmp_path / "out" / "sglang.json").read_text()) == keys
-    assert any("multimodal" in warning for warning in result["warnings"])
+    assert any("multimodal" in warning for warning in result.warnings)
 
 
 def test_other_files_are_copied_but_no_code_and_no_other_weights(glm_folder, tmp_path):
@@ -265,7 +265,7 @@ def test_other_files_are_copied_but_no_code_and_no_other_weights(glm_folder, tmp
         "model.safetensors",
         "tokenizer.json",
     }
-    assert any("Python" in warning for warning in result["warnings"])
+    assert any("Python" in warning for warning in result.warnings)
     top = {path.name for path in (tmp_path / "out").iterdir()}
     assert top == {
         "pattern.json",
@@ -279,7 +279,7 @@ def test_other_files_are_copied_but_no_code_and_no_other_weights(glm_folder, tmp
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-# -- warnings ---------------------------------------------------------------------------------------------------------
+# -- warnings ------------------------------------------------------------------------------------
 
 
 def test_warnings(broken):
@@ -315,6 +315,6 @@ def test_a_pruned_checkpoint_can_be_exported_again_but_not_widened(glm_folder, t
     export(glm_folder, PATTERN, tmp_path / "one")
     pruned = tmp_path / "one" / "transformers"
     result = export(pruned, "FSSFSS", tmp_path / "two")
-    assert any("no indexer at layers 1, 2, 4" in warning for warning in result["warnings"])
+    assert any("no indexer at layers 1, 2, 4" in warning for warning in result.warnings)
     assert layers_without_indexer(tmp_path / "two" / "transformers") == (1, 2, 4, 5)
     refused(lambda: export(pruned, "FFSFFF", tmp_path / "three"), "layers 1, 4,", "only be S")

@@ -1,5 +1,4 @@
-"""Export for the engines: every engine's own rule, written from its code and independent of Pattern, resolves the flags to the same
-pattern."""
+"""Resolve the written flags by every engine's own rule, written anew and independent of Pattern."""
 
 from __future__ import annotations
 
@@ -152,7 +151,7 @@ def test_every_engine_resolves_the_flags_to_the_same_pattern(base, pattern, brok
 
 def test_all_full_flags_are_allowed_for_every_engine_of_deepseek(deepseek, tmp_path):
     result = export(deepseek, "F" * LAYERS, tmp_path / "out")
-    assert set(result["files"]) == {"transformers", "vllm", "sglang"}
+    assert set(result.files) == {"transformers", "vllm", "sglang"}
     model, info = load(tmp_path / "out" / "transformers")
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -161,6 +160,6 @@ def test_all_full_flags_are_allowed_for_every_engine_of_deepseek(deepseek, tmp_p
 
 def test_deepseek_flags(deepseek, tmp_path):
     result = export(deepseek, PATTERN, tmp_path / "out", engines=("sglang", "vllm"))
-    assert set(result["files"]) == {"sglang", "vllm"}
-    assert all(Path(path).is_file() for paths in result["files"].values() for path in paths)
+    assert set(result.files) == {"sglang", "vllm"}
+    assert all(Path(path).is_file() for paths in result.files.values() for path in paths)
     assert not (tmp_path / "out" / "transformers").exists()
