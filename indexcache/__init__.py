@@ -1,7 +1,7 @@
 """indexcache: sharing patterns for models with DeepSeek Sparse Attention.
 
-It finds a pattern, measures what it costs, and exports it. Importing the package is fast and changes
-nothing: torch and transformers are imported when a name is first used.
+It finds a pattern, measures what it costs, and exports it. Importing the package is fast and
+changes nothing: torch and transformers are imported when a name is first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A checkpoint folder as it lies on disk: its config, which tensors it holds and where, which layers have an indexer.
+"""A checkpoint folder on disk: its config, its tensors and their files, the layers with an indexer.
 
-Only headers are read here, never weights, and neither torch nor transformers is imported: a checkpoint of a terabyte is
-looked through in seconds. Every function raises ValueError with one sentence: what, where, found, what to do.
+Only headers are read here, never weights, and neither torch nor transformers is imported: a
+checkpoint of a terabyte is looked through in seconds. Every function raises ValueError with one
+sentence: what, where, what was found, what to do.
 """
 
 from __future__ import annotations
@@ -19,26 +20,22 @@ from indexcache.records import read_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj")
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
-# Matched from the start on purpose: `mtp.layers.0.self_attn.indexer..` is a multi-token-prediction layer, not decoder layer 0.
+# It is matched from the start of a name, because `mtp.layers.0.self_attn.indexer..` belongs to a
+# multi-token-prediction layer, not to decoder layer 0.
 _INDEXER_NAME = re.compile(
     r"(?:(?:model|language_model|text_model)\.)*layers\.(\d+)\.self_attn\.indexer\.(\w+)"
 )
 
 _BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
-_BITS |= {"U64": 64, "I64": 64, "F64": 64, "C64": 64}
 
 
 def resolve(model: str | Path) -> Path:
@@ -58,8 +55,15 @@ def resolve(model: str | Path) -> Path:
     return path
 
 
-class Stored(NamedTuple):
-    """One tensor in a safetensors file; `begin` and `end` are byte offsets in the data behind the header."""
+class TensorEntry(NamedTuple):
+    """One tensor in the header of a safetensors file.
+
+    Attributes:
+        dtype: its dtype, in the words of safetensors.
+        shape: its shape.
+        begin: byte offset of its first byte in the data behind the header.
+        end: byte offset behind its last byte.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,38 +72,45 @@ class Stored(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Bits of one element; 8 for a dtype unknown here."""
+        """Bits per element; 8 for an unknown dtype."""
         return _BITS.get(self.dtype, 8)
 
 
 class Header(NamedTuple):
-    """The header of one safetensors file: its tensors in file order, its metadata, and where the data begins."""
+    """The header of one safetensors file.
 
-    tensors: dict[str, Stored]
+    Attributes:
+        tensors: the tensors in file order, by name.
+        metadata: the metadata.
+        data_start: byte offset of the data in the file.
+    """
+
+    tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
     data_start: int
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The checkpoint's config.json as a dict.
+    """Read the checkpoint's config.json.
 
     Raises:
-        ValueError: there is no such folder or config.json, it is not a JSON object, or it has no num_hidden_layers
-            (neither at the top nor in text_config).
+        ValueError: there is no such folder or config.json, it is not a JSON object, or it has no
+            num_hidden_layers, neither at the top nor in text_config.
     """
     folder = Path(folder)
+    path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: there is no such checkpoint folder; give a local folder with config.json and weights."
+            f"{folder}: there is no such checkpoint folder; give a local folder with config.json "
+            "and weights."
         )
-    path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: there is no config.json, so this is not a checkpoint folder.")
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}.")
     layers = text_section(config).get("num_hidden_layers")
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+    if not isinstance(layers, int) or layers < 1:
         raise ValueError(
             f"{path}: num_hidden_layers must be a positive whole number, found {layers!r:.60}."
         )
@@ -107,20 +118,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def text_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that describes the decoder: `text_config` of a multimodal config, else the config itself.
-    It is the same object, not a copy."""
+    """Return the section of a config that describes the decoder: `text_config`, or all of it.
+
+    It is the same object, not a copy.
+    """
     text = config.get("text_config")
     return text if isinstance(text, dict) and "num_hidden_layers" in text else config
 
 
 def indexer_part(name: str) -> tuple[int, str] | None:
-    """(layer, part) of a decoder layer's indexer tensor, e.g. (3, "wq_b"); None for every other tensor name."""
-    found = _INDEXER_NAME.match(name)
-    return None if found is None else (int(found[1]), found[2])
+    """Return (layer, part) of a decoder layer's indexer tensor, e.g. (3, "wq_b"), else None."""
+    match = _INDEXER_NAME.match(name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of one safetensors file against the file's real length.
+    """Read the header of one safetensors file and check it against the file's real length.
 
     Raises:
         ValueError: the file cannot be read, is cut off or too long, or is not safetensors.
@@ -137,8 +150,8 @@ def read_header(path: Path) -> Header:
                 )
             if size < 8 or length > size - 8 or length > MAX_HEADER:
                 raise ValueError(
-                    f"{path}: not a safetensors file, or cut off: the header should take {length} bytes, "
-                    f"the file has {size}; fetch it again."
+                    f"{path}: not a safetensors file, or cut off: the header should take {length} "
+                    f"bytes, the file has {size}; fetch it again."
                 )
             raw = f.read(length)
     except OSError as error:
@@ -146,38 +159,40 @@ def read_header(path: Path) -> Header:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        tensors = {name: _stored(entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        tensors = {name: _tensor_entry(entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
             f"{path}: not a safetensors file: its header is not a table of tensors; fetch it again."
         ) from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    data, reached = size - 8 - length, 0
+    end = 0
     for name, t in tensors.items():
-        wrong = t.dtype in _BITS and prod(t.shape) * t.bits != 8 * (t.end - t.begin)
-        if t.begin != reached or t.end < t.begin or wrong:
+        wrong_size = t.dtype in _BITS and prod(t.shape) * t.bits != 8 * (t.end - t.begin)
+        if t.begin != end or t.end < t.begin or wrong_size:
             raise ValueError(
                 f"{path}: the header is corrupt at tensor {name!r:.120}; fetch the file again."
             )
-        reached = t.end
-    if reached != data:
-        what = "cut off" if reached > data else "longer than its tensors"
+        end = t.end
+    data = size - 8 - length
+    if end != data:
+        state = "cut off" if end > data else "longer than its tensors"
         raise ValueError(
-            f"{path}: the file is {what}: its tensors need {reached} bytes, it holds {data}; fetch it again."
+            f"{path}: the file is {state}: its tensors need {end} bytes, it holds {data}; fetch it "
+            "again."
         )
     return Header(tensors, metadata, 8 + length)
 
 
-def _stored(entry: Mapping[str, Any]) -> Stored:
+def _tensor_entry(entry: Mapping[str, Any]) -> TensorEntry:
     begin, end = entry["data_offsets"]
-    numbers = (begin, end, *entry["shape"])
-    if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+    shape = tuple(entry["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
         raise ValueError
-    return Stored(entry["dtype"], tuple(entry["shape"]), begin, end)
+    return TensorEntry(str(entry["dtype"]), shape, begin, end)
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """The parsed model.safetensors.index.json of a sharded checkpoint; None where one model.safetensors holds all.
+    """Read model.safetensors.index.json; None where one model.safetensors holds all tensors.
 
     Raises:
         ValueError: neither is there, both are and disagree, or the index is malformed.
@@ -189,39 +204,39 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
             return None
         if any(folder.glob("*.safetensors")):
             raise ValueError(
-                f"{folder}: there are safetensors files, but neither {SINGLE_NAME} nor {INDEX_NAME}."
+                f"{folder}: there are safetensors files, but neither {SINGLE_NAME} nor "
+                f"{INDEX_NAME}."
             )
         raise ValueError(
-            f"{folder}: there is no {SINGLE_NAME}; weights are read from safetensors only, not from .bin or .pt."
+            f"{folder}: there is no {SINGLE_NAME}; weights are read from safetensors only, not "
+            "from .bin or .pt."
         )
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: there is no weight_map from tensor names to files.")
-    for shard in weight_map.values():
-        # A name that leads out of the folder would let an index read, and an export write, anywhere.
-        if (
-            not isinstance(shard, str)
-            or Path(shard).name != shard
-            or not shard.endswith(".safetensors")
-        ):
+    for shard in map(str, weight_map.values()):
+        # A name that leads out of the folder would let an index read, and an export write,
+        # anywhere.
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
-                f"{path}: weight_map names {shard!r:.120}, which is not a safetensors file of this folder."
+                f"{path}: weight_map names {shard!r:.120}, which is not a safetensors file of this "
+                "folder."
             )
     if single.is_file() and SINGLE_NAME not in weight_map.values():
         raise ValueError(
-            f"{folder}: {SINGLE_NAME} and {INDEX_NAME} are both there and the index does not name that file, "
-            "so it is unclear which weights count; remove the stale one."
+            f"{folder}: {SINGLE_NAME} and {INDEX_NAME} are both there and the index does not name "
+            "that file, so it is unclear which weights count; remove the stale one."
         )
     return index
 
 
 def read_headers(folder: str | Path) -> dict[str, Header]:
-    """The header of every weight file of the checkpoint, by file name, in order of the names.
+    """Read the header of every weight file of the checkpoint, by file name, in order of the names.
 
     Raises:
-        ValueError: as `read_index` and `read_header`; a file named in the index is missing, or lacks a tensor that the
-            index places in it.
+        ValueError: as `read_index` and `read_header`; a file named in the index is missing, or
+            lacks a tensor that the index places in it.
     """
     folder = Path(folder)
     if (index := read_index(folder)) is None:
@@ -230,21 +245,26 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     for shard in shards:
         if not (folder / shard).is_file():
             raise ValueError(
-                f"{folder}: the weight file {shard} is named in {INDEX_NAME} but is not there; fetch it."
+                f"{folder}: the weight file {shard} is named in {INDEX_NAME} but is not there; "
+                "fetch it."
             )
     headers = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in index["weight_map"].items():
         if name not in headers[shard].tensors:
             raise ValueError(
-                f"{folder / shard}: the tensor {name!r:.120} should be here by {INDEX_NAME}, but is not."
+                f"{folder / shard}: the tensor {name!r:.120} should be here by {INDEX_NAME}, but "
+                "is not."
             )
     return headers
 
 
 def tensor_names(folder: str | Path) -> dict[str, str]:
-    """Every tensor of the checkpoint: its name and the weight file that holds it.
+    """Map every tensor of the checkpoint to the weight file that holds it.
 
-    All headers are checked against the files' lengths. Raises ValueError as `read_headers` does.
+    All headers are checked against the files' lengths.
+
+    Raises:
+        ValueError: as `read_headers`.
     """
     return {
         name: shard for shard, header in read_headers(folder).items() for name in header.tensors
@@ -252,8 +272,14 @@ def tensor_names(folder: str | Path) -> dict[str, str]:
 
 
 def layers_without_indexer(folder: str | Path) -> tuple[int, ...]:
-    """The decoder layers (0-based, below num_hidden_layers) for which the checkpoint holds no indexer tensor at all:
-    trained shared, or pruned by an export. Raises ValueError as `read_config` and `tensor_names` do."""
+    """List the decoder layers for which the checkpoint holds no indexer tensor at all.
+
+    They were trained shared, or pruned by an export. Layers are 0-based, below num_hidden_layers.
+
+    Raises:
+        ValueError: as `read_config` and `tensor_names`.
+    """
     layers = text_section(read_config(folder))["num_hidden_layers"]
-    present = {found[0] for name in tensor_names(folder) if (found := indexer_part(name))}
-    return tuple(layer for layer in range(layers) if layer not in present)
+    parts = map(indexer_part, tensor_names(folder))
+    with_indexer = {part[0] for part in parts if part is not None}
+    return tuple(layer for layer in range(layers) if layer not in with_indexer)

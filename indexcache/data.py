@@ -1,9 +1,9 @@
-"""Text to batches of token ids: documents with a domain each, split by document, cut into sequences.
+"""Text to batches of token ids: documents of a domain, split by document, cut into sequences.
 
-A source of text is a `.jsonl` file (a `text` or an `ids` field and an optional `domain` per line), a
-`.txt`, `.md` or `.rst` file (one document), a `.npy` file (one document of token ids), or a folder of
-those, where the name of the sub-folder is the domain. Everything is a function of the text and the
-random seed: no global random state is read or changed.
+A source of text is a `.jsonl` file (a `text` or an `ids` field and an optional `domain` per line),
+a `.txt`, `.md` or `.rst` file (one document), a `.npy` file (one document of token ids), or a
+folder of those, where the name of the sub-folder is the domain. Everything is a function of the
+text and the random seed: no global random state is read or changed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Batch:
     Attributes:
         ids: token ids, int64 [B, T].
         domain: the domain of all of them.
-        units: per sequence, the document(s) it is cut from; a bootstrap over documents resamples these.
+        units: per sequence, the document(s) it is cut from; a bootstrap over documents resamples
+            these.
         digests: the digests of all documents in the batch.
     """
 
@@ -79,7 +80,8 @@ def batches(
     """Read a text and cut it into the batches on which a model is searched or evaluated.
 
     Args:
-        source: "calibration" or "heldout" for the shipped text, else a file or folder (see the module).
+        source: "calibration" or "heldout" for the shipped text, else a file or folder (see the
+            module).
         encode: maps a text to token ids, without special tokens.
         config: the model's config: `vocab_size`, `max_position_embeddings` and `index_topk`.
         split: which documents to take: "calibration", "heldout" or "all" (None: all).
@@ -104,7 +106,7 @@ def shipped_text(name: str) -> Path:
 
 
 def text_for(model: str, source: str | Path | None, split: str) -> tuple[Path, str]:
-    """Return (file or folder, split of it): the user's text, or the shipped text for the model `tiny`.
+    """Return (file or folder, split): the user's text, or the shipped text for the model `tiny`.
 
     Raises:
         ValueError: no text is given for a model other than `tiny`.
@@ -142,15 +144,16 @@ def check_context(length: int, topk: int) -> float:
     """Return the share of queries that see more than k tokens; only there does a selection choose.
 
     Raises:
-        ValueError: the share is below three quarters. With at most k tokens of context every pattern
-            computes the same, so the result would say nothing.
+        ValueError: the share is below three quarters. With at most k tokens of context every
+            pattern computes the same, so the result would say nothing.
     """
     share = max(length - topk, 0) / length if length > 0 else 0.0
     if share < MIN_SHARE_BEYOND:
         raise ValueError(
-            f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} only "
-            f"{share:.0%} of the queries have more than {topk} tokens to select from, elsewhere every "
-            f"pattern is the same; use at least {4 * topk} tokens ({MIN_SHARE_BEYOND:.0%} of the queries)."
+            f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} "
+            f"only {share:.0%} of the queries have more than {topk} tokens to select from, "
+            f"elsewhere every pattern is the same; use at least {4 * topk} tokens "
+            f"({MIN_SHARE_BEYOND:.0%} of the queries)."
         )
     return share
 
@@ -167,8 +170,8 @@ def load_documents(
         domain: the domain of documents that name none.
 
     Raises:
-        ValueError: nothing readable is there, a line is not JSON or has neither text nor ids, or ids
-            lie outside the vocabulary.
+        ValueError: nothing readable is there, a line is not JSON or has neither text nor ids, or
+            ids lie outside the vocabulary.
     """
     root = Path(source)
     documents: dict[str, Document] = {}
@@ -199,7 +202,8 @@ def _files(root: Path, domain: str) -> list[tuple[Path, str]]:
         raise ValueError(f"{root}: no such file or folder.")
     if root.suffix not in SUFFIXES:
         raise ValueError(
-            f"{root}: text is read from {', '.join(SUFFIXES)} files, not from {root.suffix or 'this'}."
+            f"{root}: text is read from {', '.join(SUFFIXES)} files, not from "
+            f"{root.suffix or 'this'}."
         )
     return [(root, domain)]
 
@@ -285,8 +289,8 @@ def split_documents(documents: Sequence[Document], split: str) -> list[Document]
     side = [d for d in documents if int(d.digest[:8], 16) % 2 == parity]
     if not side:
         raise ValueError(
-            f"None of the {len(documents)} documents falls into the {split} half; give calibration and "
-            "held-out text as two sources and use the split 'all' for each."
+            f"None of the {len(documents)} documents falls into the {split} half; give calibration "
+            "and held-out text as two sources and use the split 'all' for each."
         )
     return side
 
@@ -297,8 +301,8 @@ def make_batches(
     """Cut documents into `sequences` sequences of `length` tokens, in batches of one domain each.
 
     The sequences are spread evenly over the domains. A long document gives its first window before
-    any gives its second; documents shorter than `length` are joined with others of their domain until
-    the sequence is full.
+    any gives its second; documents shorter than `length` are joined with others of their domain
+    until the sequence is full.
 
     Raises:
         ValueError: a number that is too small, or a domain with too little text.
@@ -328,8 +332,8 @@ def make_batches(
         windows = _windows([d for d in documents if d.domain == domain], length, rng)
         if len(windows) < count:
             raise ValueError(
-                f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, but "
-                f"{count} are asked for; give more text, shorter sequences or fewer of them."
+                f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, "
+                f"but {count} are asked for; give more text, shorter sequences or fewer of them."
             )
         for start in range(0, count, batch):
             taken = windows[start : min(start + batch, count)]
@@ -381,7 +385,7 @@ def check_unseen(batches: Sequence[Batch], seen: Iterable[str]) -> None:
     shared = {d for b in batches for d in b.digests} & set(seen)
     if shared:
         raise ValueError(
-            f"{len(shared)} of the held-out documents were calibration text of the search, so this would "
-            "not be evidence; give other text, or use the split 'heldout' of the text the search took its "
-            "'calibration' from."
+            f"{len(shared)} of the held-out documents were calibration text of the search, so this "
+            "would not be evidence; give other text, or use the split 'heldout' of the text the "
+            "search took its 'calibration' from."
         )

@@ -1,15 +1,18 @@
-"""A sharing pattern: the role of every decoder layer, as one immutable value (paper, section 3; method: F, S and R).
+"""A sharing pattern: the role of every decoder layer, as one immutable value.
 
-    F  full      runs its indexer over all past tokens, keeps the top k; publishes a pool (top c*k) when R layers follow
-    R  re-index  scores only the pool of the nearest F with its own indexer, keeps the top k of that
-    S  shared    runs no indexer; reuses the selection of the nearest F or R before it
+    F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool, the
+                 top c*k, when R layers follow
+    R  re-index  scores only the pool of the nearest F with its own indexer and keeps the top k of
+    it S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
 
-Layer index i is 0-based and means `model.layers.i`; multi-token-prediction layers are outside the pattern.
+F and S are those of the paper (section 3). Layer index i is 0-based and means `model.layers.i`;
+multi-token-prediction layers are outside the pattern.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,25 +21,23 @@ from typing import Any
 
 ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
-DEFAULT_SKIP_OFFSET = 2  # what engines assume when a config gives a frequency and no offset
-MAX_LAYERS = 4096
-MAX_POOL_FACTOR = 999_999  # what can be read back from behind the @
+DEFAULT_SKIP_OFFSET = 2  # Engines assume it when a config gives a frequency and no offset.
 TYPES = {"F": "full", "S": "shared"}
 
 
 @dataclass(frozen=True, init=False)
 class Pattern:
-    """Roles of all layers, e.g. `Pattern("FSSFSS")` or `Pattern("FRRFRR@8")` (R with a pool of 8 k ids).
+    """Roles of all layers, e.g. `Pattern("FSSFSS")`, or `Pattern("FRRFRR@8")` with pools of 8 k.
 
     Args:
-        roles: one character per layer, F, R or S, layer 0 first; or a sequence of "full"/"shared". A string that has
-            R may end in `@c`, the pool factor.
-        pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. Only for patterns with R
-            (default 8); None otherwise.
+        roles: one character per layer, F, R or S, layer 0 first; or a sequence of "full"/"shared".
+            A string that has R may end in `@c`, the pool factor.
+        pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. It is only for
+            patterns with R, where the default is 8; else it is None.
 
     Raises:
-        ValueError: anything but F, R and S (lower case included), an empty pattern, a first layer that is not F,
-            or a pool factor that is not a positive integer.
+        ValueError: anything but F, R and S (lower case included), an empty pattern, a first layer
+            that is not F, or a pool factor that is not a positive integer.
     """
 
     roles: str
@@ -50,19 +51,17 @@ class Pattern:
             raise ValueError(
                 "The pattern is empty: give one of F, R or S for every layer, e.g. FSSFSS."
             )
-        if len(roles) > MAX_LAYERS:
-            raise ValueError(
-                f"The pattern has {len(roles)} layers; at most {MAX_LAYERS} are supported."
-            )
         for i, role in enumerate(roles):
             if role not in ROLES:
                 hint = f" Write '{role.upper()}'." if role.upper() in ROLES else ""
                 raise ValueError(
-                    f"Layer {i} of the pattern has the role {role!r}; only F, R and S are known.{hint}"
+                    f"Layer {i} of the pattern has the role {role!r}; only F, R and S are known."
+                    f"{hint}"
                 )
         if roles[0] != "F":
             raise ValueError(
-                f"Layer 0 of the pattern is {roles[0]}, but it must be F: no layer before it has a selection."
+                f"Layer 0 of the pattern is {roles[0]}, but it must be F: no layer before it has a "
+                "selection."
             )
         if "R" in roles:
             pool_factor = DEFAULT_POOL_FACTOR if pool_factor is None else pool_factor
@@ -73,7 +72,7 @@ class Pattern:
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "pool_factor", pool_factor)
 
-    # -- reading --------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------
 
     @classmethod
     def of(cls, value: Pattern | str | Sequence[str]) -> Pattern:
@@ -82,8 +81,8 @@ class Pattern:
 
     @classmethod
     def full(cls, layers: int) -> Pattern:
-        """Every layer full."""
-        return cls("F" * _layer_count(layers))
+        """Return the pattern in which every layer is full."""
+        return cls("F" * _positive("layers", layers))
 
     @classmethod
     def uniform(
@@ -95,34 +94,28 @@ class Pattern:
         rest: str = "S",
         pool_factor: int | None = None,
     ) -> Pattern:
-        """One full layer in `freq`: layer i is full where max(i - offset + 1, 0) % freq == 0, else `rest` (S or R).
+        """Return the pattern with one full layer in `freq` and `rest` (S or R) between them.
 
-        With offset 1 that is i % freq (FSSSFSSS); the engines' own default is 2 (FFSSSFSS).
+        Layer i is full where max(i - offset + 1, 0) % freq == 0. With offset 1 that is i % freq
+        (FSSSFSSS); the engines' own default is 2 (FFSSSFSS).
 
         Raises:
             ValueError: freq < 1, offset outside 1..layers, or rest not S or R.
         """
-        layers, freq, offset = (
-            _layer_count(layers),
-            _integer("freq", freq, 1),
-            _integer("offset", offset, 1),
-        )
-        if offset > layers:
+        _positive("layers", layers)
+        _positive("freq", freq)
+        if _positive("offset", offset) > layers:
             raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
-        if rest not in ("S", "R"):
-            raise ValueError(f"The layers between the full ones can be S or R, not {rest!r}.")
-        if rest == "S" and pool_factor is not None:
-            raise ValueError(
-                "A pool factor was given, but the pattern has no R layer that would use it."
-            )
-        roles = "".join("F" if max(i - offset + 1, 0) % freq == 0 else rest for i in range(layers))
-        return cls(roles, pool_factor if "R" in roles else None)
+        is_full = [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
+        return _filled(is_full, rest, pool_factor)
 
     @classmethod
     def from_config(cls, config: Any) -> Pattern:
-        """The pattern of a model config (a dict or a transformers config), with the precedence of transformers:
-        `indexer_types`, then `index_topk_pattern`, then `index_topk_freq` with `index_skip_topk_offset` (default 2).
-        A config with none of them is all full. `text_config` is read where the top level has no layers.
+        """Read the pattern of a model config (a dict or a transformers config).
+
+        The precedence is that of transformers: `indexer_types`, then `index_topk_pattern`, then
+        `index_topk_freq` with `index_skip_topk_offset` (default 2). A config with none of them is
+        all full. `text_config` is read where the top level has no layers.
 
         Raises:
             ValueError: no `num_hidden_layers`, or a key that is not what transformers accepts.
@@ -134,36 +127,31 @@ class Pattern:
             )
         if "num_hidden_layers" not in values and isinstance(values.get("text_config"), Mapping):
             values = values["text_config"]
-        if "num_hidden_layers" not in values:
-            raise ValueError(
-                "The config has no num_hidden_layers, so the length of its pattern is not known."
-            )
-        layers = _layer_count(values["num_hidden_layers"], "num_hidden_layers")
+        layers = _positive("num_hidden_layers", values.get("num_hidden_layers"))
         for key in ("indexer_types", "index_topk_pattern"):
-            if values.get(key) is not None:
-                found = values[key]
-                if not isinstance(found, (str, list, tuple)) or (
-                    key == "indexer_types" and isinstance(found, str)
-                ):
-                    raise ValueError(
-                        f"{key} of the config is {type(found).__name__}; expected one role per layer."
-                    )
-                if not isinstance(found, str) and any(t not in TYPES.values() for t in found):
-                    raise ValueError(
-                        f"{key} of the config may hold only full and shared: engines take anything else for full."
-                    )
-                return cls(found).check(layers=layers, reindex=False)
+            value = values.get(key)
+            if value is None:
+                continue
+            text = key == "index_topk_pattern" and isinstance(value, str)
+            types = isinstance(value, (list, tuple)) and all(t in TYPES.values() for t in value)
+            if not (text or types):
+                raise ValueError(
+                    f"{key} of the config may hold only full and shared, one per layer, not "
+                    f"{value!r:.60}: engines take anything else for full."
+                )
+            return cls(value).check(layers=layers, reindex=False)
         freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
-        freq = 1 if freq is None else _integer("index_topk_freq", freq)
-        offset = (
-            DEFAULT_SKIP_OFFSET if offset is None else _integer("index_skip_topk_offset", offset)
-        )
-        freq = max(freq, 1)
+        freq = max(1 if freq is None else _integer("index_topk_freq", freq), 1)
+        offset = DEFAULT_SKIP_OFFSET if offset is None else offset
+        offset = _integer("index_skip_topk_offset", offset)
         return cls("".join("S" if max(i - offset + 1, 0) % freq else "F" for i in range(layers)))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Pattern:
-        """A pattern from a file: the string itself, JSON `{"pattern": ..}`, a JSON list of types, or a config.json.
+        """Read a pattern from a file.
+
+        The file holds the string itself, JSON `{"pattern": ..}`, a JSON list of types, or it is a
+        config.json.
 
         Raises:
             ValueError: the file cannot be read or holds no pattern.
@@ -171,28 +159,21 @@ class Pattern:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: the pattern file cannot be read ({error}).") from None
         try:
             value = json.loads(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             value = text
         try:
             if isinstance(value, Mapping):
-                return (
-                    cls(value["pattern"])
-                    if isinstance(value.get("pattern"), str)
-                    else cls.from_config(value)
-                )
-            if isinstance(value, (str, list)):
-                return cls(value)
+                pattern = value.get("pattern")
+                return cls(pattern) if isinstance(pattern, str) else cls.from_config(value)
+            return cls(value)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        raise ValueError(
-            f"{path}: expected a pattern string, a list of full/shared, or a config, found {type(value).__name__}."
-        )
 
-    # -- writing --------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         return self.roles if self.pool_factor is None else f"{self.roles}@{self.pool_factor}"
@@ -201,13 +182,23 @@ class Pattern:
         return f"Pattern({str(self)!r})"
 
     def to_types(self) -> list[str]:
-        """transformers' `indexer_types`: "full" or "shared" per layer. Raises ValueError for patterns with R."""
+        """Return transformers' `indexer_types`: "full" or "shared" per layer.
+
+        Raises:
+            ValueError: the pattern has R layers.
+        """
         self.check(reindex=False)
         return [TYPES[r] for r in self.roles]
 
     def to_config(self) -> dict[str, Any]:
-        """The config keys on which all engines agree: `use_index_cache`, `index_topk_pattern`, `indexer_types`, and
-        for a uniform pattern `index_topk_freq` with an explicit `index_skip_topk_offset`."""
+        """Return the config keys on which all engines agree.
+
+        They are `use_index_cache`, `index_topk_pattern` and `indexer_types`, and for a uniform
+        pattern `index_topk_freq` with an explicit `index_skip_topk_offset`.
+
+        Raises:
+            ValueError: the pattern has R layers.
+        """
         keys: dict[str, Any] = {
             "use_index_cache": True,
             "index_topk_pattern": self.roles,
@@ -222,7 +213,10 @@ class Pattern:
         Path(path).write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
 
     def facts(self) -> dict[str, Any]:
-        """{"pattern", "layers", "full" (how many), "indexer_types" (patterns of F and S only)}, what a file holds."""
+        """Return what a file holds: "pattern", "layers", "full" (their number), "indexer_types".
+
+        Patterns with R layers have no "indexer_types".
+        """
         value: dict[str, Any] = {
             "pattern": str(self),
             "layers": len(self),
@@ -232,7 +226,7 @@ class Pattern:
             value["indexer_types"] = self.to_types()
         return value
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- asking ----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -242,6 +236,7 @@ class Pattern:
 
     @property
     def full_layers(self) -> tuple[int, ...]:
+        """The full layers, in ascending order."""
         return tuple(i for i, r in enumerate(self.roles) if r == "F")
 
     @property
@@ -250,33 +245,38 @@ class Pattern:
         return len(self.full_layers) / len(self)
 
     def source(self, layer: int) -> int:
-        """The layer whose result `layer` reads: itself for F, the nearest F before it for R (its pool), the nearest
-        F or R before it for S (its selection)."""
+        """Return the layer whose result `layer` reads.
+
+        F reads its own, R the pool of the nearest F before it, S the selection of the nearest F or
+        R before it.
+        """
         layer = range(len(self))[layer]
         if self.roles[layer] == "F":
             return layer
-        wanted = "F" if self.roles[layer] == "R" else "FR"
-        return next(i for i in range(layer - 1, -1, -1) if self.roles[i] in wanted)
+        sources = "F" if self.roles[layer] == "R" else "FR"
+        return next(i for i in range(layer - 1, -1, -1) if self.roles[i] in sources)
 
     def groups(self) -> list[tuple[int, ...]]:
-        """The layers cut before every F: each group is one full layer and those that live on it."""
+        """Cut the layers before every F: each group is a full layer and those that read from it."""
         starts = [*self.full_layers, len(self)]
         return [tuple(range(a, b)) for a, b in pairwise(starts)]
 
     def publishers(self) -> frozenset[int]:
-        """The full layers whose pool an R layer reads."""
+        """Return the full layers whose pool an R layer reads."""
         return frozenset(self.source(i) for i, r in enumerate(self.roles) if r == "R")
 
     def signature(self) -> tuple[tuple[str, int | None], ...]:
-        """Per layer, all that decides what it computes: its role, and the pool factor where it publishes a pool."""
+        """Return what decides each layer's result: its role, and the factor of its pool."""
         pools = self.publishers()
         return tuple(
             (r, self.pool_factor if i in pools else None) for i, r in enumerate(self.roles)
         )
 
     def frequency(self) -> tuple[int, int] | None:
-        """(freq, offset) when the rule max(i - offset + 1, 0) % freq gives this pattern of F and S, else None.
-        Of several rules the one with offset 1, then 2, is taken: on those the most engines agree."""
+        """Return (freq, offset) if the rule of `uniform` gives this pattern, else None.
+
+        Of several rules it takes the one with offset 1, then 2: on those most engines agree.
+        """
         if "R" in self.roles:
             return None
         full = self.full_layers
@@ -290,7 +290,12 @@ class Pattern:
         return None
 
     def replace(self, layer: int, role: str) -> Pattern:
-        """The same pattern with one layer in another role. Raises ValueError for an unknown role, IndexError for no layer."""
+        """Return the same pattern with one layer in another role.
+
+        Raises:
+            ValueError: the role is not one of F, R and S, or layer 0 would not be F.
+            IndexError: there is no such layer.
+        """
         layer = range(len(self))[layer]
         if len(role) != 1:
             raise ValueError(f"A layer has one role, F, R or S, not {role!r:.60}.")
@@ -298,15 +303,12 @@ class Pattern:
         return Pattern(roles, self.pool_factor if "R" in roles else None)
 
     def with_rest(self, role: str, pool_factor: int | None = None) -> Pattern:
-        """The same full layers, every other layer in `role` (S or R)."""
-        if role not in ("S", "R"):
-            raise ValueError(f"The layers between the full ones can be S or R, not {role!r:.60}.")
-        if role == "S" and pool_factor is not None:
-            raise ValueError(
-                "A pool factor was given, but the pattern has no R layer that would use it."
-            )
-        roles = "".join("F" if r == "F" else role for r in self.roles)
-        return Pattern(roles, pool_factor if "R" in roles else None)
+        """Return the pattern with the same full layers and every other layer in `role` (S or R).
+
+        Raises:
+            ValueError: another role, or a pool factor that no layer uses.
+        """
+        return _filled([r == "F" for r in self.roles], role, pool_factor)
 
     def check(
         self,
@@ -320,21 +322,21 @@ class Pattern:
 
         Args:
             layers: the number of decoder layers it must have.
-            stages: first layer of every pipeline stage; each must be F, since ids do not cross stages.
+            stages: first layer of every pipeline stage; each must be F, since ids do not cross
+                stages.
             reindex: False where only F and S are known (every engine).
             without_indexer: layers that have no indexer weights and so can be neither F nor R.
+
+        Raises:
+            ValueError: the pattern breaks one of these conditions.
         """
         if layers is not None and len(self) != layers:
             raise ValueError(f"The pattern has {len(self)} layers, but the model has {layers}.")
         for start in stages or ():
-            if not 0 <= start < len(self):
-                raise ValueError(
-                    f"A pipeline stage begins at layer {start}, but the layers are 0 to {len(self) - 1}."
-                )
             if self.roles[start] != "F":
                 raise ValueError(
-                    f"A pipeline stage begins at layer {start}, which is {self.roles[start]}: it must be F, "
-                    "because selections do not cross pipeline stages."
+                    f"A pipeline stage begins at layer {start}, which is {self.roles[start]}: it "
+                    "must be F, because selections do not cross pipeline stages."
                 )
         if not reindex and "R" in self.roles:
             raise ValueError(
@@ -343,14 +345,15 @@ class Pattern:
         for layer in without_indexer:
             if layer < len(self) and self.roles[layer] != "S":
                 raise ValueError(
-                    f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer weights for it, "
-                    "so it can only be S (trained with sharing, or pruned by an export)."
+                    f"Layer {layer} is {self.roles[layer]}, but the checkpoint has no indexer "
+                    "weights for it, so it can only be S (trained with sharing, or pruned by an "
+                    "export)."
                 )
         return self
 
 
 def full_count(layers: int, keep: float) -> int:
-    """Full layers of a pattern that keeps the fraction `keep` of `layers`: rounded half up, at least 1.
+    """Count the full layers of a pattern that keeps the fraction `keep`: rounded half up, min 1.
 
     Raises:
         ValueError: keep is not in (0, 1].
@@ -363,7 +366,9 @@ def full_count(layers: int, keep: float) -> int:
 
 
 def stage_starts(layers: int, stages: int) -> tuple[int, ...]:
-    """First layer of each of `stages` pipeline stages of nearly equal length (the first ones take the remainder).
+    """Return the first layer of each of `stages` pipeline stages of nearly equal length.
+
+    The first stages take the remainder.
 
     Raises:
         ValueError: stages is not in 1..layers.
@@ -374,25 +379,32 @@ def stage_starts(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(p * size + min(p, extra) for p in range(stages))
 
 
-def _integer(name: str, value: Any, least: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | None) -> Pattern:
+    """Return the pattern with F where `is_full` says so and `rest` elsewhere."""
+    if rest not in ("S", "R"):
+        raise ValueError(f"The layers between the full ones can be S or R, not {rest!r:.60}.")
+    roles = "".join("F" if full else rest for full in is_full)
+    # A pool factor beside S reaches Pattern, which refuses it.
+    return Pattern(roles, pool_factor if "R" in roles or rest == "S" else None)
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, int):
         raise ValueError(f"{name} must be an integer, not {value!r:.60}.")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}.")
     return value
 
 
-def _layer_count(value: Any, name: str = "layers") -> int:
-    count = _integer(name, value, 1)
-    if count > MAX_LAYERS:
-        raise ValueError(f"{name} is {count}; at most {MAX_LAYERS} are supported.")
-    return count
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r:.60}.")
+    return value
 
 
 def _roles_of_types(types: Any) -> str:
     if not isinstance(types, Sequence):
         raise ValueError(
-            f"A pattern is a string of F, R and S or a list of full/shared, not {type(types).__name__}."
+            "A pattern is a string of F, R and S or a list of full/shared, not "
+            f"{type(types).__name__}."
         )
     names = {"full": "F", "shared": "S", "F": "F", "S": "S", "R": "R"}
     for i, item in enumerate(types):
@@ -404,17 +416,11 @@ def _roles_of_types(types: Any) -> str:
 
 
 def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
-    roles, mark, factor = roles.partition("@")
+    roles, mark, text = roles.partition("@")
     if mark:
         if pool_factor is not None:
             raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
-        if not (factor.isascii() and factor.isdigit() and len(factor) < 7):
-            raise ValueError(
-                f"Behind the @ of a pattern stands its pool factor, a whole number, not {factor!r:.60}."
-            )
-        pool_factor = int(factor)
-    if pool_factor is not None and _integer("The pool factor", pool_factor, 1) > MAX_POOL_FACTOR:
-        raise ValueError(
-            f"The pool factor is {pool_factor}; at most {MAX_POOL_FACTOR} is supported."
-        )
+        pool_factor = int(text) if re.fullmatch("[0-9]{1,6}", text) else text
+    if pool_factor is not None:
+        _positive("The pool factor of a pattern", pool_factor)
     return roles, pool_factor

@@ -10,7 +10,8 @@ from tqdm import tqdm
 def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqdm:
     """Return a progress bar to use as a context.
 
-    It is closed, with a line break, also when the work fails. Where stderr is a file, lines are rare.
+    It is closed, with a line break, also when the work fails. Where stderr is a file, lines are
+    rare.
 
     Args:
         total: number of units of work.

@@ -1,7 +1,8 @@
 """Run folders: settings that must not change, an append-only journal, and results.
 
-Everything that is written as a whole goes through `atomic`, `atomic_folder` or `publish`; everything
-that one process at a time may write goes through `locked`. A run is resumed by the same command.
+Everything that is written as a whole goes through `atomic`, `atomic_folder` or `publish`;
+everything that one process at a time may write goes through `locked`. A run is resumed by the same
+command.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 def atomic(path: Path) -> Iterator[Path]:
     """Yield the path of a file to write, which replaces `path` when the block ends.
 
-    A reader sees the old file or the new one, also after a kill, never a part of it. After an error the
-    old file is there and nothing else.
+    A reader sees the old file or the new one, also after a kill, never a part of it. After an error
+    the old file is there and nothing else.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -39,7 +40,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which becomes `path` when the block ends and vanishes on an error.
+    """Yield an empty folder, which becomes `path` when the block ends and vanishes on an error.
 
     Its name is fixed and it is locked, so what a killed process left there (perhaps a terabyte) is
     cleared by the next one, and two processes that write one folder do not mix.
@@ -138,8 +139,8 @@ def read_json(path: Path) -> Any:
 class Run:
     """One run's folder, open for writing: `settings.json`, `journal.jsonl` and the saved results.
 
-    Use it as `with open_run(out, settings) as run:`. The journal holds one JSON object per line; a line
-    that a kill cut off is dropped when the folder is opened again.
+    Use it as `with open_run(out, settings) as run:`. The journal holds one JSON object per line; a
+    line that a kill cut off is dropped when the folder is opened again.
     """
 
     def __init__(self, folder: Path):
@@ -220,8 +221,8 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
     """Open a run's folder, new or interrupted.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings (each difference is named), or to one
-            that is running now.
+        ValueError: the folder belongs to a run with other settings (each difference is named), or
+            to one that is running now.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"{folder}: another process is writing this run"):
@@ -266,7 +267,8 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed
         )
         raise ValueError(
-            f"{folder}: this run was begun with other settings ({differences}); choose another --out."
+            f"{folder}: this run was begun with other settings ({differences}); choose another "
+            "--out."
         )
 
 

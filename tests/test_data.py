@@ -1,4 +1,6 @@
-"""Text to batches: every source, every refusal, halves that never mix, and sequences that use no token twice."""
+"""Text to batches: every source, every refusal, halves that never mix, and sequences that use no
+token twice.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def rows_of(batches: list[Batch]) -> list[tuple[int, ...]]:
     return [tuple(row.tolist()) for b in batches for row in b.ids]
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_jsonl(tmp_path):
@@ -268,7 +270,7 @@ def test_sources_refused(tmp_path):
     refused(lambda: load(tmp_path / "a.txt"), "no text")
 
 
-# -- splitting --------------------------------------------------------------------------------------------------------
+# -- splitting -------------------------------------------------------------------------------------
 
 
 def test_halves_are_disjoint_complete_and_stable():
@@ -321,7 +323,7 @@ def test_split_refusals():
     assert sides == [[one]]
 
 
-# -- the vacuity check ------------------------------------------------------------------------------------------------
+# -- the vacuity check -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 63, 64, 257, 2048])
@@ -342,7 +344,7 @@ def test_check_context(k):
     assert check_context(4 * k, k) == 0.75
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 SIZES = {"a": [100, 7, 3, 25, 40], "b": [64, 64], "c": [9] * 12}
 
@@ -483,7 +485,7 @@ def test_no_token_is_used_twice(sizes, length, sequences, batch, seed):
     assert set(sizes) == {b.domain for b in batches}
 
 
-# -- the digest -------------------------------------------------------------------------------------------------------
+# -- the digest ------------------------------------------------------------------------------------
 
 
 def test_digest_changes_with_any_change():

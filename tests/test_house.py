@@ -19,8 +19,8 @@ from indexcache.models.loading import DTYPES
 
 PACKAGE = Path(indexcache.__file__).parent
 
-# The floors of the package, from the ground up. A room imports rooms of lower floors only, and never
-# another room of its own floor.
+# The floors of the package, from the ground up. A room imports rooms of lower floors only, and
+# never another room of its own floor.
 FLOORS = (
     {"pattern", "records", "memory", "progress"},
     {"checkpoint", "data", "spec", "ops", "report"},
@@ -81,7 +81,8 @@ def test_imports_go_down_only(user):
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, indexcache; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "numpy"}
+    code = f"import sys, indexcache; print(sorted({heavy} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"
 

@@ -1,4 +1,6 @@
-"""Run folders: a cut at any byte loses nothing but the last line, files are whole or old, one writer, one set of settings."""
+"""Run folders: a cut at any byte loses nothing but the last line, files are whole or old, one
+writer, one set of settings.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def journal_of(folder: Path, content: bytes) -> Path:
     return folder / "journal.jsonl"
 
 
-# -- the journal ------------------------------------------------------------------------------------------------------
+# -- the journal -----------------------------------------------------------------------------------
 
 
 def test_journal_comes_back(tmp_path):
@@ -82,7 +84,9 @@ except ValueError as error:
 
 
 def test_processes_that_claim_a_folder_together(tmp_path):
-    """The settings of one are kept; those who have the same go on, the others are told the difference."""
+    """The settings of one are kept; those who have the same go on, the others are told the
+    difference.
+    """
     for turn in range(3):
         folder, go = tmp_path / f"{turn}", tmp_path / f"go{turn}"
         command = [sys.executable, "-c", CLAIM, str(folder), str(go)]
@@ -172,7 +176,7 @@ def test_entries_that_are_not_json_are_not_written(tmp_path):
         assert run.journal == ENTRIES[:1]
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def test_settings_must_be_the_same(tmp_path):
@@ -204,7 +208,8 @@ def test_settings_must_be_the_same(tmp_path):
 def test_long_settings_are_shortened(tmp_path):
     with open_run(tmp_path, {"digests": "x" * 5000}):
         pass
-    with pytest.raises(ValueError) as error, open_run(tmp_path, {"digests": "y" * 5000}):  # noqa: PT011
+    other = {"digests": "y" * 5000}
+    with pytest.raises(ValueError) as error, open_run(tmp_path, other):  # noqa: PT011
         pass
     one_line(error, "digests was", "...")
     assert len(str(error.value)) < 400 + len(str(tmp_path))
@@ -234,7 +239,7 @@ def test_killed_before_the_settings_were_whole(tmp_path):
     assert read_json(tmp_path / "settings.json") == SETTINGS
 
 
-# -- one writer -------------------------------------------------------------------------------------------------------
+# -- one writer ------------------------------------------------------------------------------------
 
 
 def test_second_writer_is_refused_in_the_same_process(tmp_path):
@@ -285,7 +290,7 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         assert run.journal == [{"n": 1}]
 
 
-# -- whole files ------------------------------------------------------------------------------------------------------
+# -- whole files -----------------------------------------------------------------------------------
 
 
 def test_write_json_and_read_json(tmp_path):

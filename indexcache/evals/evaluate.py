@@ -38,7 +38,8 @@ class Measurement:
         where: the tokens: a domain ("all": every domain), or (from, to), fractions of the sequence.
         loss: mean loss, nats per token.
         delta_loss: the pattern's loss minus the baseline's.
-        ci_low: lower end of the 95 % paired bootstrap interval over documents; None for one document.
+        ci_low: lower end of the 95 % paired bootstrap interval over documents; None for one
+            document.
         ci_high: its upper end.
         kl: KL(baseline || pattern), nats per token.
         agreement: share of tokens with the same most likely next token.
@@ -188,14 +189,14 @@ def evaluate(
         model: a model of a known family.
         patterns: one pattern, several, or a mapping from names to patterns.
         batches: held-out batches (`indexcache.data.batches`).
-        against: the baseline; None is what the model does by itself, all F unless it has layers without
-            an indexer.
+        against: the baseline; None is what the model does by itself, all F unless it has layers
+            without an indexer.
         seed: random seed of the bootstrap.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences too short for k, a pattern the model cannot take, or a loss that is not
-            finite.
+        ValueError: sequences too short for k, a pattern the model cannot take, or a loss that is
+            not finite.
     """
     named = _named(patterns)
     module = module_of(model)
@@ -213,7 +214,8 @@ def evaluate(
             full = _hidden(module, base, native, batch)
             bar.update()
             for name, pattern in named.items():
-                # The baseline's own pass is repeated once, to show that two passes are bitwise equal.
+                # The baseline's own pass is repeated once, to show that two passes are bitwise
+                # equal.
                 if pattern == base and batch is not batches[0]:
                     hidden = full
                 else:
@@ -250,7 +252,7 @@ def _named(
 
 
 def _hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
-    """Compute hidden states of the baseline; without the seam where the model itself is the baseline."""
+    """Compute hidden states of the baseline, without the seam where that is the model itself."""
     if base == native:
         return hidden_states(module, batch.ids)
     with use_pattern(module, base):

@@ -1,4 +1,4 @@
-"""How much the selections of two layers have in common: the mean of |T_i and T_j| / k over queries."""
+"""How much the selections of two layers share: the mean of |T_i and T_j| / k over queries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Overlap:
 
     Attributes:
         shares: float64 [N, N], the mean of |T_i and T_j| / k over the queries.
-        chance: the mean of k / context over the same queries, which independent random selections share.
+        chance: the mean of k / context over the same queries, which independent random selections
+            share.
         queries: number of queries, those with more than k tokens of context.
         topk: k.
     """
@@ -62,7 +63,8 @@ class Overlap:
 def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False) -> Overlap:
     """Measure the overlap of all pairs of layers when every layer that has an indexer runs it.
 
-    Only queries with more than k tokens of context count: before that every layer selects everything.
+    Only queries with more than k tokens of context count: before that every layer selects
+    everything.
 
     Args:
         model: a model of a known family.

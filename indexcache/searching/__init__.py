@@ -1,1 +1,1 @@
-"""Searching for a pattern: the paper's greedy algorithm, the loss it minimises, and the run around it."""
+"""Searching for a pattern: the paper's greedy algorithm, its objective, and the run around it."""

@@ -1,7 +1,7 @@
 """Training-free search: Algorithm 1 of the paper, and its variant for pipeline stages.
 
-`loss` maps a pattern to the language-modelling loss on the calibration batches, the same batches for
-every candidate.
+`loss` maps a pattern to the language-modelling loss on the calibration batches, the same batches
+for every candidate.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def greedy(
     c = F^N;  R = {1..N-1};  repeat:  l* = argmin over l in R of loss(c with l -> S);  c[l*] = S;
     R -= {l*}. Equal losses go to the lower layer.
 
-    `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and each
-    round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P stages take P
-    times fewer evaluations.
+    `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and
+    each round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P
+    stages take P times fewer evaluations.
 
     Raises:
         ValueError: fewer full layers than stages, whose first layers always stay full.

@@ -14,7 +14,7 @@ from indexcache.pattern import Pattern
 
 
 class Objective:
-    """A function from a pattern to its loss over all batches, in nats per token; each is computed once.
+    """A function from a pattern to its loss over all batches, nats per token, computed once.
 
     Args:
         model: the transformers model.
@@ -62,8 +62,8 @@ class Objective:
             loss = total / count
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"The loss of {key} is {loss}: the model gives no finite logits on this text (wrong "
-                    "dtype or broken weights?); nothing was recorded for it."
+                    f"The loss of {key} is {loss}: the model gives no finite logits on this text "
+                    "(wrong dtype or broken weights?); nothing was recorded for it."
                 )
             self.evaluated[key] = loss
             self.record(pattern, loss)

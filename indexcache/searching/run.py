@@ -89,8 +89,8 @@ def search(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a model trained with sharing, sequences that are too short, a folder of another run,
-            or a loss that is not finite.
+        ValueError: a model trained with sharing, sequences that are too short, a folder of another
+            run, or a loss that is not finite.
     """
     family_of(model)  # It refuses an unknown family.
     module = module_of(model)
@@ -135,19 +135,20 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
 
 
 def _refuse_trained_sharing(module: DsaModule) -> None:
-    """Raise ValueError on a model with layers that have no indexer: trained with sharing, or pruned."""
+    """Raise ValueError on a model with layers without an indexer: trained shared, or pruned."""
     shared = missing_indexers(module)
     if shared:
         some = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
-            f"Layers {some} of this model have no indexer of their own and can never be full. A search is "
-            "pointless on a model that was trained with sharing: its layers have learnt the pattern it "
-            "ships with. If this is a pruned export, search the checkpoint it came from."
+            f"Layers {some} of this model have no indexer of their own and can never be full. A "
+            "search is pointless on a model that was trained with sharing: its layers have learnt "
+            "the pattern it ships with. If this is a pruned export, search the checkpoint it came "
+            "from."
         )
 
 
 def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
-    """List the uniform patterns 1/2, 1/4, .. down to the budget, with S and R, that fit the stages."""
+    """List the uniform patterns 1/2, 1/4, .. down to the budget, S and R, that fit the stages."""
     patterns = []
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:

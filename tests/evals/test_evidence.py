@@ -86,7 +86,9 @@ def test_evidence_is_read_as_a_table_and_as_json(evidence):
 
 
 def test_interval_resamples_documents(glm, batches, evidence):
-    """The same interval from per-document losses of stock passes, resampled by other code with other random numbers."""
+    """The same interval from per-document losses of stock passes, resampled by other code with
+    other random numbers.
+    """
     sums = []
     for batch in batches:
         for row in batch.ids:

@@ -1,4 +1,6 @@
-"""The bootstrap against another implementation and its own promise; greedy against Algorithm 1 restated on toy losses."""
+"""The bootstrap against another implementation and its own promise; greedy against Algorithm 1
+restated on toy losses.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,15 @@ from indexcache.evals.statistics import bootstrap_interval
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.searching.greedy import evaluations, greedy
 
-# -- the bootstrap ----------------------------------------------------------------------------------------------------
+# -- the bootstrap ---------------------------------------------------------------------------------
 
 
 def plain_bootstrap(
     sums: list[float], counts: list[int], level: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap in plain Python; only the draws come from the same generator, one resample after another."""
+    """Percentile bootstrap in plain Python; only the draws come from the same generator, one
+    resample after another.
+    """
     rng = np.random.default_rng(seed)
     n = len(sums)
     draws = rng.integers(0, n, resamples * n).tolist()
@@ -96,7 +100,9 @@ def test_many_documents_give_the_normal_interval():
 
 
 def test_coverage():
-    """Tokens of a document go together, lengths differ: the interval still holds the truth in about 95 of 100 cases."""
+    """Tokens of a document go together, lengths differ: the interval still holds the truth in about
+    95 of 100 cases.
+    """
     rng = np.random.default_rng(7)
     truth, documents, repetitions, inside, naive = 0.05, 40, 300, 0, 0
     for seed in range(repetitions):
@@ -112,11 +118,13 @@ def test_coverage():
     assert naive / repetitions < 0.85
 
 
-# -- greedy -----------------------------------------------------------------------------------------------------------
+# -- greedy ----------------------------------------------------------------------------------------
 
 
 class Table:
-    """A random loss for every pattern, whatever the order of asking; of few values, so that ties are common."""
+    """A random loss for every pattern, whatever the order of asking; of few values, so that ties
+    are common.
+    """
 
     def __init__(self, seed: int, values: int):
         self.seed, self.values, self.calls = seed, values, []
@@ -150,7 +158,9 @@ def algorithm_1(loss, layers: int, flips: int) -> list[tuple[str, float, int | N
 def by_stages(
     loss, layers: int, full: int, starts: tuple[int, ...]
 ) -> list[tuple[str, float, int | None]]:
-    """The stage variant: one flip per stage per round, a stage that is used up passes, until `full` is reached."""
+    """The stage variant: one flip per stage per round, a stage that is used up passes, until `full`
+    is reached.
+    """
     c = ["F"] * layers
     owner = [max(p for p, s in enumerate(starts) if s <= i) for i in range(layers)]
     path: list[tuple[str, float, int | None]] = [("".join(c), loss(Pattern("".join(c))), None)]
@@ -200,8 +210,10 @@ def test_ties_go_to_the_lower_layer():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_against_every_pattern(seed):
-    """Where each layer costs its own amount greedy finds the best pattern of every budget; in general never a better
-    one than the best, and its last flip is the best that there is."""
+    """Where each layer costs its own amount, greedy finds the best pattern of every budget.
+
+    In general it finds no better one than the best, and its last flip is the best that there is.
+    """
     rng, layers = random.Random(seed), 8
     cost = [rng.random() for _ in range(layers)]
     pair = {p: rng.gauss(0, 0.5) for p in itertools.combinations(range(layers), 2)}
@@ -275,7 +287,7 @@ def test_the_search_is_lazy():
     assert len(table.calls) == 1 + 5
 
 
-# -- what a search costs ----------------------------------------------------------------------------------------------
+# -- what a search costs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 12, 30])
@@ -289,7 +301,9 @@ def test_evaluations_to_the_end(layers):
     ("layers", "full", "candidates"), [(47, 12, 1015), (61, 15, 1725), (78, 20, 2813)]
 )
 def test_published_budgets(layers, full, candidates):
-    """To 1/4 kept, with N/4 rounded half up: the candidates of all steps, and one more for the full model itself."""
+    """To 1/4 kept, with N/4 rounded half up: the candidates of all steps, and one more for the full
+    model itself.
+    """
     assert full_count(layers, 1 / 4) == full
     assert sum(layers - 1 - step for step in range(layers - full)) == candidates
     assert evaluations(layers, full) == candidates + 1

@@ -193,7 +193,9 @@ def command(out):
 
 
 def test_kill_nine_at_ten_random_moments_and_resume(tmp_path):
-    """The whole program, killed without warning: afterwards everything is as if it had never happened."""
+    """The whole program, killed without warning: afterwards everything is as if it had never
+    happened.
+    """
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     expected = (tmp_path / "whole" / "journal.jsonl").read_bytes()
     total, out, rng, kills = len(expected.splitlines()), tmp_path / "killed", random.Random(0), 0
