@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from indexcache import use_pattern
+from indexcache import ops, use_pattern
 from indexcache.models.family import indexers
 from indexcache.models.fast import accelerate as fast_path
 from indexcache.models.fast.accelerate import accelerate
@@ -155,11 +155,11 @@ def test_a_step_reads_nothing_on_the_host(model, ids, index_dtype, monkeypatch):
     """
     for name in ("index_topk", "sparse_mla", "quantize_index_keys", "quantize_index_queries"):
 
-        def opaque(*args, _call=getattr(fast_path.ops, name), **kwargs):
+        def opaque(*args, _call=getattr(ops, name), **kwargs):
             with torch._C.DisableTorchFunction(), _disable_current_modes():
                 return _call(*args, **kwargs)
 
-        monkeypatch.setattr(fast_path.ops, name, opaque)
+        monkeypatch.setattr(ops, name, opaque)
     monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
     model.set_experts_implementation("eager")
     try:
@@ -417,10 +417,8 @@ class TestGraph:
 
     def test_plans_and_parts(self, large, monkeypatch):
         made = []
-        group = fast_path.ops.group_queries
-        monkeypatch.setattr(
-            fast_path.ops, "group_queries", lambda ids, n: made.append(n) or group(ids, n)
-        )
+        group = ops.group_queries
+        monkeypatch.setattr(ops, "group_queries", lambda ids, n: made.append(n) or group(ids, n))
         ids = torch.randint(0, SHAPE["vocab_size"], (1, 900), device="cuda")
         with accelerate(large), use_pattern(large, "FSSFSS"), PartTimer() as timer:
             prefill(large, ids, FastCache(large, 1024, 1))
