@@ -415,7 +415,7 @@ class TestGraph:
             assert decoder._graph is not graph
             assert cache.pattern == "FSSFSS"
 
-    def test_plans_and_parts(self, large, monkeypatch):
+    def test_query_groups_and_parts(self, large, monkeypatch):
         made = []
         group = ops.group_queries
         monkeypatch.setattr(ops, "group_queries", lambda ids, n: made.append(n) or group(ids, n))
