@@ -1,10 +1,12 @@
-"""Memory and time of one forward pass of `tiny` on a CPU, stock against the fast path; writes benchmarks/results/tiny_cpu.json.
+"""Measure memory and time of one forward pass of `tiny` on a CPU, stock against the fast path.
 
-    python benchmarks/cpu_memory.py [--out FILE]
+    python -m benchmarks.cpu_memory [--out FILE]
 
-Correctness first: both paths' token losses on the same text at 1024 tokens. Then each measurement in a process of its own (the
-peak of a process is never given back). The floor beside stock is its formula: 2 * 4 * H * T^2 bytes, the scores of one layer and
-their rectified copy in fp32. 16K tokens are measured on the fast path only; stock is extrapolated by the same formula.
+The token losses of both paths on the same text of 1024 tokens are compared first. Each measurement
+then runs in a process of its own, because the peak of a process is never given back. Beside stock
+stands its formula, 2 * 4 * H * T^2 bytes: the scores of one layer and their rectified copy in fp32.
+16K tokens are measured on the fast path only, and stock is extrapolated by the formula. The rows go
+to benchmarks/results/tiny_cpu.json.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from pathlib import Path
 
 import torch
 
+from indexcache import accelerate, load
+from indexcache.data import batches
+from indexcache.models.lm import hidden_states, token_losses
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from indexcache import accelerate, load  # noqa: E402
-from indexcache.data import batches  # noqa: E402
-from indexcache.models.lm import hidden_states, token_losses  # noqa: E402
-
+INDEX_HEADS = 16  # heads of tiny's indexers
 CASES = [
     (1024, "stock"),
     (1024, "fast"),
@@ -39,7 +41,10 @@ CASES = [
 
 
 def one(length: int, path: str) -> None:
-    """Print the seconds of a second pass over `length` random ids, and the megabytes that both add to the loaded model."""
+    """Time a second pass over `length` random ids, and print it as JSON.
+
+    The megabytes are those that both passes add to the loaded model.
+    """
     model = load("tiny").module
     ids = torch.randint(1, 4096, (1, length), generator=torch.Generator().manual_seed(0))
     if path == "fast":
@@ -61,7 +66,7 @@ def one(length: int, path: str) -> None:
 
 
 def check() -> float:
-    """The largest difference of a mean loss between the paths on held-out text; raises when it is not rounding."""
+    """Return the largest difference of a mean loss between the paths, on held-out text."""
     loaded = load("tiny")
     worst = 0.0
     for batch in batches("heldout", loaded.encode, loaded.config, length=1024, sequences=3):
@@ -97,17 +102,17 @@ def main() -> None:
     print(f"paths differ by {difference:.1e} nats at most")
     for length, path in CASES:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", str(length), path],
+            [sys.executable, "-m", "benchmarks.cpu_memory", "--one", str(length), path],
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,
         )
-        heads = 16
         row = {
             "context": length,
             "path": path,
             **json.loads(done.stdout.splitlines()[-1]),
-            "stock_formula_mb": 8 * heads * length**2 // 2**20,
+            "stock_formula_mb": 8 * INDEX_HEADS * length**2 // 2**20,
         }
         rows.append(row)
         print(row, flush=True)

@@ -1,10 +1,12 @@
-"""Peak memory and time of the distillation loss with its gradients, 1K to 16K tokens; writes benchmarks/results/distill_memory.json.
+"""Measure peak memory and time of the distillation loss with its gradients, 1K to 16K tokens.
 
-    python benchmarks/distill_memory.py [--device cpu|cuda] [--out FILE]
+    python -m benchmarks.distill_memory [--device cpu|cuda] [--out FILE]
 
-Correctness first: gradients at 512 tokens against autograd over whole [L, L] matrices. Then each measurement in a process of its own.
-`warmup` and `sparse`: one indexer that serves four layers, over all keys and over k = 32. `pass`: a whole training pass of `tiny`
-over one row, FSSSFSSSFSSS. `held`: the warm-up's loss by autograd over whole matrices. Memory is what comes on top of the inputs.
+Gradients at 512 tokens are checked first, against autograd over full [L, L] matrices. Each
+measurement then runs in a process of its own, and its memory is what comes on top of the inputs.
+`warmup` and `sparse` are one indexer that serves four layers, over all keys and over k = 32.
+`pass` is a whole training pass of `tiny` over one row under FSSSFSSSFSSS. `held` is the loss of
+the warm-up by autograd over full matrices. The rows go to benchmarks/results/distill_memory.json.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from indexcache import Pattern, load
+from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder
+from indexcache.distilling.indexers import trainable_indexers
+from indexcache.distilling.loss import distill_loss
+from indexcache.distilling.rows import Row
+from indexcache.ops import AttentionTarget
 
-from indexcache import Pattern, load  # noqa: E402
-from indexcache.distilling.forward import DistillForward, attention_replaced, run_decoder  # noqa: E402
-from indexcache.distilling.indexers import trainable_indexers  # noqa: E402
-from indexcache.distilling.loss import distill_loss  # noqa: E402
-from indexcache.distilling.rows import Row  # noqa: E402
-from indexcache.ops import AttentionTarget  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # as tiny
-HELD_UP_TO = 2048
+HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # the sizes of tiny
+MAX_MATRIX_LENGTH = 2048  # tokens; full matrices of more take too much memory
 
 
 def inputs(length: int, device: str):
+    """Draw the arguments of the loss: (q, k, w) that require gradients, targets, selected ids."""
     g = torch.Generator().manual_seed(0)
     q, k, w = (
         torch.randn(s, generator=g)
@@ -59,8 +61,8 @@ def inputs(length: int, device: str):
     return [x.to(device).requires_grad_() for x in (q, k, w * 0.05)], targets, ids
 
 
-def held(q, k, w, targets):
-    """The definition over whole matrices, for autograd."""
+def matrix_loss(q, k, w, targets):
+    """Compute the loss from its definition over full matrices, for autograd."""
     hidden = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device).triu(1)
     scores = torch.einsum("sjt,sj->st", torch.einsum("sjd,td->sjt", q, k).relu(), w)
     log_q = scores.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0)
@@ -77,26 +79,28 @@ def held(q, k, w, targets):
 
 
 def start(device: str) -> float:
-    """Megabytes now; the peak is counted from here on."""
+    """Return the megabytes in use, and count the peak from here on."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # Linux: the peak of the resident memory starts anew
+    # On Linux this resets the peak of the resident memory.
+    Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def peak(device: str) -> float:
+    """Return the peak in megabytes since `start`."""
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else status("VmHWM")
 
 
 def status(key: str) -> float:
+    """Read megabytes from this process's status file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
 
 def one(what: str, length: int, device: str) -> None:
+    """Measure once, and print the result as JSON."""
     if what == "pass":
         model = load("tiny", device=device).module.requires_grad_(False)
         model.config.max_position_embeddings = max(length, 4096)
@@ -112,7 +116,7 @@ def one(what: str, length: int, device: str) -> None:
         with attention_replaced(model, forward), torch.no_grad(), forward.row(row, collect=True):
             run_decoder(model, row, device)
     elif what == "held":
-        held(*arguments, targets).backward()
+        matrix_loss(*arguments, targets).backward()
     else:
         distill_loss(*arguments, targets, ids_SK=ids if what == "sparse" else None).backward()
     if device == "cuda":
@@ -128,11 +132,11 @@ def one(what: str, length: int, device: str) -> None:
 
 
 def check(device: str) -> float:
-    """The largest relative difference of a gradient from autograd over whole matrices."""
+    """Return the largest relative difference of a gradient from autograd over full matrices."""
     arguments, targets, _ = inputs(512, device)
     pairs = (
         torch.autograd.grad(loss, arguments)
-        for loss in (distill_loss(*arguments, targets), held(*arguments, targets))
+        for loss in (distill_loss(*arguments, targets), matrix_loss(*arguments, targets))
     )
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*pairs, strict=True))
     if worst > 1e-4:
@@ -160,10 +164,11 @@ def main() -> None:
     print(f"gradients differ by {difference:.1e} at most, relative")
     for what in ("warmup", "sparse", "pass", "held"):
         for length in LENGTHS:
-            if what == "held" and length > HELD_UP_TO:
+            if what == "held" and length > MAX_MATRIX_LENGTH:
                 continue
-            command = [sys.executable, __file__, "--device", o.device, "--one", what, str(length)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            command = [sys.executable, "-m", "benchmarks.distill_memory", "--device", o.device]
+            command += ["--one", what, str(length)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             rows.append(
                 {"what": what, "tokens": length, **json.loads(done.stdout.splitlines()[-1])}
             )

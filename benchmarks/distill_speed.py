@@ -1,10 +1,12 @@
-"""Tokens a second of the indexers' warm-up on a GPU: correctness of the fused loss first, then whole training steps.
+"""Measure tokens a second of the indexers' warm-up stage on a GPU, in whole training steps.
 
-    python benchmarks/distill_speed.py [--lengths 8192,65536] [--pattern uniform:1/4] [--steps 5] [--plain] [--out FILE]
+    python -m benchmarks.distill_speed [--lengths 8192,65536] [--pattern 1/4] [--steps 5] [--plain]
 
-The model has SmolLM2's shape as recipes/smollm2 rewrites it (30 layers, 9 heads, 9 index heads of 256), random weights in bf16 and random
-tokens, each row one document: time does not depend on their values. A row is written only when the check passed in this run.
---plain: the loss in plain torch beside it, at the first length.
+The fused loss is checked first, and a row is written only when its check passed in this run. The
+model has the shape that recipes/smollm2 gives SmolLM2 (30 layers, 9 heads, 9 index heads of 256),
+random weights in bf16, and random tokens, each row one document. Times do not depend on their
+values. --plain also times the loss in plain torch, at the first length. The rows go to
+benchmarks/results/distill_speed.json, or to --out FILE.
 """
 
 from __future__ import annotations
@@ -21,18 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from indexcache import ops
+from indexcache.distilling import DistillSettings, distill
+from indexcache.distilling.flops import flops_per_token
+from indexcache.distilling.loss import distill_loss
+from indexcache.distilling.rows import Row
+from indexcache.models.random import random_model
+from indexcache.ops import AttentionTarget
+from indexcache.shapes import Shape, reachable_of
+from indexcache.spec import parse_pattern
 
-from indexcache import ops  # noqa: E402
-from indexcache.distilling import DistillSettings, distill  # noqa: E402
-from indexcache.distilling.flops import flops_per_token  # noqa: E402
-from indexcache.distilling.loss import distill_loss  # noqa: E402
-from indexcache.distilling.rows import Row  # noqa: E402
-from indexcache.models.random import random_model  # noqa: E402
-from indexcache.ops import AttentionTarget  # noqa: E402
-from indexcache.shapes import Shape, reachable_of  # noqa: E402
-from indexcache.spec import parse_pattern  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SHAPE: dict[str, Any] = {
     "model_type": "glm_moe_dsa",
@@ -65,32 +66,37 @@ SHAPE: dict[str, Any] = {
 
 
 def check(length: int = 2048) -> float:
-    """The largest relative error of loss and gradients against plain torch, bf16, two layers of this shape."""
+    """Return the largest relative error of loss and gradients, fused against plain torch.
+
+    The inputs are bf16, of two layers of this shape.
+    """
     g = torch.Generator("cuda").manual_seed(0)
 
-    def some(*shape: int, by: float = 1.0) -> torch.Tensor:
+    def draw(*shape: int, by: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, device="cuda") * by).bfloat16()
 
     targets = [
-        AttentionTarget(some(length, 9, 256), some(length, 448), some(9, 64, 256, by=0.06), 0.0625)
+        AttentionTarget(draw(length, 9, 256), draw(length, 448), draw(9, 64, 256, by=0.06), 0.0625)
         for _ in range(2)
     ]
-    found = []
-    for way in ("torch", "triton"):
+    results: list[Any] = []
+    for backend in ("torch", "triton"):
         leaves = (
-            [some(length, 9, 256), some(length, 256, by=0.1), some(length, 9, by=0.1).float()]
-            if not found
-            else found[0][2]
+            [draw(length, 9, 256), draw(length, 256, by=0.1), draw(length, 9, by=0.1).float()]
+            if not results
+            else results[0][2]
         )
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        with ops.tuned(backend=way):
+        with ops.tuned(backend=backend):
             loss = distill_loss(*leaves, targets)
-        found.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
-    pairs = zip((found[1][0], *found[1][1]), (found[0][0], *found[0][1]), strict=True)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaves), leaves))
+    (plain_loss, plain_grads, _), (loss, grads, _) = results
+    pairs = zip((loss, *grads), (plain_loss, *plain_grads), strict=True)
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
 
 def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
+    """Train the indexers for a few steps, and return a row of the result."""
     model = random_model(SHAPE, device="cuda")
     chosen = parse_pattern(pattern, SHAPE["num_hidden_layers"]).pattern
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """Facts about devices and models: rates, sizes, and how many operations a model needs.
 
-Benchmarks, floors, cost predictions and the trainer's MFU all read their numbers here. Neither torch
-nor transformers is imported.
+Benchmarks, floors, cost predictions and the trainer's MFU all read their numbers here. Neither
+torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ _GLM = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
 
-# "glm-4.7-flash-dsa" is the 30B model of the paper (arXiv 2603.12201): GLM-4.7-Flash with the indexer
-# of GLM-5.
+# "glm-4.7-flash-dsa" is the 30B model of the paper (arXiv 2603.12201): GLM-4.7-Flash with the
+# indexer of GLM-5.
 SHAPES: dict[str, dict[str, Any]] = {
     "glm-4.7-flash-dsa": _GLM
     | {
@@ -203,8 +203,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Shape:
     """The sizes of a DSA model, and the counts that follow from them.
 
-    Numbers of weights are per layer. Norms are left out, which are 0.01 % of the weights. Operations
-    are those of matrix products, a multiply-add being two.
+    Numbers of weights are per layer. Norms are left out, which are 0.01 % of the weights.
+    Operations are those of matrix products, a multiply-add being two.
     """
 
     layers: int
@@ -352,9 +352,10 @@ class Shape:
 
 
 def count_pairs(length: int, max_keys: int) -> int:
-    """Return the number of pairs of a query and a key: the sum over t = 1..length of min(t, max_keys).
+    """Return the number of pairs of a query and a key.
 
-    `count_pairs(L, L)` is L (L + 1) / 2, the pairs of causal attention over L tokens.
+    It is the sum over t = 1..length of min(t, max_keys). `count_pairs(L, L)` is L (L + 1) / 2, the
+    pairs of causal attention over L tokens.
     """
     short = min(length, max_keys)
     return short * (short + 1) // 2 + (length - short) * max_keys
@@ -427,7 +428,8 @@ def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
     if layers is not None:
         if not 1 <= layers <= config["num_hidden_layers"]:
             raise ValueError(
-                f"{name} has {config['num_hidden_layers']} layers; {layers} cannot be taken of them."
+                f"{name} has {config['num_hidden_layers']} layers; {layers} cannot be taken of "
+                "them."
             )
         config["num_hidden_layers"] = layers
     return config
@@ -437,8 +439,8 @@ def shape_of(source: str | Path, layers: int | None = None) -> Shape:
     """Return the shape of what `read_shape` reads, a named one cut to its first `layers` layers.
 
     Raises:
-        ValueError: what `read_shape`, `shape_config` and `Shape.of` refuse, or `layers` is given for
-            a checkpoint.
+        ValueError: what `read_shape`, `shape_config` and `Shape.of` refuse, or `layers` is given
+            for a checkpoint.
     """
     if str(source) in SHAPES:
         return Shape.of(shape_config(str(source), layers))

@@ -1,5 +1,5 @@
-"""Benchmarks: prefill and decoding timed part by part, floors beside them, the cost of a pattern."""
+"""Benchmarks: prefill and decoding part by part, with floors beside them, and what they cost."""
 
-# Tokens of a benchmark's prefill that go through the model at once. `models.fast.prefill` takes fewer
-# by default, because it must run where memory is short.
+# Tokens of a benchmark's prefill that go through the model at once. `models.fast.prefill` takes
+# fewer by default, because it must run where memory is short.
 CHUNK = 16384

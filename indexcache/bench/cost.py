@@ -1,9 +1,11 @@
 """A cost model fitted to `bench` rows: how long prefills and decoding steps take at other lengths.
 
 A part of a prefill takes a * calls + b * floor, where `calls` is the number of layers that run the
-part, times the number of chunks, and the floor is that of `indexcache.bench.floors`. A decoding step
-is one CUDA graph and is not timed in parts. It takes
-a + b * (floor of all but the indexers) + c * (layers that index) + d * (floor of the indexers).
+part, times the number of chunks, and the floor is that of `indexcache.bench.floors`. A decoding
+step is one CUDA graph and is not timed in parts; it takes
+
+    a + b * (floor of all but the indexers) + c * (layers that index) + d * (floor of the indexers)
+
 Every coefficient is at least 0, and relative errors are squared. R layers are not modelled.
 """
 
@@ -87,7 +89,7 @@ def point(
 
 
 def usable(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that a model can be fitted to: measured, with floors, and without R layers."""
+    """Return the rows to fit a model to: measured, with floors, and without R layers."""
     return [
         r
         for r in rows
@@ -101,7 +103,8 @@ def usable(rows: Sequence[Row]) -> list[Row]:
 def fit(rows: Sequence[Row]) -> CostModel:
     """Fit the model to the usable rows.
 
-    Prefill is fitted to the rows that have a TTFT and times of parts, decoding to those with a rate.
+    Prefill is fitted to the rows that have a TTFT and times of parts, decoding to those with a
+    rate.
 
     Raises:
         ValueError: no row can be fitted to.
@@ -145,8 +148,8 @@ def errors_left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Predict each context by a model that is fitted to the other contexts only.
 
     Returns:
-        One {"context", "pattern", "batch", "what" (ttft_s or decode_tok_s), "measured", "predicted",
-        "error" (relative)} per prediction; none where there is only one context.
+        One {"context", "pattern", "batch", "what" (ttft_s or decode_tok_s), "measured",
+        "predicted", "error" (relative)} per prediction; none where there is only one context.
     """
     rows = usable(rows)
     errors = []

@@ -1,11 +1,11 @@
 """Floors: the shortest time each part of a forward pass can take, from the model's sizes alone.
 
-The floor of a part is max(operations / rate of matrix products, bytes that must cross HBM / its rate).
-Launches, synchronisation and gathers out of L2 are not in it.
+The floor of a part is max(operations / rate of matrix products, bytes that must cross HBM / its
+rate). Launches, synchronisation and gathers out of L2 are not in it.
 
-Symbols: L tokens of a prompt, n tokens in the cache, B sequences, k = index_topk, c the pool factor,
-H x D the index heads, h the attention heads, e = kv_lora + rope, E the hidden size, w = 2 bytes of a
-bf16 weight. `shapes.count_pairs(L, m)` is the sum over t = 1..L of min(t, m).
+Symbols: L tokens of a prompt, n tokens in the cache, B sequences, k = index_topk, c the pool
+factor, H x D the index heads, h the attention heads, e = kv_lora + rope, E the hidden size, w = 2
+bytes of a bf16 weight. `shapes.count_pairs(L, m)` is the sum over t = 1..L of min(t, m).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 from indexcache.pattern import Pattern
 from indexcache.shapes import Rates, Shape, count_pairs
 
-# The parts that `indexcache.models.timing` times. "indexer" is its projections, "index_topk" scores and
-# selection, "plan" the grouping of neighbouring queries (which has no floor, because nothing demands
-# it), "linears" the projections of attention, "mlp" MLPs and experts.
+# The parts that `indexcache.models.timing` times. "indexer" is its projections, "index_topk"
+# scores and selection, "plan" the grouping of neighbouring queries (which has no floor, because
+# nothing demands it), "linears" the projections of attention, "mlp" MLPs and experts.
 PARTS = ("indexer", "index_topk", "plan", "attention", "linears", "mlp", "head", "rest")
 INDEX_PARTS = ("indexer", "index_topk")
 WEIGHT = 2  # bytes of a weight, of a latent's element and of an activation
@@ -37,11 +37,12 @@ def prefill_floor(
       because rows with at most k keys need no scores. An R layer scores pairs(L, c k) instead. Or 4
       bytes for each id: k per token, and c k more where a pool is written or read.
     - attention, per layer: 2 h (e + kv_lora) pairs(L, k) operations in bf16.
-    - linears, per layer: 2 L W operations, W = q_a, q_b, kv_a, kv_b, o (kv_b costs the same absorbed).
+    - linears, per layer: 2 L W operations, W = q_a, q_b, kv_a, kv_b, o (kv_b costs the same
+      absorbed).
     - mlp: 2 L times the weights that a token meets, or all of them read once.
     - head: its weights read once, for the logits of the last token.
-    - rest: 16 E bytes a token and layer, for two fused passes of residual add and norm that read two
-      rows and write two.
+    - rest: 16 E bytes a token and layer, for two fused passes of residual add and norm that read
+      two rows and write two.
 
     Args:
         pattern: one role per layer of the shape.
@@ -83,8 +84,8 @@ def decode_floor(
     - index_topk, per F layer: B n keys of D + 4 bytes (fp8) or 2 D bytes read. An R layer reads c k
       keys. Nothing is read while n <= k.
     - attention, per layer: B min(n, k) latents of 2 e bytes read.
-    - mlp: the weights of the shared experts, of dense MLPs, and of the experts that B tokens meet: x
-      experts of which each token takes p at random make x (1 - (1 - p / x)^B).
+    - mlp: the weights of the shared experts, of dense MLPs, and of the experts that B tokens
+      meet: x experts of which each token takes p at random make x (1 - (1 - p / x)^B).
     - rest: as in a prefill.
 
     Args:
@@ -114,7 +115,7 @@ def decode_floor(
 def _milliseconds(
     seconds: dict[str, float], shape: Shape, tokens: int, sequences: int, rates: Rates
 ) -> dict[str, float]:
-    """Add the parts that prefill and decoding have in common, and convert seconds to milliseconds."""
+    """Add the parts that prefill and decoding share, and convert to milliseconds."""
     seconds["linears"] = shape.layers * _product(shape.attention_weights, tokens, rates)
     seconds["mlp"] = _mlp(shape, tokens, rates)
     seconds["head"] = _product(shape.head_weights, sequences, rates)

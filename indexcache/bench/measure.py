@@ -1,7 +1,8 @@
 """One measurement: a prefill of a given length, the decoding after it, and where the time went.
 
-Clocks are `time.perf_counter` around work that a synchronisation closes. Decoding ends when its last
-token is on the host, and each token is read there while the next step runs, as when text is streamed.
+Clocks are `time.perf_counter` around work that a synchronisation closes. Decoding ends when its
+last token is on the host, and each token is read there while the next step runs, as when text is
+streamed.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ WARM_STEPS = 3  # decoding steps before the clock starts; the first one captures
 PART_STEPS = 4  # decoding steps that are timed part by part
 SPARE = WARM_STEPS + 2 * PART_STEPS + 2  # tokens of cache beside the prompt and what it decodes
 
-# The instrumented pass is never faster than the plain one. Where it takes less than this share of the
-# plain one's time, that one was still compiling and is timed again.
+# The instrumented pass is never faster than the plain one. Where it takes less than this share of
+# the plain one's time, that one was still compiling and is timed again.
 COMPILING = 0.98
 SHORT = 1.5  # seconds; shorter prefills are repeated and the median is taken
 REPEATS = 3  # runs of a short prefill
@@ -99,8 +100,8 @@ def measure(
         {"context", "pattern", "full", "layers", "batch", "chunk", "ttft_s" (null when batch > 1),
         "ttft_runs_s", "decode_tok_s" (of one request), "decode_total_tok_s" (of the batch),
         "peak_gb", "added_gb" (of the prefill, beyond weights and cache; null on a CPU), "cache_gb",
-        "weights_gb", "parts_ms" and "floor_ms" (prefill), "decode_parts_ms" and "decode_floor_ms" (a
-        step)}.
+        "weights_gb", "parts_ms" and "floor_ms" (prefill), "decode_parts_ms" and
+        "decode_floor_ms" (a step)}.
     """
     model = subject.model
     ids = prompt_ids(subject, context, seed=seed)

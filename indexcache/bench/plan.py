@@ -49,8 +49,8 @@ class Traffic:
             raise ValueError(f"--price must be a number of at least 0, not {self.price}.")
         if self.context + self.output_tokens > shape.context:
             raise ValueError(
-                f"{self.context} + {self.output_tokens} tokens are more than the model's maximum of "
-                f"{shape.context}."
+                f"{self.context} + {self.output_tokens} tokens are more than the model's maximum "
+                f"of {shape.context}."
             )
 
 
@@ -91,8 +91,8 @@ class Plan:
         if self.basis == "bench":
             accuracy = describe_errors(self.left_out)
         lines = [
-            f"{self.model} on {self.gpu}: prompts of {t.context} tokens, {t.output_tokens} decoded, "
-            f"{t.batch} together; {self.source}",
+            f"{self.model} on {self.gpu}: prompts of {t.context} tokens, {t.output_tokens} "
+            f"decoded, {t.batch} together; {self.source}",
             "",
             self.table(),
             "",
@@ -213,8 +213,8 @@ def predict(
 
     Returns:
         Per pattern {"name", "pattern", "full", "layers", "ttft_s", "decode_tok_s" (of one request),
-        "gpu_s" (of one request), "cost_per_million" (prompt and output tokens, in the currency of the
-        price), "saving" (of gpu_s, against all; None for all)}.
+        "gpu_s" (of one request), "cost_per_million" (prompt and output tokens, in the currency of
+        the price), "saving" (of gpu_s, against all; None for all)}.
 
     Raises:
         ValueError: the cost model lacks prefills or decoding.
@@ -308,7 +308,10 @@ def _advice(
         longer = "nor does it at any length the model takes"
         if worth_at:
             longer = f"from about {worth_at} tokens on it saves more"
-        return f"Not worth it here: 1/4 saves {quarter:.1%} of a request (below {WORTH:.0%}); {longer}."
+        return (
+            f"Not worth it here: 1/4 saves {quarter:.1%} of a request (below {WORTH:.0%}); "
+            f"{longer}."
+        )
     return (
         f"Worth it here: 1/4 saves {quarter:.1%} of a request, 1/2 {half:.1%}; below about "
         f"{worth_at} tokens 1/4 saves less than {WORTH:.0%}."
@@ -323,8 +326,8 @@ def _rates_of_bench(result: BenchResult | None) -> Rates:
         return Rates(**(result.ceilings | {"name": result.device}))
     except TypeError:
         raise ValueError(
-            "The bench results do not say what their device can do (ceilings); measure anew or name "
-            "the GPU."
+            "The bench results do not say what their device can do (ceilings); measure anew or "
+            "name the GPU."
         ) from None
 
 
@@ -338,8 +341,8 @@ def _memory_notes(shape: Shape, rates: Rates, traffic: Traffic, index_dtype: str
         return []
     return [
         f"bf16 weights ({weights / 1e9:.0f} GB) and cache ({cache / 1e9:.0f} GB) are more than the "
-        f"{rates.memory / 1e9:.0f} GB of one {rates.name}; the figures count the work as if one did "
-        "it all."
+        f"{rates.memory / 1e9:.0f} GB of one {rates.name}; the figures count the work as if one "
+        "did it all."
     ]
 
 
@@ -355,11 +358,12 @@ def _extrapolation_notes(
     if rates.name not in result.device:
         if not result.ceilings.get("memory"):
             raise ValueError(
-                f"The bench ran on {result.device}, which says nothing of an {rates.name}; give one "
-                "of that GPU, or --gpu bench."
+                f"The bench ran on {result.device}, which says nothing of an {rates.name}; give "
+                "one of that GPU, or --gpu bench."
             )
         notes.append(
-            f"measured on {result.device}, not on an {rates.name}: carried over by the floors alone."
+            f"measured on {result.device}, not on an {rates.name}: carried over by the floors "
+            "alone."
         )
     if asdict(shape) != result.shape:
         notes.append(

@@ -54,8 +54,8 @@ def _read(path: Path, name: str) -> Tensor:
         raise ValueError(f"{path}: is no safetensors file ({error}).") from None
     if not _are_selections(ids):
         raise ValueError(
-            f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up to "
-            "rows + r."
+            f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up "
+            "to rows + r."
         )
     return ids.int()
 
@@ -73,8 +73,8 @@ class Stretched:
 
     A row of k ids is k / K copies of a recorded row side by side, spread over the keys that are
     visible. Rows repeat every R. A row with at most k visible keys takes all of them and is padded
-    with -1. The recorded ids are those of the last R of 2 R tokens. They are scaled to the width of a
-    copy, which is the same for R neighbouring rows.
+    with -1. The recorded ids are those of the last R of 2 R tokens. They are scaled to the width
+    of a copy, which is the same for R neighbouring rows.
 
     Attributes:
         ids: int32 [length, K], the ids of the first copy.

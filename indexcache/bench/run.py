@@ -37,8 +37,8 @@ RANDOM_NOTE = (
     "than in a trained model); only times and memory count."
 )
 RECORDED_NOTE = (
-    "In prefills attention read recorded selections of a trained model, stretched over the context, "
-    "and not those of the indexers, whose making was timed all the same."
+    "In prefills attention read recorded selections of a trained model, stretched over the "
+    "context, and not those of the indexers, whose making was timed all the same."
 )
 RECORDED_POOLS_NOTE = "R layers read recorded pools in the same way."
 
@@ -55,8 +55,8 @@ class Grid:
         batches: requests that are decoded together: numbers, or "fill" for as many as fit. Only
             decoding is timed for more than one.
         decode_tokens: tokens that are decoded after each prefill.
-        chunk: tokens of a prefill that go through the model at once. Patterns with R layers take half
-            of it, because pools are wide, and their rows say so.
+        chunk: tokens of a prefill that go through the model at once. Patterns with R layers take
+            half of it, because pools are wide, and their rows say so.
         seed: random seed of the prompts.
     """
 
@@ -86,8 +86,8 @@ class Grid:
             if not 1 <= context <= longest:
                 raise ValueError(
                     f"A context of {context} tokens does not fit: the model's maximum is "
-                    f"{shape.context}, and {self.decode_tokens} + {SPARE} are decoded after it; give "
-                    f"1 to {longest}."
+                    f"{shape.context}, and {self.decode_tokens} + {SPARE} are decoded after it; "
+                    f"give 1 to {longest}."
                 )
         for named in self.patterns:
             named.pattern.check(layers=shape.layers)

@@ -146,13 +146,13 @@ def _check_widths(
     for ids, width in widths:
         if width % ids.shape[1]:
             raise ValueError(
-                f"{source}: {width} ids a query cannot be made of copies of {ids.shape[1]} recorded "
-                "ones."
+                f"{source}: {width} ids a query cannot be made of copies of {ids.shape[1]} "
+                "recorded ones."
             )
 
 
 def rates_of(device: str, dtype: str) -> Rates:
-    """Return the rates of a device: those of `shapes.DEVICES`, or of one product and one copy here."""
+    """Return the rates of a device: the known ones, or those of a product and a copy made here."""
     where = torch.device(device)
     on_gpu = where.type == "cuda"
     if on_gpu and (known := reachable_of(torch.cuda.get_device_name(where))):

@@ -42,7 +42,7 @@ RUN = [
 ]
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 
 def test_words_of_the_command_line():
@@ -68,7 +68,7 @@ def test_published_figures_are_shipped():
     assert published_figures("glm-5") is None
 
 
-# -- bench ------------------------------------------------------------------------------------------------------------
+# -- bench -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_killed_bench_goes_on(subject, tmp_path, monkeypatch):
 
 
 def test_parts_of_a_graph_are_those_that_were_captured(monkeypatch):
-    """With a stand-in for CUDA: marks of the capture count, those before it do not, and each replay is read anew."""
+    """Marks of the capture count, those before it do not, and each replay is read anew."""
     from indexcache.bench.measure import GraphTimer
     from indexcache.models.timing import timed
 
@@ -298,7 +298,7 @@ def test_profile_of_a_checkpoint(tmp_path, capsys):
     assert json.loads((tmp_path / "profile.json").read_text())["rows"] == [row]
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def said(capsys: Any, *argv: Any) -> str:

@@ -87,7 +87,7 @@ def results(tmp_path, rows: list[dict[str, Any]], **change: Any) -> str:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_non_negative_least_squares_is_the_best_there_is(seed):
-    """No coefficients that a projected descent finds from 20 starts do better, and unconstrained optima are kept."""
+    """No projected descent from 20 starts does better, and unconstrained optima are kept."""
     rng = np.random.default_rng(seed)
     a, y = rng.normal(size=(9, 3)), rng.normal(size=9)
     x = np.array(non_negative(a, y))
@@ -120,7 +120,7 @@ def test_a_known_law_is_found_and_predicts_lengths_it_was_not_fitted_to():
 
 
 def test_errors_are_of_the_context_that_was_errors_left_out():
-    """A row that does not follow the law shows in the error of its own context, at its full size."""
+    """A row that breaks the law shows in the error of its own context, at its full size."""
     made = [law(c, p) for c in CONTEXTS for p in PATTERNS]
     for row in made:
         if row["context"] == 60_000:
