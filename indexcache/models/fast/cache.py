@@ -361,8 +361,8 @@ class FastCache(Cache):
         super().reset()
         self.padded, self._shortfalls = False, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
         self._select_shortfalls(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
