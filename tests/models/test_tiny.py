@@ -81,7 +81,7 @@ def test_exported_pruned_checkpoint_is_bitwise_use_pattern(tiny, held_out, tmp_p
     assert (
         json.loads((tmp_path / "out" / "vllm.json").read_text())["index_topk_pattern"] == SEARCHED
     )
-    assert set(result["files"]) == {"transformers", "vllm", "sglang"}
+    assert set(result.files) == {"transformers", "vllm", "sglang"}
 
 
 def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny, held_out):
