@@ -191,6 +191,7 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "decode": topk(one),
         "decode in a pool": topk(one, candidates=pool[:, :1]),
         "decode, a batch": topk(batch),
+        "rows of scores": lambda: topk_host.topk_rows(torch.zeros(40, 131_072), 2048),
         "attention 20": attend(20, 264),
         "attention 64": attend(64, 264),
         "attention of SmolLM2": attend(9, 924, dims=448),
