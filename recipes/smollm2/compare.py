@@ -1,7 +1,9 @@
-"""Statistics of an experiment's evaluations: a line is one way, fraction and seed; all lines have the same documents and task rows.
+"""Compute the statistics of an experiment from its evaluations.
 
-A line is {"seed" (null for what has none), "method", "kept", "documents": [[domain, name, sum of losses, tokens], ..], "tasks":
-what `tasks.score` gives}.
+An evaluation is one line of a journal: one method, fraction and seed. All have the same documents
+and the same rows of tasks. A line is {"seed" (null for what has none), "method", "kept" (k where
+1/k of the layers keep their indexer), "documents": [[domain, name, sum of losses, tokens], ..],
+"tasks": what `tasks.score` returns}.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import numpy as np
 
 from indexcache.evals.statistics import bootstrap_interval
 
-PAIRS = (  # what is compared with what, at each fraction that has both
+Line = dict[str, Any]
+
+# The first method is compared with the second at each fraction that has both.
+PAIRS = (
     ("own", "untouched"),
     ("multi", "own"),
     ("searched", "multi"),
@@ -35,90 +40,127 @@ PAIRS = (  # what is compared with what, at each fraction that has both
     ("multi, 8 bits", "multi"),
     ("multi, 4 bits", "multi"),
 )
-CLOSED = (  # how much of the loss of untouched indexers training closes
-    *(
-        (m, "untouched")
-        for m in (
-            "own",
-            "multi",
-            *(f"multi, {v}" for v in ("short", "long", "slow", "fast", "sparse", "weighted")),
-        )
-    ),
+VARIANTS = ("short", "long", "slow", "fast", "sparse", "weighted")
+# Of the loss of the second method, untouched indexers, the training of the first closes a share.
+CLOSED = (
+    ("own", "untouched"),
+    ("multi", "untouched"),
+    *((f"multi, {name}", "untouched") for name in VARIANTS),
     ("own, offset2", "untouched, offset2"),
     ("multi, offset2", "untouched, offset2"),
 )
-ALL = (1, 2, 4, 8)  # fractions: one in so many
+KEPT = (1, 2, 4, 8)  # One layer in so many keeps its indexer.
 
 
-def accuracy(lines: list[dict[str, Any]], what: str = "accuracy") -> float:
-    """Mean over tasks and lengths; "loss": of the answers, nats a token."""
-    return float(np.mean([t[what] for r in lines for t in r["tasks"]]))
+def accuracy(lines: list[Line], key: str = "accuracy") -> float:
+    """Average the accuracy of the answers over tasks and lengths, or with "loss" their loss."""
+    return float(np.mean([task[key] for line in lines for task in line["tasks"]]))
 
 
-def tasks_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every way, task and length, the seeds averaged; all have the same rows."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for r in lines:
-        for t in r["tasks"]:
-            found[r["method"], r["kept"], t["task"], t["length"]].append(t)
-    names = ("method", "kept", "task", "length")
+def tasks_of(lines: list[Line]) -> list[dict[str, Any]]:
+    """Average each method, task and length over the seeds. All seeds have the same rows."""
+    scores: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        for task in line["tasks"]:
+            scores[line["method"], line["kept"], task["task"], task["length"]].append(task)
     return [
-        dict(zip(names, key, strict=True))
-        | {what: float(np.mean([t[what] for t in each])) for what in ("accuracy", "loss")}
-        | {"answers": each[0]["answers"], "seeds": len(each)}
-        for key, each in found.items()
+        {
+            "method": method,
+            "kept": kept,
+            "task": task,
+            "length": length,
+            "accuracy": float(np.mean([s["accuracy"] for s in seeds])),
+            "loss": float(np.mean([s["loss"] for s in seeds])),
+            "answers": seeds[0]["answers"],
+            "seeds": len(seeds),
+        }
+        for (method, kept, task, length), seeds in scores.items()
     ]
 
 
-def rows_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each way against full of the same seed, document by document; the seeds are averaged before documents are resampled. The dense
-    model, which has no seed, is compared with the mean of all."""
-    losses: dict[Any, dict[str, float]] = {
-        r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in lines if r["method"] == "full"
+def rows_of(lines: list[Line]) -> list[dict[str, Any]]:
+    """Compare each method with full of the same seed, document by document.
+
+    The seeds are averaged before documents are resampled. The dense model and the oracle, which
+    have no seed, are compared with the mean of all.
+    """
+    full: dict[Any, dict[str, float]] = {
+        line["seed"]: losses_of(line) for line in lines if line["method"] == "full"
     }
-    losses[None] = {
-        name: float(np.mean([full[name] for full in losses.values()]))
-        for name in next(iter(losses.values()))
+    full[None] = {
+        name: float(np.mean([losses[name] for losses in full.values()]))
+        for name in next(iter(full.values()))
     }
-    ways: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for r in lines:
-        ways[r["method"], r["kept"]].append(r)
+    by_method: dict[tuple[str, int], list[Line]] = defaultdict(list)
+    for line in lines:
+        by_method[line["method"], line["kept"]].append(line)
     rows = []
-    for (method, kept), found in ways.items():
-        found.sort(key=lambda r: -1 if r["seed"] is None else r["seed"])
-        documents = {d[1]: d for d in found[0]["documents"]}
-        for domain in ["all", *sorted({d[0] for d in documents.values()})]:
-            names = [n for n, d in documents.items() if domain in ("all", d[0])]
+    for (method, kept), seeds in by_method.items():
+        seeds.sort(key=lambda line: -1 if line["seed"] is None else line["seed"])
+        documents = documents_of(seeds[0])
+        differences = [difference(losses_of(line), full[line["seed"]]) for line in seeds]
+        for domain in domains_of(documents):
+            names = names_of(documents, domain)
             tokens = [documents[n][3] for n in names]
-            per_seed = [
-                {d[1]: d[2] - losses[r["seed"]][d[1]] for d in r["documents"]} for r in found
-            ]
-            loss = float(
-                np.mean([sum(d[2] for d in r["documents"] if d[1] in set(names)) for r in found])
-            ) / sum(tokens)
+            total = sum(tokens)
+            loss = np.mean(
+                [sum(d[2] for d in line["documents"] if d[1] in names) for line in seeds]
+            )
             of_seeds = {
-                str(r["seed"]): round(sum(s[n] for n in names) / sum(tokens), 6)
-                for r, s in zip(found, per_seed, strict=True)
+                str(line["seed"]): round(sum(d[n] for n in names) / total, 6)
+                for line, d in zip(seeds, differences, strict=True)
             }
+            retrieval = {str(line["seed"]): round(accuracy([line]), 6) for line in seeds}
             rows.append(
                 {
                     "kept": kept,
                     "method": method,
                     "domain": domain,
-                    **paired(per_seed, names, tokens),
-                    "loss": loss,
-                    "retrieval": accuracy(found),
-                    "retrieval_loss": accuracy(found, "loss"),
+                    **paired(differences, names, tokens),
+                    "loss": float(loss) / total,
+                    "retrieval": accuracy(seeds),
+                    "retrieval_loss": accuracy(seeds, "loss"),
                     "of_seeds": of_seeds,
-                    "retrieval_of_seeds": {str(r["seed"]): round(accuracy([r]), 6) for r in found},
+                    "retrieval_of_seeds": retrieval,
                 }
             )
     return rows
 
 
+def documents_of(line: Line) -> dict[str, list[Any]]:
+    """Return the documents of a line by name."""
+    return {document[1]: document for document in line["documents"]}
+
+
+def losses_of(line: Line) -> dict[str, float]:
+    """Return the sum of losses of each document by name."""
+    return {document[1]: document[2] for document in line["documents"]}
+
+
+def difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """Subtract the losses `b` from `a`, document by document."""
+    return {name: loss - b[name] for name, loss in a.items()}
+
+
+def domains_of(documents: dict[str, list[Any]]) -> list[str]:
+    """Return "all" and the domains of these documents."""
+    return ["all", *sorted({d[0] for d in documents.values()})]
+
+
+def names_of(documents: dict[str, list[Any]], domain: str) -> list[str]:
+    """Return the names of the documents of one domain, or of "all"."""
+    return [name for name, d in documents.items() if domain in ("all", d[0])]
+
+
 def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]) -> dict[str, Any]:
-    """Of differences by document (sums over its tokens), one dict a seed: their mean in nats a token, and its interval."""
-    sums = [float(np.mean([s[n] for s in per_seed])) for n in names]
+    """Average differences of loss in nats a token, with an interval over the documents.
+
+    Args:
+        per_seed: the differences of each seed by document, summed over its tokens.
+        names: the documents that count.
+        tokens: their numbers of tokens.
+    """
+    sums = [float(np.mean([seed[n] for seed in per_seed])) for n in names]
     low, high = bootstrap_interval(sums, tokens)
     return {
         "delta_loss": sum(sums) / sum(tokens),
@@ -128,71 +170,91 @@ def paired(per_seed: list[dict[str, float]], names: list[str], tokens: list[int]
     }
 
 
-def by_way(lines: list[dict[str, Any]]) -> dict[tuple[str, int, int | None], dict[str, list[Any]]]:
-    """(method, kept, seed) -> the documents by name."""
-    return {(r["method"], r["kept"], r["seed"]): {d[1]: d for d in r["documents"]} for r in lines}
+def documents_by_method(
+    lines: list[Line],
+) -> dict[tuple[str, int, int | None], dict[str, list[Any]]]:
+    """Return the documents by name of each method, fraction and seed."""
+    return {(line["method"], line["kept"], line["seed"]): documents_of(line) for line in lines}
 
 
-def closed_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`CLOSED`: of what the other way loses to full, the share that a way does not lose, over the seeds that have both; documents are
-    resampled for the interval, both losses of one together."""
-    losses, found = by_way(lines), []
-    for (method, other), kept in ((pair, kept) for pair in CLOSED for kept in ALL):
-        three = [
-            (losses[method, kept, s], losses[other, kept, s], full)
-            for (w, _, s), full in losses.items()
-            if w == "full" and (method, kept, s) in losses and (other, kept, s) in losses
+def closed_of(lines: list[Line]) -> list[dict[str, Any]]:
+    """Compute which share of a loss to full a method closes, for the pairs in CLOSED.
+
+    The seeds that have both methods count. Documents are resampled for the interval, both losses of
+    a document together.
+    """
+    documents = documents_by_method(lines)
+    rows = []
+    for (method, other), kept in ((pair, kept) for pair in CLOSED for kept in KEPT):
+        triples = [
+            (documents[method, kept, seed], documents[other, kept, seed], full)
+            for (name, _, seed), full in documents.items()
+            if name == "full"
+            and (method, kept, seed) in documents
+            and (other, kept, seed) in documents
         ]
-        if three:
-            names = list(three[0][0])
-            gains = [float(np.mean([b[n][2] - a[n][2] for a, b, _ in three])) for n in names]
-            gaps = [float(np.mean([b[n][2] - full[n][2] for _, b, full in three])) for n in names]
+        if triples:
+            names = list(triples[0][0])
+            gains = [float(np.mean([b[n][2] - a[n][2] for a, b, _ in triples])) for n in names]
+            gaps = [float(np.mean([b[n][2] - f[n][2] for _, b, f in triples])) for n in names]
             low, high = bootstrap_interval(gains, gaps)
-            share = {
-                "share": sum(gains) / sum(gaps),
-                "ci_low": low,
-                "ci_high": high,
-                "seeds": len(three),
-            }
-            found.append({"kept": kept, "method": method, "of": other, **share})
-    return found
-
-
-def pairs_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`PAIRS`, each way less the other over the seeds that have both; all domains together and each alone."""
-    losses = by_way(lines)
-    found = []
-    for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in ALL):
-        both = [
-            (losses[m, k, s], losses[other, k, s])
-            for m, k, s in losses
-            if (m, k) == (method, kept) and (other, k, s) in losses
-        ]
-        per_seed = [{n: a[n][2] - b[n][2] for n in a} for a, b in both]
-        documents = both[0][0] if both else {}
-        for domain in ["all", *sorted({d[0] for d in documents.values()})] if both else ():
-            names = [n for n, d in documents.items() if domain in ("all", d[0])]
-            row = paired(per_seed, names, [documents[n][3] for n in names])
-            found.append(
-                {"kept": kept, "method": method, "against": other, "domain": domain, **row}
+            rows.append(
+                {
+                    "kept": kept,
+                    "method": method,
+                    "of": other,
+                    "share": sum(gains) / sum(gaps),
+                    "ci_low": low,
+                    "ci_high": high,
+                    "seeds": len(triples),
+                }
             )
-    return found
+    return rows
 
 
-def groups_of(lines: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is lost where one group of layers alone shares: each way and group against full of the same seed, document by document."""
-    full = {
-        r["seed"]: {d[1]: d[2] for d in r["documents"]} for r in evaluated if r["method"] == "full"
-    }
-    ways: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for r in lines:
-        if r["seed"] in full:
-            ways[r["method"], *r["layers"]].append(r)
-    found = []
-    for (method, *layers), each in ways.items():
-        names, tokens = zip(*((d[1], d[3]) for d in each[0]["documents"]), strict=True)
-        per_seed = [{d[1]: d[2] - full[r["seed"]][d[1]] for d in r["documents"]} for r in each]
-        found.append(
-            {"method": method, "layers": layers, **paired(per_seed, list(names), list(tokens))}
-        )
-    return found
+def pairs_of(lines: list[Line]) -> list[dict[str, Any]]:
+    """Subtract one method's losses from another's, for the pairs in PAIRS.
+
+    The seeds that have both methods count. There is a row for all domains together and for each.
+    """
+    by_method = documents_by_method(lines)
+    rows = []
+    for (method, other), kept in ((pair, kept) for pair in PAIRS for kept in KEPT):
+        both = [
+            (a, by_method[other, kept, seed])
+            for (name, k, seed), a in by_method.items()
+            if (name, k) == (method, kept) and (other, kept, seed) in by_method
+        ]
+        if not both:
+            continue
+        per_seed = [{n: a[n][2] - b[n][2] for n in a} for a, b in both]
+        documents = both[0][0]
+        for domain in domains_of(documents):
+            names = names_of(documents, domain)
+            row = {"kept": kept, "method": method, "against": other, "domain": domain}
+            rows.append(row | paired(per_seed, names, [documents[n][3] for n in names]))
+    return rows
+
+
+def groups_of(lines: list[Line], evaluated: list[Line]) -> list[dict[str, Any]]:
+    """Compute what is lost where one group of layers alone shares a selection.
+
+    Each method and group is compared with full of the same seed, document by document.
+
+    Args:
+        lines: the evaluations of the groups; "layers" is the group.
+        evaluated: the evaluations that include full.
+    """
+    full = {line["seed"]: losses_of(line) for line in evaluated if line["method"] == "full"}
+    by_group: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["seed"] in full:
+            by_group[line["method"], *line["layers"]].append(line)
+    rows = []
+    for (method, *layers), seeds in by_group.items():
+        documents = documents_of(seeds[0])
+        tokens = [d[3] for d in documents.values()]
+        per_seed = [difference(losses_of(line), full[line["seed"]]) for line in seeds]
+        row = {"method": method, "layers": layers}
+        rows.append(row | paired(per_seed, list(documents), tokens))
+    return rows

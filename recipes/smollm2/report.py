@@ -1,6 +1,7 @@
-"""Tables of an experiment's result.json, in Markdown.
+"""Write the tables of an experiment's result.json in Markdown.
 
-python recipes/smollm2/report.py [benchmarks/results/smollm2_training_aware.json] [--into docs/smollm2.md]
+python -m recipes.smollm2.report [benchmarks/results/smollm2_training_aware.json]
+    [--into docs/smollm2.md]
 """
 
 from __future__ import annotations
@@ -12,184 +13,227 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from docs.tables import RESULTS, markdown
 from indexcache.cli import guarded
 
-RESULT = (
-    Path(__file__).resolve().parent.parent.parent
-    / "benchmarks"
-    / "results"
-    / "smollm2_training_aware.json"
-)
+RESULT = RESULTS / "smollm2_training_aware.json"
 MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 KEPT = (2, 4, 8)
+FRACTIONS = tuple(f"1/{kept}" for kept in KEPT)
 GRID = ("untouched", "own", "multi", "searched", "searched+R4", "searched+R8", "oracle")
+REFERENCES = (("dense", 1), ("oracle", 1), ("full", 1))
 MASS = (("full", 1), ("own", 4), ("multi", 4))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Format a Markdown table without a last end of line."""
+    return markdown(head, rows).rstrip("\n")
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    return (
-        ""
-        if row is None
-        else f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-    )
+def interval(row: dict[str, Any] | None) -> str:
+    """Format a difference of loss and its interval; an empty cell where there is none."""
+    if row is None:
+        return ""
+    return f"{row['delta_loss']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
 
 
 def share(row: dict[str, Any] | None) -> str:
-    return "" if row is None else f"{row['share']:.1%} [{row['ci_low']:.1%}, {row['ci_high']:.1%}]"
+    """Format a share and its interval; an empty cell where there is none."""
+    if row is None:
+        return ""
+    return f"{row['share']:.1%} [{row['ci_low']:.1%}, {row['ci_high']:.1%}]"
+
+
+def by_seed(values: dict[str, float], form: str) -> str:
+    """Format a value of each seed in one cell."""
+    return ", ".join(f"{seed}: {value:{form}}" for seed, value in values.items())
+
+
+class Report:
+    """The tables of one result. Every method returns lines of text and tables in their order."""
+
+    def __init__(self, result: dict[str, Any]):
+        self.result = result
+        self.rows = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
+        self.methods = [m for m in GRID if any((m, k, "all") in self.rows for k in KEPT)]
+        self.domains = sorted({r["domain"] for r in result["rows"]} - {"all"})
+        self.pairs = {
+            (p["method"], p["against"], p["kept"], p["domain"]): p for p in result["pairs"]
+        }
+
+    def losses(self) -> list[str]:
+        """Compare every method with all indexers."""
+        full = self.rows["full", 1, "all"]
+        dense = self.rows["dense", 1, "all"]
+        oracle = self.rows["oracle", 1, "all"]
+        seeds = f"{full['seeds']} seed" + "s" * (full["seeds"] > 1)
+        above = 100 * (full["loss"] / dense["loss"] - 1)
+        rows = [[m, *(interval(self.rows.get((m, k, "all"))) for k in KEPT)] for m in self.methods]
+        return [
+            f"{self.result['device']}, {self.result['date']}, {seeds}. Loss with dense attention "
+            f"{dense['loss']:.4f}, with all indexers {full['loss']:.4f} ({above:+.2f} %), with an "
+            f"oracle in each layer {oracle['loss']:.4f}.",
+            f"Loss above that of all indexers, {len(self.domains)} domains together:",
+            table(["", *FRACTIONS], rows),
+        ]
+
+    def comparisons(self) -> list[str]:
+        """Compare methods with each other."""
+        names = dict.fromkeys((a, b, p["seeds"]) for (a, b, *_), p in self.pairs.items())
+        rows = [
+            [
+                f"{a} - {b}",
+                str(seeds),
+                *(interval(self.pairs.get((a, b, k, "all"))) for k in (1, *KEPT)),
+            ]
+            for a, b, seeds in names
+        ]
+        two = ("searched", "multi")
+        by_domain = [
+            [f"1/{k}", *(interval(self.pairs.get((*two, k, d))) for d in self.domains)]
+            for k in KEPT
+        ]
+        return [
+            "One way less another, document by document:",
+            table(["", "seeds", "all", *FRACTIONS], rows),
+            f"{two[0]} - {two[1]} by domain:",
+            table(["", *self.domains], by_domain),
+        ]
+
+    def closed(self) -> list[str]:
+        """Show how much of the loss of untouched indexers training closes."""
+        closed = {(c["method"], c["kept"]): c for c in self.result["closed"]}
+        rows = [
+            [m, str(closed[m, 4]["seeds"]), *(share(closed.get((m, k))) for k in KEPT)]
+            for m in dict.fromkeys(method for method, _ in closed)
+        ]
+        return [
+            "Share of what untouched indexers lose (those of the same pattern) that training "
+            "closes:",
+            table(["", "seeds", *FRACTIONS], rows),
+        ]
+
+    def by_domain(self) -> list[str]:
+        """Compare every method with all indexers in each domain."""
+        lines = []
+        for k in KEPT:
+            rows = [
+                [m, *(interval(self.rows.get((m, k, d))) for d in self.domains)]
+                for m in self.methods
+            ]
+            lines += [f"At 1/{k}, by domain:", table(["", *self.domains], rows)]
+        return lines
+
+    def others(self) -> list[str]:
+        """Show the methods that are not in the grid."""
+        shown = {(m, k) for m in GRID for k in KEPT} | set(REFERENCES)
+        others = sorted((k, m) for m, k, d in self.rows if d == "all" and (m, k) not in shown)
+        rows = []
+        for k, m in others:
+            r = self.rows[m, k, "all"]
+            rows.append([m, f"1/{k}", str(r["seeds"]), interval(r), f"{r['retrieval']:.3f}"])
+        head = ["", "kept", "seeds", "above all indexers", "answers found"]
+        return ["Other ways:", table(head, rows)] if rows else []
+
+    def groups(self) -> list[str]:
+        """Show what each group of layers loses alone."""
+        groups = {(g["method"], *g["layers"]): g for g in self.result["groups"]}
+        if not groups:
+            return []
+        layers = dict.fromkeys(tuple(g["layers"]) for g in self.result["groups"])
+        rows = [
+            [f"{g[0]} to {g[-1]}", *(interval(groups.get((m, *g))) for m in ("own", "multi"))]
+            for g in layers
+        ]
+        return [
+            "Loss above all indexers where one group of uniform 1/4 alone shares, "
+            f"{self.result['groups'][0]['seeds']} seed(s):",
+            table(["layers", "own", "multi"], rows),
+        ]
+
+    def seeds(self) -> list[str]:
+        """Show the losses and the answers of each seed."""
+
+        def cells(key: str, form: str) -> list[list[str]]:
+            return [
+                [m, *(by_seed(self.rows.get((m, k, "all"), {}).get(key, {}), form) for k in KEPT)]
+                for m in self.methods
+                if m != "oracle"
+            ]
+
+        return [
+            "Seed by seed, loss above all indexers:",
+            table(["", *FRACTIONS], cells("of_seeds", "+.4f")),
+            "Seed by seed, answers found:",
+            table(["", *FRACTIONS], cells("retrieval_of_seeds", ".3f")),
+        ]
+
+    def answers(self) -> list[str]:
+        """Show the share of right answers for each task and length."""
+        tasks = {(t["method"], t["kept"], t["task"], t["length"]): t for t in self.result["tasks"]}
+        kinds = sorted({key[2:] for key in tasks})
+        grid = [*REFERENCES, *((m, k) for k in KEPT for m in self.methods)]
+        rows = [
+            [
+                m,
+                f"1/{k}",
+                str(tasks[m, k, *kinds[0]]["seeds"]),
+                *(f"{tasks[m, k, *kind]['accuracy']:.2f}" for kind in kinds),
+            ]
+            for m, k in grid
+            if (m, k, *kinds[0]) in tasks
+        ]
+        head = ["", "kept", "seeds", *(f"{task} {length}" for task, length in kinds)]
+        return ["Answers found:", table(head, rows)]
+
+    def layers(self) -> list[str]:
+        """Show how much attention each layer's selection keeps, and what sharing it alone costs."""
+        measured = self.result["mass_kept"]["of"]
+        kept = {(m, k): measured[f"{m} 1/{k}"] for m, k in MASS if f"{m} 1/{k}" in measured}
+        costs = self.result["sharing_costs"]
+        rows = [
+            [
+                str(i),
+                *(f"{mass[i]:.3f}" for mass in kept.values()),
+                *(f"{c[i]:+.4f}" if i else "" for c in costs.values()),
+            ]
+            for i in range(len(next(iter(kept.values()))))
+        ]
+        means = (f"{sum(mass) / len(mass):.3f}" for mass in kept.values())
+        rows.append(["mean", *means, *("" for _ in costs)])
+        head = ["layer", *(f"{m}, 1/{k}" for m, k in kept), *(f"alone, seed {s}" for s in costs)]
+        return [
+            "Share of each layer's attention on its selection, seed "
+            f"{self.result['mass_kept']['seed']}; and the loss where that layer alone reads the "
+            "selection of the one before it, on each seed's calibration text, as the search's "
+            "first step found it:",
+            table(head, rows),
+        ]
 
 
 def report(result: dict[str, Any]) -> str:
-    """All tables, each under a line that says what it shows."""
-    rows = {(r["method"], r["kept"], r["domain"]): r for r in result["rows"]}
-    ways = [w for w in GRID if any((w, k, "all") in rows for k in KEPT)]
-    domains = sorted({r["domain"] for r in result["rows"]} - {"all"})
-    full, dense = rows["full", 1, "all"], rows["dense", 1, "all"]
-    fractions = [f"1/{k}" for k in KEPT]
-    seeds = f"{full['seeds']} seed" + "s" * (full["seeds"] > 1)
-    above = 100 * (full["loss"] / dense["loss"] - 1)
-    parts = [
-        f"{result['device']}, {result['date']}, {seeds}. Loss with dense attention {dense['loss']:.4f}, with all indexers "
-        f"{full['loss']:.4f} ({above:+.2f} %), with an oracle in each layer {rows['oracle', 1, 'all']['loss']:.4f}.",
-        f"Loss above that of all indexers, {len(domains)} domains together:",
-        table(
-            ["", *fractions], ([w, *(cell(rows.get((w, k, "all"))) for k in KEPT)] for w in ways)
-        ),
-    ]
-    of_pairs = {(p["method"], p["against"], p["kept"], p["domain"]): p for p in result["pairs"]}
-    names = list(dict.fromkeys((a, b, p["seeds"]) for (a, b, *_), p in of_pairs.items()))
-    every = (
-        [f"{a} - {b}", str(n), *(cell(of_pairs.get((a, b, k, "all"))) for k in (1, *KEPT))]
-        for a, b, n in names
+    """Return all tables, each under a line that says what it shows."""
+    r = Report(result)
+    sections = (
+        r.losses(),
+        r.comparisons(),
+        r.closed(),
+        r.by_domain(),
+        r.others(),
+        r.groups(),
+        r.seeds(),
+        r.answers(),
+        r.layers(),
     )
-    parts += [
-        "One way less another, document by document:",
-        table(["", "seeds", "all", *fractions], every),
-    ]
-    two = ("searched", "multi")
-    cells = ([f"1/{k}", *(cell(of_pairs.get((*two, k, d))) for d in domains)] for k in KEPT)
-    parts += [f"{two[0]} - {two[1]} by domain:", table(["", *domains], cells)]
-    of_closed = {(c["method"], c["kept"]): c for c in result["closed"]}
-    names = list(dict.fromkeys(m for m, _ in of_closed))
-    parts += [
-        "Share of what untouched indexers lose (those of the same pattern) that training closes:",
-        table(
-            ["", "seeds", *fractions],
-            (
-                [m, str(of_closed[m, 4]["seeds"]), *(share(of_closed.get((m, k))) for k in KEPT)]
-                for m in names
-            ),
-        ),
-    ]
-    for k in KEPT:
-        parts += [
-            f"At 1/{k}, by domain:",
-            table(
-                ["", *domains], ([w, *(cell(rows.get((w, k, d))) for d in domains)] for w in ways)
-            ),
-        ]
-    shown = {(w, k) for w in GRID for k in KEPT} | {("full", 1), ("dense", 1), ("oracle", 1)}
-    others = sorted((k, m) for m, k, d in rows if d == "all" and (m, k) not in shown)
-    if others:
-        found = [(m, k, rows[m, k, "all"]) for k, m in others]
-        parts += [
-            "Other ways:",
-            table(
-                ["", "kept", "seeds", "above all indexers", "answers found"],
-                (
-                    [m, f"1/{k}", str(r["seeds"]), cell(r), f"{r['retrieval']:.3f}"]
-                    for m, k, r in found
-                ),
-            ),
-        ]
-    if result["groups"]:
-        groups = {(g["method"], *g["layers"]): g for g in result["groups"]}
-        layers = list(dict.fromkeys(tuple(g["layers"]) for g in result["groups"]))
-        cells = (
-            [f"{g[0]} to {g[-1]}", *(cell(groups.get((w, *g))) for w in ("own", "multi"))]
-            for g in layers
-        )
-        parts += [
-            f"Loss above all indexers where one group of uniform 1/4 alone shares, {result['groups'][0]['seeds']} seed(s):",
-            table(["layers", "own", "multi"], cells),
-        ]
-    each = {
-        w: [rows.get((w, k, "all"), {}).get("of_seeds", {}) for k in KEPT]
-        for w in ways
-        if w != "oracle"
-    }
-    seed_by_seed = (
-        [w, *(", ".join(f"{n}: {x:+.4f}" for n, x in found.items()) for found in of_seeds)]
-        for w, of_seeds in each.items()
-    )
-    answers = {
-        w: [rows.get((w, k, "all"), {}).get("retrieval_of_seeds", {}) for k in KEPT] for w in each
-    }
-    parts += [
-        "Seed by seed, loss above all indexers:",
-        table(["", *fractions], seed_by_seed),
-        "Seed by seed, answers found:",
-        table(
-            ["", *fractions],
-            (
-                [w, *(", ".join(f"{n}: {x:.3f}" for n, x in a.items()) for a in found)]
-                for w, found in answers.items()
-            ),
-        ),
-    ]
-    tasks = {(t["method"], t["kept"], t["task"], t["length"]): t for t in result["tasks"]}
-    kinds = sorted({key[2:] for key in tasks})
-    grid = [
-        ("dense", 1),
-        ("oracle", 1),
-        ("full", 1),
-        *((w, k) for k in KEPT for w in ways if (w, k, *kinds[0]) in tasks),
-    ]
-    parts += [
-        "Answers found:",
-        table(
-            ["", "kept", "seeds", *(f"{task} {length}" for task, length in kinds)],
-            (
-                [
-                    w,
-                    f"1/{k}",
-                    str(tasks[w, k, *kinds[0]]["seeds"]),
-                    *(f"{tasks[w, k, *kind]['accuracy']:.2f}" for kind in kinds),
-                ]
-                for w, k in grid
-            ),
-        ),
-    ]
-    found = result["mass_kept"]["of"]
-    kept = {(w, k): found[f"{w} 1/{k}"] for w, k in MASS if f"{w} 1/{k}" in found}
-    layers = range(len(next(iter(kept.values()))))
-    costs = result["sharing_costs"]
-    mass = [
-        [
-            str(i),
-            *(f"{m[i]:.3f}" for m in kept.values()),
-            *(f"{c[i]:+.4f}" if i else "" for c in costs.values()),
-        ]
-        for i in layers
-    ]
-    mass.append(["mean", *(f"{sum(m) / len(m):.3f}" for m in kept.values()), *("" for _ in costs)])
-    parts += [
-        f"Share of each layer's attention on its selection, seed {result['mass_kept']['seed']}; and the loss where that layer alone reads "
-        "the selection of the one before it, on each seed's calibration text, as the search's first step found it:",
-        table(
-            ["layer", *(f"{w}, 1/{k}" for w, k in kept), *(f"alone, seed {s}" for s in costs)], mass
-        ),
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join(line for section in sections for line in section)
 
 
 def insert(tables: str, page: str) -> str:
-    """The page with the tables between its two marks. Raises ValueError where it has not just these."""
+    """Return the page with the tables between its two marks.
+
+    Raises:
+        ValueError: the page does not have each mark once, in their order.
+    """
     parts = [page.split(mark) for mark in MARKS]
     if any(len(p) != 2 for p in parts) or len(parts[1][0]) < len(parts[0][0]):
         raise ValueError(
@@ -204,7 +248,7 @@ def main() -> None:
     parser.add_argument(
         "--into",
         type=Path,
-        help="write them into this page, between the lines " + " and ".join(MARKS),
+        help=f"Write the tables into this page, between the lines {' and '.join(MARKS)}.",
     )
     o = parser.parse_args()
     if not o.result.is_file():

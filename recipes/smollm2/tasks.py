@@ -1,33 +1,47 @@
-"""Long-range test material: passkey and key-value recall in real text, 2K to 8K tokens, and how a model is scored on it.
+"""Make long-range tasks in real text, 2K to 8K tokens, and score a model on them.
 
-A row is {"task", "length", "seed", "ids" [length], "answers" [[start, stop], ..]}: the model has to continue ids[:start] with
-ids[start:stop]. All answers of a row are scored in one pass: greedy decoding gives an answer exactly when each of its tokens
-is the most likely one after the right ones, so no generation is needed and any pattern can be tested.
+There are two tasks:
 
-    passkey   one line with a five-digit key somewhere in the text, asked for at the end, 0 to 90 % of the length away
-    recall    16 lines "the code of NAME is 1234" spread over the first part, 8 of them asked for one after the other at the end
-              (the first two as an example: they are not scored)
+  passkey  One line with a five-digit key is somewhere in the text, 0 to 90 % of the length before
+           the end, and the end asks for it.
+  recall   16 lines "The code of NAME is 1234." are spread over the first part. The end asks for 8
+           of them, one after the other. The first two are examples and are not scored.
+
+A row is {"task", "length", "seed", "ids" [length], "answers" [[start, stop], ..]}: the model has
+to continue ids[:start] with ids[start:stop]. One pass scores all answers of a row. Greedy decoding
+gives an answer exactly when each of its tokens is the most likely one after the right ones, so
+nothing is generated, and every pattern can be tested.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from indexcache.cli import guarded
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tiny"))
-from retrieval import Retrieval
+from indexcache.models.fast.accelerate import accelerate
+from indexcache.models.lm import hidden_states
+from indexcache.models.loading import describe, load
+from indexcache.models.seam import use_pattern
+from indexcache.spec import parse_pattern
+from recipes.tiny.retrieval import Retrieval
 
 LENGTHS = (2048, 4096, 8192)
-ROWS = 40  # of each task and length
-DEPTHS = 10  # places of the passkey, evenly spread
-PAIRS, ASKED, SHOWN = 16, 8, 2
+ROWS = 40  # number of rows of each task and length
+DEPTHS = 10  # number of places of the passkey, which are evenly spread
+PAIRS = 16  # number of names with a code in a row
+ASKED = 8  # number of codes that the end asks for
+SHOWN = 2  # number of answers that are examples
 NAMES = [
     "Adams",
     "Baker",
@@ -57,32 +71,40 @@ NAMES = [
 
 
 class Tasks(Retrieval):
-    """Writes tasks in words into windows of real text; placing them is the parent's."""
+    """Tasks in words, written into windows of real text at places that the parent class finds."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, tokenizer.get_vocab_size())
-        self.encode = lambda text: np.array(
-            tokenizer.encode(text, add_special_tokens=False).ids, np.int64
-        )
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def passkey(
         self, x: np.ndarray, rng: np.random.Generator, depth: float
     ) -> tuple[np.ndarray, list[list[int]]]:
-        """The window with the task in it, and where the answer stands; depth 0 puts the key first."""
+        """Write the task into a copy of the window; depth 0 puts the key first.
+
+        Returns:
+            The window, and the start and end of its answer.
+        """
         key = "".join(map(str, rng.integers(0, 10, 5)))
         note = self.encode(f"\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n")
-        ask, answer = (
-            self.encode("\n\nWhat is the pass key? The pass key is"),
-            self.encode(f" {key}"),
-        )
+        question = self.encode("\n\nWhat is the pass key? The pass key is")
+        answer = self.encode(f" {key}")
         x = x.copy()
-        end = len(x) - len(ask) - len(answer)
+        end = len(x) - len(question) - len(answer)
         at = int(depth * 0.95 * (end - len(note)))
         x[at : at + len(note)] = note
-        x[end:] = np.concatenate([ask, answer])
-        return x, [[len(x) - 5, len(x)]]  # the digits, a token each
+        x[end:] = np.concatenate([question, answer])
+        return x, [[len(x) - 5, len(x)]]  # Each digit is a token.
 
     def pairs(self, x: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[list[int]]]:
+        """Write the task `recall` into a copy of the window.
+
+        Returns:
+            The window, and the start and end of each answer that is scored.
+        """
         names = [NAMES[i] for i in rng.permutation(len(NAMES))[:PAIRS]]
         codes = ["".join(map(str, rng.integers(0, 10, 4))) for _ in names]
         notes = [
@@ -95,17 +117,18 @@ class Tasks(Retrieval):
             tail.append(self.encode(f" {codes[i]}"))
             answers.append([sum(map(len, tail)) - 4, sum(map(len, tail))])
             tail.append(self.encode("."))
-        end = np.concatenate(tail)
+        questions = np.concatenate(tail)
         x = x.copy()
-        self.write(x, notes, 0, len(x) - len(end), rng)
-        x[len(x) - len(end) :] = end
-        return x, [[a + len(x) - len(end), b + len(x) - len(end)] for a, b in answers[SHOWN:]]
+        at = len(x) - len(questions)
+        self.write(x, notes, 0, at, rng)
+        x[at:] = questions
+        return x, [[start + at, stop + at] for start, stop in answers[SHOWN:]]
 
 
 def make_tasks(
     tokenizer: Any, texts: Iterable[str], rows: int = ROWS, lengths: Iterable[int] = LENGTHS
 ) -> list[dict[str, Any]]:
-    """`rows` rows of each task and length; row i is written into text i, or one after it that is long enough.
+    """Make `rows` rows of each task and length. Row i is written into text i of those long enough.
 
     Raises:
         ValueError: no text has that many tokens.
@@ -116,7 +139,7 @@ def make_tasks(
         np.array(e.ids, np.int64)
         for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)
     ]
-    made = []
+    tasks = []
     for length in lengths:
         windows = [f[:length] for f in filler if len(f) >= length]
         if not windows:
@@ -124,107 +147,111 @@ def make_tasks(
         for i in range(rows):
             window = windows[i % len(windows)]
             rng = np.random.default_rng([length, i])
-            for name, (ids, answers) in (
-                ("passkey", task.passkey(window, rng, i % DEPTHS / DEPTHS)),
-                ("recall", task.pairs(window, rng)),
-            ):
-                made.append(
-                    {
-                        "task": name,
-                        "length": length,
-                        "seed": i,
-                        "ids": ids.tolist(),
-                        "answers": answers,
-                    }
-                )
-    return made
+            written = {
+                "passkey": task.passkey(window, rng, i % DEPTHS / DEPTHS),
+                "recall": task.pairs(window, rng),
+            }
+            for name, (ids, answers) in written.items():
+                row = {"task": name, "length": length, "seed": i}
+                tasks.append(row | {"ids": ids.tolist(), "answers": answers})
+    return tasks
+
+
+@dataclass
+class Score:
+    """Sums over the answers of one task and length."""
+
+    right: float = 0.0
+    answers: int = 0
+    loss: float = 0.0
+    tokens: int = 0
 
 
 def score(
-    rows: Iterable[dict[str, Any]], logits: Callable[[Any, list[int]], Any]
+    rows: Iterable[dict[str, Any]], logits: Callable[[Tensor, list[int]], Tensor]
 ) -> list[dict[str, Any]]:
-    """Share of answers that greedy decoding gives, and their mean loss per token, for each task and length.
+    """Compute the share of right answers and their mean loss, for each task and length.
 
     Args:
-        logits: (ids int64 [1, T], positions) -> logits [positions, V] of the model at these positions; see `logits_of`.
-    """
-    import torch
-    import torch.nn.functional as F
+        logits: computes the model's logits [positions, V] for ids int64 [1, T] and positions; see
+            `logits_of`.
 
-    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    Returns:
+        "accuracy": the share of answers that greedy decoding gives; "loss": nats per token.
+    """
+    scores: dict[tuple[str, int], Score] = {}
     for r in rows:
         ids = torch.tensor([r["ids"]])
-        positions = [p for a, b in r["answers"] for p in range(a - 1, b - 1)]
-        found = logits(ids, positions).float().cpu()
+        positions = [p for start, stop in r["answers"] for p in range(start - 1, stop - 1)]
+        predicted = logits(ids, positions).float().cpu()
         target = ids[0, [p + 1 for p in positions]]
-        right, loss = found.argmax(-1) == target, F.cross_entropy(found, target, reduction="none")
-        at, s = 0, sums[r["task"], r["length"]]
-        for a, b in r["answers"]:
-            s[0] += float(right[at : at + b - a].all())
-            s[1] += 1
-            at += b - a
-        s[2] += float(loss.sum())
-        s[3] += len(positions)
+        right = predicted.argmax(-1) == target
+        total = scores.setdefault((r["task"], r["length"]), Score())
+        at = 0
+        for start, stop in r["answers"]:
+            total.right += float(right[at : at + stop - start].all())
+            total.answers += 1
+            at += stop - start
+        total.loss += float(F.cross_entropy(predicted, target, reduction="none").sum())
+        total.tokens += len(positions)
     return [
         {
             "task": task,
             "length": length,
-            "accuracy": s[0] / s[1],
-            "loss": s[2] / s[3],
-            "answers": int(s[1]),
+            "accuracy": total.right / total.answers,
+            "loss": total.loss / total.tokens,
+            "answers": total.answers,
         }
-        for (task, length), s in sorted(sums.items())
+        for (task, length), total in sorted(scores.items(), key=lambda item: item[0])
     ]
 
 
 def logits_of(
-    model: Any, states: Callable[[Any], Any] | None = None
-) -> Callable[[Any, list[int]], Any]:
-    """How `score` asks a loaded transformers model, in whatever pattern it is. `states`: ids [1, T] -> final hidden states [1, T, E]."""
-    from indexcache.models.lm import hidden_states
+    model: Any, states: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor, list[int]], Tensor]:
+    """Return the `logits` of `score` for a transformers model, under the pattern in force.
 
-    def logits(ids: Any, positions: list[int]) -> Any:
-        head, hidden = (
-            model.get_output_embeddings(),
-            states(ids) if states else hidden_states(model, ids),
-        )
+    Args:
+        states: computes the final hidden states [1, T, E] for ids [1, T]; None takes the model's.
+    """
+
+    def logits(ids: Tensor, positions: list[int]) -> Tensor:
+        hidden = states(ids) if states else hidden_states(model, ids)
+        head = model.get_output_embeddings()
         return head(hidden[0, positions].to(head.weight.device)).detach()
 
     return logits
 
 
 def main() -> None:
-    import argparse
-    import json
-
-    from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load
-    from indexcache.models.seam import use_pattern
-    from indexcache.pattern import Pattern
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--tasks", type=Path, required=True, help="tasks.jsonl of data.py")
+    parser.add_argument(
+        "--tasks", type=Path, required=True, help="The tasks.jsonl that data.py wrote."
+    )
     parser.add_argument(
         "--pattern",
         nargs="*",
         default=[],
-        help="patterns of F, R and S to test beside the model itself",
+        help="Test these patterns beside the model itself, as in `indexcache evaluate`.",
     )
-    parser.add_argument("--rows", type=int, default=ROWS, help="of each task and length")
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help="Number of rows of each task and length."
+    )
     parser.add_argument("--length", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     o = parser.parse_args()
+    layers = describe(o.checkpoint)["num_hidden_layers"]
+    patterns = [parse_pattern(spec, layers).pattern for spec in ("full", *o.pattern)]
     with open(o.tasks, encoding="utf-8") as f:
         rows = [r for r in map(json.loads, f) if r["seed"] < o.rows and r["length"] in o.length]
     model = load(o.checkpoint, dtype=o.dtype, device=o.device).module
-    layers = model.config.num_hidden_layers
     with accelerate(model):
-        for pattern in ["F" * layers, *o.pattern]:
-            with use_pattern(model, Pattern(pattern)):
+        for pattern in patterns:
+            with use_pattern(model, pattern):
                 for r in score(rows, logits_of(model)):
-                    print(json.dumps({"pattern": pattern} | r), flush=True)
+                    print(json.dumps({"pattern": str(pattern)} | r), flush=True)
 
 
 if __name__ == "__main__":

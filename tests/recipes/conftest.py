@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from recipes.smollm2.rewrite import attention_inputs, backbone, save, settings, start
 from tests.recipes.support import DIGEST, LLAMA
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2"
-
-
-@pytest.fixture(scope="module")
-def recipe_on_path():
-    sys.path.insert(0, str(RECIPE))
-    yield
-    sys.path.remove(str(RECIPE))
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +17,10 @@ def llama():
     model = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(
-                0, 1.0 if "norm" in name else 0.1
-            )  # norm weights as in the real one: of any sign, some all but zero
-        model.model.embed_tokens.weight.normal_(0, 0.02)  # eps of the first norm counts beside it
+            # The norms of SmolLM2 have weights of any sign too, and some are nearly zero.
+            p.normal_(0, 1.0 if "norm" in name else 0.1)
+        # The eps of the first norm counts beside embeddings of this size.
+        model.model.embed_tokens.weight.normal_(0, 0.02)
     return model
 
 
@@ -44,17 +33,14 @@ def text():
 
 @pytest.fixture(scope="module")
 def rewritten(llama, text):
-    """(state, settings)"""
-    from rewrite import attention_inputs, backbone, settings, start
-
-    c, weights = settings(LLAMA, topk=16), llama.state_dict()
+    """Rewrite the Llama; returns weights and settings."""
+    c = settings(LLAMA, topk=16)
+    weights = llama.state_dict()
     return backbone(weights, c) | start(weights, c, attention_inputs(llama, text)), c
 
 
 @pytest.fixture(scope="module")
 def saved(rewritten, tiny, tmp_path_factory):
-    from rewrite import save
-
     folder = tmp_path_factory.mktemp("rewritten")
     save(*rewritten, tiny.tokenizer, folder, torch.float32, DIGEST)
     return folder

@@ -1,4 +1,4 @@
-"""The recipe that makes a pretrained Llama a DSA model, on a small random Llama: no network, no wheel."""
+"""Test the recipe that makes a pretrained Llama a DSA model, on a small random Llama."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import lzma
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +17,15 @@ from indexcache.checkpoint import read_header
 from indexcache.data import load_documents, shipped_text
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import describe, fingerprint, load
+from indexcache.models.seam import use_pattern
+from recipes.smollm2 import data
+from recipes.smollm2.apply_delta import build, pack, read_delta
+from recipes.smollm2.check import dense
+from recipes.smollm2.rewrite import attention_inputs, backbone, frequencies, save, settings, start
+from recipes.smollm2.tasks import make_tasks, score
+from recipes.smollm2.weights import llama_weights, read_gguf
 from tests.recipes.support import DIGEST, LLAMA
 from tests.support import refused
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2"
-pytestmark = pytest.mark.usefixtures("recipe_on_path")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,6 @@ def relative(a, b):
 
 
 def test_dense_it_is_the_llama(llama, loaded, text):
-    from check import dense
-
     with torch.no_grad():
         want = llama(text).logits
         with dense(loaded.module):
@@ -64,9 +65,6 @@ def test_the_fast_path_takes_it(llama, loaded, text):
 
 
 def test_it_loads_in_bf16(rewritten, llama, tiny, text, tmp_path):
-    from check import dense
-    from rewrite import save
-
     save(*rewritten, tiny.tokenizer, tmp_path, torch.bfloat16, DIGEST)
     assert describe(tmp_path)["native_pattern"] == "FFF"
     model = load(tmp_path, dtype="bfloat16").module
@@ -78,7 +76,6 @@ def test_it_loads_in_bf16(rewritten, llama, tiny, text, tmp_path):
 
 
 def test_frequencies_are_the_llamas():
-    from rewrite import frequencies, settings
     from transformers import GlmMoeDsaConfig, LlamaConfig
     from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaRotaryEmbedding
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -98,10 +95,7 @@ def test_frequencies_are_the_llamas():
 
 def test_indexers_start_from_the_attention(llama, rewritten, text):
     """Their selection keeps more of the attention than random indexers' does."""
-    from rewrite import attention_inputs, backbone, start
     from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
-
-    from indexcache.models.seam import use_pattern
 
     state, c = rewritten
     eager = llama.__class__(llama.config).eval()
@@ -126,36 +120,19 @@ def test_indexers_start_from_the_attention(llama, rewritten, text):
     assert kept(random) + 0.1 < kept(state) <= best
 
 
-def test_dequantisation():
-    from weights import F16, F32, Q4_1, Q8_0, dequantise
-
-    def half(*values):
-        return np.array(values, np.float16).tobytes()
-
-    codes = np.arange(32) % 16
-    packed = (codes[:16] | codes[16:][::-1] << 4).astype(np.uint8).tobytes()
-    block = half(0.5, -3.0) + packed + half(-0.25, 1.0) + bytes(16)
-    want = np.concatenate([0.5 * codes[:16] - 3, 0.5 * codes[16:][::-1] - 3, np.full(32, 1.0)])
-    np.testing.assert_array_equal(
-        dequantise(np.frombuffer(block, np.uint8), Q4_1), want.astype(np.float32)
-    )
-    signed = np.arange(-16, 16, dtype=np.int8) * 8
-    np.testing.assert_array_equal(
-        dequantise(np.frombuffer(half(0.125) + signed.tobytes(), np.uint8), Q8_0),
-        signed * np.float32(0.125),
-    )
-    x = np.linspace(-1, 1, 32, dtype=np.float32)
-    np.testing.assert_array_equal(dequantise(x.view(np.uint8), F32), x)
-    np.testing.assert_array_equal(
-        dequantise(x.astype(np.float16).view(np.uint8), F16),
-        x.astype(np.float16).astype(np.float32),
-    )
-    refused(lambda: dequantise(np.zeros(20, np.uint8), 12), "type 12")
-    refused(lambda: dequantise(np.zeros(21, np.uint8), Q4_1), "21 bytes", "20")
+F32 = 0  # These four are ids of ggml's types.
+F16 = 1
+Q4_1 = 3
+Q8_0 = 8
 
 
 def gguf_bytes(fields, tensors):
-    """A GGUF file; fields: name -> (type, bytes), tensors: name -> (shape as numpy has it, type, bytes)."""
+    """Write a GGUF file.
+
+    Args:
+        fields: the type and the bytes of each setting.
+        tensors: the shape as numpy has it, the type and the bytes of each tensor.
+    """
 
     def string(s):
         return struct.pack("<Q", len(s.encode())) + s.encode()
@@ -175,9 +152,44 @@ def gguf_bytes(fields, tensors):
     return head + bytes(-len(head) % 32) + data
 
 
-def test_the_weights_come_out_of_a_wheel(tmp_path):
-    from weights import F32, Q8_0, llama_weights, read_gguf
+def half(*values):
+    return np.array(values, np.float16).tobytes()
 
+
+def test_blocks_are_unpacked_to_the_bit(tmp_path):
+    """Every weight is the fp32 value that the definition of its type gives."""
+    rng = np.random.default_rng(0)
+    scales = rng.normal(size=(3, 2)).astype(np.float16)  # These are d and m of each block.
+    codes = rng.integers(0, 16, (3, 32))
+    small = [codes[b, :16] | codes[b, 16:] << 4 for b in range(3)]  # Low halves come first.
+    q4_1 = b"".join(half(*scales[b]) + small[b].astype(np.uint8).tobytes() for b in range(3))
+    signed = rng.integers(-128, 128, (3, 32)).astype(np.int8)
+    q8_0 = b"".join(half(scales[b, 0]) + signed[b].tobytes() for b in range(3))
+    x = rng.normal(size=(3, 32)).astype(np.float32)
+    tensors = {
+        "q4_1": ((3, 32), Q4_1, q4_1),
+        "q8_0": ((3, 32), Q8_0, q8_0),
+        "f32": ((3, 32), F32, x.tobytes()),
+        "f16": ((3, 32), F16, x.astype(np.float16).tobytes()),
+    }
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_bytes({}, tensors))
+    d = scales[:, :1].astype(np.float32)
+    m = scales[:, 1:].astype(np.float32)
+    expected = {
+        "q4_1": d * codes.astype(np.float32) + m,
+        "q8_0": d * signed.astype(np.float32),
+        "f32": x,
+        "f16": x.astype(np.float16).astype(np.float32),
+    }
+    weights = read_gguf(file).tensors
+    assert weights.keys() == expected.keys()
+    for name, want in expected.items():
+        assert weights[name].dtype == np.float32
+        np.testing.assert_array_equal(weights[name].view(np.uint32), want.view(np.uint32))
+
+
+def test_the_weights_come_out_of_a_wheel(tmp_path):
     query = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
     codes = np.tile(np.arange(-16, 16, dtype=np.int8), (4, 1))
     raw = b"".join(np.float16(0.5).tobytes() + row.tobytes() for row in codes)
@@ -206,7 +218,7 @@ def test_the_weights_come_out_of_a_wheel(tmp_path):
     assert gguf.fields["eps"] == 0.5
     state = llama_weights(gguf)
     np.testing.assert_array_equal(state["model.embed_tokens.weight"], codes * np.float32(0.5))
-    # two heads of four rows: ggml has the rotary pairs side by side, transformers their first and second halves
+    # ggml has the rotary pairs of a head side by side, transformers their first and second halves.
     np.testing.assert_array_equal(
         state["model.layers.0.self_attn.q_proj.weight"], query[[0, 2, 1, 3, 4, 6, 5, 7]]
     )
@@ -230,9 +242,6 @@ def delta_of(state, folder, roles, path, **metadata):
 
 
 def test_a_delta_gives_the_checkpoint_back(llama, rewritten, saved, tiny, text, tmp_path):
-    from apply_delta import build, pack, read_delta
-    from rewrite import save
-
     state, c = rewritten
     plain, packed = tmp_path / "delta.safetensors", tmp_path / "packed.safetensors"
     delta_of(state, saved, "FFF", plain)
@@ -265,8 +274,6 @@ def test_a_delta_gives_the_checkpoint_back(llama, rewritten, saved, tiny, text, 
 
 
 def test_what_is_no_delta_of_it_is_refused(llama, rewritten, saved, tmp_path):
-    from apply_delta import build, pack, read_delta
-
     state, path = rewritten[0], tmp_path / "delta.safetensors"
     save_file({"x": torch.zeros(1)}, path)
     refused(lambda: read_delta(path), "not a delta")
@@ -281,8 +288,6 @@ def test_what_is_no_delta_of_it_is_refused(llama, rewritten, saved, tmp_path):
 
 
 def test_tasks_ask_for_what_is_in_the_text(tiny):
-    from tasks import make_tasks, score
-
     text = json.loads(shipped_text("heldout").read_text(encoding="utf-8").splitlines()[0])["text"]
     rows = make_tasks(tiny.tokenizer, [text], rows=4, lengths=[700, 900])
     assert len(rows) == 16
@@ -313,8 +318,6 @@ def test_tasks_ask_for_what_is_in_the_text(tiny):
 
 
 def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
-    import data
-
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 

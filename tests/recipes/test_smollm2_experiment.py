@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from indexcache.distilling.layer_weights import sharing_costs, weights_of_costs
 from indexcache.models.family import indexers
+from recipes.smollm2 import compare, experiment
+from recipes.smollm2.compare import closed_of, pairs_of
+from recipes.smollm2.report import insert, report
 from tests.support import refused
-
-pytestmark = pytest.mark.usefixtures("recipe_on_path")
 
 
 def test_what_training_closes():
     """By hand: two seeds, three documents; means over the seeds, sums over the documents, both resampled together."""
-    from compare import closed_of, pairs_of
 
     def line(method, kept, seed, *sums):
         return {
@@ -56,12 +57,6 @@ def test_what_training_closes():
 
 def test_experiment(saved, tmp_path, monkeypatch, capsys):
     """Every stage at its smallest; what is there is not done again, seeds know nothing of each other, other settings are refused."""
-    import compare
-    import experiment
-    from report import insert, report
-
-    from indexcache.distilling.layer_weights import sharing_costs, weights_of_costs
-
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"
     for i in range(12):  # two sources, more than the search has sequences
@@ -278,7 +273,7 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     multi, full = (
         load_file(out / "seed0" / name / "delta.safetensors") for name in ("multi-2", "full")
     )
-    e.take_one(0, 2, "multi-2")  # of FSF: its other indexer, layer 0's, is not taken
+    e.put_full_but(0, 2, "multi-2")  # Layer 0 has the other indexer of FSF; it stays full's.
     for i, indexer in enumerate(indexers(e.model)):
         for key, p in indexer.named_parameters():
             name = f"model.layers.{i}.self_attn.indexer.{key}"
@@ -291,9 +286,8 @@ def test_experiment(saved, tmp_path, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in out.rglob("journal.jsonl")}
     for path in out.rglob("*.safetensors"):  # finished seeds need their journal and results alone
         path.unlink()
-    for name in ("distill", "search"):
+    for name in ("distill", "search", "measure"):
         monkeypatch.setattr(experiment, name, None)
-    monkeypatch.setattr(experiment.Experiment, "measure", None)
     run(out, "--seeds", "0", "1")
     run(out, "--seeds", "0", "--stage", *experiment.STAGES)
     assert {p: p.read_bytes() for p in out.rglob("journal.jsonl")} == before

@@ -1,16 +1,16 @@
-"""What is said of SmolLM2 is what the result file holds, and the shipped indexers are whole."""
+"""Test that docs/smollm2.md says what the result file holds, and that the deltas are complete."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from indexcache.pattern import Pattern
 from indexcache.records import read_json
+from recipes.smollm2.apply_delta import read_delta
+from recipes.smollm2.report import insert, report
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smollm2"
@@ -20,14 +20,7 @@ ROWS = {(r["method"], r["kept"]): r for r in RESULT["rows"] if r["domain"] == "a
 DOMAINS = {"all", "code", "documentation", "speeches", "drama", "novels"}
 
 
-@pytest.fixture(autouse=True)
-def recipe_on_path():
-    sys.path.insert(0, str(RECIPE))
-    yield
-    sys.path.remove(str(RECIPE))
-
-
-def test_the_grid_is_whole():
+def test_the_grid_is_complete():
     ways = ("untouched", "own", "multi", "searched", "searched+R4", "searched+R8")
     found = {(r["method"], r["kept"], r["domain"]): r for r in RESULT["rows"]}
     assert len(found) == len(RESULT["rows"])
@@ -41,8 +34,6 @@ def test_the_grid_is_whole():
 
 
 def test_the_tables_are_the_reports():
-    from report import insert, report
-
     assert insert(report(RESULT), PAGE) == PAGE
 
 
@@ -85,9 +76,7 @@ def test_where_uniform_loses_is_where_every_search_stays_full():
     assert all(p[i] == "F" for p in patterns for i in (7, 12, 17, 20))
 
 
-def test_the_shipped_indexers_are_whole():
-    from apply_delta import read_delta
-
+def test_the_shipped_indexers_are_complete():
     files = sorted((RECIPE / "deltas").glob("*.safetensors"))
     assert [f.name for f in files] == ["full-4bit.safetensors", "quarter-8bit.safetensors"]
     assert sum(f.stat().st_size for f in files) < 16e6

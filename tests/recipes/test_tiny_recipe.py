@@ -1,26 +1,20 @@
-"""The recipe of the packaged model: same arithmetic as stock, tasks at every length, all stages and resuming on a CPU."""
+"""Test the recipe of the packaged model: its arithmetic, its tasks, all stages and resuming."""
 
 from __future__ import annotations
 
 import json
 import lzma
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from indexcache.data import shipped_text
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def recipe_on_path():
-    sys.path.insert(0, str(RECIPE))
-    yield
-    sys.path.remove(str(RECIPE))
+from recipes.tiny import train
+from recipes.tiny.model import Tiny
+from recipes.tiny.retrieval import Retrieval
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +32,6 @@ def corpus(tiny, tmp_path_factory):
 
 
 def test_the_recipe_computes_what_stock_computes(tiny):
-    from model import Tiny
-
     ids = torch.tensor(
         [
             tiny.encode(
@@ -59,9 +51,6 @@ def test_the_recipe_computes_what_stock_computes(tiny):
 
 
 def test_retrieval_tasks_fit_every_window(corpus):
-    from retrieval import Retrieval
-    from tokenizers import Tokenizer
-
     task = Retrieval(Tokenizer.from_file(str(corpus / "tokenizer.json")), 4096)
     for length in (65, 129, 513, 4097):
         for seed in range(60):
@@ -74,8 +63,6 @@ def test_retrieval_tasks_fit_every_window(corpus):
 
 
 def test_all_stages_and_resume_on_a_cpu(corpus, tmp_path, monkeypatch):
-    import train
-
     def run(out, *more):
         argv = [
             "train.py",
