@@ -255,7 +255,7 @@ def clean(text: str) -> str:
 
 
 def documents(out: Path) -> list[dict]:
-    """Clean all documents, drop short and repeated ones, and split them by a hash of the content."""
+    """Clean all documents, drop short and repeated ones, and split them by a hash."""
     seen: set[str] = set()
     taken = dict.fromkeys(SOURCES, 0)
     rows = []

@@ -1,7 +1,7 @@
-"""Long-range retrieval sequences mixed into the training text: copying, key-value recall, multi-hop recall.
+"""Write retrieval tasks into training text: copying, key-value recall, recall in two hops.
 
-Real text carries few of them, and without them a tiny model's layers all look at the last few tokens. Each is made
-by writing into a window of real text, so that what lies between the parts is ordinary text.
+Real text has few of them, and without them all layers of a tiny model look at the last few tokens.
+A task is written into a window of real text, so ordinary text lies between its pieces.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ import numpy as np
 
 
 class Retrieval:
-    """Writes one task into a token window. `tokenizer` encodes the few words around keys and values."""
+    """Writes a random task into a window of tokens.
+
+    Args:
+        tokenizer: encodes the few words around keys and values.
+        vocabulary: number of ids.
+        first_id: keys and values have ids from this one on.
+    """
 
     def __init__(self, tokenizer, vocabulary: int, first_id: int = 300):
         def ids(text: str) -> np.ndarray:
             return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
-        self.note, self.equals, self.ask, self.newline = (
-            ids("\nNote: "),
-            ids(" = "),
-            ids("\nRecall: "),
-            ids("\n"),
-        )
-        self.vocabulary, self.first = vocabulary, first_id
+        self.note = ids("\nNote: ")
+        self.equals = ids(" = ")
+        self.ask = ids("\nRecall: ")
+        self.newline = ids("\n")
+        self.vocabulary = vocabulary
+        self.first_id = first_id
 
     def words(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        return rng.integers(self.first, self.vocabulary, n)
+        return rng.integers(self.first_id, self.vocabulary, n)
 
     def __call__(self, window: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """int64 [T + 1] in, the same with one task written into it out."""
+        """Return a copy of the window, int64 [T + 1], with one task in it."""
         task = rng.choice(3, p=[0.3, 0.5, 0.2])
         return (self.copy, self.recall, self.hops)[task](window.copy(), rng)
 
@@ -50,7 +55,7 @@ class Retrieval:
         stop: int,
         rng: np.random.Generator,
     ) -> None:
-        """Put the pieces, in random order, at random non-overlapping places of x[start:stop]."""
+        """Write the pieces in random order to random places of x[start:stop], without overlap."""
         slot = (stop - start) // max(len(pieces), 1)
         for i, j in enumerate(rng.permutation(len(pieces))):
             piece = pieces[j][:slot]

@@ -1,10 +1,16 @@
-"""Train `tiny` in the DeepSeek order: dense pre-training, indexer warm-up, sparse stage.
+"""Train `tiny` in three stages: dense pre-training, indexer warm-up, sparse stage.
 
-    python recipes/tiny/train.py --corpus work/tiny-corpus --out work/tiny-train --stage dense|warmup|sparse|all
+    python -m recipes.tiny.train --corpus work/tiny-corpus --out work/tiny-train
+        --stage dense|warmup|sparse|all
 
-Each stage writes `STAGE.pt` (weights in bf16) and its losses to `log.jsonl`; a stage that was cut off goes on from
-`STAGE.part.pt` (weights, optimiser, step; the batches are a function of seed and step), a finished one is not run again. Needs one GPU;
-`--steps 3 --device cpu --sequence 128 --batch 2` goes through every stage on a CPU in a minute, to no useful result.
+Each stage writes STAGE.pt, its weights in bf16, and its losses to log.jsonl. A stage that was cut
+off continues from STAGE.part.pt, which holds weights, optimiser and step; the batches depend on
+random seed and step alone. A finished stage is not run again. It needs one GPU. `--steps 3
+--device cpu --sequence 128 --batch 2` goes through every stage on a CPU in a minute, without a
+useful result.
+
+This trainer and model.py stay until tiny is trained again. Then transformers' own model and
+`indexcache.distilling` take their place.
 """
 
 from __future__ import annotations
@@ -19,12 +25,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
+from indexcache.pattern import Pattern
 from recipes.tiny.model import CONFIG, Tiny
 from recipes.tiny.retrieval import Retrieval
 
-# tokens a step = batch x length; peak learning rate; share of sequences with a retrieval task. The learning rate of
-# the dense stage is laid out for `schedule` steps: it ends at a third of its peak, and the sparse stage takes it down.
+# A step has batch x length tokens, in chunks of `micro` sequences. `lr` is the peak learning rate
+# and `retrieval` the share of sequences with a retrieval task. The learning rate of the dense stage
+# is laid out for `schedule` steps: it ends at a third of its peak, and the sparse stage lowers it
+# further.
 STAGES = {
     "dense": {
         "steps": 3000,
@@ -52,14 +62,20 @@ STAGES = {
         "micro": 16,
     },
 }
-SAVE = 100  # steps between two states to go on from
+SAVE = 100  # steps between two saved states
 
 
 class Batches:
-    """Random windows of the token stream, some with a retrieval task; a function of (seed, step) alone."""
+    """Random windows of the tokens, some with a retrieval task.
+
+    They depend on seed and step alone.
+    """
 
     def __init__(self, tokens: np.ndarray, task: Retrieval, share: float, seed: int):
-        self.tokens, self.task, self.share, self.seed = tokens, task, share, seed
+        self.tokens = tokens
+        self.task = task
+        self.share = share
+        self.seed = seed
 
     def __call__(self, step: int, batch: int, length: int) -> torch.Tensor:
         rng = np.random.default_rng([self.seed, step])
@@ -76,19 +92,21 @@ def loss_of(model: Tiny, ids: torch.Tensor, mode: str, pattern: str | None = Non
 
 
 def optimiser(model: Tiny, lr: float, indexer_only: bool) -> torch.optim.AdamW:
-    named = [(n, p) for n, p in model.named_parameters() if ("indexer" in n or not indexer_only)]
-    for n, p in model.named_parameters():
-        p.requires_grad_("indexer" in n or not indexer_only)
-    decay = [p for n, p in named if p.dim() > 1 and "embed" not in n]
-    rest = [p for n, p in named if not (p.dim() > 1 and "embed" not in n)]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    """Make the optimiser of all weights or of the indexers alone, and freeze the others."""
+    decayed, undecayed = [], []
+    for name, p in model.named_parameters():
+        trained = "indexer" in name or not indexer_only
+        p.requires_grad_(trained)
+        if trained:
+            (decayed if p.dim() > 1 and "embed" not in name else undecayed).append(p)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda
     )
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over the first 3 %, then cosine to a twentieth."""
+    """Compute the factor of the learning rate: linear over the first 3 %, then cosine to 0.05."""
     warm = max(steps // 33, 1)
     if step < warm:
         return (step + 1) / warm
@@ -98,76 +116,73 @@ def schedule(step: int, steps: int) -> float:
 def train(
     stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Namespace, check
 ) -> None:
+    """Train one stage, write its weights, and log the result of `check(model, stage)`."""
     s = dict(STAGES[stage])
-    s |= {
-        "length": o.sequence or s["length"],
-        "batch": o.batch or s["batch"],
-        "steps": o.steps or s["steps"],
-    }
+    s["length"] = o.sequence or s["length"]
+    s["batch"] = o.batch or s["batch"]
+    s["steps"] = o.steps or s["steps"]
     s["micro"] = min(s["micro"], s["batch"])
     opt = optimiser(model, s["lr"], stage == "warmup")
-    first, part = 0, out / f"{stage}.part.pt"
-    if part.exists():
-        state = torch.load(part, map_location=o.device, weights_only=True)
+    first = 0
+    saved = out / f"{stage}.part.pt"
+    if saved.exists():
+        state = torch.load(saved, map_location=o.device, weights_only=True)
         if state["settings"] != s:
             raise SystemExit(
-                f"{part}: this stage was begun with other settings ({state['settings']}); remove it or use another --out"
+                f"{saved}: this stage was begun with other settings ({state['settings']}); remove "
+                "it or use another --out."
             )
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimiser"])
         first = state["step"]
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        kept = [r for r in rows if r["stage"] != stage or r.get("step", 0) < first]
-        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+        earlier = [r for r in rows if r["stage"] != stage or r.get("step", 0) < first]
+        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
     model.train()
     log = open(out / "log.jsonl", "a", encoding="utf-8")
-    began, seen = time.time(), 0
+    started, tokens = time.time(), 0
     for step in range(first, s["steps"]):
         if step == first + 20:
-            began, seen = time.time(), 0  # compilation is over
+            started, tokens = time.time(), 0  # The compilation is over.
         for group in opt.param_groups:
             group["lr"] = s["lr"] * schedule(step, s.get("schedule", s["steps"]))
         ids = batches(step, s["batch"], s["length"]).to(o.device)
-        total, kl_total = 0.0, 0.0
-        pieces = ids.split(s["micro"])
-        for piece in pieces:
+        loss_total, kl_total = 0.0, 0.0
+        chunks = ids.split(s["micro"])
+        for chunk in chunks:
             with torch.autocast(ids.device.type, torch.bfloat16):
                 if stage == "warmup":
-                    kl, _ = model.warmup(piece[:, :-1])
-                    kl_total = kl_total + kl / len(pieces)
+                    kl, _ = model.warmup(chunk[:, :-1])
+                    kl_total = kl_total + kl / len(chunks)
                 else:
-                    loss, kl = loss_of(model, piece, stage)
-                    ((loss + kl) / len(pieces)).backward()
-                    total, kl_total = (
-                        total + loss.detach() / len(pieces),
-                        kl_total + kl.detach() / len(pieces),
-                    )
-        if stage == "warmup" and len(pieces) > 1:
-            for group in opt.param_groups:
-                for p in group["params"]:
-                    p.grad /= len(pieces)
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for g in opt.param_groups for p in g["params"]], 1.0
-        )
+                    loss, kl = loss_of(model, chunk, stage)
+                    ((loss + kl) / len(chunks)).backward()
+                    loss_total = loss_total + loss.detach() / len(chunks)
+                    kl_total = kl_total + kl.detach() / len(chunks)
+        trained = [p for group in opt.param_groups for p in group["params"]]
+        if stage == "warmup" and len(chunks) > 1:
+            for p in trained:
+                p.grad /= len(chunks)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
         if stage != "warmup":
             model.balance()
-        seen += ids.shape[0] * s["length"]
+        tokens += ids.shape[0] * s["length"]
         if step % 20 == 0 or step == s["steps"] - 1:
             row = {
                 "stage": stage,
                 "step": step,
                 "steps": s["steps"],
-                "loss": float(total),
+                "loss": float(loss_total),
                 "kl": float(kl_total),
                 "norm": float(norm),
                 "tokens": (step + 1) * s["batch"] * s["length"],
-                "tokens_s": round(seen / (time.time() - began)),
+                "tokens_s": round(tokens / (time.time() - started)),
             }
             if not math.isfinite(row["loss"] + row["kl"]):
                 raise SystemExit(
-                    f"{stage}: the loss is not finite at step {step}; lower the learning rate"
+                    f"{stage}: the loss is not finite at step {step}; lower the learning rate."
                 )
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -180,39 +195,36 @@ def train(
                 "step": step + 1,
                 "settings": s,
             }
-            torch.save(state, part.with_suffix(".tmp"))
-            part.with_suffix(".tmp").rename(part)
+            torch.save(state, saved.with_suffix(".tmp"))
+            saved.with_suffix(".tmp").rename(saved)
     torch.save({k: v.bfloat16() for k, v in model.state_dict().items()}, out / f"{stage}.pt")
-    part.unlink(missing_ok=True)
+    saved.unlink(missing_ok=True)
     log.write(json.dumps({"stage": stage, "done": True, "check": check(model, stage)}) + "\n")
 
 
 @torch.no_grad()
 def validate(model: Tiny, tokens: np.ndarray, device: str, stage: str, length: int) -> dict:
-    """Held-out loss of the dense model and, once there are indexers, of the sparse one; what sharing costs."""
+    """Compute held-out losses of the dense model and, after its stage, of the sparse one."""
     model.eval()
     n = min(len(tokens) // (length + 1), 32)
     starts = np.linspace(0, len(tokens) - length - 1, n).astype(int)
-    ids = torch.from_numpy(
-        np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64)
-    ).to(device)
+    windows = np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64)
+    ids = torch.from_numpy(windows).to(device)
 
     def mean(mode: str, pattern: str | None = None) -> float:
         with torch.autocast(ids.device.type, torch.bfloat16):
-            return float(
-                np.mean([float(loss_of(model, part, mode, pattern)[0]) for part in ids.split(8)])
-            )
+            chunks = ids.split(8)
+            return float(np.mean([float(loss_of(model, c, mode, pattern)[0]) for c in chunks]))
 
     result: dict = {"length": length, "dense": mean("dense")}
     if stage != "dense":
         with torch.autocast(ids.device.type, torch.bfloat16):
-            kept = torch.stack([model.warmup(part[:, :-1])[1] for part in ids.split(4)]).mean(0)
+            kept = torch.stack([model.warmup(c[:, :-1])[1] for c in ids.split(4)]).mean(0)
         layers = model.c["num_hidden_layers"]
         result |= {"sparse": mean("plain"), "attention_kept": [round(float(x), 4) for x in kept]}
         for freq in (2, 4):
-            result[f"uniform_1/{freq}"] = mean(
-                "plain", "".join("S" if i % freq else "F" for i in range(layers))
-            )
+            pattern = str(Pattern.uniform(layers, freq))
+            result[f"uniform_1/{freq}"] = mean("plain", pattern)
         result["one_shared"] = [
             mean("plain", "F" * i + "S" + "F" * (layers - i - 1)) for i in range(1, layers)
         ]
@@ -225,17 +237,13 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--steps", type=int, help="steps of each stage (default: the table above)")
-    parser.add_argument(
-        "--sequence", type=int, help="tokens of a sequence (default: the table above)"
-    )
-    parser.add_argument("--batch", type=int, help="sequences of a step (default: the table above)")
+    parser.add_argument("--steps", type=int, help="Number of steps of each stage.")
+    parser.add_argument("--sequence", type=int, help="Number of tokens in a sequence.")
+    parser.add_argument("--batch", type=int, help="Number of sequences in a step.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
     o.out.mkdir(parents=True, exist_ok=True)
-    from tokenizers import Tokenizer
-
     torch.manual_seed(o.seed)
     torch.set_float32_matmul_precision("high")
     tokens = np.frombuffer(lzma.decompress((o.corpus / "train.u16.xz").read_bytes()), np.uint16)
@@ -249,15 +257,15 @@ def main() -> None:
         torch._dynamo.config.cache_size_limit = 64
     for i, stage in enumerate(STAGES):
         if (o.out / f"{stage}.pt").exists():
-            model.load_state_dict(
-                torch.load(o.out / f"{stage}.pt", map_location=o.device, weights_only=True)
-            )
+            file = o.out / f"{stage}.pt"
+            model.load_state_dict(torch.load(file, map_location=o.device, weights_only=True))
         elif o.stage in (stage, "all"):
             batches = Batches(tokens, task, STAGES[stage]["retrieval"], o.seed * 10 + i)
 
             def check(m: Tiny, stage: str = stage) -> list[dict]:
                 lengths = [o.sequence] if o.sequence else [1024, 4096]
-                with torch.compiler.set_stance("force_eager"):  # many shapes, each used a few times
+                # Each of many shapes is used a few times, which is not worth a compilation.
+                with torch.compiler.set_stance("force_eager"):
                     return [validate(m, held_out, o.device, stage, length) for length in lengths]
 
             train(stage, model, batches, o.out, o, check)

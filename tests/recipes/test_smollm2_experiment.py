@@ -1,4 +1,4 @@
-"""The comparison on SmolLM2 at its smallest: every stage, resumed, and its statistics by hand."""
+"""Test the comparison on SmolLM2: every stage, resuming, and its statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from tests.support import refused
 
 
 def test_what_training_closes():
-    """By hand: two seeds, three documents; means over the seeds, sums over the documents, both resampled together."""
+    """Compute it by hand for two seeds and three documents.
+
+    Seeds are averaged, documents are summed, and both losses are resampled together.
+    """
 
     def line(method, kept, seed, *sums):
         return {
@@ -56,7 +59,11 @@ def test_what_training_closes():
 
 
 def test_experiment(saved, tmp_path, monkeypatch, capsys):
-    """Every stage at its smallest; what is there is not done again, seeds know nothing of each other, other settings are refused."""
+    """Run every stage at its smallest.
+
+    Finished pieces are not done again, seeds do not change each other, and other settings are
+    refused.
+    """
     rng = np.random.default_rng(0)
     data, out = tmp_path / "data", tmp_path / "out"
     for i in range(12):  # two sources, more than the search has sequences
