@@ -54,9 +54,8 @@ SCALE = 0.5  # At the start an index score is this share of the mean logit of th
 # OFFSET is added to every logit before the ReLU: negative logits keep their order, and fewer scores
 # are exactly zero.
 OFFSET = 4.0
-EPS = (
-    1e-6  # transformers gives q_a_layernorm and kv_a_layernorm this eps, whatever the config says.
-)
+# transformers gives q_a_layernorm and kv_a_layernorm this eps, whatever the config says.
+EPS = 1e-6
 ALPHA = 2.0**-30
 NORM = 2.0**20  # This is the weight of both norms. It is exact in bf16, and so is ALPHA.
 GAIN = ALPHA * NORM / EPS**0.5  # The scaled norm multiplies by this. Later weights divide it out.

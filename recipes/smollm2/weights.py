@@ -119,6 +119,7 @@ def llama_settings(gguf: Gguf) -> dict[str, Any]:
     """Return the keyword arguments of LlamaConfig."""
     f = {k.removeprefix("llama."): v for k, v in gguf.fields.items()}
     heads = f["attention.head_count"]
+    eps = f["attention.layer_norm_rms_epsilon"]
     return {
         "vocab_size": f["vocab_size"],
         "hidden_size": f["embedding_length"],
@@ -128,9 +129,7 @@ def llama_settings(gguf: Gguf) -> dict[str, Any]:
         "num_key_value_heads": f["attention.head_count_kv"],
         "head_dim": f["embedding_length"] // heads,
         "max_position_embeddings": f["context_length"],
-        "rms_norm_eps": float(
-            f"{f['attention.layer_norm_rms_epsilon']:.6g}"
-        ),  # It is stored as fp32.
+        "rms_norm_eps": float(f"{eps:.6g}"),  # The file stores it in fp32.
         "rope_parameters": {"rope_type": "default", "rope_theta": f["rope.freq_base"]},
         "tie_word_embeddings": True,
         "bos_token_id": f["tokenizer.ggml.bos_token_id"],

@@ -42,9 +42,9 @@ def test_dense_it_is_the_llama(llama, loaded, text):
         want = llama(text).logits
         with dense(loaded.module):
             assert relative(loaded.module(text).logits, want) < 1e-5
-        assert relative(loaded.module(text).logits, want) > 1e-3  # k = 16 of 96
+        assert relative(loaded.module(text).logits, want) > 1e-3
         for layer in loaded.module.model.layers:
-            layer.self_attn.indexer.index_topk = 96  # the indexers' own way to dense
+            layer.self_attn.indexer.index_topk = 96
         try:
             assert relative(loaded.module(text).logits, want) < 1e-5
         finally:
@@ -102,9 +102,8 @@ def test_indexers_start_from_the_attention(llama, rewritten, text):
     eager.load_state_dict(llama.state_dict())
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        attention = (
-            eager(text, output_attentions=True).attentions[0].mean(1)
-        )  # of the first layer: later inputs differ
+        # The inputs of later layers differ, so the first one is compared.
+        attention = eager(text, output_attentions=True).attentions[0].mean(1)
 
     def kept(state):
         model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**c)).eval()
@@ -262,7 +261,7 @@ def test_a_delta_gives_the_checkpoint_back(llama, rewritten, saved, tiny, text, 
         again, _, _ = build(packed, llama.state_dict(), LLAMA, DIGEST)
         assert again.keys() == state.keys()
     refused(lambda: build(packed, llama.state_dict(), LLAMA, "of another"), "another GGUF file")
-    # a pattern with S: no indexer in layer 1, and stock transformers knows it
+    # Layer 1 is S and has no indexer, and stock transformers knows it.
     tensors = delta_of(state, saved, "FSR@4", plain)
     assert len(tensors) == 10
     again, settings, pattern = build(plain, llama.state_dict(), LLAMA, DIGEST)
@@ -342,11 +341,8 @@ def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
     rows += [document("austen", i, 400 + i) for i in range(6)] + [
         document("rust", i, 20) for i in range(3)
     ]
-    copy = dict(rows[0]) | {
-        "source": "rust",
-        "name": "copy",
-        "digest": "900",
-    }  # of a held-out file: dropped
+    # This copy of a held-out document is dropped.
+    copy = rows[0] | {"source": "rust", "name": "copy", "digest": "900"}
     held_out, train = data.split([*rows, copy], tiny.tokenizer)
     assert {
         d: sum(r["domain"] == d for r in held_out) for d in data.HELD_OUT.values()
