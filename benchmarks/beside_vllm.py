@@ -3,7 +3,8 @@
 Three steps, back to back on one machine; the first runs where vLLM can be imported:
 
     python -m benchmarks.beside_vllm engine --freq 4 --out vllm.jsonl     # and --freq 1
-    indexcache bench glm-4.7-flash-dsa --selections benchmarks/data/tiny_selections.safetensors:topk.10 \
+    indexcache bench glm-4.7-flash-dsa \
+        --selections benchmarks/data/tiny_selections.safetensors:topk.10 \
         --contexts 200K,60K,120K,10K --patterns all,1/2,1/4 --out runs/bench
     python -m benchmarks.beside_vllm join --bench runs/bench/bench.json --engine vllm.jsonl \
         --out benchmarks/results/beside_vllm_h200.json --plot docs/beside_vllm.png

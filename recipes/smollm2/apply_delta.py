@@ -35,8 +35,8 @@ from recipes.smollm2.rewrite import backbone, load_llama, save, settings
 from recipes.smollm2.weights import PACKAGE, download
 
 FORMAT = "indexcache-delta-1"
-GROUP = 32  # weights with one scale
-SMALLEST_HALF = 2.0**-24  # the smallest positive number of fp16
+GROUP = 32  # So many weights have one scale.
+SMALLEST_HALF = 2.0**-24  # This is the smallest positive number of fp16.
 SUFFIXES = ("codes", "scales", "rows")
 PACKED = ("wq_b.weight", "wk.weight")  # All other tensors are stored as they are.
 
@@ -50,7 +50,7 @@ def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
     """
     rows = w.float().abs().amax(1).nonzero()[:, 0]
     groups = w.float()[rows].unflatten(1, (-1, GROUP))
-    middle = 2 ** (bits - 1)  # the code of 0
+    middle = 2 ** (bits - 1)  # This is the code of 0.
     max_code = middle - 1
     scales = (groups.abs().amax(-1) / max_code).half().clamp_min(SMALLEST_HALF)
     signed = (groups / scales.float()[..., None]).round().clamp(-max_code, max_code)

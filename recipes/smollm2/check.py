@@ -36,8 +36,8 @@ from indexcache.models.loading import load
 from indexcache.models.patch import Patches
 from recipes.smollm2.rewrite import load_llama
 
-MAX_DIFFERENCE = 1e-3  # of logits, relative
-MIN_AGREEMENT = 0.998  # of top-1
+MAX_DIFFERENCE = 1e-3  # The relative difference of the logits must be smaller.
+MIN_AGREEMENT = 0.998  # The share of equal top-1 must be larger.
 
 
 def every_token(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

@@ -41,7 +41,7 @@ from recipes.smollm2.weights import download, make_tokenizer, read_gguf
 from recipes.tiny import corpus
 
 CONTEXT = 8192
-DOCUMENTS = 40  # number of held-out documents in each domain
+DOCUMENTS = 40  # Each domain has so many held-out documents.
 DEBIAN = [
     "golang-1.19-src",
     "rust-src",
@@ -90,7 +90,7 @@ SOURCES = {
 MIN_SIZE = 4_000  # bytes; shorter documents are dropped
 MAX_SIZE = 400_000  # bytes; longer documents are cut
 LONG = 32_000  # bytes; documents of at least this size are taken before shorter ones
-MAX_REPEATED = 0.5  # share of a document's lines that may have been seen before
+MAX_REPEATED = 0.5  # At most this share of a document's lines may be in earlier ones.
 MIN_LINE = 30  # characters; shorter lines are everywhere
 CODE = {"go": "golang-1.19-src", "numpy": "numpy", "sympy": "sympy", "django": "django"}
 NOT_CODE = (  # Tests and files that a machine wrote have these in their path.
@@ -106,7 +106,7 @@ NOT_CODE = (  # Tests and files that a machine wrote have these in their path.
     "/tests/",
     "_test.go",
 )
-LINUX = ("kernel", "mm", "fs", "net", "block", "security")  # folders whose C files are taken
+LINUX = ("kernel", "mm", "fs", "net", "block", "security")  # The C files of these are taken.
 HTML = {"postgres": "postgresql-doc-15", "racket": "racket-doc", "anarchism": "anarchism"}
 SWORD = {
     "sword-text-web": "bible",

@@ -37,11 +37,11 @@ from indexcache.spec import parse_pattern
 from recipes.tiny.retrieval import Retrieval
 
 LENGTHS = (2048, 4096, 8192)
-ROWS = 40  # number of rows of each task and length
-DEPTHS = 10  # number of places of the passkey, which are evenly spread
-PAIRS = 16  # number of names with a code in a row
-ASKED = 8  # number of codes that the end asks for
-SHOWN = 2  # number of answers that are examples
+ROWS = 40  # Each task and length has so many rows.
+DEPTHS = 10  # The passkey has so many places, which are evenly spread.
+PAIRS = 16  # A row has so many names with a code.
+ASKED = 8  # The end asks for so many codes.
+SHOWN = 2  # So many of the answers are examples.
 NAMES = [
     "Adams",
     "Baker",

@@ -62,7 +62,7 @@ STAGES = {
         "micro": 16,
     },
 }
-SAVE = 100  # steps between two saved states
+SAVE = 100  # A state is saved after so many steps.
 
 
 class Batches:
