@@ -1,4 +1,4 @@
-"""Compare prefill and decoding of this package with vLLM on one card, the same shape, one request.
+r"""Compare prefill and decoding of this package with vLLM on one card, the same shape, one request.
 
 Three steps, back to back on one machine; the first runs where vLLM can be imported:
 
