@@ -21,6 +21,7 @@ from typing import Any
 
 ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
+MAX_POOL_FACTOR = 999_999
 DEFAULT_SKIP_OFFSET = 2  # Engines assume it when a config gives a frequency and no offset.
 TYPES = {"F": "full", "S": "shared"}
 
@@ -420,7 +421,11 @@ def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
     if mark:
         if pool_factor is not None:
             raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
-        pool_factor = int(text) if re.fullmatch("[0-9]{1,6}", text) else text
+        pool_factor = int(text) if re.fullmatch("[0-9]{1,9}", text) else text
     if pool_factor is not None:
         _positive("The pool factor of a pattern", pool_factor)
+        if pool_factor > MAX_POOL_FACTOR:
+            raise ValueError(
+                f"The pool factor of a pattern is at most {MAX_POOL_FACTOR}, not {pool_factor}."
+            )
     return roles, pool_factor

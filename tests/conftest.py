@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Every worker has a core of its own, and so have the processes that its tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -39,7 +42,11 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For modules of models so small that a second thread only waits, and where two processes must find the same number."""
+    """Run a module on one thread.
+
+    Its models are so small that a second thread only waits, and two processes must find the same
+    number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

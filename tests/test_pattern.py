@@ -199,7 +199,7 @@ def test_precedence_as_in_transformers():
 
 
 def test_null_schedule_is_no_schedule():
-    """transformers fails on a null; here it is what every JSON reader takes it for, an absent key."""
+    """A null is an absent key here, as every JSON reader takes it; transformers fails on it."""
     assert Pattern.from_config({"num_hidden_layers": 3, "index_topk_freq": None}) == Pattern("FFF")
     config = {"num_hidden_layers": 7, "index_topk_freq": 4, "index_skip_topk_offset": None}
     assert Pattern.from_config(config) == Pattern("FFSSSFS")

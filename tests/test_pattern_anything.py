@@ -36,7 +36,7 @@ junk = st.recursive(
 
 
 def sound(make: Any) -> None:
-    """`make` gives a pattern that holds its invariants and round-trips, or refuses with one line."""
+    """Check that `make` gives a sound pattern that round-trips, or refuses with one line."""
     try:
         p = make()
     except ValueError as error:

@@ -114,8 +114,8 @@ def build_app() -> App:
     """Build the command line; verbs import what they need when they run."""
     app = App(
         name="indexcache",
-        help="Find a sharing pattern for a model with DeepSeek Sparse Attention, prove it safe, and "
-        "export it.",
+        help="Find a sharing pattern for a model with DeepSeek Sparse Attention, prove it safe, "
+        "and export it.",
         help_format="markdown",
         version=f"indexcache {__version__}",
         config=read_config,

@@ -30,7 +30,7 @@ class SearchSettings:
         full = full_count(layers, self.keep)
         if full < self.stages:
             raise ValueError(
-                f"{self.stages} pipeline stages need at least {self.stages} full layers, but keep = "
-                f"{self.keep} of {layers} layers leaves {full}."
+                f"{self.stages} pipeline stages need at least {self.stages} full layers, but keep "
+                f"= {self.keep} of {layers} layers leaves {full}."
             )
         return full

@@ -126,7 +126,10 @@ def test_fp8_and_fp32(small):
         check(*inputs(2, 1, 200, 2, 32, dtype), 8, 199)
 
 
-@pytest.mark.parametrize("width", [1, 63, 257, 2049, 8193])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("width", [1, 63, 257, 2049, pytest.param(8193, marks=LONG)])
 def test_topk_rows_of_floats(small, width):
     x = torch.randn(4, width, device=DEVICE)
     x[0, ::7] = torch.nan

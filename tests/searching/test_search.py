@@ -1,4 +1,4 @@
-"""The search against an independent brute force on stock models, its journal, kill -9 and resume."""
+"""The search against a brute force on stock models, its journal, kill -9 and resume."""
 
 from __future__ import annotations
 
@@ -192,6 +192,7 @@ def command(out):
     ]
 
 
+@pytest.mark.long
 def test_kill_nine_at_ten_random_moments_and_resume(tmp_path):
     """The whole program, killed without warning: afterwards everything is as if it had never
     happened.

@@ -11,6 +11,7 @@ from torch import Tensor
 from indexcache.ops import tuning
 from indexcache.ops.index import scores
 from indexcache.ops.index.topk_host import Lists, output_args
+from indexcache.ops.primitives import INTERPRETED
 from indexcache.ops.reference import FP8, QueryGroups
 from indexcache.ops.tuning import current, power, segments
 
@@ -140,7 +141,10 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None 
     arguments |= {"s_ids": 0 if ids is None else ids.stride(0)}
     arguments |= {"n_clear": 0 if clear is None else clear.numel()}
     blocks = triton.cdiv(columns, arguments["BN"])
-    scores.scores_rows[(rows * blocks,)](**arguments, num_warps=8 if ids is None else 4)
+    options = {"num_warps": 8 if ids is None else 4}
+    if ids is not None and not INTERPRETED.value:
+        options["maxnreg"] = 72  # Seven programs fit on a multiprocessor.
+    scores.scores_rows[(rows * blocks,)](**arguments, **options)
 
 
 def rescue(x: Inputs, flag: Tensor, ids: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
