@@ -1,7 +1,7 @@
-"""Facts about devices and models: rates, sizes, and how many operations a model needs.
+"""Define the rates of devices, the sizes of models, and the operations that a model needs.
 
-Benchmarks, floors, cost predictions and the trainer's MFU all read their numbers here. Neither
-torch nor transformers is imported.
+Benchmarks, floors, cost predictions and the trainer's MFU all read their numbers here. This module
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rates:
         bf16: operations a second of a bf16 matrix product.
         hbm: bytes a second between the GPU and its main memory.
         l2: bytes a second out of the L2 cache.
-        memory: bytes of main memory; 0 where they do not matter.
+        memory: bytes of main memory; 0 if unknown.
     """
 
     name: str
@@ -88,12 +88,13 @@ def rates_named(name: str) -> Rates:
     Raises:
         ValueError: the rates of that GPU are not known.
     """
-    known = {key: device.reachable for key, device in DEVICES.items() if device.reachable}
-    if name.upper() not in known:
+    reachable = {key: device.reachable for key, device in DEVICES.items() if device.reachable}
+    if name.upper() not in reachable:
         raise ValueError(
-            f"The rates of a GPU called {name!r} are not known here; known are {', '.join(known)}."
+            f"The rates of a GPU called {name!r} are not known here; known are "
+            f"{', '.join(reachable)}."
         )
-    return known[name.upper()]
+    return reachable[name.upper()]
 
 
 _GLM = {
@@ -203,8 +204,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Shape:
     """The sizes of a DSA model, and the counts that follow from them.
 
-    Numbers of weights are per layer. Norms are left out, which are 0.01 % of the weights.
-    Operations are those of matrix products, a multiply-add being two.
+    `_KEYS` maps each field to its key in a config. Norms, 0.01 % of the weights, are not counted. Operations are those
+    of matrix products; a multiply-add is two.
     """
 
     layers: int
@@ -436,7 +437,7 @@ def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def shape_of(source: str | Path, layers: int | None = None) -> Shape:
-    """Return the shape of what `read_shape` reads, a named one cut to its first `layers` layers.
+    """Return the shape of a source as in `read_shape`; a named one can be cut to `layers` layers.
 
     Raises:
         ValueError: what `read_shape`, `shape_config` and `Shape.of` refuse, or `layers` is given

@@ -1,4 +1,4 @@
-"""A cost model fitted to `bench` rows: how long prefills and decoding steps take at other lengths.
+"""Fit a cost model to `bench` rows, and predict prefills and decoding steps at other lengths.
 
 A part of a prefill takes a * calls + b * floor, where `calls` is the number of layers that run the
 part, times the number of chunks, and the floor is that of `indexcache.bench.floors`. A decoding
@@ -6,7 +6,7 @@ step is one CUDA graph and is not timed in parts; it takes
 
     a + b * (floor of all but the indexers) + c * (layers that index) + d * (floor of the indexers)
 
-Every coefficient is at least 0, and relative errors are squared. R layers are not modelled.
+Every coefficient is at least 0, and the fit minimises squared relative errors. R layers are not modelled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CostModel:
-    """Coefficients in milliseconds.
+    """The coefficients of a fit, in milliseconds.
 
     Attributes:
         prefill: part -> (a, b); None where no prefill was fitted.
@@ -37,10 +37,7 @@ class CostModel:
     decode: tuple[float, float, float, float] | None
 
     def ttft_s(self, row: Row) -> float | None:
-        """Predict the seconds to the first token of a row of `point` or of `bench`.
-
-        Nothing that a row of `bench` measured is used.
-        """
+        """Predict the seconds to the first token from a row's settings and floors alone."""
         if self.prefill is None:
             return None
         features = _prefill_features(row, self.prefill)
@@ -71,7 +68,7 @@ def point(
     batch: int = 1,
     index_dtype: str = "fp8",
 ) -> Row:
-    """Make a row of `bench` without measurements: what a prediction needs."""
+    """Make a row of `bench` that has all that a prediction needs, and no measurements."""
     return {
         "context": context,
         "pattern": str(pattern),
@@ -164,17 +161,17 @@ def errors_left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "ttft_s": model.ttft_s(row),
                 "decode_tok_s": 1e3 / step if step else None,
             }
-            for what, predicted in predictions.items():
-                if row.get(what) and predicted is not None:
+            for quantity, predicted in predictions.items():
+                if row.get(quantity) and predicted is not None:
                     errors.append(
                         {
                             "context": context,
                             "pattern": row["pattern"],
                             "batch": row.get("batch", 1),
-                            "what": what,
-                            "measured": row[what],
+                            "what": quantity,
+                            "measured": row[quantity],
                             "predicted": predicted,
-                            "error": predicted / row[what] - 1,
+                            "error": predicted / row[quantity] - 1,
                         }
                     )
     return errors
@@ -183,7 +180,7 @@ def errors_left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def parts_of_ttft(row: Row) -> dict[str, float]:
     """Scale the parts of a row's prefill so that they add up to its TTFT, in milliseconds.
 
-    The parts are timed in a pass of their own. What they leave of the TTFT is "rest".
+    The parts are timed in a separate pass. "rest" is the time between their sum and the TTFT.
     """
     parts = {p: ms for p, ms in row["parts_ms"].items() if p not in ("rest", "total")}
     total = 1e3 * row["ttft_s"]

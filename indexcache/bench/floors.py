@@ -1,7 +1,9 @@
-"""Floors: the shortest time each part of a forward pass can take, from the model's sizes alone.
+"""Compute floors: the shortest time that each part of a forward pass can take.
+
+They follow from the sizes of the model and the rates of the device.
 
 The floor of a part is max(operations / rate of matrix products, bytes that must cross HBM / its
-rate). Launches, synchronisation and gathers out of L2 are not in it.
+rate). Launches, synchronisation and gathers from L2 are not counted.
 
 Symbols: L tokens of a prompt, n tokens in the cache, B sequences, k = index_topk, c the pool
 factor, H x D the index heads, h the attention heads, e = kv_lora + rope, E the hidden size, w = 2
@@ -14,8 +16,8 @@ from indexcache.pattern import Pattern
 from indexcache.shapes import Rates, Shape, count_pairs
 
 # The parts that `indexcache.models.timing` times. "indexer" is its projections, "index_topk"
-# scores and selection, "plan" the grouping of neighbouring queries (which has no floor, because
-# nothing demands it), "linears" the projections of attention, "mlp" MLPs and experts.
+# scores and selection, "plan" the grouping of neighbouring queries, "linears" the projections of
+# attention, "mlp" MLPs and experts. "plan" has no floor, because no result depends on it.
 PARTS = ("indexer", "index_topk", "plan", "attention", "linears", "mlp", "head", "rest")
 INDEX_PARTS = ("indexer", "index_topk")
 WEIGHT = 2  # bytes of a weight, of a latent's element and of an activation

@@ -1,8 +1,8 @@
-"""One measurement: a prefill of a given length, the decoding after it, and where the time went.
+"""Measure a prefill, the decoding after it, and the time of each of their parts.
 
-Clocks are `time.perf_counter` around work that a synchronisation closes. Decoding ends when its
-last token is on the host, and each token is read there while the next step runs, as when text is
-streamed.
+Times are differences of `time.perf_counter` with a synchronisation before the second reading.
+Decoding ends when its last token is on the host. Each token is read there while the next step
+runs, as when text is streamed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from indexcache.pattern import Pattern
 
 WARM_STEPS = 3  # decoding steps before the clock starts; the first one captures the graph
 PART_STEPS = 4  # decoding steps that are timed part by part
-SPARE = WARM_STEPS + 2 * PART_STEPS + 2  # tokens of cache beside the prompt and what it decodes
+SPARE = WARM_STEPS + 2 * PART_STEPS + 2  # tokens of cache beside the prompt and the timed steps
 
 # The instrumented pass is never faster than the plain one. Where it takes less than this share of
 # the plain one's time, that one was still compiling and is timed again.
@@ -69,7 +69,7 @@ def filling_batch(subject: Subject, capacity: int, pattern: Pattern) -> int:
 
 
 def compile_pass(subject: Subject, pattern: Pattern, length: int, chunk: int) -> None:
-    """Run a prefill and a few steps, so that what a measurement would compile is compiled."""
+    """Run a prefill and a few steps, so that a measurement need not compile."""
     ids = prompt_ids(subject, length)
     with torch.no_grad(), use_pattern(subject.model, pattern):
         cache = FastCache(subject.model, length + SPARE)
@@ -91,7 +91,7 @@ def measure(
     """Time a prefill of `context` tokens and `decode_tokens` steps after it under a pattern.
 
     Args:
-        batch: requests that are decoded together, copies of one prompt that go on differently.
+        batch: requests that are decoded together: copies of one prompt that continue differently.
         decode_tokens: number of steps that are timed.
         chunk: tokens of the prefill that go through the model at once.
         seed: random seed of the prompt.
@@ -155,24 +155,24 @@ def measure(
 
 @contextmanager
 def _recorded_selections(subject: Subject, context: int, pattern: Pattern) -> Iterator[int]:
-    """Let a prefill of this length read the recorded selections; yields the bytes that they take.
+    """Let a prefill of this length read the recorded selections; yield the bytes that they take.
 
     Decoding is outside, so it reads what it selects.
     """
     selector = selector_of(subject.model)
     assert isinstance(selector, RecordedSelector)
     topk = subject.shape.topk
-    taken = 0
+    n_bytes = 0
     try:
         if subject.selections:
             ids = subject.selections[0].to(subject.device)
             selector.ids = stretch(ids, topk, context)
-            taken += selector.ids.nbytes
+            n_bytes += selector.ids.nbytes
         if len(subject.selections) > 1 and pattern.pool_factor is not None:
             pools = subject.selections[1].to(subject.device)
             selector.pools = Stretched(pools, topk * pattern.pool_factor, context)
-            taken += selector.pools.nbytes
-        yield taken
+            n_bytes += selector.pools.nbytes
+        yield n_bytes
     finally:
         selector.ids = selector.pools = None
 
@@ -181,7 +181,7 @@ def _floors(
     subject: Subject, context: int, pattern: Pattern, batch: int
 ) -> dict[str, dict[str, float]]:
     """Return the floors of a row, to five digits."""
-    rows = {}
+    floors = {}
     for key, floor in (("floor_ms", prefill_floor), ("decode_floor_ms", decode_floor)):
         parts = floor(
             subject.shape,
@@ -191,8 +191,8 @@ def _floors(
             batch=batch,
             index_dtype=subject.index_dtype,
         )
-        rows[key] = {name: float(f"{ms:.5g}") for name, ms in parts.items()}
-    return rows
+        floors[key] = {name: float(f"{ms:.5g}") for name, ms in parts.items()}
+    return floors
 
 
 def _prefill_s(subject: Subject, ids: Tensor, cache: FastCache, chunk: int) -> float:
@@ -205,7 +205,7 @@ def _prefill_s(subject: Subject, ids: Tensor, cache: FastCache, chunk: int) -> f
 
 
 def _release(subject: Subject) -> None:
-    """Give back the memory that earlier measurements left."""
+    """Free the memory that earlier measurements left."""
     gc.collect()
     if subject.on_gpu:
         torch.cuda.empty_cache()
@@ -214,7 +214,7 @@ def _release(subject: Subject) -> None:
 def _time_steps(
     subject: Subject, cache: FastCache, tokens: Tensor, count: int
 ) -> tuple[Tensor, float]:
-    """Return the last tokens, and the seconds of one of `count` steps after the warm ones."""
+    """Return the last tokens, and the mean seconds of `count` steps after the warm-up steps."""
     decoder = Decoder(subject.model, cache)
     tokens = _steps(decoder, tokens, WARM_STEPS)
     began = time.perf_counter()
@@ -223,9 +223,9 @@ def _time_steps(
 
 
 def _steps(decoder: Decoder, tokens: Tensor, count: int) -> Tensor:
-    """Decode `count` greedy tokens, each request's shifted against those of the one before it.
+    """Decode `count` greedy tokens, and add to each the index of its request.
 
-    Requests that say the same would meet the same experts.
+    Requests with the same tokens would use the same experts.
     """
     shift = torch.arange(len(tokens), device=tokens.device)
 
@@ -291,9 +291,9 @@ def _decode_parts(
 def _graph_parts(
     subject: Subject, cache: FastCache, tokens: Tensor, step_ms: float
 ) -> dict[str, float]:
-    """Time the parts of a step in a CUDA graph of their own, whose marks cost 1 to 2 us each.
+    """Time the parts of a step in a separate CUDA graph, whose marks cost 1 to 2 us each.
 
-    "rest" is what the parts leave of the step without marks.
+    "rest" is the time between the sum of the parts and a step without marks.
     """
     with GraphTimer() as timer:
         decoder = Decoder(subject.model, cache)

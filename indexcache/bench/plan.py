@@ -18,13 +18,15 @@ from indexcache.pattern import Pattern
 from indexcache.report.speed import prediction_table
 from indexcache.shapes import Rates, Shape, rates_named, read_shape
 
-PATTERNS = (("all", 1), ("1/2", 2), ("1/4", 4))  # name, and one full layer in so many
-WORTH = 0.05  # share of a request's GPU time; sharing that saves less is called not worth it
+PATTERNS = (("all", 1), ("1/2", 2), ("1/4", 4))
+"""The name of a pattern, and the number of layers of which one is full."""
+WORTH = 0.05
+"""Sharing that saves less than this share of a request's GPU time is called not worth it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What requests look like, and what a GPU costs.
+    """The sizes of requests, and the price of a GPU.
 
     Attributes:
         context: tokens of a prompt.
@@ -56,13 +58,13 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What requests take and cost under all, 1/2 and 1/4 full layers.
+    """The predicted times and costs of requests under all, 1/2 and 1/4 full layers.
 
     Attributes:
         model: name of the model.
         gpu: name of the device.
         traffic: the requests.
-        basis: "bench" or "floor", what the prediction rests on.
+        basis: "bench" or "floor", on which the prediction rests.
         source: the same in words.
         rows: see `predict`.
         advice: whether sharing pays, in a sentence.
@@ -85,7 +87,7 @@ class Plan:
         return prediction_table(self.rows)
 
     def report(self) -> str:
-        """Render the table with what it is of, the advice, the accuracy and the notes."""
+        """Render a title, the table, the advice, the accuracy and the notes."""
         t = self.traffic
         accuracy = "Predictions have no error to show without --bench."
         if self.basis == "bench":
@@ -127,14 +129,15 @@ def make_plan(
     bench: str | Path | None = None,
     index_dtype: str = "fp8",
 ) -> Plan:
-    """Predict what requests take and cost on a GPU.
+    """Predict the times and costs of requests on a GPU.
 
     Args:
         model: a config.json, a checkpoint folder, `tiny` or a named shape.
         gpu: "H100", "H200", or "bench" for the device that the bench ran on.
         traffic: the requests.
         bench: the bench.json of a bench on that GPU; without it the floors alone are shown.
-        index_dtype: "fp8" or "bf16", of the indexer's keys and queries. A bench's own comes first.
+        index_dtype: dtype of the indexer's keys and queries, "fp8" or "bf16"; that of a bench takes
+            precedence.
 
     Raises:
         ValueError: the model, the GPU or the traffic makes no sense, or the file is no bench.json.
@@ -206,10 +209,10 @@ def predict(
     chunk: int = CHUNK,
     index_dtype: str = "fp8",
 ) -> list[dict[str, Any]]:
-    """Predict what a request takes and costs under all, 1/2 and 1/4 full layers (uniform).
+    """Predict the time and cost of a request under uniform patterns: all, 1/2 and 1/4 full layers.
 
-    A request takes its TTFT, and its share of `output_tokens` steps that `batch` requests make
-    together, each at the length that half of the output has been decoded at.
+    A request takes its TTFT and 1 / batch of `output_tokens` steps, which `batch` requests share. A
+    step is predicted at the length where half of the output is decoded.
 
     Returns:
         Per pattern {"name", "pattern", "full", "layers", "ttft_s", "decode_tok_s" (of one request),
@@ -257,7 +260,7 @@ def predict(
 def worth_from(
     shape: Shape, saving: float, predict_at: Callable[[int], Sequence[Mapping[str, Any]]]
 ) -> int | None:
-    """Find the shortest context, to 5 %, at which the last pattern saves at least `saving`.
+    """Find the shortest context, within 5 %, at which the last pattern saves at least `saving`.
 
     Args:
         predict_at: returns the rows of `predict` at a context.
@@ -283,11 +286,11 @@ def describe_errors(errors: Sequence[Mapping[str, Any]]) -> str:
     if not errors:
         return "The results have one length only, so the error on others is unknown."
     phrases = []
-    for what, label in (("ttft_s", "TTFT"), ("decode_tok_s", "tokens/s")):
-        of_kind = [e for e in errors if e["what"] == what]
-        if of_kind:
-            worst = max(of_kind, key=lambda e: abs(e["error"]))
-            mean = sum(abs(e["error"]) for e in of_kind) / len(of_kind)
+    for quantity, label in (("ttft_s", "TTFT"), ("decode_tok_s", "tokens/s")):
+        matching = [e for e in errors if e["what"] == quantity]
+        if matching:
+            worst = max(matching, key=lambda e: abs(e["error"]))
+            mean = sum(abs(e["error"]) for e in matching) / len(matching)
             phrases.append(
                 f"{label} {mean:.1%} in the mean, at most {abs(worst['error']):.1%} "
                 f"(at {worst['context']} tokens)"
@@ -319,7 +322,7 @@ def _advice(
 
 
 def _rates_of_bench(result: BenchResult | None) -> Rates:
-    """Return the rates that a bench noted of its device."""
+    """Return the rates that a bench recorded for its device."""
     if result is None:
         raise ValueError("--gpu bench takes the device of a bench: give its file with --bench.")
     try:

@@ -1,7 +1,7 @@
-"""Selections of a trained model, for timing a model with random weights.
+"""Time a model with random weights on recorded selections of a trained model.
 
-How much neighbouring queries read in common decides what attention costs, and with random weights
-they have too little in common.
+The cost of attention depends on how many ids neighbouring queries share. With random weights they
+share too few.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from indexcache.ops import Selection
 
 
 def read_selections(word: str) -> tuple[Tensor, ...]:
-    """Read recorded ids, and pools where they are named too, from a safetensors file.
+    """Read recorded ids, and pools if they are named, from a safetensors file.
 
     Args:
         word: "FILE:NAME" or "FILE:NAME,POOL", the names of the file's tensors.
@@ -69,7 +69,7 @@ def _are_selections(ids: Tensor) -> bool:
 
 
 class Stretched:
-    """Recorded ids [R, K] over a longer context, made row by row when asked for.
+    """Recorded ids [R, K] stretched over a longer context; rows are computed on demand.
 
     A row of k ids is k / K copies of a recorded row side by side, spread over the keys that are
     visible. Rows repeat every R. A row with at most k visible keys takes all of them and is padded
@@ -85,7 +85,7 @@ class Stretched:
         """Lay the recorded ids out for a context.
 
         Args:
-            ids_RK: recorded ids, on the device where rows are wanted.
+            ids_RK: recorded ids, on the device that shall hold the rows.
             k: ids of one row.
             length: number of rows.
 
@@ -124,10 +124,12 @@ class Stretched:
         row = torch.arange(start, end, device=self.ids.device)
         shift = self.shift[row // self.recorded][:, :, None]
         out = (shift + self.ids[start:end][:, None, :]).flatten(1)
-        short = min(max(self.k - start, 0), end - start)  # rows with at most k visible keys
+        short = min(
+            max(self.k - start, 0), end - start
+        )  # number of rows with at most k visible keys
         if short:
-            every = torch.arange(self.k, dtype=torch.int32, device=out.device)
-            out[:short] = torch.where(every <= row[:short, None], every, -1)
+            keys = torch.arange(self.k, dtype=torch.int32, device=out.device)
+            out[:short] = torch.where(keys <= row[:short, None], keys, -1)
         return out
 
 
@@ -139,11 +141,12 @@ def stretch(ids_RK: Tensor, k: int, length: int) -> Tensor:
 class RecordedSelector(FastSelector):
     """The fast path's selector; prefills read recorded selections where there are some.
 
-    The indexers run and are timed as always; what they select goes before the recorded ids come.
+    The indexers run and are timed as always. Their selections are freed before the recorded ids are
+    computed.
 
     Attributes:
-        ids: int32 [T, k], what a prefill reads in the place of every selection, or None.
-        pools: makes the ids that F layers publish to R layers, or None.
+        ids: int32 [T, k], which a prefill reads in place of every selection, or None.
+        pools: the pools that F layers publish to R layers, or None.
     """
 
     def __init__(self, model: nn.Module, selector: FastSelector):
@@ -167,7 +170,7 @@ class RecordedSelector(FastSelector):
         if self.ids is not None:
             ids = self.ids[None, end - queries : end].expand(batch, -1, -1)
         if self.pools is not None and pool:
-            candidates = None
+            candidates = None  # This frees the memory before the next pool is computed.
             candidates = self.pools.rows(end - queries, end)[None].expand(batch, -1, -1)
         return Selection(ids, candidates)
 

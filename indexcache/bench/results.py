@@ -1,4 +1,4 @@
-"""The result of a bench: its rows, what follows from them, and its tables and pictures."""
+"""Read the result of a bench, compare its rows, and render tables and plots."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from indexcache.records import read_json
 from indexcache.report.plots import draw_share, draw_speedups
 from indexcache.report.speed import parts_table, speed_table
 
-FILL = "fill"  # the batch that stands for as many requests as fit
-CELL_KEYS = {"context", "pattern", "full", "layers"}  # every row has these, also one that failed
+FILL = "fill"  # This batch means as many requests as fit.
+CELL_KEYS = {"context", "pattern", "full", "layers"}  # A row that failed has these keys too.
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What a bench measured, as bench.json holds it.
+    """The measurements of a bench: the content of bench.json.
 
     Attributes:
         device: name of the device.
         date: ISO date of the last row.
-        model: name of the model, as it was given.
+        model: the model as the user named it.
         random: whether its weights are random.
-        note: what a reader must know of the rows.
+        note: sentences that a reader of the rows must know.
         shape: the sizes of the model; see `shapes.Shape`.
         ceilings: the rates of the device, by which the floors divide; see `shapes.Rates`.
-        settings: what every row has in common.
+        settings: the settings that all rows share.
         published: the published figures of the model, or None.
         rows: what `measure.measure` returns, with "name", "asked" (the batch that was asked for),
             "speedup" against all full, "indexer_share" and the "published" figures where there are
@@ -87,7 +87,7 @@ class BenchResult:
         return result
 
     def to_json(self) -> dict[str, Any]:
-        """Return what bench.json holds."""
+        """Return the content of bench.json."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def table(self) -> str:
@@ -95,7 +95,7 @@ class BenchResult:
         return speed_table(self.rows)
 
     def report(self) -> str:
-        """Render the tables of speeds and parts, with what they are of and the notes."""
+        """Render a title, the tables of speeds and parts, and the notes."""
         measured = not self.ceilings.get("memory")
         source = "measured here" if measured else f"of an {self.ceilings['name']}"
         note = f"Floors: rates {source}. Parts are timed in a pass of their own. {self.note}"
@@ -126,14 +126,14 @@ class BenchResult:
 
 
 def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a row measures: context, pattern and the batch that was asked for."""
+    """Return the key of a row's cell: context, pattern and the batch that was asked for."""
     return row["context"], row["pattern"], row.get("asked", row.get("batch", 1))
 
 
 def derive_rows(
     journal: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Return the last measurement of each cell, with what follows from the others beside it.
+    """Return the last measurement of each cell, and add its gains and published figures.
 
     Args:
         journal: rows in the order in which they were measured.
@@ -200,18 +200,8 @@ def _published_row(published: Mapping[str, Any] | None, row: Mapping[str, Any]) 
     if row["asked"] not in (1, FILL):
         return {}
     share = row["full"] / row["layers"]
-    kept = next(
-        (
-            name
-            for name, fraction in (("all", 1.0), ("1/2", 0.5), ("1/4", 0.25))
-            if abs(share - fraction) < 0.03
-        ),
-        None,
-    )
+    shares = {"all": 1.0, "1/2": 0.5, "1/4": 0.25}
+    name = next((name for name, value in shares.items() if abs(share - value) < 0.03), None)
     at = published["contexts"].index(row["context"])
     quantities = ("ttft_s", "decode_tok_s") if row["batch"] == 1 else ("decode_total_tok_s",)
-    return {
-        quantity: published[quantity][kept][at]
-        for quantity in quantities
-        if kept in published[quantity]
-    }
+    return {q: published[q][name][at] for q in quantities if name in published[q]}

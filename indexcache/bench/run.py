@@ -1,4 +1,4 @@
-"""The benchmark: every context under every pattern, each written down as soon as it is measured."""
+"""Run a bench: measure every context under every pattern, and save each row at once."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a bench measures: each context under each pattern, with each batch.
+    """The cells that a bench measures: each context under each pattern, with each batch.
 
     Attributes:
         contexts: lengths of the prompt in tokens.
-        patterns: patterns, each with a name of its own.
+        patterns: named patterns.
         batches: requests that are decoded together: numbers, or "fill" for as many as fit. Only
             decoding is timed for more than one.
         decode_tokens: tokens that are decoded after each prefill.
@@ -68,14 +68,14 @@ class Grid:
     seed: int = 0
 
     def check(self, shape: Shape, on_gpu: bool) -> None:
-        """Raise ValueError for what cannot be measured on a model of this shape."""
-        for what, values in (
+        """Raise ValueError for a grid that cannot be measured on a model of this shape."""
+        for name, values in (
             ("context", self.contexts),
             ("pattern", self.patterns),
             ("batch", self.batches),
         ):
             if not values:
-                raise ValueError(f"There is no {what} to measure.")
+                raise ValueError(f"There is no {name} to measure.")
         if min(self.decode_tokens, self.chunk) < 1:
             raise ValueError(
                 "At least one token is decoded and a chunk has at least one, not "
@@ -106,7 +106,7 @@ class Cell:
     batch: int | str
 
     def row(self) -> dict[str, Any]:
-        """Return what its row says before anything is measured."""
+        """Return the part of its row that is known before the measurement."""
         pattern = self.named.pattern
         return {
             "context": self.context,
@@ -131,10 +131,10 @@ def run_bench(
     Args:
         subject: the model.
         grid: what to measure.
-        out: a folder, made if need be, where bench.json is written after every row. Rows that are
-            there already are kept, so a run that was killed goes on.
-        fresh: measure everything anew.
-        progress: show a bar of tokens on stderr.
+        out: a folder, created if needed, where bench.json is written after every row. Its rows are
+            kept, so a run that was killed continues.
+        fresh: whether to delete the rows in `out` first.
+        progress: whether to show a progress bar of tokens on stderr.
 
     Raises:
         ValueError: what `Grid.check` refuses, or `out` holds a run with other settings.
@@ -204,7 +204,7 @@ def _measure_all(
             len(cells) - len(missing),
         )
     longest = max((cell.context for cell in missing), default=0)
-    compiled: set[bool] = set()  # with pools, without
+    compiled: set[bool] = set()  # True: with pools; False: without.
     with bar(sum(cell.context for cell in missing), "tok") if progress else nullcontext() as shown:
         for cell in missing:
             if shown is not None:
@@ -224,12 +224,12 @@ def _measure_all(
 def _measure_cell(
     subject: Subject, grid: Grid, cell: Cell, longest: int, compiled: set[bool]
 ) -> dict[str, Any]:
-    """Measure one row, or say in its "error" that there is too little memory for it.
+    """Measure one row, or set its "error" if there is too little memory for it.
 
     Args:
         longest: the largest context of the run, which bounds the pass that compiles.
-        compiled: whether the patterns so far had pools; a pass that compiles comes before the first
-            of each kind.
+        compiled: the kinds of patterns that are compiled, with pools (True) or without (False);
+            this adds the cell's kind after a pass that compiles.
     """
     pattern = cell.named.pattern
     pools = "R" in pattern.roles
@@ -279,11 +279,8 @@ def _result(
     if subject.name in SHAPES:
         uncut = subject.shape.layers == SHAPES[subject.name]["num_hidden_layers"]
         published = published_figures(subject.name) if uncut else None
-    notes = [
-        *[RANDOM_NOTE] * subject.random,
-        *[RECORDED_NOTE] * (recorded > 0),
-        *[RECORDED_POOLS_NOTE] * (recorded > 1),
-    ]
+    notes = [RANDOM_NOTE] if subject.random else []
+    notes += [RECORDED_NOTE, RECORDED_POOLS_NOTE][:recorded]
     return BenchResult(
         device=subject.device_name,
         date=str(datetime.date.today()),

@@ -1,4 +1,4 @@
-"""The model that a bench times: opened, accelerated, and described for the result."""
+"""Open and accelerate the model that a bench times, and describe it for the result."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from indexcache.shapes import SHAPES, Rates, Shape, reachable_of, shape_config, 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """An accelerated model, and what a result says of it.
+    """An accelerated model, and its description in the result.
 
     Attributes:
         model: the model, on the fast path.
-        name: the model as it was named.
+        name: the model as the user named it.
         shape: its sizes.
         random: whether its weights are random.
         dtype: dtype of the weights.
         index_dtype: dtype in which the indexers compare.
-        rates: what the device reaches.
-        device_name: the device in words.
-        identity: changes with the weights.
-        compiled: whether torch.compile fuses what lies between the products.
+        rates: the rates of the device, by which the floors divide.
+        device_name: the name of the device.
+        identity: a string that changes with the weights.
+        compiled: whether the model runs through torch.compile; see `accelerate`.
         selections: recorded ids, then recorded pools, that a prefill reads; see `bench.recorded`.
         text: token ids to prefill with, repeated to the length; random ones where it is empty.
     """
@@ -75,17 +75,17 @@ def open_subject(
     patterns: tuple[Pattern, ...] = (),
     data: str | None = None,
 ) -> Subject:
-    """Open and accelerate a model to time; what can be refused is refused before it is loaded.
+    """Open and accelerate a model to time.
 
     Args:
         model: a named shape, which gets random weights, a checkpoint folder, or `tiny`.
-        layers: take only the first layers of a named shape.
+        layers: number of layers to keep of a named shape, from the first one on; None keeps all.
         dtype: dtype of the weights.
         device: a torch device.
         index_dtype: see `accelerate`.
         seed: random seed of random weights.
-        trust_remote_code: run Python code that lies in the checkpoint.
-        compile: fuse what lies between the products with torch.compile, on a GPU.
+        trust_remote_code: whether to run Python code that lies in the checkpoint.
+        compile: see `accelerate`; ignored on a CPU.
         selections: FILE:NAME[,POOL], see `read_selections`.
         patterns: the patterns to time, which say what widths recorded selections must have.
         data: a file or folder of text to prefill with, repeated to the length.
@@ -152,11 +152,11 @@ def _check_widths(
 
 
 def rates_of(device: str, dtype: str) -> Rates:
-    """Return the rates of a device: the known ones, or those of a product and a copy made here."""
+    """Return the rates of a device from `shapes.DEVICES`, or else measure a product and a copy."""
     where = torch.device(device)
     on_gpu = where.type == "cuda"
-    if on_gpu and (known := reachable_of(torch.cuda.get_device_name(where))):
-        return known
+    if on_gpu and (rates := reachable_of(torch.cuda.get_device_name(where))):
+        return rates
     size, copied = (8192, 1 << 28) if on_gpu else (1024, 1 << 25)
     a = torch.ones(size, size, dtype=DTYPES[dtype], device=where)
     b = torch.ones(copied, dtype=torch.uint8, device=where)
@@ -177,7 +177,7 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all its work; a CPU has."""
+    """Wait until a GPU has done all its work; return at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

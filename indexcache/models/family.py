@@ -1,4 +1,4 @@
-"""What the package needs to know about a model family, and the registry of all families.
+"""Describe what the package needs to know about a model family, and register all families.
 
 To add a family, add one module to `indexcache.models.families`.
 """
@@ -112,7 +112,7 @@ def families() -> dict[str, Family]:
 
 
 def family_named(model_type: Any, where: str = "") -> Family:
-    """Return the family of that model_type; `where` begins the message of the error.
+    """Return the family of that model_type; `where` begins the error message.
 
     Raises:
         ValueError: the package knows no family of that model_type.
@@ -172,7 +172,7 @@ def native_pattern(model: AnyModel) -> Pattern:
 
 
 def check_latent_queries(model: AnyModel, user: str) -> None:
-    """Raise ValueError if a layer computes its queries without a latent; `user` needs one."""
+    """Raise ValueError if a layer computes its queries without a latent, which `user` needs."""
     if any(getattr(layer.self_attn, "q_a_proj", None) is None for layer in decoder_layers(model)):
         raise ValueError(f"{user} needs queries from a latent (q_lora_rank); this model has none.")
 

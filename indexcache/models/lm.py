@@ -19,7 +19,7 @@ def hidden_states(model: AnyModel, ids_BT: Tensor) -> Tensor:
     """Return the final hidden states [B, T, E], after the last norm, of a pass without a cache.
 
     Args:
-        model: a model of any known family, in the pattern in force.
+        model: a model of any known family; the pattern in force applies.
         ids_BT: int64 token ids [B, T], on any device.
     """
     module = module_of(model)
@@ -47,7 +47,7 @@ def token_losses(model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor) -> Tensor:
     out = hidden_BTE.new_empty(ids_BT.shape[0], ids_BT.shape[1] - 1, dtype=torch.float32)
     for span, (logits,) in logit_chunks(model, hidden_BTE):
         target = ids_BT[:, span.start + 1 : span.stop + 1].to(logits.device)
-        # Over rows [B t, V], because cross_entropy over dim 1 of [B, V, t] is far slower.
+        # cross_entropy over dim 1 of [B, V, t] is far slower than over rows [B t, V].
         losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
         out[:, span] = losses.view(target.shape).to(out.device)
     return out

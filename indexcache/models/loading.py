@@ -1,4 +1,4 @@
-"""Load checkpoints, and refuse everything that would give a wrong number later."""
+"""Load checkpoints, and refuse those that would give wrong results later."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BYTES_READ = 1 << 30
-"""Weights of up to this many bytes enter the fingerprint completely, larger ones by samples."""
+"""Weights of at most this many bytes enter the fingerprint completely; larger ones are sampled."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A loaded model with its tokenizer; every function of the package that needs a model takes it.
 
-    The module runs the indexer of every layer that has indexer weights, whatever the config asks.
+    The module runs the indexer of every layer that has indexer weights, whatever pattern the config asks for.
 
     Attributes:
         module: the transformers model, in eval mode.

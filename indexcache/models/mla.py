@@ -1,4 +1,4 @@
-"""Compute the projections of multi-head latent attention (MLA), and read weights past modules.
+"""Compute the projections of multi-head latent attention (MLA), and read weights directly.
 
 Dims: B sequences, S queries, H heads, E hidden, Q and c the latents of queries and keys, n and r
 the dims of a head without and with RoPE, v of its values.
@@ -17,7 +17,7 @@ Norm = Callable[[Any, Tensor], Tensor]  # applies a norm module
 
 
 class Projections(NamedTuple):
-    """What attention computes of its input alone, in the input's dtype.
+    """The projections of an attention module's input, in the input's dtype.
 
     Attributes:
         q_latent: [B, S, Q], normed; the indexer reads it too.
@@ -37,8 +37,8 @@ class Projections(NamedTuple):
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """Return a weight that is used without calling the module's forward.
 
-    Every such reading goes through here, because it passes by whatever the forward does beside
-    multiplying: adapters, hooks, the scales of quantised weights.
+    Every such read goes through here, because it skips whatever the forward does beside the
+    product: adapters, hooks, the scales of quantised weights.
     """
     return getattr(module, name)
 

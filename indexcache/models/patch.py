@@ -1,4 +1,4 @@
-"""Replace the forward of modules, undo it, and keep what is in force on a model.
+"""Replace the forwards of modules, restore them, and keep the state of a model.
 
 Every forward that the package replaces goes through `Patches`, and everything it remembers about
 a model is in the model's `ModelState`. Nothing else is changed: weights, module tree and state
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Patches:
-    """Replaced forwards of modules. `undo()` puts back what was there; so does leaving a context.
+    """Replaced forwards of modules. `undo()`, or leaving it as a context, restores them.
 
     A module may be replaced more than once: patches are undone in reverse order.
     """
@@ -29,7 +29,7 @@ class Patches:
         self._before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Let `forward` run in the place of the module's own."""
+        """Let `forward` run in place of the module's forward."""
         self._before.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 
@@ -53,7 +53,9 @@ class Patches:
 
 @dataclass(eq=False)
 class ModelState:
-    """What is in force on one model. It holds no reference to the model, which would keep it alive.
+    """The patterns and the selector in force on one model.
+
+    It holds no reference to the model, which would keep the model alive.
 
     Attributes:
         patterns: the open `use_pattern` contexts; the last one is the innermost.

@@ -19,7 +19,7 @@ from indexcache.models.seam import Seam, use_pattern
 from indexcache.ops import Selection
 from indexcache.pattern import Pattern
 
-# What a layer returned, and the ids of the selection and of the pool in force after it.
+# The output of a layer, and the ids of the selection and of the pool in force after it.
 Saved = tuple[Any, Tensor | None, Tensor | None]
 
 
@@ -47,7 +47,7 @@ class PrefixCache:
         self.stride = min(-(-total // max(limit_bytes, 1)), layers) or 1
 
     def rebase(self, pattern: Pattern) -> None:
-        """Make `pattern` the trunk: one pass over every batch, from where it differs."""
+        """Make `pattern` the trunk: run every batch from the first layer where it differs."""
         if pattern == self.trunk:
             return
         for index in range(len(self.inputs)):
@@ -61,7 +61,7 @@ class PrefixCache:
     def _run(self, index: int, pattern: Pattern, keep: bool) -> Tensor:
         saved = self.saved[index]
         first = self._first_difference(pattern)
-        # The last layer whose output can be reused.
+        # `start` is the last layer whose output can be reused.
         start = max((i for i in saved if i < first), default=-1)
         if keep:
             for i in [i for i in saved if i > start]:
@@ -107,7 +107,7 @@ class PrefixCache:
 
 
 def _without_groups(output: Any) -> Any:
-    """Drop the query groups of a selection in a layer's output: they are large, and made again."""
+    """Drop the query groups of a selection in a layer's output: they are large, and recomputed."""
     if not isinstance(output, tuple):
         return output
     return tuple(Selection(x.ids) if isinstance(x, Selection) else x for x in output)

@@ -1,4 +1,4 @@
-"""Stock transformers models of any DSA config with random weights.
+"""Make stock transformers models of any DSA config with random weights.
 
 Weights are drawn on the device in their final dtype, tensor by tensor: the 30B shape takes 60 GB in
 bf16 and exists once.
@@ -27,7 +27,7 @@ def random_model(
     Every matrix is drawn from N(0, 0.02), norms are 1 and biases 0.
 
     Args:
-        config: what a config.json holds, with a `model_type` that is known here.
+        config: the content of a config.json, with the `model_type` of a known family.
         dtype: float32, bfloat16 or float16.
         device: a torch device with room for all weights.
         seed: random seed of the weights.
@@ -44,20 +44,20 @@ def random_model(
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     check_device(device)
     _check_room(Shape.of(config).weights * DTYPES[dtype].itemsize, device)
-    made = transformers.AutoConfig.for_model(kind, **values)
+    model_config = transformers.AutoConfig.for_model(kind, **values)
     if family.native_sharing:
-        made.indexer_types = ["full"] * made.num_hidden_layers
+        model_config.indexer_types = ["full"] * model_config.num_hidden_layers
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(DTYPES[dtype])
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                made, attn_implementation="sdpa", dtype=DTYPES[dtype]
+                model_config, attn_implementation="sdpa", dtype=DTYPES[dtype]
             )
     finally:
         torch.set_default_dtype(before)
     for layer in model.model.layers:
-        # transformers keeps this matrix in fp32 when it loads a checkpoint
+        # transformers keeps this matrix in fp32 when it loads a checkpoint.
         layer.self_attn.indexer.weights_proj.float()
     model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -69,8 +69,8 @@ def random_model(
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         for buffer in model.buffers():
             buffer.zero_()
-    # The frequencies of RoPE are buffers, so they were lost on the way and are made again.
-    model.model.rotary_emb = type(model.model.rotary_emb)(made).to(device)
+    # The frequencies of RoPE are buffers, which `to_empty` dropped, so they are computed again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model_config).to(device)
     return model.requires_grad_(False).eval()
 
 

@@ -1,11 +1,11 @@
 """Run a loaded transformers model under a sharing pattern, and undo it: the seam.
 
-Every decoder layer asks its indexer for ids. While a `use_pattern` context is open, another
-`forward` runs on the indexer objects: it decides which layer runs in which role, and a `Selector`
-carries the roles F and R out. Weights, module tree and state dict stay as they are, stock code
-computes everything else, and leaving the context (also through an exception) restores what was
-there before. One thing stays as long as a cache lives that shared layers have filled: a check that
-refuses to continue it where a layer now runs its indexer.
+Every decoder layer asks its indexer for ids. Inside a `use_pattern` context each indexer's forward
+is replaced by that of the layer's role, and a `Selector` computes the selections of F and R layers.
+Weights, module tree and state dict stay as they are, and stock code computes everything else.
+Leaving the context, also through an exception, restores the forwards. A check remains while a cache
+lives that shared layers have filled: it refuses to continue that cache where a layer now runs its
+indexer.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def indexer_forward(
 
 
 class Selector:
-    """Computes selections: carries out the roles F and R.
+    """The computation of selections for the roles F and R.
 
     Attributes:
         path: "stock" or "fast", as results name it.
@@ -101,12 +101,12 @@ class Selector:
         """Select the top k among the ids of `pool`, by the layer's own indexer.
 
         Returns:
-            The selection, and the pool as the next R layer is to be given it.
+            The selection, and the pool for the next R layer.
         """
         raise NotImplementedError
 
     def grouped(self, ids: Tensor) -> Selection:
-        """Make a selection of its ids alone."""
+        """Make a selection of ids int32 [B, S, k]."""
         return Selection(ids)
 
     def answer(self, selection: Selection) -> Any:
@@ -118,10 +118,10 @@ class Selector:
 
 
 class StockSelector(Selector):
-    """Selections by the stock indexers, whose forwards are taken when this is made.
+    """The selector that calls the stock indexers, by the forwards that they have when it is made.
 
     Ids are int32 [B, S, k] in falling order of score. A row with fewer than k keys is filled up
-    with ids in the future, which the mask removes.
+    with ids of future keys, which the mask removes.
     """
 
     path = "stock"
@@ -211,7 +211,7 @@ class Seam:
         self._filled: WeakSet[Any] = WeakSet()  # caches that S layers have seen
 
     def current(self) -> Current:
-        """Return the selection in force: the only way in which layers publish and read one."""
+        """Return the selection in force; layers publish and read one only through this."""
         return self._current
 
     @property
@@ -271,13 +271,13 @@ class Seam:
     def _reindex(self, call: IndexerCall) -> Any:
         current = self.current()
         current.selection = None
-        selection, current.pool = self.selector.reindex(call, _for(call, current.pool))
+        selection, current.pool = self.selector.reindex(call, _on_layer(call, current.pool))
         return self._publish(call.layer, selection)
 
     def _shared(self, call: IndexerCall) -> Any:
         if call.cache is not None:
             self._filled.add(call.cache)
-        return self.selector.answer(_for(call, self.current().selection))
+        return self.selector.answer(_on_layer(call, self.current().selection))
 
     def resume(self, ids: Tensor | None, pool: Tensor | None) -> None:
         """Put the selection and the pool in force that an earlier pass left after some layer."""
@@ -287,14 +287,14 @@ class Seam:
         )
 
 
-def _for(call: IndexerCall, selection: Selection | None) -> Selection:
+def _on_layer(call: IndexerCall, selection: Selection | None) -> Selection:
     """Return a selection that was published for this call, on the device of its layer."""
     assert selection is not None and selection.ids.shape[:2] == call.x.shape[:2]
     return on_device(selection, call.x.device)
 
 
 def on_device(selection: Selection, device: torch.device) -> Selection:
-    """Return the selection on a device; on another one than its own without its groups."""
+    """Move a selection to a device; a move drops its query groups."""
     return selection if selection.ids.device == device else Selection(selection.ids.to(device))
 
 
@@ -349,10 +349,10 @@ def _on_forward(model: DsaModule, check: Any) -> RemovableHandle:
 
 
 def _guard(model: DsaModule, caches: WeakSet[Any]) -> None:
-    """Refuse, after the context, to go on with a cache where indexer keys are missing.
+    """Refuse, after the context, to continue a cache where indexer keys are missing.
 
-    The model, now itself again, would run an indexer in layers that were shared while the cache was
-    filled. The hook takes itself away once no such cache is alive.
+    Without the pattern the model runs indexers in layers that were shared while the cache was
+    filled. The hook removes itself once no such cache is alive.
     """
     state = state_of(model)
     state.guarded.update(caches)

@@ -43,7 +43,7 @@ class _Span(AbstractContextManager[None]):
 
 
 class PartTimer(AbstractContextManager["PartTimer"]):
-    """A timer of every `timed` context that runs while it is open. Only one can be.
+    """A timer of every `timed` context that runs while it is open. Only one can be open.
 
     On a machine with a GPU it records CUDA events, which are read when asked for, so that nothing
     waits inside; otherwise it reads `time.perf_counter`.
@@ -77,7 +77,7 @@ class PartTimer(AbstractContextManager["PartTimer"]):
         It waits for the GPU.
 
         Raises:
-            ValueError: the timer is open, or was never.
+            ValueError: the timer is open, or was never opened.
         """
         if self._total is None or _open is self:
             raise ValueError("milliseconds() is for after the context: with PartTimer() as t: ..")

@@ -1,4 +1,4 @@
-"""Operations of sparse attention with shared indexers: contracts, and dispatch to torch or Triton.
+"""Declare the operations of sparse attention, and run each in torch or Triton.
 
 `indexcache.ops.reference` defines every operation, the legend of the shapes and the rule of
 visibility. Every operation takes a `backend`: "torch" runs the definition; "triton" runs the
@@ -174,7 +174,7 @@ def query_group(ids_BSK: Tensor, heads: int) -> int:
 
 
 def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> QueryGroups:
-    """Unite the ids of each `group` neighbouring queries, with a bit for each query.
+    """Unite the ids of every `group` neighbouring queries, and mark which queries have each id.
 
     Args:
         ids_BSK: int32, ascending in each row, -1 padded at the end, as `index_topk` returns them.
@@ -361,7 +361,7 @@ def _warn_once(operation: str, reason: str) -> None:
 
 
 def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], str | None]) -> bool:
-    """Decide whether the kernels run. `refuse` returns why they cannot take these, or None."""
+    """Decide whether the kernels run. `refuse` returns why they cannot, or None if they can."""
     if backend == "auto":
         backend = tuning.current().backend
     if backend not in BACKENDS:
@@ -377,7 +377,7 @@ def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], st
     elif not on_gpu and not tuning.interpreted():
         reason = f"the tensors are on {x.device.type}, the kernels run on cuda"
     elif not on_gpu and backend == "auto":
-        return False  # the interpreter is for tests, which ask for it by name
+        return False  # Only tests run the interpreter, and they name the backend.
     else:
         reason = refuse()
     if reason is None:
@@ -387,7 +387,7 @@ def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], st
             f"{operation}: backend 'triton' cannot run here: {reason}; "
             "use backend='torch' or 'auto'."
         )
-    if on_gpu:  # on a CPU everybody expects torch
+    if on_gpu:  # On a CPU, torch is the expected backend.
         _warn_once(operation, reason)
     return False
 
@@ -425,7 +425,7 @@ def _check_index(
     if groups is not None and (
         candidates is None or groups.union_BGU.shape[1] != -(-q.shape[1] // groups.group)
     ):
-        raise ValueError("index_topk: the groups are of other candidates.")
+        raise ValueError("index_topk: the groups belong to other candidates.")
     if topk < 1 or pool < 0:
         raise ValueError(
             f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}."
@@ -448,6 +448,6 @@ def _check_mla(
         )
     if groups is not None and groups.union_BGU.shape[1] != -(-ids.shape[1] // groups.group):
         raise ValueError(
-            f"sparse_mla: the groups are of other ids: {groups.union_BGU.shape[1]} groups of "
+            f"sparse_mla: the groups belong to other ids: {groups.union_BGU.shape[1]} groups of "
             f"{groups.group}, {ids.shape[1]} queries."
         )

@@ -1,4 +1,4 @@
-"""Unite the ids of neighbouring queries, sorted, with a bit for each query.
+"""Unite the sorted ids of neighbouring queries, and set a bit for each query that has an id.
 
 The lists ascend, so no kernel sorts; none uses atomics either.
 
@@ -31,9 +31,9 @@ REGISTERS = 128
 def search(k: int) -> str:
     """Write the PTX of `_rank` among k entries, a power of two.
 
-    It searches four ids ($8 to $11) in the lists at $4 to $7 and returns rank | is there << 16 of
-    each ($0 to $3). It takes half the instructions of compiled code, and a thread searches for
-    four ids at a time.
+    It searches four ids ($8 to $11) in the lists at $4 to $7 and returns rank | (1 if it
+    is an entry) << 16 of each in $0 to $3. A thread searches for four ids at a time, with half the
+    instructions of compiled code.
     """
     steps = [1 << i for i in reversed(range(k.bit_length() - 1))] + [1]
     lines = ["mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"]
@@ -266,13 +266,8 @@ def group_queries(ids: Tensor, group: int) -> QueryGroups:
         return QueryGroups(union.fill_(-1), bits.zero_(), count.zero_(), group)
     n_all, workers = batch * n_groups, current().index.workers
     arguments: dict[str, Any] = {"p_ids": ids, "p_union": union, "p_bits": bits, "p_count": count}
-    arguments |= {
-        "n_queries": queries,
-        "n_groups": n_groups,
-        "n_all": n_all,
-        "GROUP": group,
-        "K": k,
-    }
+    arguments |= {"n_queries": queries, "n_groups": n_groups, "n_all": n_all}
+    arguments |= {"GROUP": group, "K": k}
     if k >= LONG:
         programs = min(n_all, 4 * workers)
         bitmaps = torch.zeros(programs, group, WORDS, dtype=torch.int32, device=device)

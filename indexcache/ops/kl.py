@@ -1,7 +1,7 @@
 """Compute the distillation loss of one indexer, which learns the dense attention of its layers.
 
-Queries come in chunks of R rows against the N keys before the chunk's end. Two fp32 matrices [R, N]
-are held, and one layer's keys at a time.
+Queries are processed in chunks of R rows against the N keys before the chunk's end. Memory holds two
+fp32 matrices [R, N], and the keys of one layer at a time.
 
   normalise     computes a layer's log-sum-exp of each query and head, where its attention kernel
                 did not give it
@@ -125,9 +125,8 @@ def teach(
 ):
     """Write weight * p into the target. grid (blocks of BM queries, blocks of BN keys).
 
-    The queries are start..stop. p_q and p_lse begin at `start`. ADD: the target holds other layers'
-    attention already, and this is added.
-    p_entropy fp32: each program's sum of p log p, nats.
+    The queries are start..stop. p_q and p_lse begin at `start`. ADD: add to the attention of other
+    layers in the target. p_entropy fp32: the sum of p log p of each program, nats.
     """
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -325,7 +324,7 @@ def grad_keys(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Compute the share of dk that the queries start..stop give. grid (blocks of BN keys, shares).
+    """Compute partial sums of dk over the queries start..stop. grid (blocks of BN keys, shares).
 
     A share is n_share heads. p_dk fp32 [shares, stop, D].
     """
@@ -386,7 +385,8 @@ def index_kl(
     if gradients:
         dq, dk, dw = (torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (q, k, w))
         grads = dq, dk, dw
-    side = current().kl.largest()  # tiles are written and read whole, so matrices are padded to it
+    # Kernels read and write complete tiles, so matrices are padded to their largest side.
+    side = current().kl.largest()
     rows = min(max(block_bytes // (8 * length) // side, 1) * side, current().kl.rows)
     padded = [triton.cdiv(n, side) * side for n in (min(rows, length), length)]
     scores, target = (torch.empty(padded, dtype=torch.float32, device=device) for _ in range(2))
@@ -482,18 +482,13 @@ class _Chunk:
         """Return the arguments that the indexer's kernels share."""
         heads, dim = q.shape[1:]
         tensors = {"p_q": q[self.start :], "p_k": k, "p_w": w[self.start :]}
-        strides = {
-            "s_qt": q.stride(0),
-            "s_qh": q.stride(1),
-            "s_kt": k.stride(0),
-            "s_w": w.stride(0),
-        }
-        strides["s_score"] = self.scores.stride(0)
+        strides = {"s_qt": q.stride(0), "s_qh": q.stride(1), "s_kt": k.stride(0)}
+        strides |= {"s_w": w.stride(0), "s_score": self.scores.stride(0)}
         return {**tensors, **strides, **self.rows, "n_heads": heads, "D": dim, "DP": power(dim, 16)}
 
 
 def _divisor(q: Tensor) -> int:
-    """Return how many times smaller tiles are: fp32 has twice the bytes."""
+    """Return the divisor of tile sides: 2 for fp32, which has twice the bytes, else 1."""
     return 2 if q.dtype == torch.float32 else 1
 
 

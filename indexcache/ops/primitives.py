@@ -1,4 +1,4 @@
-"""Triton helpers that several kernels share, and scores as integers in the contract's order."""
+"""Define Triton helpers that several kernels share, among them the sort keys of scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from indexcache.ops.tuning import interpreted
 
-NONE = tl.constexpr(-(2**31))  # the key of what is no candidate at all; below every key of a score
+NONE = tl.constexpr(-(2**31))  # the key of no candidate, below the keys of all scores
 LOWEST = tl.constexpr(-2139095041)  # the key of -inf
 INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -12,7 +12,7 @@ from torch import Tensor
 from indexcache.ops.reference import FP8, hadamard, half_split
 from indexcache.ops.tuning import current
 
-BLOCK = 64  # rows of a program at a time, as a product of one warpgroup has; half for few rows
+BLOCK = 64  # rows of a program at a time, as in a product of one warpgroup; half for few rows
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def quantize_rows(
         x = tl.load(p_x + at, mask=m, other=0.0).to(tl.float32)
         if r > 0:
             x = _rotate(x, p_x, p_cos, p_sin, o_row, m, n_heads, D, r, INTERLEAVED, BLOCK)
-            x = x.to(p_x.dtype.element_ty).to(tl.float32)  # as transformers leaves it
+            x = x.to(p_x.dtype.element_ty).to(tl.float32)  # transformers rounds here too
         amax = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
         if p_signs is not None:
             # Signs are exact in fp16, and so is a bf16 number divided by a power of two (numbers
@@ -111,7 +111,7 @@ def quantize_rows(
         scale = tl.where(amax == float("inf"), float("nan"), scale)
         y = tl.maximum(x / scale[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
         y = tl.minimum(y, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        if INTERLEAVED and p_signs is None:  # the signs undo this order themselves
+        if INTERLEAVED and p_signs is None:  # The order of the signs does this.
             at = (
                 o_row.to(tl.int64)[:, None] * D
                 + tl.where(o_d < 2 * r, o_d % 2 * r + o_d // 2, o_d)[None, :]

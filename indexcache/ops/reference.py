@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain torch. Kernels are tested and timed against it.
+"""Define every operation in plain torch; kernels are tested and timed against it.
 
 Shapes: B batch, S queries, T keys, H heads (index or attention), D index dim, P candidates of a
 query, K selected ids, E latent dim (V value dims, then R rotary dims), G groups of neighbouring
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Bytes of the largest intermediate, [B, s, H, P] or [B, s, P, D] in fp32.
+# Max bytes of an intermediate, [B, s, H, P] or [B, s, P, D] in fp32.
 CHUNK_BYTES = 1 << 26
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-Gradients = tuple[Tensor, Tensor, Tensor]  # those of an indexer's queries, keys, head weights
+Gradients = tuple[Tensor, Tensor, Tensor]  # gradients of queries, keys, head weights
 
 
 class QueryGroups(NamedTuple):
@@ -44,12 +44,12 @@ class QueryGroups(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The tokens that an indexer selected, as one value on its way from the indexer to attention.
+    """The tokens that an indexer selected, as it passes them to attention.
 
     ids: int32 [B, S, k], ascending in each row, -1 padded at the end.
     pool: int32 [B, S, P] in the same form, the candidates that an F layer publishes to its R
         layers.
-    groups: what neighbouring queries read together, where the kernel of attention reads so.
+    groups: the query groups of `ids`; None where each query is processed by itself.
     """
 
     ids: Tensor
@@ -92,9 +92,9 @@ class AttentionTarget(NamedTuple):
         if self.absorb_Hmc is None:
             return self.latent_TE[:, None]
         c = self.absorb_Hmc.shape[2]
-        of_heads = torch.einsum("tc,hmc->thm", self.latent_TE[:, :c], self.absorb_Hmc)
-        shared = self.latent_TE[:, None, c:].expand(-1, of_heads.shape[1], -1)
-        return torch.cat([of_heads, shared], -1)
+        per_head = torch.einsum("tc,hmc->thm", self.latent_TE[:, :c], self.absorb_Hmc)
+        shared = self.latent_TE[:, None, c:].expand(-1, per_head.shape[1], -1)
+        return torch.cat([per_head, shared], -1)
 
     def queries(self, rows: slice) -> Tensor:
         """Return these rows' absorbed queries [t, H, E], which are compared with `latent_TE`."""
@@ -198,24 +198,19 @@ def index_topk(
     for b in range(batch):
         for start in range(0, queries, chunk):
             rows = slice(start, start + chunk)
+            q, k, w = q_BSHD[b : b + 1, rows], k_BTD[b : b + 1], w_BSH[b : b + 1, rows]
+            limits = visible[b, rows]
             if candidates_BSP is None:
                 # Keys that no row of the chunk sees are not read: a cache may hold anything there.
-                seen = int(visible[b, rows].max())
-                ids = torch.arange(seen, device=k_BTD.device).expand(
-                    visible[b, rows].shape[0], seen
-                )
-                scores = index_scores(
-                    q_BSHD[b : b + 1, rows], k_BTD[b : b + 1, :seen], w_BSH[b : b + 1, rows]
-                )[0]
+                seen = int(limits.max())
+                ids = torch.arange(seen, device=k_BTD.device).expand(len(limits), seen)
+                scores = index_scores(q, k[:, :seen], w)[0]
             else:
                 ids = candidates_BSP[b, rows].long()
-                within = ids.clamp(0, max(keys - 1, 0))
-                scores = index_scores(
-                    q_BSHD[b : b + 1, rows], k_BTD[b : b + 1], w_BSH[b : b + 1, rows], within[None]
-                )[0]
+                scores = index_scores(q, k, w, ids.clamp(0, max(keys - 1, 0))[None])[0]
             if k_scale_BT is not None:
                 scores = scores * k_scale_BT[b].float()[ids.clamp(min=0)]
-            allowed = (ids >= 0) & (ids < visible[b, rows, None])
+            allowed = (ids >= 0) & (ids < limits[:, None])
             for out, n in zip(outs, widths, strict=True):
                 slots = select(scores, allowed, n)
                 if ids.shape[1]:
@@ -262,22 +257,19 @@ def sparse_mla(
             out, lse = checkpoint(_attend, *args, use_reentrant=False) if graph else _attend(*args)
             outs.append(out)
             lses.append(lse)
+    shape = (batch, queries, heads)
     if not outs:
-        return q_BSHE.new_zeros(batch, queries, heads, value_dim), q_BSHE.new_zeros(
-            batch, queries, heads, dtype=torch.float32
-        )
-    return torch.cat(outs).view(batch, queries, heads, value_dim), torch.cat(lses).view(
-        batch, queries, heads
-    )
+        return q_BSHE.new_zeros(*shape, value_dim), q_BSHE.new_zeros(shape, dtype=torch.float32)
+    return torch.cat(outs).view(*shape, value_dim), torch.cat(lses).view(shape)
 
 
 def group_queries(ids_BSK: Tensor, group: int) -> QueryGroups:
     """Define `ops.group_queries`, whose docstring is the contract."""
     batch, queries, k = ids_BSK.shape
     groups = -(-queries // group)
-    ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, groups * group - queries), value=-1).view(
-        batch, groups, group * k
-    )
+    lacking = groups * group - queries
+    ids = torch.nn.functional.pad(ids_BSK, (0, 0, 0, lacking), value=-1)
+    ids = ids.view(batch, groups, group * k)
     bits = (1 << torch.arange(group, device=ids.device)).repeat_interleave(k)
     last = torch.iinfo(torch.int32).max
     ids, order = torch.where(ids < 0, last, ids).sort(dim=-1, stable=True)
@@ -320,13 +312,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     Computed in fp32, returned in x's dtype.
     """
     r = cos.shape[-1]
-    rotary, other = x[..., : 2 * r].float(), x[..., 2 * r :]
+    rotary, unrotated = x[..., : 2 * r].float(), x[..., 2 * r :]
     pairs = rotary.unflatten(-1, (r, 2) if interleaved else (2, r))
     a, b = pairs.unbind(-1 if interleaved else -2)
-    out = torch.stack(
-        [a * cos - b * sin, b * cos + a * sin], dim=-1 if interleaved else -2
-    ).flatten(-2)
-    return torch.cat([out.to(x.dtype), other], dim=-1)
+    rotated = [a * cos - b * sin, b * cos + a * sin]
+    out = torch.stack(rotated, dim=-1 if interleaved else -2).flatten(-2)
+    return torch.cat([out.to(x.dtype), unrotated], dim=-1)
 
 
 def half_split(x: Tensor, half: int) -> Tensor:
@@ -382,8 +373,8 @@ def index_kl(
 ) -> tuple[Tensor, Gradients | None]:
     """Define `ops.index_kl`, whose docstring is the contract.
 
-    A block of queries holds its scores, one layer's attention and their mean, turns the difference
-    into gradients and is dropped: memory is that of a block and of the gradients.
+    Queries are processed in blocks, so memory is that of the scores and attention of one block and
+    of the gradients.
     """
     inputs = (q_SJD, k_TD, w_SJ)
     total = q_SJD.new_zeros((), dtype=torch.float64)
@@ -408,7 +399,7 @@ def _block_kl(
     q, k, w = inputs
     products, scores = block.scores(q, k, w)
     target = torch.zeros_like(scores)
-    # the negative entropy of the target, sum p log p
+    # This is the negative entropy of the target, sum p log p.
     entropy = torch.zeros((), dtype=torch.float64, device=scores.device)
     for layer, weight in zip(targets, weights, strict=True):
         p = block.attention(layer)
@@ -455,7 +446,7 @@ class QueryBlock:
         return self._hide_(logits).softmax(-1).mean(1)
 
     def add_gradients(self, d_tJN: Tensor, q_SJD: Tensor, k_TD: Tensor, grads: Gradients) -> None:
-        """Add to the gradients of q and k what the gradient of the block's products gives."""
+        """Propagate the gradient of the block's products back to q and k."""
         d, q = d_tJN.to(q_SJD.dtype), q_SJD[self.rows]
         if self.ids is not None:
             grads[0][self.rows] = _product(d, k_TD[self.ids])

@@ -1,6 +1,6 @@
-"""Tuning constants: the kernels' speed depends on them, their results only by rounding.
+"""Define the tuning constants, which change the kernels' speed, and results only by rounding.
 
-Figures: docs/kernels.md.
+docs/kernels.md has the measurements.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class IndexTuning:
     chunk: int = 8192
     "Prefill queries per chunk."
     workspace: int = 1 << 29
-    "Bytes of rows of scores held at a time, in decoding and for pools."
+    "Max bytes of score rows at a time, in decoding and for pools."
     rows_below: int = 32
     "Fewer queries than this use the row kernel."
     workers: int = 132
@@ -92,7 +92,7 @@ class Tile:
     def options(self, side: int, divisor: int) -> dict[str, int]:
         """Compute launch options for a tile `divisor` times smaller in both directions.
 
-        `side` is the size of the side that a program has to itself: 64 rows of it get four warps.
+        `side` is the side of the tile that is divided among warps, 16 rows for each.
         """
         tile = {"BM": max(self.queries // divisor, 32), "BN": max(self.keys // divisor, 32)}
         warps = min(max(side // divisor // 16, 4), 8)

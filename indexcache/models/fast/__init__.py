@@ -1,1 +1,1 @@
-"""The fast path: an accelerated model, its cache, prefill, decoding."""
+"""Run a model on the fast path: acceleration, cache, prefill, decoding."""

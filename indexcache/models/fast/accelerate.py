@@ -54,7 +54,8 @@ class FastModel:
     def __init__(self, model: DsaModule):
         self.model = model
         self.patches = Patches()
-        self._experts: Any = None  # the implementation before
+        # The implementation of experts that `group_experts` replaced.
+        self._experts: Any = None
 
     def undo(self) -> None:
         """Restore the stock model. Calling it twice changes nothing.
@@ -81,9 +82,9 @@ class FastModel:
         self.undo()
 
     def group_experts(self) -> None:
-        """Run the experts in one grouped product each.
+        """Run each projection of the experts as one grouped product.
 
-        Stock loops over experts and waits for the GPU, which a CUDA graph cannot.
+        Stock loops over experts and waits for the GPU, which a CUDA graph cannot do.
         """
         before = self.model.config._experts_implementation
         if before == "eager":
@@ -95,19 +96,19 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
     """Put a loaded model on the fast path, until `undo`.
 
     Weights, module tree and state dict stay as they are. Results differ from stock by rounding,
-    and where two keys have all but the same indexer score, by which of them is selected. Inference
-    only; attention weights are not returned. Routers that must take all groups of experts skip
-    their choice. On a GPU the norms are fused and the experts run in grouped products as well.
+    and of two keys with nearly equal indexer scores the other one may be selected. The fast path is
+    for inference and returns no attention weights. Routers that must take all groups of experts
+    skip the choice of groups. On a GPU the norms are fused and the experts run in grouped products.
 
     Args:
         model: a loaded model, or its transformers module, of a known family.
-        index_dtype: how the indexer compares: "auto" in the model's dtype, "bf16", or "fp8" (e4m3
-            with a scale for each vector, after a Hadamard rotation: half the memory and time,
-            another selection at the edge).
-        compile: run MLPs, experts, projections and norms through torch.compile, which fuses what
-            lies between the products, and a step of one sequence with a `FastCache` in three pieces
-            a layer, in which hooks put on submodules of a layer later are not called. The first
-            calls take their time.
+        index_dtype: the dtype in which the indexer compares: "auto" for the model's, "bf16", or
+            "fp8": e4m3 with a scale for each vector after a Hadamard rotation, which takes half the
+            memory and time and may change the last of the k selected ids.
+        compile: run MLPs, experts, projections and norms through torch.compile, which fuses the
+            operations between matrix products. A step of one sequence with a `FastCache` runs as
+            three compiled functions a layer, which skip hooks that are added to its submodules
+            later. The first calls are slow, because they compile.
 
     Raises:
         ValueError: unknown family, a model that is accelerated already or under a pattern, one
@@ -156,7 +157,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
                 fast.patches.replace(layer, layer_forward(layer, family.native_sharing, step))
         for submodule in module.modules():
             if has_one_choice_of_groups(submodule):
-                # A method, since a partial would be compiled anew for each router.
+                # A bound method is compiled once; a partial would be compiled for each router.
                 fast.patches.replace(submodule, MethodType(route, submodule))
             elif gpu and hasattr(submodule, "variance_epsilon"):
                 fast.patches.replace(submodule, partial(wrapped_norm, submodule))
@@ -189,7 +190,7 @@ def _full(state: ModelState, call: IndexerCall) -> Selection:
 
 
 def _model_forward(model: DsaModule, state: ModelState):
-    """Make the decoder's forward, with a `Padding` in the place of the dense causal mask."""
+    """Make the decoder's forward, which replaces the dense causal mask by a `Padding`."""
     stock = model.model.forward
     names = set(model.config.layer_types) | {"indexed_attention"}
 

@@ -1,4 +1,4 @@
-"""The cache of the fast path.
+"""Cache latents and indexer keys on the fast path.
 
 Each layer has one tensor of latents, and indexer keys if it runs its indexer. Stock caches grow by
 concatenation, which copies all cached tokens at every chunk, and they store the latent apart from
@@ -34,7 +34,7 @@ class FastLayer(CacheLayerMixin):
 
     Attributes:
         latents: [B, C, c + r], the latent and the rotary key of each token.
-        indexer_keys: [B, C, D], e4m3 or a float dtype; None while the layer was always shared.
+        indexer_keys: [B, C, D], e4m3 or a float dtype; None if the layer was always shared.
         indexer_scales: fp32 [B, C], only beside e4m3 keys.
         length: number of tokens that have latents.
         indexed: number of tokens that have indexer keys.
@@ -282,7 +282,7 @@ class FastCache(Cache):
         super().__init__(layers=[FastLayer(batch, capacity) for _ in decoder_layers(model)])
         self.capacity = capacity
         self.padded = False
-        # How many tokens each sequence is shorter than the longest; None if all are equally long.
+        # Number of tokens that each sequence lacks to the longest; None if all are equally long.
         self._shortfalls: list[int] | None = None
 
     @property

@@ -88,7 +88,7 @@ class Decoder:
         assert self.cache.capacity is not None
         if max(lengths) >= self.cache.capacity:
             raise ValueError(f"The cache is full: it was made for {self.cache.capacity} tokens.")
-        if lengths != self._lengths:  # Somebody else has changed the cache.
+        if lengths != self._lengths:  # The cache was changed between steps.
             self.positions_B.copy_(torch.tensor(lengths))
         self.tokens_B1.copy_(tokens_B[:, None])
         if not self.graph:
@@ -162,8 +162,8 @@ class Decoder:
     def _capture(self) -> None:
         """Capture a step.
 
-        However often a step runs, it writes the same values at the same positions, so the steps
-        before the capture leave no trace.
+        A step that runs again writes the same values at the same positions, so the steps before the
+        capture change nothing.
         """
         self._graph = None
         self._graph_logits = torch.empty(0)  # This frees the memory of the old graph.
@@ -215,8 +215,8 @@ def sample(
 ) -> Tensor:
     """Return the best tokens, or a draw from softmax(logits / temperature), as int64 [B].
 
-    It stays on the device, which torch.multinomial may not: the largest quotient of a probability
-    and an exponential variate marks a draw.
+    A draw is the token with the largest quotient of its probability and an exponential variate.
+    torch.multinomial may wait for the device; this does not.
     """
     if not temperature:
         return logits_BV.argmax(-1)

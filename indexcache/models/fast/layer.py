@@ -1,9 +1,9 @@
 """Compute a decoder layer on the fast path: MLA in MQA form, routers, experts.
 
-For one token a product only reads its weights, and a layer is two dozen short kernels. There
-`CompiledStep` runs all but the cache, the selection and attention, in three functions under
-torch.compile with coordinate descent. It writes such products itself, and fuses them with norms,
-RoPE, the gathering of experts and residuals.
+For one token a product takes as long as reading its weights, and a layer is two dozen short
+kernels. `CompiledStep` therefore runs all but the cache, the selection and attention in three
+functions under torch.compile with coordinate descent. The compiler fuses the products of one row
+with norms, RoPE, the gathering of experts and residuals.
 
 Dims: B sequences, S queries, T keys, H heads, E hidden, Q and c the latents of queries and keys, n
 and r the dims of a head without and with RoPE, v of its values, k experts of a token.
@@ -88,8 +88,8 @@ def attention_forward(
 ) -> Callable[..., Any]:
     """Make the forward of an attention module `a`: MLA in MQA form.
 
-    Queries absorb the key part of kv_b_proj, attention runs over latents, and the value part comes
-    after.
+    Queries absorb the key part of kv_b_proj, attention runs over latents, and its output passes the
+    value part.
 
     Args:
         returns_ids: return the selection as well, as families with native sharing do.
@@ -158,10 +158,10 @@ def _selection(
     cache: Any,
     previous: ops.Selection | None,
 ) -> ops.Selection:
-    """Return the selection of a layer's indexer, or else the one that was passed on to it."""
+    """Return the selection of a layer's indexer, or else the one of the layer before."""
     if a.indexer is not None:
         selection = a.indexer(x, q_latent, rope, padding, position_ids, cache)
-        # An indexer whose forward somebody else replaced returns ids.
+        # An indexer whose forward another library replaced returns ids.
         return ops.Selection(selection) if isinstance(selection, Tensor) else selection
     if previous is None:
         raise ValueError("A shared layer needs the selection of a full layer before it.")
@@ -222,8 +222,8 @@ class CompiledStep:
 def runs_in_pieces(layer: Any) -> bool:
     """Return whether `CompiledStep` may run this layer.
 
-    Its functions read weights and skip forwards. So they must not run where somebody replaced a
-    forward, added a hook, or chose another implementation of experts.
+    Its functions read weights and skip forwards, so they must not run where a forward was replaced,
+    a hook was added, or another implementation of experts was chosen.
     """
     config = getattr(getattr(layer.mlp, "experts", None), "config", None)
     implementation = getattr(config, "_experts_implementation", None)
@@ -234,9 +234,9 @@ def runs_in_pieces(layer: Any) -> bool:
 
 
 def wrap_step() -> Wrap:
-    """Make torch.compile write the products of one row as reductions.
+    """Return a torch.compile that writes products of one row as reductions.
 
-    Each is tuned on the device at the first step.
+    It tunes each of them on the device at the first step.
     """
     return partial(torch.compile, dynamic=True, options={"coordinate_descent_tuning": True})
 

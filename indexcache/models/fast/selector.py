@@ -18,7 +18,7 @@ from indexcache.ops import Selection
 
 @dataclass(frozen=True)
 class IndexInputs:
-    """What `ops.index_topk` compares in one call.
+    """The inputs of one call of `ops.index_topk`.
 
     Attributes:
         q, w: queries [B, S, H, D] and head weights [B, S, H].
@@ -34,15 +34,15 @@ class IndexInputs:
 
 
 class FastSelector(Selector):
-    """Selections by `ops.index_topk`.
+    """The selector that calls `ops.index_topk`.
 
     Ids are int32 [B, S, k], ascending, -1 where a row has fewer than k keys.
 
     Args:
         model: a loaded transformers model.
         index_dtype: see `accelerate`.
-        project, project_one: run in the place of the family's projection of the indexer, the second
-            for one token of one sequence.
+        project, project_one: replace the family's projection of the indexer, the second one for a
+            single token of a single sequence.
     """
 
     path = "fast"
@@ -118,7 +118,7 @@ class FastSelector(Selector):
         """Project queries and keys, and store the keys in the dtype in which they are compared."""
         with timed("indexer"):
             project = self.project_one if call.x.shape[:2] == (1, 1) else self.project
-            # RoPE goes with the quantisation where the keys need not be kept without.
+            # The quantisation applies RoPE, unless the cache keeps unquantised keys.
             fused = self.index_dtype == "fp8" and (
                 call.cache is None or isinstance(call.cache, FastCache)
             )
@@ -129,7 +129,7 @@ class FastSelector(Selector):
     def _quantiser_rope(self, call: IndexerCall) -> tuple[Tensor, Tensor]:
         """Return cos and sin [B, S, r] as the quantisation takes them.
 
-        They are made once for all layers of a forward pass.
+        All layers of a forward pass use the same two tensors.
         """
         if self._rope is None or self._rope[0] is not call.rope[0]:
             half = call.indexer.qk_rope_head_dim // 2
@@ -140,9 +140,10 @@ class FastSelector(Selector):
     def _stored(
         self, call: IndexerCall, q: Tensor, k: Tensor, w: Tensor, rope: Rope | None
     ) -> IndexInputs:
+        """Append the keys to the cache, and convert all inputs to the index dtype."""
         fast = isinstance(call.cache, FastCache)
         if call.cache is not None and not fast:
-            # Unquantised: a cache that is not ours has no place for scales.
+            # A cache of transformers has no place for scales, so it keeps unquantised keys.
             k = call.cache.update_indexer(k, call.layer)
         scale = None
         if self.index_dtype == "fp8":

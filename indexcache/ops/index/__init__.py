@@ -1,1 +1,1 @@
-"""Scores of the lightning indexer and the selection of the top k."""
+"""Compute scores of the lightning indexer and select the top k."""

@@ -1,8 +1,8 @@
 """Run the selection with kernels: split a call into chunks, allocate the workspace, launch.
 
 The dispatch in ops/__init__.py calls `run_index_topk` after it has checked the shapes. There are
-three ways: prefill tiles, whose scores go straight to lists (`_prefill`); rows of keys for few
-queries and for pools (`_rows`); pools of neighbouring queries together (`_pools`). No step reads
+three ways: `_prefill` scores tiles and appends straight to lists; `_rows` writes rows of keys, for
+few queries and for pools; `_pools` scores the pools of neighbouring queries together. No step reads
 device memory on the host, so a whole call can be captured in a CUDA graph when T and S are fixed.
 """
 
@@ -174,19 +174,19 @@ def _pools(
     bytes_per_row = 8 * min(power(columns), sampling.listed)
     step = max(current().index.workspace // bytes_per_row // group, 1) * group
     for b, start, end, rows in _chunks(x, step):
-        part = x.chunk(b, start, end)
+        chunk = x.chunk(b, start, end)
         at = slice(start // group, -(-end // group))
-        some = QueryGroups(
+        chunk_groups = QueryGroups(
             groups.union_BGU[b, at], groups.mask_BGU[b, at], groups.count_BG[b, at], group
         )
-        lists = Lists(part.queries, 1, columns, sampling.listed, out.device)
+        lists = Lists(chunk.queries, 1, columns, sampling.listed, out.device)
         if columns > sampling.listed:
-            sampled = torch.empty(part.queries, width, dtype=torch.int32, device=out.device)
-            score_pools(part, some, stride=stride, out=sampled)
+            sampled = torch.empty(chunk.queries, width, dtype=torch.int32, device=out.device)
+            score_pools(chunk, chunk_groups, stride=stride, out=sampled)
             lists.set_thresholds(Rows(sampled), union_sampling, keys=width)
         else:
             lists.take_all()
-        score_pools(part, some, lists=lists)
+        score_pools(chunk, chunk_groups, lists=lists)
         pool_rows = None if pool is None else pool[rows]
         lists.pick(out[rows], pool_rows)
-        rescue(part, lists.flag, candidates[b, start:end], out[rows], pool_rows)
+        rescue(chunk, lists.flag, candidates[b, start:end], out[rows], pool_rows)

@@ -235,7 +235,7 @@ def rescue_fused(
     POOL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Select the rows that are flagged anew; grid (workers,), which share n_rows rows.
+    """Select again the rows that are flagged; grid (workers,), which share n_rows rows.
 
     A worker writes all keys of a row into its own row of p_work and bisects there. Column c of a
     row is key p_ids[row, c], or key c where p_ids is None.

@@ -54,7 +54,7 @@ def _relu(x):
 
 @gluon.jit
 def lane_ranks(keep):
-    """Count for each register of a warp (the lower lanes that keep theirs, all lanes that do)."""
+    """Count the lanes that keep a register's value: those below this lane, and those of the warp."""
     return gl.inline_asm_elementwise(
         BALLOT, "=r,=r,r", [keep.to(gl.int32)], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
     )

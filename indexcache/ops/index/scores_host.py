@@ -17,7 +17,7 @@ from indexcache.ops.tuning import current, power, segments
 
 
 class Inputs:
-    """Tensors as the kernels want them: contiguous, except for the strides that they take.
+    """The tensors of a call as the kernels take them: contiguous, except for the keys' strides.
 
     q: [B, S, H, D]; k: [B, T, D], dtype of q; w: fp32 [B, S, H]; scale: fp32 [B, T] or None;
     offset: int64 [B], the position of the first query.

@@ -9,7 +9,7 @@
               selects it. The sample decides the speed, never the result
   pick_row    does the same without lists for rows that fit into registers (pools)
 
-Scores are compared as int32 keys (`primitives.sort_key`). The key NONE marks what is no candidate.
+Scores are compared as int32 keys (`primitives.sort_key`). The key NONE marks entries that are no candidates.
 Rows and lists hold either keys or fp32 scores, which become keys when they are read. The fused
 kernels (scores.py, scores_hopper.py) write the same lists without a row of scores in between.
 
@@ -266,7 +266,7 @@ def _write(
 def _cuts(keys, min_key, total, TOPK: tl.constexpr, POOL: tl.constexpr):
     """Return `kth_key` for the selection and for the pool; the keys of no candidate are NONE.
 
-    min_key: no candidate's key is below it; or NONE, and the smallest is sought here.
+    min_key: a lower bound of the candidates' keys; NONE makes this find the smallest one.
     """
     low = min_key
     if min_key == NONE:
@@ -355,7 +355,7 @@ def pick(
 
     LOG is log2 SEGMENTS. A row's lists may hold SLOTS entries in all; their keys are in registers
     while the k-th is sought. A threshold of NONE means that the lists hold every candidate there
-    is. A row whose lists do not serve is flagged, and is selected here from p_score. Where p_score
+    is. A row whose lists do not suffice is flagged, and selected here from p_score. Where p_score
     is None the flag tells the caller to do that.
     """
     i_row = tl.program_id(0).to(tl.int64)

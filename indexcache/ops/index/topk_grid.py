@@ -1,7 +1,7 @@
-"""Select the exact top k of one row or a few rows with the whole device in one launch: decoding.
+"""Select the exact top k of a few rows in one launch of the whole device, for decoding.
 
 Each program keeps a segment of a row's keys in registers.
-  1. All programs look at the same sample of the row and drop what is below a safe rank of it.
+  1. All programs read the same sample of the row and drop the keys below a safe rank of it.
   2. All programs count the keys that are left in bins of their value. They meet, and each reads off
      the bin that holds the k-th key.
   3. The keys of that bin go to a list, in any order, with the number of their program. They meet
@@ -40,7 +40,7 @@ WORK = tl.constexpr(COUNTS.value + ROUNDS.value * BINS.value)
 def _meet(p_sync, arrivals):
     """Wait until the programs of a row have called this `arrivals` times in all.
 
-    What they wrote before is then visible.
+    Their earlier writes are then visible.
     """
     if not INTERPRETED:  # The interpreter runs one program for each row.
         tl.debug_barrier()
@@ -121,7 +121,7 @@ def _append(p_end, p_list, key, owner, mask):
 
 @triton.jit
 def _sampled_range(sample, rank, SAMPLE: tl.constexpr):
-    """Return where the sample says that the k-th key lies.
+    """Return the range in which the k-th key lies according to the sample.
 
     Returns the rank-th of the groups' best samples (NONE + 1 if there are fewer), the best sample,
     and whether too many keys are equal to be counted one by one.

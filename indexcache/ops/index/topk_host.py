@@ -21,11 +21,11 @@ GRID_ROWS = 10  # max number of rows that `select_grid` was measured with
 
 @dataclass
 class Sampling:
-    """How rows of one length are sampled.
+    """The sampling of rows of one length.
 
     stride: a sample stands for this many keys.
     slots: number of samples that a program has room for, a power of two.
-    rank: rank among the samples that the threshold has.
+    rank: rank of the threshold among the samples.
     listed: capacity of a row's lists; a row of at most this many keys is listed without a sample.
     """
 
@@ -54,7 +54,7 @@ class Sampling:
 
 @dataclass
 class Rows:
-    """Rows of fp32 scores or int32 keys, with what `topk_rows` says of its arguments."""
+    """Rows of fp32 scores or int32 keys; `topk_rows` describes the fields."""
 
     scores: Tensor
     offset: Tensor | None = None
@@ -137,8 +137,7 @@ class Lists:
     def pick(self, out: Tensor, pool: Tensor | None, rows: Rows | None = None) -> None:
         """Launch `pick`.
 
-        rows: where flagged rows are selected anew at once; without it the caller looks at the
-        flags.
+        rows: the rows from which flagged ones are selected again; None leaves that to the caller.
         """
         widest = max(out.shape[-1], 0 if pool is None else pool.shape[-1])
         slots = min(self.listed, power(self.segments * self.cap))
@@ -154,9 +153,7 @@ class Lists:
 def warps(rows: int, slots: int, keys: int = 32) -> int:
     """Return the number of warps of a program that has a row of `slots` keys in its registers.
 
-    keys: keys of a thread when rows fill the device. With fewer rows, whose latency counts, a
-    thread
-        has 16.
+    keys: keys of a thread when rows fill the device. With fewer rows latency counts, and it has 16.
     """
     return min(max(slots // (32 * (keys if rows >= current().index.workers else 16)), 4), 32)
 
@@ -229,7 +226,7 @@ def grid_segment(rows: int, length: int, device: torch.device) -> int:
 
 
 def grid_work(rows: int, length: int, device: torch.device) -> Tensor | None:
-    """Return the workspace that `select_grid` wants cleared, for the kernel before it to clear.
+    """Return the workspace of `select_grid`, which the kernel before it must clear.
 
     None: `select_grid` does not run for these rows.
     """

@@ -1,1 +1,1 @@
-"""Sparse attention over latents (MLA in its MQA form)."""
+"""Compute sparse attention over latents: MLA in its MQA form."""

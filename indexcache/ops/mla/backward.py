@@ -1,4 +1,4 @@
-"""Backward pass of sparse attention over selected latents.
+"""Compute the gradients of sparse attention over selected latents.
 
 With P the weights, o the output, g its gradient and delta = sum_v o g, for every row (query and
 head) and selected latent: dS = scale P (g . value - delta); dq = sum dS latent;

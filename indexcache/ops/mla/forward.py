@@ -1,4 +1,4 @@
-"""Forward pass of sparse attention over selected latents, in plain Triton.
+"""Compute sparse attention over selected latents, in plain Triton.
 
 A program of `attend` owns GROUP queries x H heads as the rows of one product, query i_m // H and
 head i_m % H, so 20 heads of 3 queries fill 60 of 64 rows. It walks the union of the group's ids,
@@ -128,8 +128,8 @@ def combine(
     weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     mass = tl.sum(weight, 0)
     at = (o_s.to(tl.int64) * n_rows + i_row) * V
-    part = tl.load(p_part + at[:, None] + o_v[None, :], mask=(o_s < SPLITS)[:, None], other=0.0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(mass == 0.0, 1.0, mass)
+    partial = tl.load(p_part + at[:, None] + o_v[None, :], mask=(o_s < SPLITS)[:, None], other=0.0)
+    out = tl.sum(partial * weight[:, None], 0) / tl.where(mass == 0.0, 1.0, mass)
     tl.store(p_out + i_row * V + o_v, out)
     tl.store(
         p_lse + i_row,

@@ -1,4 +1,4 @@
-"""Sparse attention over selected latents on Hopper, in Gluon, for prefill.
+"""Compute sparse attention over selected latents on Hopper, in Gluon, for prefill.
 
 It computes what `attend` in ops/mla/forward.py does, with the work divided among the warps. One
 warpgroup gathers latents by cp.async into two buffers; two compute. Warpgroup W owns the tiles
@@ -78,7 +78,7 @@ def _arrive(bar):
 def _publish(bar):
     """Arrive as `_arrive`, and once per thread.
 
-    Without the latter, racecheck does not see that the readers wait for what was stored.
+    racecheck needs the arrivals per thread to see that readers wait for the stores.
     """
     async_copy.mbarrier_arrive(bar, increment_count=False)
     _arrive(bar)

@@ -1,4 +1,4 @@
-"""Host side of sparse MLA: groups of queries, splits of ids over programs, launches, autograd."""
+"""Launch the kernels of sparse MLA: group queries, split ids over programs, and connect autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from indexcache.ops import tuning as tuning
+from indexcache.ops import tuning
 from indexcache.ops.groups import group_queries
 from indexcache.ops.mla import backward as backward_kernels
 from indexcache.ops.mla import forward as forward_kernels
@@ -39,7 +39,7 @@ def refuse(q: Tensor, latent: Tensor, value_dim: int) -> str | None:
 
 
 def best_group(heads: int, rows: int | None = None) -> int:
-    """Return how many neighbouring queries fill the rows of a program (default: those of bf16)."""
+    """Return how many neighbouring queries fill the rows of a program, by default those of bf16."""
     return min(max((rows or current().mla.rows) // heads, 1), MAX_GROUP)
 
 
@@ -119,7 +119,7 @@ def launch_forward(
     if splits == 1 and _fits_hopper(q, latent, scale, value_dim):
         from indexcache.ops.mla import forward_hopper
 
-        # 168 registers are what each of three warpgroups can have; the kernel shares them out anew.
+        # Each of three warpgroups starts with 168 registers; the kernel then redistributes them.
         options = {"CONSUMER_REGS": settings.hopper_registers, "num_warps": 4, "maxnreg": 168}
         programs = n_groups * -(-group * heads // 64)
         forward_hopper.attend[(programs, batch)](**arguments, p_out=out, p_lse=lse, **options)
@@ -162,7 +162,7 @@ def launch_backward(
     batch, queries, heads, dim = q.shape
     keys, value_dim = latent.shape[1], out.shape[-1]
     max_rows, tile_keys = _tile(q.dtype, settings.backward_keys)
-    if heads > max_rows:  # a program holds one block of rows: the heads come block by block
+    if heads > max_rows:  # A program has at most max_rows rows, so heads are processed in blocks.
         blocks: list[Tensor] = []
         dlatent = torch.zeros(latent.shape, dtype=torch.float32, device=q.device)
         for h in range(0, heads, max_rows):
@@ -179,7 +179,7 @@ def launch_backward(
     n_groups, slots = groups.union_BGU.shape[1:]
     if not q.numel() or not slots or not keys:
         return dq.zero_(), dlatent
-    work = dlatent  # atomics add to it; otherwise each slot has a row of its own
+    work = dlatent  # Atomics add to it. The deterministic form writes one row for each slot.
     if deterministic:
         work = torch.empty(batch, n_groups, slots, dim, dtype=torch.float32, device=q.device)
 
@@ -223,15 +223,15 @@ def _tile(dtype: torch.dtype, keys: int) -> tuple[int, int]:
 
 
 def _split(programs: int, slots: int, keys: int) -> tuple[int, int]:
-    """Return over how many programs the slots are split, and how many each takes.
+    """Return (number of programs that share a row's slots, slots of each, a multiple of `keys`).
 
-    The latter is a multiple of `keys`. Half a device of programs with all slots is faster than a
-    full one whose results must be combined.
+    Programs that fill half of the device are faster without a split, whose results must be
+    combined.
     """
-    wanted = current().mla.programs
+    filling = current().mla.programs
     splits = 1
-    if 2 * programs < wanted:
-        splits = max(1, min(-(-wanted // programs), -(-slots // keys), MAX_SPLITS))
+    if 2 * programs < filling:
+        splits = max(1, min(-(-filling // programs), -(-slots // keys), MAX_SPLITS))
     per_split = triton.cdiv(triton.cdiv(slots, splits), keys) * keys
     return -(-slots // per_split), per_split
 
@@ -246,7 +246,7 @@ def _fits_hopper(q: Tensor, latent: Tensor, scale: float, value_dim: int) -> boo
 
 
 def _ascending(ids: Tensor) -> Tensor:
-    """Sort ids with -1 anywhere as `group_queries` takes them."""
+    """Sort ids that have -1 anywhere into the order that `group_queries` takes."""
     last = torch.iinfo(torch.int32).max
     ids = torch.where(ids < 0, last, ids).sort(dim=-1).values
     return torch.where(ids == last, -1, ids)
