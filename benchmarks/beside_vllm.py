@@ -10,8 +10,8 @@ Three steps, back to back on one machine; the first runs where vLLM can be impor
         --out benchmarks/results/beside_vllm_h200.json --plot docs/beside_vllm.png
 
 `join` refuses rows whose correctness check failed and rows of different cards. The check of the
-engine: after a prompt of 20,000 tokens the ids in its top-k buffer are k different positions of
-the prompt. The weights are random in both, so the tokens mean nothing; only times count.
+engine is that after a prompt of 20,000 tokens its top-k buffer has k different positions of the
+prompt. The weights are random in both, so the tokens mean nothing; only times count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE: dict[str, Any] = {  # GLM-4.7-Flash with a lightning indexer, as `glm-4.7-flash-dsa` of bench
+# This is GLM-4.7-Flash with a lightning indexer, `glm-4.7-flash-dsa` of bench.
+SHAPE: dict[str, Any] = {
     "architectures": ["GlmMoeDsaForCausalLM"],
     "model_type": "glm_moe_dsa",
     "dtype": "bfloat16",
@@ -66,11 +67,11 @@ SHAPE: dict[str, Any] = {  # GLM-4.7-Flash with a lightning indexer, as `glm-4.7
 CONTEXTS = (10_000, 60_000, 120_000, 200_000)
 NEW_TOKENS = 129
 CHUNK = 8192
-NAMES = {1: "all", 4: "1/4"}  # of the engine's index_topk_freq
+NAMES = {1: "all", 4: "1/4"}  # the name of each index_topk_freq of the engine
 
 
 def engine(freq: int, out: Path) -> None:
-    """Append one JSON line for each context and repetition, after a line with the check."""
+    """Time vLLM, and append a JSON line with the check and one for each context and repetition."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import torch
     import vllm
@@ -105,7 +106,7 @@ def engine(freq: int, out: Path) -> None:
         with open(out, "a") as file:
             file.write(line + "\n")
 
-    for length in (12_000, 40_000):  # compile kernels and fill caches
+    for length in (12_000, 40_000):  # These requests compile kernels and fill caches.
         _request(llm, prompt[:length], 8)
     _request(llm, prompt[:20_000], 1)
     last = model.model.topk_indices_buffer[20_000 % CHUNK - 1].tolist()
@@ -149,7 +150,7 @@ def _draw_weights(model: Any) -> None:
                 weight.fill_(1.0 if name.endswith("weight") else 0.0)
             elif weight.is_floating_point():
                 weight.normal_(0.0, 0.02, generator=generator)
-        for module in model.modules():  # matrices that vLLM derives from kv_b_proj while loading
+        for module in model.modules():  # vLLM derives these from kv_b_proj while loading.
             for name in ("W_UK_T", "W_UV"):
                 derived = getattr(module, name, None)
                 if isinstance(derived, torch.Tensor):
@@ -222,12 +223,12 @@ def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
                     "peer_decode_runs_tok_s": [line["decode_tok_s"] for line in peers],
                 }
             )
-    some = next(iter(checks.values()))
+    versions = next(iter(checks.values()))
     result = {
         "device": ours["device"],
         "date": ours["date"],
         "model": ours["model"],
-        "peer": f"vLLM {some['vllm']}, torch {some['torch']}, index_topk_freq 1 and 4, bf16 cache, "
+        "peer": f"vLLM {versions['vllm']}, torch {versions['torch']}, index_topk_freq 1 and 4, bf16 cache, "
         f"chunks of {CHUNK}, defaults otherwise, random weights; the better of two runs",
         "note": "One card, vLLM first and ours after it. Attention of ours reads recorded "
         "selections of a trained model in the prefill, vLLM those of its own random indexers.",
@@ -239,7 +240,7 @@ def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the time to the first token of both, all layers full and one in four."""
+    """Draw the time to the first token of both systems, all layers full and one in four."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,9 +255,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     figure, axes = pyplot.subplots(figsize=(8.8, 3.4), layout="constrained")
     for number, (label, name, key, colour) in enumerate(series):
-        found = {row["context"]: row[key] for row in result["rows"] if row["name"] == name}
+        seconds = {row["context"]: row[key] for row in result["rows"] if row["name"] == name}
         places = [i + (number - 1.5) * 0.2 for i in range(len(contexts))]
-        bars = axes.bar(places, [found[c] for c in contexts], 0.19, label=label, color=colour)
+        bars = axes.bar(places, [seconds[c] for c in contexts], 0.19, label=label, color=colour)
         axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
     axes.set_xticks(range(len(contexts)), [f"{c // 1000}K" for c in contexts])
     axes.set_xlabel("prompt, tokens")
@@ -270,19 +271,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("engine", help="time vLLM; append JSON lines")
-    one.add_argument("--freq", type=int, choices=tuple(NAMES), required=True)
-    one.add_argument("--out", type=Path, required=True)
-    two = verbs.add_parser("join", help="check the rows, write the result and the picture")
-    two.add_argument("--bench", type=Path, required=True)
-    two.add_argument("--engine", type=Path, required=True)
-    two.add_argument("--out", type=Path, required=True)
-    two.add_argument("--plot", type=Path)
-    a = parser.parse_args()
-    if a.verb == "engine":
-        engine(a.freq, a.out)
+    timing = verbs.add_parser("engine", help="time vLLM; append JSON lines")
+    timing.add_argument("--freq", type=int, choices=tuple(NAMES), required=True)
+    timing.add_argument("--out", type=Path, required=True)
+    joining = verbs.add_parser("join", help="check the rows, write the result and the picture")
+    joining.add_argument("--bench", type=Path, required=True)
+    joining.add_argument("--engine", type=Path, required=True)
+    joining.add_argument("--out", type=Path, required=True)
+    joining.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.verb == "engine":
+        engine(arguments.freq, arguments.out)
     else:
-        join(a.bench, a.engine, a.out, a.plot)
+        join(arguments.bench, arguments.engine, arguments.out, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def caught() -> Iterator[dict[str, Any]]:
 
 
 def output_of(command: list[Any], check: bool = True) -> str:
-    """Run a command and return what it prints."""
+    """Run a command and return its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=check)
     return done.stdout + done.stderr
 

@@ -3,9 +3,9 @@
     python -m benchmarks.cpu_memory [--out FILE]
 
 The token losses of both paths on the same text of 1024 tokens are compared first. Each measurement
-then runs in a process of its own, because the peak of a process is never given back. Beside stock
-stands its formula, 2 * 4 * H * T^2 bytes: the scores of one layer and their rectified copy in fp32.
-16K tokens are measured on the fast path only, and stock is extrapolated by the formula. The rows go
+then runs in a separate process, because the peak of a process never falls. Each row also has the
+memory of stock by a formula, 2 * 4 * H * T^2 bytes: the scores of one layer and their rectified copy
+in fp32. 16K tokens are measured on the fast path only; for stock the formula extrapolates. The rows go
 to benchmarks/results/tiny_cpu.json.
 """
 
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from indexcache import accelerate, load
 from indexcache.data import batches
@@ -40,7 +41,7 @@ CASES = [
 ]
 
 
-def one(length: int, path: str) -> None:
+def measure(length: int, path: str) -> None:
     """Time a second pass over `length` random ids, and print it as JSON.
 
     The megabytes are those that both passes add to the loaded model.
@@ -53,16 +54,10 @@ def one(length: int, path: str) -> None:
     for _ in range(2):
         began = time.time()
         assert hidden_states(model, ids).isfinite().all()
-    seconds, after = time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        json.dumps(
-            {
-                "seconds": round(seconds, 2),
-                "added_mb": round((after - before) / 1024),
-                "peak_mb": round(after / 1024),
-            }
-        )
-    )
+    seconds = time.time() - began
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = {"seconds": round(seconds, 2), "added_mb": round((after - before) / 1024)}
+    print(json.dumps(row | {"peak_mb": round(after / 1024)}))
 
 
 def check() -> float:
@@ -70,17 +65,18 @@ def check() -> float:
     loaded = load("tiny")
     worst = 0.0
     for batch in batches("heldout", loaded.encode, loaded.config, length=1024, sequences=3):
-        stock = token_losses(
-            loaded.module, hidden_states(loaded.module, batch.ids), batch.ids
-        ).mean()
+        stock = mean_loss(loaded.module, batch.ids)
         with accelerate(loaded.module):
-            fast = token_losses(
-                loaded.module, hidden_states(loaded.module, batch.ids), batch.ids
-            ).mean()
+            fast = mean_loss(loaded.module, batch.ids)
         worst = max(worst, abs(float(stock - fast)))
     if worst > 1e-4:
         raise SystemExit(f"the paths differ by {worst} nats: nothing is timed")
     return worst
+
+
+def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean loss of the next tokens, in nats."""
+    return token_losses(model, hidden_states(model, ids), ids).mean()
 
 
 def main() -> None:
@@ -96,9 +92,10 @@ def main() -> None:
     )
     o = parser.parse_args()
     if o.one:
-        one(int(o.one[0]), o.one[1])
+        measure(int(o.one[0]), o.one[1])
         return
-    difference, rows = check(), []
+    difference = check()
+    rows = []
     print(f"paths differ by {difference:.1e} nats at most")
     for length, path in CASES:
         done = subprocess.run(

@@ -3,10 +3,10 @@
     python -m benchmarks.distill_memory [--device cpu|cuda] [--out FILE]
 
 Gradients at 512 tokens are checked first, against autograd over full [L, L] matrices. Each
-measurement then runs in a process of its own, and its memory is what comes on top of the inputs.
+measurement then runs in a separate process and counts the memory beyond the inputs.
 `warmup` and `sparse` are one indexer that serves four layers, over all keys and over k = 32.
-`pass` is a whole training pass of `tiny` over one row under FSSSFSSSFSSS. `held` is the loss of
-the warm-up by autograd over full matrices. The rows go to benchmarks/results/distill_memory.json.
+`pass` is a complete training pass of `tiny` over one row under FSSSFSSSFSSS. `held` is the loss of
+`warmup` by autograd over full matrices. The rows go to benchmarks/results/distill_memory.json.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ from indexcache.ops import AttentionTarget
 ROOT = Path(__file__).resolve().parent.parent
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-HEADS, WIDTH, INDEX_HEADS, INDEX_DIM, K, LAYERS = 6, 80, 16, 32, 32, 4  # the sizes of tiny
-MAX_MATRIX_LENGTH = 2048  # tokens; full matrices of more take too much memory
+# These are the sizes of tiny.
+HEADS = 6
+WIDTH = 80
+INDEX_HEADS = 16
+INDEX_DIM = 32
+K = 32
+LAYERS = 4
+MAX_MATRIX_LENGTH = 2048  # tokens; full matrices of longer documents take too much memory
 
 
 def inputs(length: int, device: str):
@@ -79,7 +85,7 @@ def matrix_loss(q, k, w, targets):
 
 
 def start(device: str) -> float:
-    """Return the megabytes in use, and count the peak from here on."""
+    """Return the megabytes in use, and start counting the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
@@ -99,9 +105,9 @@ def status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
 
-def one(what: str, length: int, device: str) -> None:
-    """Measure once, and print the result as JSON."""
-    if what == "pass":
+def measure(kind: str, length: int, device: str) -> None:
+    """Measure one kind of pass, and print the result as JSON."""
+    if kind == "pass":
         model = load("tiny", device=device).module.requires_grad_(False)
         model.config.max_position_embeddings = max(length, 4096)
         indexers = trainable_indexers(model, Pattern("FSSSFSSSFSSS"), torch.float32)
@@ -112,23 +118,17 @@ def one(what: str, length: int, device: str) -> None:
     else:
         arguments, targets, ids = inputs(length, device)
     before, began = start(device), time.perf_counter()
-    if what == "pass":
+    if kind == "pass":
         with attention_replaced(model, forward), torch.no_grad(), forward.row(row, collect=True):
             run_decoder(model, row, device)
-    elif what == "held":
+    elif kind == "held":
         matrix_loss(*arguments, targets).backward()
     else:
-        distill_loss(*arguments, targets, ids_SK=ids if what == "sparse" else None).backward()
+        distill_loss(*arguments, targets, ids_SK=ids if kind == "sparse" else None).backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    print(
-        json.dumps(
-            {
-                "seconds": round(time.perf_counter() - began, 2),
-                "added_mb": round(peak(device) - before, 1),
-            }
-        )
-    )
+    seconds = round(time.perf_counter() - began, 2)
+    print(json.dumps({"seconds": seconds, "added_mb": round(peak(device) - before, 1)}))
 
 
 def check(device: str) -> float:
@@ -158,20 +158,20 @@ def main() -> None:
     )
     o = parser.parse_args()
     if o.one:
-        one(o.one[0], int(o.one[1]), o.device)
+        measure(o.one[0], int(o.one[1]), o.device)
         return
-    difference, rows = check(o.device), []
+    difference = check(o.device)
+    rows = []
     print(f"gradients differ by {difference:.1e} at most, relative")
-    for what in ("warmup", "sparse", "pass", "held"):
+    for kind in ("warmup", "sparse", "pass", "held"):
         for length in LENGTHS:
-            if what == "held" and length > MAX_MATRIX_LENGTH:
+            if kind == "held" and length > MAX_MATRIX_LENGTH:
                 continue
             command = [sys.executable, "-m", "benchmarks.distill_memory", "--device", o.device]
-            command += ["--one", what, str(length)]
+            command += ["--one", kind, str(length)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            rows.append(
-                {"what": what, "tokens": length, **json.loads(done.stdout.splitlines()[-1])}
-            )
+            measured = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"what": kind, "tokens": length, **measured})
             print(rows[-1], flush=True)
     name = (
         torch.cuda.get_device_name()

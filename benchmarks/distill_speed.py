@@ -4,7 +4,7 @@
 
 The fused loss is checked first, and a row is written only when its check passed in this run. The
 model has the shape that recipes/smollm2 gives SmolLM2 (30 layers, 9 heads, 9 index heads of 256),
-random weights in bf16, and random tokens, each row one document. Times do not depend on their
+random weights in bf16, and random tokens, each row one document. Times do not depend on the
 values. --plain also times the loss in plain torch, at the first length. The rows go to
 benchmarks/results/distill_speed.json, or to --out FILE.
 """
@@ -98,7 +98,7 @@ def check(length: int = 2048) -> float:
 def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
     """Train the indexers for a few steps, and return a row of the result."""
     model = random_model(SHAPE, device="cuda")
-    chosen = parse_pattern(pattern, SHAPE["num_hidden_layers"]).pattern
+    roles = parse_pattern(pattern, SHAPE["num_hidden_layers"]).pattern
     rng = np.random.default_rng(0)
     rows = [Row.one_document(rng.integers(0, SHAPE["vocab_size"], length)) for _ in range(steps)]
     settings = DistillSettings(
@@ -107,20 +107,17 @@ def measure(length: int, pattern: str, steps: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as out:
-        distill(model, chosen, rows, out, settings)
-        lines = [
-            json.loads(line) for line in (Path(out) / "journal.jsonl").read_text().splitlines()
-        ]
+        distill(model, roles, rows, out, settings)
+        journal = (Path(out) / "journal.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in journal]
     rate = statistics.median(e["tokens_s"] for e in lines[2:])
-    flop = flops_per_token(Shape.of(SHAPE), chosen, settings, length)
+    flop = flops_per_token(Shape.of(SHAPE), roles, settings, length)
     rates = reachable_of(torch.cuda.get_device_name())
     if rates is None:
-        raise SystemExit(
-            "The rates of this GPU are not known, so there is no floor to compare with."
-        )
+        raise SystemExit("The rates of this GPU are unknown, so there is no floor to compare with.")
     return {
         "length": length,
-        "pattern": str(chosen),
+        "pattern": str(roles),
         "tokens_s": rate,
         "tflops": round(rate * flop / 1e12, 1),
         "floor_tokens_s": round(rates.bf16 / flop, 1),
@@ -154,11 +151,12 @@ def main() -> int:
         return 1
     rows = []
     lengths = [int(n) for n in arguments.lengths.split(",")]
-    for length, way in [(n, "fused") for n in lengths] + [
-        (lengths[0], "plain torch")
-    ] * arguments.plain:
-        with ops.tuned(backend="triton" if way == "fused" else "torch"):
-            rows.append({"loss": way, **measure(length, arguments.pattern, arguments.steps)})
+    runs = [(length, "fused") for length in lengths]
+    if arguments.plain:
+        runs.append((lengths[0], "plain torch"))
+    for length, loss in runs:
+        with ops.tuned(backend="triton" if loss == "fused" else "torch"):
+            rows.append({"loss": loss, **measure(length, arguments.pattern, arguments.steps)})
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

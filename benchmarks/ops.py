@@ -34,15 +34,15 @@ from indexcache.shapes import rates_named
 ROOT = Path(__file__).resolve().parent.parent
 RATES = rates_named("H100")
 
-HEADS = 32  # of the indexer
+HEADS = 32  # heads of the indexer
 DIM = 128
 TOPK = 2048
 POOL = 16384
 LONG = 200_000
 KEYS = 131_072
 CHUNK = 8192
-# Three neighbours of this layer of `tiny` read 1.83 times what one reads. The mean of the 12 layers
-# is 1.76.
+# In this layer of `tiny` three neighbouring queries read 1.83 times as many ids as one. The mean of
+# the 12 layers is 1.76.
 LAYER = 10
 LATENT = 576  # dims of a latent
 VALUE = 512
@@ -83,10 +83,10 @@ def milliseconds(call: Callable[[], Any], repeats: int = 11, graph: bool = False
 
 
 def side_by_side(calls: Calls, repeats: int = 11) -> dict[str, float]:
-    """Return the median times of calls that take turns, so that all meet the same clock and heat.
+    """Return the median times of calls that alternate, so that all have the same clock and heat.
 
-    The device sleeps for about half a millisecond before each call, so that the host's share of a
-    launch is timed for none of them.
+    The device sleeps for about half a millisecond before each call, so that the host's time for a
+    launch is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 2):
@@ -169,13 +169,13 @@ class Report:
         print(line, flush=True)
 
     def section(self, call: Callable[[Report], None]) -> None:
-        """Run a section if it was asked for; `tune` runs only by its whole name."""
+        """Run a section if it was asked for; `tune` runs only by its full name."""
         name = call.__name__
         if self.only not in name or (call is tune and self.only != "tune"):
             return
         try:
             call(self)
-        except Exception as error:  # The other sections' figures are worth having.
+        except Exception as error:  # One failure must not lose the other sections' figures.
             self.failed += 1
             message = str(error)[:1500]
             print(f"FAILED {name}: {type(error).__name__}: {message}", flush=True)
@@ -191,7 +191,7 @@ def need(condition: bool, message: str) -> None:
 
 
 def relative(result: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of the expected result."""
     expected = expected.double()
     return float((result.double() - expected).norm() / expected.norm())
 
@@ -199,8 +199,8 @@ def relative(result: Tensor, expected: Tensor) -> float:
 def check_selection(ids: Tensor, scores_RT: Tensor, visible: Tensor, margin: float = 1e-2) -> None:
     """Compare ids with fp32 scores.
 
-    Ids must be ascending and of the right number, and of 99.5 % the score must be at least that of
-    the k-th best key less a margin.
+    Ids must be ascending and of the right number, and 99.5 % of them must score at least as much as the
+    k-th best key less a margin.
     """
     counts = visible.clamp(max=ids.shape[-1])
     need(bool(((ids >= 0).sum(-1) == counts).all()), "the number of ids is wrong")
@@ -240,7 +240,7 @@ def chunks() -> list[slice]:
 
 
 def attention_ids(queries: int, keys: int, layer: int = LAYER) -> tuple[Tensor, str]:
-    """Make int32 ids [1, queries, TOPK] of a trained model, tiled, and say what they are."""
+    """Make int32 ids [1, queries, TOPK] of a trained model, tiled, and describe them."""
     ids = selections.tile(selections.load(f"topk.{layer}").cuda(), TOPK, keys, queries)
     return ids[None], f"ids of tiny's layer {layer}, tiled"
 
@@ -381,7 +381,7 @@ def decode(report: Report) -> None:
 
 
 def prefill(report: Report) -> None:
-    """Time a whole causal prefill, chunk by chunk, scores and selection; then also with a pool."""
+    """Time a causal prefill, chunk by chunk, scores and selection; then also with a pool."""
     for heads in (32, 64):
         _prefill(report, heads)
 
@@ -412,9 +412,9 @@ def _prefill(report: Report, heads: int) -> None:
 
 
 def pools(report: Report) -> None:
-    """Time a whole causal prefill, chunk by chunk, where each query selects inside its pool.
+    """Time a causal prefill, chunk by chunk, where each query selects inside its pool.
 
-    The groups are timed apart, because all layers that share the pools share them.
+    The groups are timed separately, because all layers that share the pools share them.
     """
     inputs = index_inputs(LONG, LONG)
     pool = recorded.stretch(selections.load(f"pool.{LAYER}").int().cuda(), POOL, LONG)[None]
@@ -448,11 +448,11 @@ def _pools(report: Report, inputs: tuple[Tensor, ...], pool: Tensor, grouped: bo
     outside = torch.ones_like(expected, dtype=torch.bool)
     for row, t in zip(outside, sample, strict=True):
         row[pool[0, t][pool[0, t] >= 0].long()] = False
-    strangers = outside.gather(1, ids[sample].clamp(min=0).long())[ids[sample] >= 0]
-    need(not bool(strangers.any()), "ids outside of the pool")
+    unpooled = outside.gather(1, ids[sample].clamp(min=0).long())[ids[sample] >= 0]
+    need(not bool(unpooled.any()), "ids outside of the pool")
     check_selection(ids[sample], expected.masked_fill(outside, -torch.inf), sample + 1)
     pairs = POOL * (LONG - POOL / 2)
-    # This many keys are gathered.
+    # `slots` keys are gathered.
     slots = pairs if group == 1 else sum(int(u.count_BG.sum()) for u in groups if u is not None)
     kind = f"pools of tiny's layer {LAYER}, stretched"
     report.row(
@@ -471,7 +471,7 @@ def mla(report: Report) -> None:
     latent = bf16_normal(1, LONG, LATENT)
     for heads, layer in ((20, 8), (20, LAYER), (20, 4), (64, LAYER), (128, LAYER)):
         _mla_chunk(report, latent, heads, layer)
-    _mla_whole(report, latent)
+    _mla_prefill(report, latent)
     for heads in (20, 64):
         _mla_decode(report, latent[:, :KEYS], heads)
 
@@ -515,7 +515,7 @@ def _mla_chunk(report: Report, latent: Tensor, heads: int, layer: int) -> None:
         report.row("group_queries", f"8192 k={TOPK} group {group} {kind}", ms, floor_ms=floor)
 
 
-def _mla_whole(report: Report, latent: Tensor) -> None:
+def _mla_prefill(report: Report, latent: Tensor) -> None:
     heads = 20
     ids, kind = attention_ids(LONG, LONG)
     q = bf16_normal(1, LONG, heads, LATENT)

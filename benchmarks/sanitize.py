@@ -6,7 +6,7 @@
 
 The tasks index, rows, pools, plain, gluon and distill run the kernels of the package. The tasks
 dispatch and dispatch-all run none of them: they show what the tool reports for code that Triton
-generates. Exit code 1: a result is wrong, or a kernel of the task (KERNELS) was not launched.
+generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not launched.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def need(condition: bool, name: str) -> None:
 
 
 def relative(result: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of the expected result."""
     return float((result - expected).norm() / expected.norm())
 
 
@@ -135,14 +135,16 @@ def index() -> None:
         compare_selections(index_inputs(40, 9300, heads), 300, 9000)
     compare_selections(index_inputs(40, 9300, 32), 300, 9000, pool=1200)
     compare_selections(index_inputs(40, 9300, 32, torch.bfloat16), 300, 9000)
-    with ops.tuned(index={"deviations": -1.0}):  # Thresholds are too high: rows are selected anew.
+    with ops.tuned(
+        index={"deviations": -1.0}
+    ):  # Thresholds are too high, so rows are selected again.
         compare_selections(index_inputs(40, 9300, 32), 300, 9000)
     q = torch.randn(1, 40, 32, 128, device="cuda").bfloat16()
     w = torch.ones(1, 40, 32, device="cuda")
     angle = torch.randn(1, 40, 32, device="cuda")
-    turn: dict[str, Any] = {"rotate": True, "cos_BSr": angle.cos(), "sin_BSr": angle.sin()}
+    options: dict[str, Any] = {"rotate": True, "cos_BSr": angle.cos(), "sin_BSr": angle.sin()}
     for interleaved in (False, True):
-        ops.quantize_index_queries(q, w, interleaved=interleaved, backend="triton", **turn)
+        ops.quantize_index_queries(q, w, interleaved=interleaved, backend="triton", **options)
 
 
 def rows() -> None:

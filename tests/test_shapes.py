@@ -1,4 +1,4 @@
-"""Facts about devices and named shapes, and random models of these shapes."""
+"""Test the rates of devices, named shapes, and random models of these shapes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_counts_of_weights_are_those_of_the_model(name):
     )
 
 
-def test_named_shapes_have_the_sizes_that_are_known():
+def test_named_shapes_have_the_published_sizes():
     assert FLASH.weights == pytest.approx(30.1e9, rel=0.01)
     assert shape_of("glm-5").weights == pytest.approx(744e9, rel=0.01)
     assert shape_of("deepseek-v3.2").weights == pytest.approx(672e9, rel=0.01)
@@ -64,16 +64,14 @@ def test_named_shapes_have_the_sizes_that_are_known():
     assert ", ".join(SHAPES) == NAMED
 
 
-def test_random_models_are_seeded_and_whole():
+def test_random_models_are_seeded_and_complete():
     config = shape_config("tiny-random", 3)
     model, again, other = (random_model(config, dtype="bfloat16", seed=seed) for seed in (1, 1, 2))
     states = [m.state_dict() for m in (model, again, other)]
     assert all(torch.equal(a, states[1][n]) for n, a in states[0].items())
     assert not torch.equal(states[0]["lm_head.weight"], states[2]["lm_head.weight"])
-    fp32 = [
-        *type(model)._keep_in_fp32_modules,
-        *type(model)._keep_in_fp32_modules_strict,
-    ]  # from 5.24 on the routers too
+    # From transformers 5.24 on these contain the routers.
+    fp32 = {*type(model)._keep_in_fp32_modules, *type(model)._keep_in_fp32_modules_strict}
     assert "indexer.weights_proj" in fp32
     for name, p in model.named_parameters():
         if p.dim() > 1:
@@ -82,9 +80,8 @@ def test_random_models_are_seeded_and_whole():
             assert torch.equal(
                 p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)
             ), name
-        assert p.dtype == (
-            torch.float32 if any(part in name for part in fp32) else torch.bfloat16
-        ), name
+        is_fp32 = any(module in name for module in fp32)
+        assert p.dtype == (torch.float32 if is_fp32 else torch.bfloat16), name
     stock: Any = type(model)(model.config)
     assert torch.equal(model.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
     assert model(torch.arange(50)[None]).logits.isfinite().all()
@@ -102,11 +99,8 @@ def test_a_cut_shape_of_the_other_family_runs():
         "num_key_value_heads": 4,
         "q_lora_rank": 32,
     }
-    assert (
-        random_model(config | small, dtype="float32")(torch.arange(40)[None])
-        .logits.isfinite()
-        .all()
-    )
+    model = random_model(config | small, dtype="float32")
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
 
 
 def test_shapes_that_are_none(tmp_path):

@@ -1,4 +1,4 @@
-"""The verbs bench and profile, and what they run."""
+"""Test the verbs bench and profile, and the functions that they call."""
 
 from __future__ import annotations
 
@@ -127,9 +127,8 @@ def test_bench_and_its_files(tmp_path, capsys):
     for name in ("speedup.png", "indexer_share.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         (out / name).unlink()
-    assert (
-        main(["bench", str(out / "bench.json"), "--out", str(out)]) == 0
-    )  # shown and drawn again, nothing measured
+    # A result file is shown and drawn again without measuring.
+    assert main(["bench", str(out / "bench.json"), "--out", str(out)]) == 0
     assert (out / "speedup.png").exists()
     assert capsys.readouterr().out.splitlines()[:8] == shown.splitlines()[2:10]
 
@@ -151,7 +150,7 @@ def test_a_killed_bench_goes_on(subject, tmp_path, monkeypatch):
     after = run_bench(subject, grid(60, 90), tmp_path).rows
     assert after[:2] == before
     assert calls[3:] == [(90, "FFFF"), (90, "FSSS")]
-    run_bench(subject, grid(90, 60, 70), tmp_path)  # more lengths later
+    run_bench(subject, grid(90, 60, 70), tmp_path)  # Only the new length is measured.
     assert calls[5:] == [(70, "FFFF"), (70, "FSSS")]
     refused(
         lambda: run_bench(subject, grid(60, decode_tokens=3), tmp_path),
@@ -163,7 +162,7 @@ def test_a_killed_bench_goes_on(subject, tmp_path, monkeypatch):
 
 
 def test_parts_of_a_graph_are_those_that_were_captured(monkeypatch):
-    """Marks of the capture count, those before it do not, and each replay is read anew."""
+    """Marks of the capture count, those before it do not, and each replay gives new times."""
     from indexcache.bench.measure import GraphTimer
     from indexcache.models.timing import timed
 
@@ -196,19 +195,19 @@ def test_parts_of_a_graph_are_those_that_were_captured(monkeypatch):
     assert timer.replayed() == {"attention": 6.0, "mlp": 3.0}
 
 
-def test_requests_of_a_batch_say_different_things(subject, monkeypatch):
-    """Equal requests would meet the same experts, and a step would read too few weights."""
+def test_requests_of_a_batch_have_different_tokens(subject, monkeypatch):
+    """Equal requests would use the same experts, and a step would read too few weights."""
     from indexcache.bench import measure as module
 
-    given, real = [], module.Decoder.step
+    stepped, real = [], module.Decoder.step
     monkeypatch.setattr(
         module.Decoder,
         "step",
-        lambda self, tokens: (given.append(tokens.tolist()), real(self, tokens))[1],
+        lambda self, tokens: (stepped.append(tokens.tolist()), real(self, tokens))[1],
     )
     row = module.measure(subject, 50, Pattern.full(4), batch=3, decode_tokens=4, chunk=64)
-    assert len(given) > 4
-    assert all(len(set(tokens)) > 1 for tokens in given)
+    assert len(stepped) > 4
+    assert all(len(set(tokens)) > 1 for tokens in stepped)
     assert row["decode_total_tok_s"] == pytest.approx(3 * row["decode_tok_s"], rel=1e-3)
     assert row["ttft_s"] is None
 
@@ -233,12 +232,11 @@ def test_out_of_memory_is_a_row(subject, tmp_path, monkeypatch, caplog):
     assert len(parts_table(result.rows).splitlines()) == 2 + 3
     result.draw(tmp_path)
     monkeypatch.undo()
-    assert not any(
-        r.get("error") for r in run_bench(subject, grid(60, 90), tmp_path).rows
-    )  # measured when run again
+    # The next run measures the cell that failed.
+    assert not any(r.get("error") for r in run_bench(subject, grid(60, 90), tmp_path).rows)
 
 
-def test_published_stand_beside_the_whole_shape_only(subject):
+def test_published_figures_stand_beside_the_uncut_shape_only(subject):
     from dataclasses import replace
 
     rows = [
@@ -261,13 +259,13 @@ def test_published_stand_beside_the_whole_shape_only(subject):
             ("R", "F" + "R" * 46, 7.0),
         )
     ]
-    whole = replace(subject, name="glm-4.7-flash-dsa", shape=FLASH)
-    full, quarter, pooled = bench_module._result(whole, {}, rows).rows
+    uncut = replace(subject, name="glm-4.7-flash-dsa", shape=FLASH)
+    full, quarter, pooled = bench_module._result(uncut, {}, rows).rows
     assert full["published"] == {"ttft_s": 19.5, "decode_tok_s": 58.0}
     assert quarter["published"] == {"ttft_s": 10.7, "decode_tok_s": 86.0}
     assert quarter["speedup"] == {"ttft": 2.0, "decode": 1.0}
     assert "published" not in pooled
-    cut = replace(whole, shape=shape_of("glm-4.7-flash-dsa", 10))
+    cut = replace(uncut, shape=shape_of("glm-4.7-flash-dsa", 10))
     assert not any("published" in r for r in bench_module._result(cut, {}, rows).rows)
 
 

@@ -1,4 +1,4 @@
-"""Floors against figures that were derived by hand, and against counting."""
+"""Test floors against figures that were derived by hand, and against counting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_floors_are_the_figures_that_were_derived_by_hand():
 
 
 def test_floors_of_scores_are_the_scores_that_are_needed():
-    """Counted query by query: a row with at most k keys needs none, R scores its pool only."""
+    """Count query by query: a row with at most k keys needs no scores, R scores only its pool."""
     shape = shape_of("tiny-random")
     k, peak = shape.topk, 2 * shape.index_heads * shape.index_dim / H100.fp8 * 1e3
     for length in (1, k, k + 1, 500):
@@ -58,7 +58,7 @@ def test_floors_of_scores_are_the_scores_that_are_needed():
     assert decode_floor(shape, k, Pattern.full(8), H100)["index_topk"] == 0
 
 
-def test_decoding_more_requests_reads_more_experts_and_the_rest_of_the_weights_once():
+def test_decoding_more_requests_reads_more_experts_and_other_weights_once():
     one, many = (decode_floor(FLASH, 60_000, Pattern.full(47), H100, batch=b) for b in (1, 4))
     assert one["linears"] == many["linears"]
     assert many["attention"] == pytest.approx(4 * one["attention"])

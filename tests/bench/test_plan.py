@@ -1,4 +1,4 @@
-"""The cost model against rows whose law is known, and the verb plan."""
+"""Test the cost model on rows that follow its law, and the verb plan."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTEXTS = (10_000, 60_000, 120_000, 200_000)
 
 
 def law(context: int, pattern: Pattern, batch: int = 1, **change: float) -> dict[str, Any]:
-    """A row that follows the model's own law: what each part takes is known."""
+    """Make a row whose times follow the law of the cost model exactly."""
     row = dict(point(FLASH, context, pattern, H100, chunk=8192, batch=batch))
     chunks = -(-context // 8192)
     calls = {"indexer": row["full"], "index_topk": row["full"], "head": 1 / chunks} | dict.fromkeys(
@@ -87,7 +87,7 @@ def results(tmp_path, rows: list[dict[str, Any]], **change: Any) -> str:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_non_negative_least_squares_is_the_best_there_is(seed):
-    """No projected descent from 20 starts does better, and unconstrained optima are kept."""
+    """Projected descent from 20 starts finds nothing better, and unconstrained optima are kept."""
     rng = np.random.default_rng(seed)
     a, y = rng.normal(size=(9, 3)), rng.normal(size=9)
     x = np.array(non_negative(a, y))
@@ -103,11 +103,11 @@ def test_non_negative_least_squares_is_the_best_there_is(seed):
     assert non_negative(np.zeros((3, 2)), np.ones(3)) == [0, 0]
 
 
-def test_a_known_law_is_found_and_predicts_lengths_it_was_not_fitted_to():
+def test_a_fit_recovers_the_law_and_predicts_other_lengths():
     model = fit(rows())
     assert model.prefill is not None
-    for part, slow in {"index_topk": 1.6, "attention": 3.0, "mlp": 1.5}.items():
-        assert model.prefill[part] == pytest.approx((0.05, slow), rel=1e-3)
+    for name, slow in {"index_topk": 1.6, "attention": 3.0, "mlp": 1.5}.items():
+        assert model.prefill[name] == pytest.approx((0.05, slow), rel=1e-3)
     for context, freq in ((35_000, 3), (150_000, 1), (5000, 4)):
         want = law(context, Pattern.uniform(47, freq))
         assert model.ttft_s(want) == pytest.approx(want["ttft_s"], rel=1e-3)
@@ -119,7 +119,7 @@ def test_a_known_law_is_found_and_predicts_lengths_it_was_not_fitted_to():
     assert max(abs(e["error"]) for e in errors) < 1e-3
 
 
-def test_errors_are_of_the_context_that_was_errors_left_out():
+def test_an_error_left_out_is_that_of_its_context():
     """A row that breaks the law shows in the error of its own context, at its full size."""
     made = [law(c, p) for c in CONTEXTS for p in PATTERNS]
     for row in made:
@@ -134,7 +134,7 @@ def test_parts_add_up_to_the_ttft():
     assert sum(parts_of_ttft(row).values()) == pytest.approx(1e3 * row["ttft_s"])
     slower = parts_of_ttft(row | {"ttft_s": row["ttft_s"] + 0.1})
     assert slower["rest"] == pytest.approx(row["parts_ms"]["rest"] + 100)
-    faster = parts_of_ttft(row | {"ttft_s": row["ttft_s"] / 2})  # the timer's own pass was slower
+    faster = parts_of_ttft(row | {"ttft_s": row["ttft_s"] / 2})  # The timed pass was slower.
     assert sum(faster.values()) == pytest.approx(500 * row["ttft_s"])
     assert faster["rest"] == 0
 
@@ -212,12 +212,10 @@ def test_the_verb(tmp_path, capsys):
         == 0
     )
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
-    assert found["basis"] == "bench"
-    assert found["notes"] == []
-    assert found["rows"][0]["ttft_s"] == pytest.approx(
-        law(100_000, PATTERNS[0])["ttft_s"], rel=1e-3
-    )
+    plan = json.loads(out.splitlines()[-1])
+    assert plan["basis"] == "bench"
+    assert plan["notes"] == []
+    assert plan["rows"][0]["ttft_s"] == pytest.approx(law(100_000, PATTERNS[0])["ttft_s"], rel=1e-3)
     assert "Worth it here" in out
     assert "Error on lengths left out of the fit: TTFT 0.0% in the mean" in out
     assert main(["plan", "glm-4.7-flash-dsa", "--context", "4K", *traffic]) == 0

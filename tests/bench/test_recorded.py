@@ -1,4 +1,4 @@
-"""Recorded selections that a bench lends to a model with random weights."""
+"""Test the recorded selections that a bench lets a model with random weights read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "tiny_selec
 
 
 def recorded(rows: int, k: int, seed: int = 0) -> torch.Tensor:
-    """Ascending ids; row r of the last `rows` of 2 * rows tokens."""
+    """Draw ascending ids for the last `rows` of 2 * rows tokens."""
     noise = torch.rand(rows, 2 * rows, generator=torch.Generator().manual_seed(seed))
     visible = torch.arange(2 * rows) <= torch.arange(rows, 2 * rows)[:, None]
     return noise.masked_fill(~visible, -1).topk(k, dim=1).indices.sort(1).values.int()
@@ -31,20 +31,19 @@ def recorded(rows: int, k: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 1000, 5000])
 def test_stretched_rows_are_selections(length):
     ids = stretch(recorded(64, 8), 32, length)
-    seen = torch.arange(length) + 1
-    there = ids >= 0
+    visible = torch.arange(length) + 1
+    valid = ids >= 0
     assert ids.shape == (length, 32) and ids.dtype == torch.int32
-    assert torch.equal(there.sum(1), seen.clamp(max=32)) and bool((ids < seen[:, None]).all())
-    assert bool(((ids[:, 1:] > ids[:, :-1]) | ~there[:, 1:]).all())
-    held = Stretched(recorded(64, 8), 32, length)
+    assert torch.equal(valid.sum(1), visible.clamp(max=32)) and bool((ids < visible[:, None]).all())
+    assert bool(((ids[:, 1:] > ids[:, :-1]) | ~valid[:, 1:]).all())
+    stretched = Stretched(recorded(64, 8), 32, length)
     for start, end in ((0, length), (length // 3, length // 2), (length - 1, length)):
-        assert torch.equal(held.rows(start, end), ids[start:end])
+        assert torch.equal(stretched.rows(start, end), ids[start:end])
 
 
 def test_neighbours_share_what_was_recorded():
-    ids = torch.tensor(
-        [[0, 2, 4, 6], [0, 2, 4, 6], [1, 3, 5, 7], [1, 3, 5, 7]]
-    )  # of 8 tokens, 4 recorded
+    # These are the ids of the last 4 of 8 tokens.
+    ids = torch.tensor([[0, 2, 4, 6], [0, 2, 4, 6], [1, 3, 5, 7], [1, 3, 5, 7]])
     out = stretch(ids, 8, 400)
     rows = out[-4:].tolist()
     assert rows[0] == rows[1] and rows[2] == rows[3] and not set(rows[0]) & set(rows[2])
@@ -81,12 +80,11 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
     )
     result = run_bench(subject, grid, tmp_path)
     want = stretch(recorded(64, 8), 32, 100)[64:]
-    last = [
-        ids for ids in read if ids.shape[1] == 36
-    ]  # the second chunk of 100; the warm-up takes 130
+    # A second chunk of 36 belongs to the context of 100.
+    last = [ids for ids in read if ids.shape[1] == 36]
     assert last and all(torch.equal(ids[0], want) for ids in last)
-    assert [ids for ids in read if ids.shape[1] == 1]  # decoding reads what it selects
-    wide = [ids for ids in pools if ids.shape[1] == 4]  # chunks of 32 with R: the last of 100
+    assert [ids for ids in read if ids.shape[1] == 1]  # Decoding reads its own selections.
+    wide = [ids for ids in pools if ids.shape[1] == 4]  # The last of 100 in chunks of 32.
     assert wide and all(
         torch.equal(ids[0], stretch(recorded(64, 16), 64, 100)[96:]) for ids in wide
     )
@@ -95,7 +93,7 @@ def test_a_bench_reads_them_and_says_so(tmp_path, monkeypatch):
     assert isinstance(selector, RecordedSelector)
     assert selector.ids is None
     assert selector.pools is None
-    with pytest.raises(ValueError, match="other settings|differ"):  # not the same run
+    with pytest.raises(ValueError, match="other settings|differ"):  # The selections differ.
         run_bench(open_subject("tiny-random", layers=4, dtype="float32"), grid, tmp_path)
 
 

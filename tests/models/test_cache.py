@@ -1,4 +1,4 @@
-"""FastCache and prefill: equal to a plain cache, smaller, and refusing before they write."""
+"""Test that FastCache and prefill equal a plain cache, take less memory, and refuse early."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chunked(model, ids, chunks, cache, **kwargs):
 
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
-def test_chunks_give_what_stock_gives_whole(model, ids, pattern):
+def test_chunks_equal_one_pass_of_stock(model, ids, pattern):
     with use_pattern(model, pattern):
         stock = logits(model, ids)
     with accelerate(model), use_pattern(model, pattern):
@@ -190,16 +190,18 @@ def test_fp8_on_tiny(tiny):
     from indexcache.models.lm import hidden_states, token_losses
 
     ids = torch.cat([b.ids for b in tiny.batches("heldout", length=384, sequences=4)])
-    k, seen, losses = tiny.topk, [], []
+    k = tiny.topk
+    selections, losses = [], []
     for index_dtype in ("auto", "fp8"):
         with (
             accelerate(tiny.module, index_dtype=index_dtype),
             use_pattern(tiny.module, "F" * 12, capture=True) as seam,
         ):
             losses.append(token_losses(tiny.module, hidden_states(tiny.module, ids), ids))
-            seen.append(dict(seam.selections))
+            selections.append(dict(seam.selections))
     overlaps = []
-    for a, b in ((seen[0][i][:, k:].long(), seen[1][i][:, k:].long()) for i in range(12)):
+    for i in range(12):
+        a, b = (s[i][:, k:].long() for s in selections)
         one, two = (
             torch.zeros(*x.shape[:2], 384, dtype=torch.bool).scatter_(-1, x, True) for x in (a, b)
         )

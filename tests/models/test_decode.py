@@ -1,4 +1,4 @@
-"""The Decoder equals one pass over everything, never waits for the device, and is timed by part."""
+"""Test that the Decoder equals one pass, never waits for the device, and is timed by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast path against stock, on both families, under patterns."""
+"""Test the fast path against stock, on both families, under patterns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import PATTERNS, SHAPE, documents, logits, make_model, relati
 
 
 def both(model, call, pattern=None):
-    """(stock's result, the fast path's result) of call(model) under a pattern."""
+    """Return (stock's result, the fast path's result) of call(model) under a pattern."""
     results = []
     for fast in (False, True):
         handle = accelerate(model) if fast else None
@@ -44,19 +44,17 @@ def test_prefill(model, ids, pattern):
 def test_chunked_prefill_and_decode(model, ids, chunks):
     stock = logits(model, ids)
     with accelerate(model):
-        parts, cache, start = [], None, 0
+        outputs: list[torch.Tensor] = []
+        cache = None
+        start = 0
         for n in chunks:
             with torch.no_grad():
                 out = model(ids[:, start : start + n], past_key_values=cache, use_cache=True)
-            parts.append(out.logits)
+            outputs.append(out.logits)
             cache, start = out.past_key_values, start + n
-        assert cache.layers[0].keys.shape == (
-            2,
-            1,
-            96,
-            SHAPE["kv_lora_rank"],
-        )  # latents, not expanded keys
-    assert relative(torch.cat(parts, 1), stock) < 1e-5
+        # The cache has latents, not expanded keys.
+        assert cache.layers[0].keys.shape == (2, 1, 96, SHAPE["kv_lora_rank"])
+    assert relative(torch.cat(outputs, 1), stock) < 1e-5
 
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", "FSFRSS@2"])
@@ -66,21 +64,21 @@ def test_batch_with_unequal_lengths(model, ids, pattern):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def run(m):
-        cache_out = m(
+        first = m(
             ids[:, :80], attention_mask=mask[:, :80], position_ids=positions[:, :80], use_cache=True
         )
-        rest = m(
+        second = m(
             ids[:, 80:],
             attention_mask=mask,
             position_ids=positions[:, 80:],
-            past_key_values=cache_out.past_key_values,
+            past_key_values=first.past_key_values,
         )
-        return torch.cat([cache_out.logits, rest.logits], 1)
+        return torch.cat([first.logits, second.logits], 1)
 
     stock, fast = both(model, run, pattern)
     assert relative(fast[0], stock[0]) < 1e-5
     assert relative(fast[1, 29:], stock[1, 29:]) < 1e-5
-    with accelerate(model), use_pattern(model, pattern):  # and as if the padding were not there
+    with accelerate(model), use_pattern(model, pattern):  # Padding changes no result.
         assert relative(fast[1, 29:], logits(model, ids[1:, 29:])[0]) < 1e-5
 
 
@@ -109,7 +107,7 @@ def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
 
 
 def test_selections_agree_by_margin(model, ids):
-    """What one path selects and the other does not is at the edge of the selection on both."""
+    """The paths select the same ids, except for at most two near ties."""
 
     def run(m):
         with use_pattern(m, "FFFFFF", capture=True) as seam:
@@ -125,7 +123,7 @@ def test_selections_agree_by_margin(model, ids):
                 c = {x for x in fast[i][b, t].tolist() if x >= 0}
                 assert len(a) == len(c) == min(t + 1, SHAPE["index_topk"])
                 different += len(a - c)
-    assert different <= 2  # of 6 x 2 x 96 x 8
+    assert different <= 2  # ids of 6 x 2 x 96 x 8
 
 
 def test_natively_shared_model(glm, ids):
@@ -220,7 +218,7 @@ def test_rope_with_the_quantisation_is_the_indexers(model):
 
 
 def test_what_only_a_gpu_gets(model, ids, monkeypatch):
-    """Fused norms and grouped experts, forced here: the same numbers, and undone."""
+    """Fused norms and grouped experts, which this test forces, change no result and are undone."""
     model.set_experts_implementation("eager")
     try:
         stock = logits(model, ids)
@@ -240,7 +238,7 @@ def test_what_only_a_gpu_gets(model, ids, monkeypatch):
 
 
 def test_routers_that_take_all_groups_skip_the_choice(model, monkeypatch):
-    """The same experts with the same weights; a router that leaves groups out stays stock."""
+    """Routers give the same experts and weights; one that leaves groups out stays stock."""
     router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
     x, bias = torch.randn(7, 5, router.hidden_dim), router.e_score_correction_bias
     before = bias.clone()
@@ -263,7 +261,7 @@ def test_routers_that_take_all_groups_skip_the_choice(model, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores need a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_routers_on_tensor_cores(compile):
-    """bf16, on a GPU: the logits are those of stock's fp32 product but for the order of its sum."""
+    """In bf16 on a GPU the logits differ from stock's fp32 product only by the order of its sum."""
     model = make_model("glm_moe_dsa").to("cuda", torch.bfloat16)
     router = next(m for m in model.modules() if hasattr(m, "e_score_correction_bias"))
     x = torch.randn(3, 50, router.hidden_dim, device="cuda").bfloat16()
@@ -295,7 +293,9 @@ def test_compiled_pieces(model, ids, monkeypatch, batch):
             for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))
         ]
     assert relative(torch.cat(got, 1), stock) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12  # not for each of 6 layers
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    )  # Far fewer than one set for each layer.
     assert not torch._dynamo.utils.counters["graph_break"]
     assert all("forward" not in m.__dict__ for m in model.modules())
     torch._dynamo.reset()
@@ -309,15 +309,15 @@ def test_compiled_pieces(model, ids, monkeypatch, batch):
         )
 
 
-@pytest.mark.parametrize("part", ["mlp", "experts", "hook"])
-def test_a_step_calls_what_somebody_put_there(model, ids, monkeypatch, part):
-    """A layer with a replaced forward or a hook is not run as a compiled step, with a warning."""
+@pytest.mark.parametrize("change", ["mlp", "experts", "hook"])
+def test_a_step_calls_replaced_forwards_and_hooks(model, ids, monkeypatch, change):
+    """A layer with a replaced forward or a hook does not run as a compiled step, with a warning."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     layer = next(layer for layer in model.model.layers if hasattr(layer.mlp, "experts"))
-    module = layer.mlp.experts if part == "experts" else layer.mlp
+    module = layer.mlp.experts if change == "experts" else layer.mlp
     calls, stock = [], module.forward
     handle = None
-    if part == "hook":
+    if change == "hook":
         handle = module.register_forward_hook(lambda *_: calls.append(1))
     else:
         module.forward = lambda *args: stock(*args) * 3  # type: ignore[method-assign]
@@ -330,7 +330,7 @@ def test_a_step_calls_what_somebody_put_there(model, ids, monkeypatch, part):
             got = [logits(model, ids[:1, :95], past_key_values=(cache := FastCache(model, 96, 1)))]
             got.append(logits(model, ids[:1, 95:], past_key_values=cache))
         assert relative(torch.cat(got, 1), want) < 1e-5
-        assert len(calls) == (2 if part == "hook" else 0)
+        assert len(calls) == (2 if change == "hook" else 0)
     finally:
         module.__dict__.pop("forward", None)
         if handle is not None:
@@ -361,9 +361,8 @@ def test_refusals(model, ids):
 def test_masks():
     assert padding_of(None).left is None
     assert padding_of(torch.ones(2, 5)).left is None
-    assert (
-        padding_of(torch.tensor([[1, 1, 0], [1, 1, 1]])).left is None
-    )  # at the right: causality hides it
+    # Causality hides padding at the right.
+    assert padding_of(torch.tensor([[1, 1, 0], [1, 1, 1]])).left is None
     assert padding_of(torch.tensor([[0, 1, 1], [1, 1, 1]])).left == (1, 0)
     for bad in (torch.tensor([[1, 0, 1]]), torch.zeros(1, 3), torch.ones(1, 1, 3, 3)):
         with pytest.raises(ValueError, match=r"mask"):
@@ -371,7 +370,7 @@ def test_masks():
 
 
 def test_tiny_agrees_on_real_text(tiny):
-    """The paths may select different keys where two score all but equally: few, and no bias."""
+    """Near ties may be selected differently, but they are few and do not bias the loss."""
     (batch, *_) = tiny.batches("heldout", length=512, sequences=3)
     for pattern in (Pattern.full(12), Pattern("FFSSSSSSSFSS"), Pattern("FFRRRRRRRFRR@8")):
         losses = []

@@ -1,4 +1,4 @@
-"""The verb generate and `Model.generate`: the tokens of stock transformers, as text."""
+"""Test that the verb generate and `Model.generate` give the tokens of stock transformers."""
 
 from __future__ import annotations
 

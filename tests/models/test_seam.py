@@ -1,4 +1,4 @@
-"""use_pattern on both families against stock transformers."""
+"""Test use_pattern on both families against stock transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import PATTERNS, SHAPE, logits, make_model, relative
 
 
 def shared_stock(model, pattern: str, **changes):
-    """Stock GLM built with `indexer_types`, with the same weights."""
+    """Build stock GLM with `indexer_types` and the same weights."""
     types = [{"F": "full", "S": "shared"}[c] for c in pattern]
     other = make_model("glm_moe_dsa", indexer_types=types, **changes)
     other.load_state_dict(model.state_dict(), strict=False)
@@ -53,9 +53,8 @@ def test_glm_sharing_is_bitwise_stock_in_bf16_and_with_padding(glm, ids):
 def test_v32_sharing_hands_the_same_ids_to_the_shared_layers(ids):
     model = make_model("deepseek_v32")
     seen = {}
-    for i, layer in enumerate(
-        model.model.layers
-    ):  # what attention receives, read independently of the seam
+    # The hooks read the ids that attention receives, independently of the seam.
+    for i, layer in enumerate(model.model.layers):
         forward = layer.self_attn.indexer.forward
         layer.self_attn.indexer.register_forward_hook(
             lambda m, a, out, i=i: seen.__setitem__(i, out)
@@ -98,14 +97,14 @@ def test_contexts_nest(model, ids):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_cached_decoding_equals_one_pass(model, ids, pattern):
     with use_pattern(model, pattern):
-        whole = logits(model, ids)
-        parts, cache = [], None
+        one_pass = logits(model, ids)
+        outputs, cache = [], None
         for start, stop in [(0, 41), (41, 42), (42, 60), *((t, t + 1) for t in range(60, 96))]:
             with torch.no_grad():
                 out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            parts.append(out.logits)
-    assert relative(torch.cat(parts, 1), whole) < 1e-5
+            outputs.append(out.logits)
+    assert relative(torch.cat(outputs, 1), one_pass) < 1e-5
 
 
 def test_generate_under_a_pattern(model, ids):
@@ -144,20 +143,17 @@ def test_shared_layer_cannot_become_full_while_its_cache_lives(model, ids, after
     lengths = [int(layer.get_seq_length()) for layer in cache.layers]
     with use_pattern(model, after), pytest.raises(ValueError, match="start a new cache"):
         logits(model, ids[:, 50:51], past_key_values=cache)
-    assert [
-        int(layer.get_seq_length()) for layer in cache.layers
-    ] == lengths  # refused before anything was written
-    with use_pattern(model, "FSSFSS"):  # and under its own pattern it still works
-        whole = logits(model, ids[:, :51])
-        assert (
-            relative(logits(model, ids[:, 50:51], past_key_values=cache)[:, -1], whole[:, -1])
-            < 1e-5
-        )
+    # The refusal came before anything was written.
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == lengths
+    with use_pattern(model, "FSSFSS"):  # The cache still works under the pattern that filled it.
+        one_pass = logits(model, ids[:, :51])[:, -1]
+        continued = logits(model, ids[:, 50:51], past_key_values=cache)[:, -1]
+        assert relative(continued, one_pass) < 1e-5
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_leaving_the_context_is_watched_as_well(ids, static):
-    """Stock would go on without a word (static caches) or with a shape error (dynamic ones)."""
+    """Stock would continue static caches silently, and dynamic ones with a shape error."""
     from transformers import StaticCache
 
     model = make_model("glm_moe_dsa")
@@ -168,7 +164,7 @@ def test_leaving_the_context_is_watched_as_well(ids, static):
         logits(model, ids[:, 50:51], past_key_values=cache)
     with use_pattern(model, "FSSFSS"):
         logits(model, ids[:, 50:51], past_key_values=cache)
-    logits(model, ids)  # other caches are not concerned
+    logits(model, ids)  # Passes without that cache are allowed.
     with torch.no_grad():
         fresh = model(ids[:, :50], use_cache=True).past_key_values
     logits(model, ids[:, 50:51], past_key_values=fresh)
@@ -178,7 +174,7 @@ def test_leaving_the_context_is_watched_as_well(ids, static):
 
     gc.collect()
     logits(model, ids)
-    assert not model.model._forward_pre_hooks  # gone with the cache
+    assert not model.model._forward_pre_hooks  # The hook goes with the cache.
 
 
 def test_full_layer_may_become_shared_while_its_cache_lives(model, ids):
@@ -193,7 +189,7 @@ def test_natively_shared_layers_cannot_be_full(glm, ids):
     for wrong in ("FFSFSS", "FRSFSS", "FFFFFF"):
         with pytest.raises(ValueError, match="no indexer weights"), use_pattern(native, wrong):
             pass
-    with use_pattern(native, "FSSSSS"):  # giving up a full layer is possible
+    with use_pattern(native, "FSSSSS"):  # A full layer may become shared.
         fewer = logits(native, ids)
     assert torch.equal(fewer, logits(shared_stock(glm, "FSSSSS"), ids))
 
@@ -286,7 +282,7 @@ def test_reindex_selects_the_best_of_the_pool(model, ids):
     assert torch.equal(
         picked[0][:, k:].sort(-1).values, scores[0].topk(k, -1).indices[:, k:].sort(-1).values.int()
     )
-    # layer 1 gets another input than in the all-full pass only through layer 0, which is the same
+    # Layer 0 is full in both passes, so layer 1 has the same input.
     pool = scores[0].topk(2 * k, -1).indices
     best = pool.gather(-1, scores[1].gather(-1, pool).topk(k, -1).indices)
     for b in range(2):
@@ -303,9 +299,8 @@ def test_larger_pools_come_closer(model, ids):
     assert far[-1] < 1e-5
     assert far[0] > far[2] > far[-1]
     with use_pattern(model, "FSSSSS"):
-        assert relative(logits(model, ids), reference) == pytest.approx(
-            far[0], rel=1e-4
-        )  # a pool of k leaves nothing to choose
+        # A pool of k leaves an R layer no choice, as if it were shared.
+        assert relative(logits(model, ids), reference) == pytest.approx(far[0], rel=1e-4)
 
 
 # -- prefix reuse, losses

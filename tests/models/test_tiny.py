@@ -1,4 +1,4 @@
-"""The packaged checkpoint keeps its promises, and sharing matters on it."""
+"""Test that the packaged checkpoint is as described, and that sharing matters on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel, as the launch code calls it, compiles for sm_90 without a GPU."""
+"""Test that every kernel, as the launch code calls it, compiles for sm_90 without a GPU."""
 
 import importlib.util
 import os
@@ -29,12 +29,14 @@ def test_kernels_compile():
     assert compiled == {name.rsplit(".", 1)[1] for name in launched_kernels()}
 
 
-def test_the_sanitizer_is_given_every_kernel():
+def test_the_sanitizer_runs_every_kernel():
     """benchmarks/sanitize.py names each kernel that is launched; its run on a GPU checks them."""
     from benchmarks import sanitize
 
     kernels = set().union(*sanitize.KERNELS.values())
-    assert kernels == launched_kernels() | {"benchmarks.dispatch.start"}  # a control
+    assert kernels == launched_kernels() | {
+        "benchmarks.dispatch.start"
+    }  # The last one is a control.
     assert set(sanitize.TASKS) == set(sanitize.KERNELS)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of `index_topk` against the definition: small in the interpreter, large on a GPU."""
+"""Test the kernels of `index_topk`: small in the interpreter, large on a GPU."""
 
 import os
 
@@ -35,7 +35,7 @@ def best(x, k):
 
 @pytest.fixture
 def small():
-    """Make lists and samples so small that short rows take the way of long ones."""
+    """Make lists and samples so small that short rows take the path of long ones."""
     tiles = {"queries": 16, "keys": 32, "chunk": 64}
     with ops.tuned(index={"listed": 64, "stride": 4, "workers": 2, **tiles}):
         yield

@@ -1,4 +1,4 @@
-"""The kernels of `ops.index_kl` against the definition: small on a CPU, large on a GPU."""
+"""Test the kernels of `ops.index_kl` against the definition: small on a CPU, large on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported: its own library is decorated then
-    )
+    # The variable must be set before triton is imported, which decorates its library then.
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
@@ -50,7 +49,7 @@ def case(
 
 
 def both(q, k, w, targets, kind, weights=None, rows=None):
-    """(loss, gradients) of the definition and of the kernels."""
+    """Return (loss, gradients) of the definition and of the kernels."""
     results = []
     for backend in ("torch", "triton"):
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, w)]
@@ -68,7 +67,7 @@ def relative(got, want):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small tiles; memory that nobody wrote is NaN."""
+    """Make tiles small, and fill new memory with NaN."""
     changes = {
         name: tuning.Tile(value.queries // 4, value.keys // 2)
         for name, value in vars(tuning.current().kl).items()
@@ -99,7 +98,7 @@ def test_small(small, length, layers, absorbed, kind):
     ("queries", "keys"), [((64, 32), (32, 64)), ((64, 32), (64, 64)), ((32, 64), (64, 32))]
 )
 def test_tiles_of_gradients_that_are_not_square(small, queries, keys):
-    """Half precision, where tiles keep their sizes; the last chunk is not whole."""
+    """In half precision tiles keep their sizes; the last chunk is not full."""
     by_keys = tuning.Tile(*keys)
     tiles = {"queries": tuning.Tile(*queries), "keys": by_keys, "keys_wide": by_keys}
     q, k, w, targets = case(131, 2, dtype=torch.bfloat16 if GPU else torch.float16)
@@ -151,10 +150,9 @@ def test_the_loss_alone(small):
 
 
 def test_half_precision(small):
-    """No further from fp32 on the same numbers than the definition, but for a tenth."""
-    q, k, w, targets = case(
-        64, 2, dtype=torch.bfloat16 if GPU else torch.float16
-    )  # the interpreter multiplies no bf16
+    """The kernels are at most 10 % further from fp32 than the definition."""
+    dtype = torch.bfloat16 if GPU else torch.float16  # The interpreter multiplies no bf16.
+    q, k, w, targets = case(64, 2, dtype=dtype)
     exact = both(
         *(x.float() for x in (q, k, w)),
         [AttentionTarget(t[0].float(), t[1].float(), t[2].float(), t[3]) for t in targets],
@@ -166,7 +164,7 @@ def test_half_precision(small):
 
 
 def with_sums(target):
-    """The target with the log-sum-exp of its logits, as an attention kernel would give it."""
+    """Add the log-sum-exp of its logits to a target, as an attention kernel would."""
     logits = (
         torch.einsum("she,te->hst", target.queries(slice(None)), target.latent_TE).float()
         * target.scale
@@ -176,7 +174,7 @@ def with_sums(target):
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
-def test_sums_that_are_known_are_not_computed_again(small, monkeypatch, absorbed):
+def test_sums_of_the_attention_kernel_are_not_computed_again(small, monkeypatch, absorbed):
     q, k, w, targets = case(97, 2, absorbed=absorbed)
     (loss, want), _ = both(q, k, w, targets, "multi")
     monkeypatch.setattr(kl, "normalise", None)
@@ -200,7 +198,7 @@ def test_flash_attention_gives_the_sums(width):
     )
     with torch.no_grad():
         out, lse = _causal(q, k, v, 0.3)
-    plain, none = _causal(q, k, v, 0.3)  # with gradients enabled
+    plain, none = _causal(q, k, v, 0.3)  # Gradients are enabled here.
     hidden = torch.ones(517, 517, dtype=torch.bool, device="cuda").triu_(1)
     want = (q.float() @ k.float().mT * 0.3).masked_fill(hidden, -torch.inf).logsumexp(-1)
     assert none is None and lse is not None
@@ -219,7 +217,7 @@ def test_large(length, absorbed, wide, dtype):
     q, k, w, targets = case(
         length, 2, heads=9, index_heads=9, dim=256, absorbed=absorbed, dtype=dtype
     )
-    if wide:  # the rows of SmolLM2: 64 + 192
+    if wide:  # SmolLM2 has rows of 64 + 192.
         g = torch.Generator(DEVICE).manual_seed(1)
         x, y, z = (
             torch.randn(*s, generator=g, device=DEVICE, dtype=dtype)
@@ -231,4 +229,6 @@ def test_large(length, absorbed, wide, dtype):
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     assert relative(got_loss, loss) < limit
     assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))  # nothing is atomic
+    assert all(
+        torch.equal(a, b) for a, b in zip(got, again, strict=True)
+    )  # No kernel uses atomics.

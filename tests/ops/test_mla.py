@@ -1,4 +1,4 @@
-"""Sparse MLA, query groups and quantisation: kernels against the definition."""
+"""Test the kernels of sparse MLA, query groups and quantisation against the definition."""
 
 import os
 
@@ -7,9 +7,8 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported: its own library is decorated then
-    )
+    # The variable must be set before triton is imported, which decorates its library then.
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
@@ -17,11 +16,11 @@ from indexcache.ops import groups as group_kernels  # noqa: E402
 from indexcache.ops.mla import host  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
+HALF = torch.bfloat16 if GPU else torch.float16  # The interpreter's bf16 products are wrong.
 
 
 def random_ids(batch, queries, keys, k, empty=()):
-    """Neighbouring rows share most ids, as real selections do; ascending, -1 padded."""
+    """Draw ascending ids, -1 padded, of which neighbouring rows share most."""
     noise = torch.rand(batch, 1, keys, device=DEVICE) + 0.2 * torch.rand(
         batch, queries, keys, device=DEVICE
     )
@@ -44,7 +43,7 @@ def relative(got, want):
 )
 @pytest.mark.parametrize("words", [None, 1, 2])
 def test_groups(queries, k, group, words, monkeypatch):
-    """words: of a window of bitmaps; None: binary searches."""
+    """words: number of words in a window of bitmaps; None uses binary searches."""
     if words:
         for name, value in {"LONG": 1, "WORDS": words, "BLOCK": 64}.items():
             monkeypatch.setattr(group_kernels, name, value)
@@ -65,7 +64,7 @@ def test_groups(queries, k, group, words, monkeypatch):
     [(512, 4), (2048, 3), (2048, 8), (1024, 1), (3000, 2), (4095, 5), (4096, 3), (16384, 4)],
 )
 def test_groups_large(k, group):
-    """Powers of two from 512 search in assembly."""
+    """Rows of a power of two, at least 512, are searched in assembly."""
     ids = random_ids(2, 31, 20000, k, empty=(0, 7))
     for a, b in zip(
         *(ops.group_queries(ids, group, backend=way) for way in ("triton", "torch")), strict=True
@@ -79,8 +78,8 @@ def test_forward(heads, grouped):
     q = torch.randn(2, 9, heads, 48, device=DEVICE).to(HALF)
     latent = torch.randn(2, 63, 48, device=DEVICE).to(HALF)
     ids = random_ids(2, 9, 60, 40, empty=(0, 4))
-    latent[:, 60:] = torch.nan  # not selected
-    # with 64 programs the ids are split over them
+    latent[:, 60:] = torch.nan  # No id selects these.
+    # 64 programs share the ids of a query.
     with ops.tuned(mla={"programs": 1 if grouped else 64, "keys": 16}):
         got, lse = ops.sparse_mla(q, latent, ids, 0.2, value_dim=32, backend="triton")
     want, want_lse = ops.sparse_mla(
@@ -150,30 +149,25 @@ def test_quantize(rotate, interleaved, dtype):
     k[0, 3], k[1, 4, 5] = 0, torch.nan
     k[0, :3] *= torch.tensor([1e-33, 1e30, 3e4], device=DEVICE)[:, None]
     k = k.to(dtype)
-    turn = (
-        {}
-        if interleaved is None
-        else {"cos_BTr": angle.cos(), "sin_BTr": angle.sin(), "interleaved": interleaved}
-    )
-    got, scale = ops.quantize_index_keys(k, rotate=rotate, backend="triton", **turn)
-    want, want_scale = ops.quantize_index_keys(k, rotate=rotate, backend="torch", **turn)
-    rounded = (
-        dtype == torch.bfloat16 and interleaved is not None
-    )  # after RoPE: a number between two may go to the other
+    rope = {}
+    if interleaved is not None:
+        rope = {"cos_BTr": angle.cos(), "sin_BTr": angle.sin(), "interleaved": interleaved}
+    got, scale = ops.quantize_index_keys(k, rotate=rotate, backend="triton", **rope)
+    want, want_scale = ops.quantize_index_keys(k, rotate=rotate, backend="torch", **rope)
+    # RoPE rounds to bf16, and the two paths may round differently.
+    rounded = dtype == torch.bfloat16 and interleaved is not None
     torch.testing.assert_close(
         scale, want_scale, rtol=8e-3 if rounded else 1e-3, atol=0, equal_nan=True
     )
     got, want = got.float(), want.float()
     got[1, 4] = want[1, 4] = 0
-    if (
-        not GPU
-    ):  # the interpreter loses the carry when a mantissa rounds up to the next power of two
+    if not GPU:
+        # The interpreter loses the carry when a mantissa rounds up to the next power of two.
         carried = want.abs() == 2 * got.abs()
         assert (carried & (want != 0)).float().mean() < 0.1
         got = torch.where(carried, want, got)
-    assert relative(got, want) < (
-        5e-2 if rounded and not GPU else 2e-2
-    )  # the interpreter truncates to bf16
+    # The interpreter truncates to bf16.
+    assert relative(got, want) < (5e-2 if rounded and not GPU else 2e-2)
 
 
 def test_refusals():
@@ -205,20 +199,16 @@ def test_refusals():
 @pytest.mark.parametrize("queries", [1, 63, 257, 2049])
 def test_large(heads, queries):
     q, latent = (
-        torch.randn(1, n, *rest, device=DEVICE).bfloat16()
-        for n, rest in ((queries, (heads, 576)), (8193, (576,)))
+        torch.randn(1, *shape, device=DEVICE).bfloat16()
+        for shape in ((queries, heads, 576), (8193, 576))
     )
     ids = torch.cat([random_ids(1, min(64, queries), 8193, 2048)] * -(-queries // 64), dim=1)[
         :, :queries
     ].contiguous()
     got = [ops.sparse_mla(q, latent, ids, 576**-0.5, backend="triton")[0] for _ in range(2)]
     assert torch.equal(*got)
-    assert (
-        relative(
-            got[0], ops.sparse_mla(q.float(), latent.float(), ids, 576**-0.5, backend="torch")[0]
-        )
-        < 1e-2
-    )
+    want = ops.sparse_mla(q.float(), latent.float(), ids, 576**-0.5, backend="torch")[0]
+    assert relative(got[0], want) < 1e-2
 
 
 @pytest.mark.gpu
@@ -231,21 +221,24 @@ def test_large(heads, queries):
 )
 @pytest.mark.parametrize("queries", [1, 63, 257, 2049])
 def test_hopper(heads, grouped, queries):
-    """The Gluon kernel against the plain one and the definition."""
+    """The Gluon kernel agrees with the plain one and the definition."""
     q, latent = (
-        torch.randn(2, n, *rest, device=DEVICE).bfloat16()
-        for n, rest in ((queries, (heads, 576)), (2055, (576,)))
+        torch.randn(2, *shape, device=DEVICE).bfloat16()
+        for shape in ((queries, heads, 576), (2055, 576))
     )
-    latent[:, 2048:] = torch.nan  # not selected
-    q[:, 1::2] *= 8  # their maxima grow by more than the kernel lets pass
-    some = min(64, queries)
-    ids = random_ids(2, some, 2048, 777, empty=[s for s in (0, *range(6, 15)) if s < some])
+    latent[:, 2048:] = torch.nan  # No id selects these.
+    q[:, 1::2] *= 8  # Their maxima grow so much that the kernel must rescale.
+    distinct = min(64, queries)
+    empty = [s for s in (0, *range(6, 15)) if s < distinct]
+    ids = random_ids(2, distinct, 2048, 777, empty=empty)
     ids = torch.cat([ids] * -(-queries // 64), dim=1)[:, :queries]
-    ids = ids.contiguous() if grouped else ids.flip(-1).contiguous()  # ids in groups ascend
+    ids = (
+        ids.contiguous() if grouped else ids.flip(-1).contiguous()
+    )  # Only groups need ascending ids.
     groups = ops.group_queries(ids, host.best_group(heads)) if grouped else None
     results = []
     for hopper in (True, True, False):
-        with ops.tuned(mla={"hopper": hopper, "programs": 1}):  # one program: never split
+        with ops.tuned(mla={"hopper": hopper, "programs": 1}):  # One program never splits the ids.
             results.append(host.launch_forward(q, latent, ids, 576**-0.5, 512, groups))
     (got, lse), again, (plain, plain_lse) = results
     assert torch.equal(got, again[0])
@@ -294,10 +287,11 @@ def test_fp32_fits_shared_memory(heads, queries):
         torch.randn(1, queries, heads, 576, device=DEVICE),
         torch.randn(1, 4096, 576, device=DEVICE),
     )
-    weight, found = torch.randn(1, queries, heads, 512, device=DEVICE), []
+    weight = torch.randn(1, queries, heads, 512, device=DEVICE)
+    results = []
     for backend in ("triton", "torch"):
         a, b = (t.clone().requires_grad_() for t in (q, latent))
         out, _ = ops.sparse_mla(a, b, ids, 576**-0.5, backend=backend)
-        found.append((out.detach(), *torch.autograd.grad((out * weight).sum(), (a, b))))
-    for got, want in zip(*found, strict=True):
+        results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), (a, b))))
+    for got, want in zip(*results, strict=True):
         assert relative(got, want) < 1e-4

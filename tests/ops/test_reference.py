@@ -1,4 +1,4 @@
-"""The definitions in ops/reference.py against naive ones: loops, sorting, dense attention."""
+"""Test ops/reference.py against naive definitions: loops, sorting, dense attention."""
 
 import itertools
 
@@ -12,7 +12,7 @@ LENGTHS = [1, 63, 257, 2049]
 
 
 def naive_scores(q, k, w, scale, query):
-    """One query's scores over all keys, head by head in float64."""
+    """Compute one query's scores over all keys, head by head in float64."""
     total = torch.zeros(k.shape[0], dtype=torch.float64)
     for head in range(q.shape[1]):
         total += w[query, head].double() * (k.double() @ q[query, head].double()).clamp(min=0)
@@ -20,7 +20,7 @@ def naive_scores(q, k, w, scale, query):
 
 
 def naive_topk(scores, ids, k):
-    """Python's sort: best score first, lower id first among equals; NaN as -inf."""
+    """Sort in Python: best score first, lower id first among equals; NaN as -inf."""
     value = {
         int(i): float(s) if s == s else float("-inf") for i, s in zip(ids, scores, strict=True)
     }
@@ -31,7 +31,7 @@ def naive_topk(scores, ids, k):
 def integers(*shape, low=-3, high=4):
     return torch.randint(
         low, high, shape
-    ).float()  # sums are exact in any order: ids must be equal, not close
+    ).float()  # Sums are exact in any order, so ids must be equal.
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -121,7 +121,7 @@ def test_topk_nonfinite_keys():
 
 
 def dense_mla(q, latent, ids, scale, value_dim):
-    """Dense attention with a mask, in float64: nothing is gathered."""
+    """Compute dense attention with a mask, in float64, without gathering."""
     mask = torch.zeros(q.shape[1], latent.shape[1] + 1, dtype=torch.bool)
     mask.scatter_(1, torch.where(ids[0] < 0, latent.shape[1], ids[0]).long(), True)
     logits = torch.einsum("she,te->sht", q[0].double(), latent[0].double()) * scale

@@ -252,7 +252,7 @@ class FastCache(Cache):
     """The latents of all layers, and the indexer keys of the layers that run their indexer.
 
     It goes wherever transformers takes a cache, on an accelerated model. It refuses to be continued
-    under a pattern that needs indexer keys it does not hold. docs/long-context.md says how much
+    under a pattern that needs indexer keys it does not hold. docs/fast-path.md says how much
     memory it takes.
 
     Args:

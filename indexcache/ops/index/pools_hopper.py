@@ -140,7 +140,7 @@ def scores_pools(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32]
     )
     copy: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 16 // D, D // 16], [4, 1], [1, 0])
-    layout: gl.constexpr = gl.DistributedLinearLayout(
+    key_layout: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0]] if D == 64 else [[0, 1], [0, 2], [0, 16], [8, 0]],
         lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
@@ -187,11 +187,11 @@ def scores_pools(
     gl.thread_barrier()
     zero = gl.zeros([64, columns], gl.float32, acc)
 
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, key_layout))
     ids_0 = gl.load(p_union + o_m * STRIDE, mask=o_m < total, other=0)
     ids_1 = gl.load(p_union + (64 + o_m) * STRIDE, mask=o_m < total - 64, other=0)
-    keys_0 = _load_keys(p_k, ids_0, s_kt, D, layout)
-    keys_1 = _load_keys(p_k, ids_1, s_kt, D, layout)
+    keys_0 = _load_keys(p_k, ids_0, s_kt, D, key_layout)
+    keys_1 = _load_keys(p_k, ids_1, s_kt, D, key_layout)
     scale_0 = None
     scale_1 = None
     if p_scale is not None:
@@ -206,13 +206,13 @@ def scores_pools(
         ids = _load_quarters(p_at, o_key, n_left, STRIDE)
         masks = _load_quarters(p_mask + base * STRIDE, o_key, n_left, STRIDE)
         product = warpgroup_mma_wait(0, deps=[_register_product(keys_0, q_smem, zero, D)])
-        keys_0 = _load_keys(p_k, ids_0, s_kt, D, layout)
+        keys_0 = _load_keys(p_k, ids_0, s_kt, D, key_layout)
         _fold_scaled(product, weight, scale_0, sums_0, H)
         if p_scale is not None:
             scale_0 = gl.load(p_scale + ids_0)
         ids_0 = gl.load(p_at + (256 + o_m) * STRIDE, mask=o_m < n_left - 256, other=0)
         product = warpgroup_mma_wait(0, deps=[_register_product(keys_1, q_smem, zero, D)])
-        keys_1 = _load_keys(p_k, ids_1, s_kt, D, layout)
+        keys_1 = _load_keys(p_k, ids_1, s_kt, D, key_layout)
         _fold_scaled(product, weight, scale_1, sums_1, H)
         if p_scale is not None:
             scale_1 = gl.load(p_scale + ids_1)
