@@ -228,8 +228,9 @@ def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
         "device": ours["device"],
         "date": ours["date"],
         "model": ours["model"],
-        "peer": f"vLLM {versions['vllm']}, torch {versions['torch']}, index_topk_freq 1 and 4, bf16 cache, "
-        f"chunks of {CHUNK}, defaults otherwise, random weights; the better of two runs",
+        "peer": f"vLLM {versions['vllm']}, torch {versions['torch']}, index_topk_freq 1 and 4, "
+        f"bf16 cache, chunks of {CHUNK}, defaults otherwise, random weights; the better of two "
+        "runs",
         "note": "One card, vLLM first and ours after it. Attention of ours reads recorded "
         "selections of a trained model in the prefill, vLLM those of its own random indexers.",
         "rows": sorted(rows, key=lambda r: (r["context"], -r["full"])),

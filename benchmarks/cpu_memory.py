@@ -4,9 +4,9 @@
 
 The token losses of both paths on the same text of 1024 tokens are compared first. Each measurement
 then runs in a separate process, because the peak of a process never falls. Each row also has the
-memory of stock by a formula, 2 * 4 * H * T^2 bytes: the scores of one layer and their rectified copy
-in fp32. 16K tokens are measured on the fast path only; for stock the formula extrapolates. The rows go
-to benchmarks/results/tiny_cpu.json.
+memory of stock by a formula, 2 * 4 * H * T^2 bytes: the scores of one layer and their rectified
+copy in fp32. 16K tokens are measured on the fast path only; for stock the formula extrapolates. The
+rows go to benchmarks/results/tiny_cpu.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run a Gluon kernel that only starts its partitions and lets them wait at an mbarrier.
 
-This is the control for benchmarks/sanitize.py: it shows what a sanitizer reports without any work of
-the package. As in ops/mla/forward_hopper.py, racecheck names a race between the write of the
+This is the control for benchmarks/sanitize.py: it shows what a sanitizer reports without any work
+of the package. As in ops/mla/forward_hopper.py, racecheck names a race between the write of the
 partitions' numbers and their read, in code that Triton generates for `gl.warp_specialize`.
 docs/kernels.md lists the runs.
 """

@@ -199,8 +199,8 @@ def relative(result: Tensor, expected: Tensor) -> float:
 def check_selection(ids: Tensor, scores_RT: Tensor, visible: Tensor, margin: float = 1e-2) -> None:
     """Compare ids with fp32 scores.
 
-    Ids must be ascending and of the right number, and 99.5 % of them must score at least as much as the
-    k-th best key less a margin.
+    Ids must be ascending and of the right number, and 99.5 % of them must score at least as much as
+    the k-th best key less a margin.
     """
     counts = visible.clamp(max=ids.shape[-1])
     need(bool(((ids >= 0).sum(-1) == counts).all()), "the number of ids is wrong")

@@ -6,7 +6,8 @@
 
 The tasks index, rows, pools, plain, gluon and distill run the kernels of the package. The tasks
 dispatch and dispatch-all run none of them: they show what the tool reports for code that Triton
-generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not launched.
+generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not
+launched.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m benchmarks.selections [--out FILE]
 
-In text, neighbouring queries share many ids, and the cost of attention depends on how many. This runs
-the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the last
-1,024 queries. k is 1.6 % of the keys or more there, as 2,048 is of 131,072. It writes int16 tensors
-to a safetensors file: `topk.LAYER` [1024, 32] and `pool.LAYER` [1024, 256].
+In text, neighbouring queries share many ids, and the cost of attention depends on how many. This
+runs the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the
+last 1,024 queries. There k is at least 1.6 % of the keys, as 2,048 is of 131,072. It writes int16
+tensors to a safetensors file: `topk.LAYER` [1024, 32] and `pool.LAYER` [1024, 256].
 
 `tile` makes ids for long contexts from them: it copies the text, and each id appears in every copy.
 """

@@ -204,8 +204,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 class Shape:
     """The sizes of a DSA model, and the counts that follow from them.
 
-    `_KEYS` maps each field to its key in a config. Norms, 0.01 % of the weights, are not counted. Operations are those
-    of matrix products; a multiply-add is two.
+    `_KEYS` maps each field to its key in a config. Norms, 0.01 % of the weights, are not counted.
+    Operations are those of matrix products; a multiply-add is two.
     """
 
     layers: int

@@ -6,7 +6,8 @@ step is one CUDA graph and is not timed in parts; it takes
 
     a + b * (floor of all but the indexers) + c * (layers that index) + d * (floor of the indexers)
 
-Every coefficient is at least 0, and the fit minimises squared relative errors. R layers are not modelled.
+Every coefficient is at least 0, and the fit minimises squared relative errors. R layers are not
+modelled.
 """
 
 from __future__ import annotations

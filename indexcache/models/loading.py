@@ -31,7 +31,7 @@ MAX_BYTES_READ = 1 << 30
 class Model:
     """A loaded model with its tokenizer; every function of the package that needs a model takes it.
 
-    The module runs the indexer of every layer that has indexer weights, whatever pattern the config asks for.
+    The module runs every indexer that has weights, whatever pattern the config asks for.
 
     Attributes:
         module: the transformers model, in eval mode.

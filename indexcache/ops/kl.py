@@ -1,7 +1,7 @@
 """Compute the distillation loss of one indexer, which learns the dense attention of its layers.
 
-Queries are processed in chunks of R rows against the N keys before the chunk's end. Memory holds two
-fp32 matrices [R, N], and the keys of one layer at a time.
+Queries are processed in chunks of R rows against the N keys before the chunk's end. Memory holds
+two fp32 matrices [R, N], and the keys of one layer at a time.
 
   normalise     computes a layer's log-sum-exp of each query and head, where its attention kernel
                 did not give it

@@ -54,7 +54,7 @@ def _relu(x):
 
 @gluon.jit
 def lane_ranks(keep):
-    """Count the lanes that keep a register's value: those below this lane, and those of the warp."""
+    """Count the lanes that keep a register's value: (those below this lane, those of the warp)."""
     return gl.inline_asm_elementwise(
         BALLOT, "=r,=r,r", [keep.to(gl.int32)], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
     )

@@ -9,8 +9,8 @@
               selects it. The sample decides the speed, never the result
   pick_row    does the same without lists for rows that fit into registers (pools)
 
-Scores are compared as int32 keys (`primitives.sort_key`). The key NONE marks entries that are no candidates.
-Rows and lists hold either keys or fp32 scores, which become keys when they are read. The fused
+Scores are compared as int32 keys (`primitives.sort_key`). The key NONE marks entries that are no
+candidates. Rows and lists hold keys or fp32 scores, which become keys when they are read. The fused
 kernels (scores.py, scores_hopper.py) write the same lists without a row of scores in between.
 
 An optional pointer is None where it is not needed; Triton compiles a kernel for each case:

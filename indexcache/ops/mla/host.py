@@ -1,4 +1,4 @@
-"""Launch the kernels of sparse MLA: group queries, split ids over programs, and connect autograd."""
+"""Launch the kernels of sparse MLA: group queries, split ids over programs, autograd."""
 
 from __future__ import annotations
 
