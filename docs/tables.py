@@ -32,7 +32,7 @@ def table(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
 
 
 def pages() -> list[Path]:
-    """Return README and every page of docs and recipes that may hold a table."""
+    """Return README and every page of docs."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -255,7 +255,7 @@ def smollm2_short() -> str:
         ("searched pattern, nothing trained for it", "searched"),
     )
     return markdown(
-        ["loss above all full; answers found", "15 of 30 full", "8 of 30", "4 of 30"],
+        ["loss above all full; answers found", "1/2 (15 of 30)", "1/4 (8)", "1/8 (4)"],
         [
             [
                 name,

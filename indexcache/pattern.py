@@ -2,8 +2,8 @@
 
     F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool, the
                  top c*k, when R layers follow
-    R  re-index  scores only the pool of the nearest F with its own indexer and keeps the top k of
-    it S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
+    R  re-index  scores only the pool of the nearest F with its own indexer, and keeps the top k
+    S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
 
 F and S are those of the paper (section 3). Layer index i is 0-based and means `model.layers.i`;
 multi-token-prediction layers are outside the pattern.

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.exporting.support import broken, deepseek, glm_folder, sharded  # noqa: F401 - fixtures
-from tests.support import SHAPE, make_model
+from tests.support import FAMILIES, SHAPE, make_model
 
 
-@pytest.fixture(scope="session", params=["glm_moe_dsa", "deepseek_v32"])
+@pytest.fixture(scope="session", params=FAMILIES)
 def model(request):
     return make_model(request.param)
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from indexcache.data import Document
+from indexcache.models.family import families
 
 PATTERNS = ["FSSFSS", "FFSSSS", "FSFRSS@2", "FRRFRR@2", "FSRSSF@3"]
 
+
+FAMILIES = sorted(families(), reverse=True)
 
 SHAPE = {
     "vocab_size": 128,
@@ -55,13 +58,13 @@ def one_line(error: ValueError, *parts: str) -> None:
 
 
 def make_model(family: str, seed: int = 0, **changes):
-    """A random stock model (fp32, eval) whose layers differ enough for selections to matter."""
-    import transformers as t
+    """Make a random stock model in fp32 whose layers differ enough for selections to matter."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config, model = {
-        "glm_moe_dsa": (t.GlmMoeDsaConfig, t.GlmMoeDsaForCausalLM),
-        "deepseek_v32": (t.DeepseekV32Config, t.DeepseekV32ForCausalLM),
-    }[family]
+    config = getattr(transformers, CONFIG_MAPPING_NAMES[family])
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     torch.manual_seed(seed)
     made = model(config(**(SHAPE | changes))).eval()
     with torch.no_grad():

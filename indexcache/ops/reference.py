@@ -46,7 +46,8 @@ class QueryGroups(NamedTuple):
 class Selection:
     """The tokens that an indexer selected, as it passes them to attention.
 
-    ids: int32 [B, S, k], ascending in each row, -1 padded at the end.
+    ids: int32 [B, S, k], ascending in each row, -1 padded at the end. Stock indexers give falling
+        order of score instead, and pad with ids in the future.
     pool: int32 [B, S, P] in the same form, the candidates that an F layer publishes to its R
         layers.
     groups: the query groups of `ids`; None where each query is processed by itself.

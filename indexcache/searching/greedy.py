@@ -39,8 +39,8 @@ def greedy(
 ) -> Iterator[FrontierPoint]:
     """Yield the nested family of patterns from all full down to `full` full layers.
 
-    c = F^N;  R = {1..N-1};  repeat:  l* = argmin over l in R of loss(c with l -> S);  c[l*] = S;
-    R -= {l*}. Equal losses go to the lower layer.
+    c = F^N, candidates = {1..N-1}; repeat: l* = argmin over l in candidates of
+    loss(c with c[l] = S); c[l*] = S; candidates -= {l*}. Equal losses go to the lower layer.
 
     `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and
     each round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P

@@ -13,7 +13,7 @@ from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder
 from indexcache.models.fast.prefill import prefill
-from tests.support import PATTERNS, SHAPE, logits, make_model, refused, relative
+from tests.support import FAMILIES, PATTERNS, SHAPE, logits, make_model, refused, relative
 
 WIDTH = SHAPE["kv_lora_rank"] + SHAPE["qk_rope_head_dim"]
 CHUNKS = [(41, 1, 18, 36), (96,), (23, 23, 23, 23, 4)]
@@ -54,7 +54,7 @@ def test_chunks_equal_one_pass_of_stock(model, ids, pattern):
 
 def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
     """It holds in chunks, too; the bound is how far stock is from one pass over everything."""
-    for family in ("glm_moe_dsa", "deepseek_v32"):
+    for family in FAMILIES:
         for pattern in ("FFFFFF", "FSFRSS@2"):
             single, half = make_model(family), make_model(family).to(torch.bfloat16)
             with use_pattern(single, pattern), use_pattern(half, pattern):

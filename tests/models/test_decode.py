@@ -19,7 +19,7 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host, sample
 from indexcache.models.fast.prefill import prefill
 from indexcache.models.timing import PartTimer, timed
-from tests.support import PATTERNS, SHAPE, logits, make_model, refused, relative
+from tests.support import FAMILIES, PATTERNS, SHAPE, logits, make_model, refused, relative
 
 LENGTHS = [41, 57]
 
@@ -306,7 +306,7 @@ class TestGraph:
         "max_position_embeddings": 4096,
     }
 
-    @pytest.fixture(params=["glm_moe_dsa", "deepseek_v32"])
+    @pytest.fixture(params=FAMILIES)
     def large(self, request):
         model = make_model(request.param, **self.CHANGES).to("cuda", torch.bfloat16)
         with torch.no_grad():  # The weights get a scale that bf16 resolves.

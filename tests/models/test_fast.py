@@ -17,7 +17,7 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.prefix import PrefixCache
 from indexcache.ops import reference
-from tests.support import PATTERNS, SHAPE, documents, logits, make_model, relative
+from tests.support import FAMILIES, PATTERNS, SHAPE, documents, logits, make_model, relative
 
 
 def both(model, call, pattern=None):
@@ -99,7 +99,7 @@ def test_generate(model, ids):
 
 
 def test_bf16_is_as_near_to_fp32_as_stock_is(ids):
-    for family in ("glm_moe_dsa", "deepseek_v32"):
+    for family in FAMILIES:
         exact = logits(make_model(family), ids)
         half = make_model(family).to(torch.bfloat16)
         stock, fast = both(half, lambda m: m(ids).logits.float())

@@ -366,4 +366,4 @@ def test_the_seam_keeps_no_model_alive(ids):
 
 
 def test_registry_finds_the_families():
-    assert set(families()) == {"deepseek_v32", "glm_moe_dsa"}
+    assert set(families()) >= {"deepseek_v32", "glm_moe_dsa"}
