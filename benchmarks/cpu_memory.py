@@ -88,7 +88,7 @@ def main() -> None:
         "--one",
         nargs=2,
         metavar=("LENGTH", "PATH"),
-        help="one measurement, for this script's own use",
+        help="make one measurement and print it; this script calls itself so",
     )
     o = parser.parse_args()
     if o.one:

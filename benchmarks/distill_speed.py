@@ -1,4 +1,4 @@
-"""Measure tokens a second of the indexers' warm-up stage on a GPU, in whole training steps.
+"""Measure tokens a second of the indexers' warm-up stage on a GPU, in complete training steps.
 
     python -m benchmarks.distill_speed [--lengths 8192,65536] [--pattern 1/4] [--steps 5] [--plain]
 

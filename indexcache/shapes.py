@@ -43,8 +43,8 @@ class Device:
     Attributes:
         name: a word of the name that CUDA gives the device.
         peak: bf16 operations a second without sparsity, from the data sheet. MFU is a share of it.
-        reachable: rates that matrix products and copies reach; floors divide by them. None where
-            nobody measured them.
+        reachable: rates that matrix products and copies reach; floors divide by them. None if
+            not measured.
     """
 
     name: str
@@ -292,7 +292,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Weights of the whole model: layers, embedding and head."""
+        """Weights of all layers, the embedding and the head."""
         experts = self.experts + self.shared_experts
         moe = experts * self.expert_weights + self.router_weights
         return (
@@ -418,7 +418,7 @@ def read_shape(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
-    """Return the config of a named shape, cut to its first `layers` layers where that is given.
+    """Return the config of a named shape, cut to its first `layers` layers unless that is None.
 
     Raises:
         ValueError: the name is unknown, or the shape has fewer layers.
@@ -440,8 +440,7 @@ def shape_of(source: str | Path, layers: int | None = None) -> Shape:
     """Return the shape of a source as in `read_shape`; a named one can be cut to `layers` layers.
 
     Raises:
-        ValueError: what `read_shape`, `shape_config` and `Shape.of` refuse, or `layers` is given
-            for a checkpoint.
+        ValueError: as `read_shape`, `shape_config` and `Shape.of`, or `layers` for a checkpoint.
     """
     if str(source) in SHAPES:
         return Shape.of(shape_config(str(source), layers))

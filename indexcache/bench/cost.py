@@ -216,7 +216,7 @@ def _prefill_features(row: Row, names: Iterable[str]) -> list[tuple[float, float
 
 
 def _step_features(row: Row) -> tuple[float, float, float, float]:
-    """Return what the coefficients of a decoding step multiply; see the top of the module."""
+    """Return the factors of the coefficients of a decoding step; see the top of the module."""
     floor = row["decode_floor_ms"]
     index = sum(floor.get(name, 0.0) for name in INDEX_PARTS)
     return 1.0, sum(floor.values()) - index, row["full"], index

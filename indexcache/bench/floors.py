@@ -48,7 +48,7 @@ def prefill_floor(
 
     Args:
         pattern: one role per layer of the shape.
-        rates: what the device reaches.
+        rates: the rates of the device.
         batch: B.
         index_dtype: "fp8", or anything else for bf16.
     """
@@ -91,11 +91,7 @@ def decode_floor(
     - rest: as in a prefill.
 
     Args:
-        cached: n.
-        pattern: one role per layer of the shape.
-        rates: what the device reaches.
-        batch: B.
-        index_dtype: "fp8", or anything else for bf16.
+        cached: n. The other arguments are those of `prefill_floor`.
     """
     k = shape.topk
     seconds = dict.fromkeys(PARTS, 0.0)

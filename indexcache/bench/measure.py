@@ -157,7 +157,7 @@ def measure(
 def _recorded_selections(subject: Subject, context: int, pattern: Pattern) -> Iterator[int]:
     """Let a prefill of this length read the recorded selections; yield the bytes that they take.
 
-    Decoding is outside, so it reads what it selects.
+    Decoding is outside of the context, so it reads its own selections.
     """
     selector = selector_of(subject.model)
     assert isinstance(selector, RecordedSelector)

@@ -69,7 +69,7 @@ class Plan:
         rows: see `predict`.
         advice: whether sharing pays, in a sentence.
         left_out: see `cost.errors_left_out`.
-        notes: sentences about what goes beyond the measurements.
+        notes: sentences about where the prediction exceeds the measurements.
     """
 
     model: str
@@ -352,7 +352,7 @@ def _memory_notes(shape: Shape, rates: Rates, traffic: Traffic, index_dtype: str
 def _extrapolation_notes(
     result: BenchResult, rows: Sequence[Row], shape: Shape, rates: Rates, traffic: Traffic
 ) -> list[str]:
-    """Say where the prediction goes beyond what was measured.
+    """Say where the prediction exceeds the measurements.
 
     Raises:
         ValueError: the bench ran on a device whose rates say nothing of this one.

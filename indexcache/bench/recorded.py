@@ -161,7 +161,7 @@ class RecordedSelector(FastSelector):
     ) -> Selection:
         selection = super().topk(call, inputs, pool, within)
         if inputs.positions is not None:
-            return selection  # Decoding reads what it selects.
+            return selection  # Decoding reads its own selections.
         batch, queries = call.x.shape[:2]
         end = inputs.k.shape[1]
         ids = selection.ids

@@ -32,7 +32,7 @@ class BenchResult:
         ceilings: the rates of the device, by which the floors divide; see `shapes.Rates`.
         settings: the settings that all rows share.
         published: the published figures of the model, or None.
-        rows: what `measure.measure` returns, with "name", "asked" (the batch that was asked for),
+        rows: the results of `measure.measure`, with "name", "asked" (the batch that was asked for),
             "speedup" against all full, "indexer_share" and the "published" figures where there are
             any. A row that could not be measured has an "error" in their place.
     """

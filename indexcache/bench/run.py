@@ -130,14 +130,14 @@ def run_bench(
 
     Args:
         subject: the model.
-        grid: what to measure.
+        grid: the cells to measure.
         out: a folder, created if needed, where bench.json is written after every row. Its rows are
             kept, so a run that was killed continues.
         fresh: whether to delete the rows in `out` first.
         progress: whether to show a progress bar of tokens on stderr.
 
     Raises:
-        ValueError: what `Grid.check` refuses, or `out` holds a run with other settings.
+        ValueError: as `Grid.check`, or `out` holds a run with other settings.
     """
     grid.check(subject.shape, subject.on_gpu)
     pools = any(named.pattern.pool_factor for named in grid.patterns)

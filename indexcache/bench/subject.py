@@ -87,12 +87,12 @@ def open_subject(
         trust_remote_code: whether to run Python code that lies in the checkpoint.
         compile: see `accelerate`; ignored on a CPU.
         selections: FILE:NAME[,POOL], see `read_selections`.
-        patterns: the patterns to time, which say what widths recorded selections must have.
+        patterns: the patterns to time; the width of recorded selections must fit their pools.
         data: a file or folder of text to prefill with, repeated to the length.
 
     Raises:
-        ValueError: what `shape_of`, `read_selections`, `random_model`, `load`, `accelerate` and
-            `load_documents` refuse; a text for a named shape, which has no tokenizer.
+        ValueError: as `shape_of`, `read_selections`, `random_model`, `load`, `accelerate` and
+            `load_documents`; or a text for a named shape, which has no tokenizer.
     """
     shape = shape_of(model, layers)
     if data is not None and model in SHAPES:
@@ -139,7 +139,7 @@ def open_subject(
 def _check_widths(
     source: str, recorded: tuple[Tensor, ...], shape: Shape, patterns: tuple[Pattern, ...]
 ) -> None:
-    """Raise ValueError where k or a pool is no multiple of what was recorded."""
+    """Raise ValueError if k or a pool is no multiple of the recorded width."""
     widths = [(ids, shape.topk) for ids in recorded[:1]]
     for pattern in patterns:
         widths += [(pool, shape.topk * (pattern.pool_factor or 0)) for pool in recorded[1:]]

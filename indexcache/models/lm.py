@@ -1,4 +1,4 @@
-"""Compute hidden states and token losses without the logits of a whole sequence at once."""
+"""Compute hidden states and token losses without the logits of all tokens at once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reuse the layers that a candidate pattern shares with the trunk.
 
 A candidate that differs from the trunk first in layer m starts from the trunk's state there. Stock
-code runs every layer that is computed; the layers before m return what they returned for the trunk,
-so the result is bitwise that of the whole pass.
+code runs every layer from m on; the layers before m return their outputs for the trunk, so the
+result is bitwise that of a complete pass.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PrefixCache:
 
     @contextmanager
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
-        """Let layers up to `start` return what was saved, and with `keep` save those that run."""
+        """Let layers up to `start` return saved outputs; with `keep`, save those of later layers."""
 
         def skip(*_, **__):
             return saved[start][0]

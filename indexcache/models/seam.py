@@ -98,7 +98,7 @@ class Selector:
         raise NotImplementedError
 
     def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
-        """Select the top k among the ids of `pool`, by the layer's own indexer.
+        """Select the top k among the ids of `pool`, by the layer's indexer.
 
         Returns:
             The selection, and the pool for the next R layer.
@@ -110,11 +110,11 @@ class Selector:
         return Selection(ids)
 
     def answer(self, selection: Selection) -> Any:
-        """Return what an indexer returns to the attention that runs with this selector."""
+        """Convert a selection to the form in which attention takes it from an indexer."""
         return selection
 
     def clear(self) -> None:
-        """Forget what belongs to one forward pass."""
+        """Drop the tensors that belong to one forward pass."""
 
 
 class StockSelector(Selector):

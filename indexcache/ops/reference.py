@@ -421,10 +421,9 @@ def _block_kl(
 
 
 class QueryBlock:
-    """A block of one document's queries and the keys they see.
+    """A block of one document's queries and the keys they see: all earlier keys, or selected ids.
 
-    These are all keys up to each query, or each query's own ids. Shapes: t queries of the block, N
-    keys of the block (the last query + 1, or K), n heads.
+    Shapes: t queries of the block, N keys of the block (the last query + 1, or K), n heads.
     """
 
     def __init__(self, rows: slice, ids_SK: Tensor | None = None):

@@ -32,7 +32,7 @@ class IndexTuning:
     "Whether one launch of the whole device selects from up to 10 long rows."
     grouped_pools: bool = True
     """Whether neighbouring queries score the union of their pools together. A layer of a 200K
-    prefill takes 66 ms so, and 113 ms when each query scores its own pool."""
+    prefill takes 66 ms, and 113 ms when each query scores its pool by itself."""
     stride: int = 32
     "Keys that one key of the sample stands for."
     listed: int = 8192
@@ -156,10 +156,10 @@ def tuned(
 ) -> Iterator[Tuning]:
     """Change the tuning within a block: `with ops.tuned(mla={"hopper": False}): ...`.
 
-    The change holds in all threads: the backward pass runs in its own.
+    The change holds in all threads, because the backward pass runs in another one.
 
     Args:
-        backend: "auto", "torch" or "triton", for calls whose own backend is "auto".
+        backend: "auto", "torch" or "triton", for calls whose backend is "auto".
         index, mla, kl: fields of `IndexTuning`, `MlaTuning` and `KlTuning` and their new values.
 
     Raises:

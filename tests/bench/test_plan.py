@@ -120,7 +120,7 @@ def test_a_fit_recovers_the_law_and_predicts_other_lengths():
 
 
 def test_an_error_left_out_is_that_of_its_context():
-    """A row that breaks the law shows in the error of its own context, at its full size."""
+    """A row that breaks the law causes an error of the same size at its context."""
     made = [law(c, p) for c in CONTEXTS for p in PATTERNS]
     for row in made:
         if row["context"] == 60_000:

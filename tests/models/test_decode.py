@@ -37,7 +37,7 @@ def ready(model, ids, lengths=LENGTHS, capacity=96):
     return Decoder(model, cache), first
 
 
-def whole_passes(model, prompt, count):
+def complete_passes(model, prompt, count):
     """Return (tokens, logits before each), from a pass over everything for each token."""
     tokens, seen = [], []
     for _ in range(count):
@@ -48,7 +48,7 @@ def whole_passes(model, prompt, count):
 
 
 @pytest.mark.parametrize("pattern", ["FFFFFF", *PATTERNS])
-def test_steps_equal_whole_passes(fast, ids, pattern):
+def test_steps_equal_complete_passes(fast, ids, pattern):
     """Sequences of unequal length, stepped together, give what each gives alone."""
     with use_pattern(fast, pattern):
         decoder, first = ready(fast, ids)
@@ -58,7 +58,7 @@ def test_steps_equal_whole_passes(fast, ids, pattern):
             seen.append(decoder.step(tokens[-1]))
         assert decoder.cache.lengths == [n + 6 for n in LENGTHS]
         for b, n in enumerate(LENGTHS):
-            expected, exact = whole_passes(fast, ids[b : b + 1, :n], 6)
+            expected, exact = complete_passes(fast, ids[b : b + 1, :n], 6)
             assert torch.equal(torch.stack(tokens, 1)[b], expected[0])
             assert relative(torch.stack(seen[:6], 1)[b], exact[0]) < 1e-5
         again, start = ready(fast, ids)
@@ -86,7 +86,7 @@ def test_narrow_indexer_keys(model, ids, index_dtype):
         decoder, first = ready(model, ids)
         tokens = decoder.generate(first, 5)
         for b, n in enumerate(LENGTHS):
-            assert torch.equal(tokens[b], whole_passes(model, ids[b : b + 1, :n], 5)[0][0])
+            assert torch.equal(tokens[b], complete_passes(model, ids[b : b + 1, :n], 5)[0][0])
 
 
 def test_sampling(fast, ids):
@@ -173,9 +173,8 @@ def test_a_step_reads_nothing_on_the_host(model, ids, index_dtype, monkeypatch):
                 token.tolist()
         assert model.config._experts_implementation == "eager"
         with accelerate(model), pytest.raises(AssertionError, match="reads"):
-            model.set_experts_implementation(
-                "eager"
-            )  # stock's loop over experts is what the grouped products replace
+            # Stock loops over experts, which the grouped products replace.
+            model.set_experts_implementation("eager")
             with NoHostReads(), NoDataDependence():
                 model.model.layers[5].mlp(torch.zeros(1, 1, SHAPE["hidden_size"]))
     finally:

@@ -221,13 +221,13 @@ def test_unknown_family_is_refused():
 
 def own_scores(model, ids):
     """Compute every layer's indexer scores in an all-full pass: fp32 [B, T, T] per layer."""
-    found = {}
+    scores = {}
 
     def hook(i):
         def read(module, args, kwargs, out):
             x, q_resid, rope, mask = args[:4]
             q, k, w = family_of(model).project(module, x, q_resid, rope)
-            found[i] = (
+            scores[i] = (
                 index_scores(q, k, w) + mask
                 if mask.dtype != torch.bool
                 else index_scores(q, k, w).masked_fill(~mask, -torch.inf)
@@ -241,7 +241,7 @@ def own_scores(model, ids):
     logits(model, ids)
     for h in handles:
         h.remove()
-    return found
+    return scores
 
 
 def test_projection_reproduces_the_stock_selection(model, ids):
@@ -273,7 +273,7 @@ def full(model, ids):
 
 
 def test_reindex_selects_the_best_of_the_pool(model, ids):
-    """Layer 1 as R: its ids are the top-k, by its own scores, of the top-2k of layer 0."""
+    """Layer 1 as R selects, by its own scores, the top k of the top 2 k of layer 0."""
     k = SHAPE["index_topk"]
     scores = own_scores(model, ids)
     with use_pattern(model, "FRFFFF@2", capture=True) as seam:

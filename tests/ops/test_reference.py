@@ -53,13 +53,13 @@ def test_topk_causal(length, topk):
         assert pool[0, t].tolist() == naive_topk(scores, range(t + 1), 2 * topk)
 
 
-def test_topk_chunk_equals_whole(monkeypatch):
+def test_topk_of_a_chunk_equals_that_of_all(monkeypatch):
     q, k, w = torch.randn(1, 257, 4, 16), torch.randn(1, 257, 16), torch.randn(1, 257, 4)
-    whole = ops.index_topk(q, k, w, None, 32, 0).ids
+    complete = ops.index_topk(q, k, w, None, 32, 0).ids
     tail = ops.index_topk(q[:, 200:], k, w[:, 200:], None, 32, 200).ids
-    assert torch.equal(whole[:, 200:], tail)
+    assert torch.equal(complete[:, 200:], tail)
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1 << 14)
-    assert torch.equal(ops.index_topk(q, k, w, None, 32, 0).ids, whole)
+    assert torch.equal(ops.index_topk(q, k, w, None, 32, 0).ids, complete)
 
 
 def test_topk_decode_unequal_lengths_and_poison():

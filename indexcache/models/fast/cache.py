@@ -28,7 +28,7 @@ BLOCK = 256
 class FastLayer(CacheLayerMixin):
     """One layer of a `FastCache`.
 
-    Tensors are allocated at the first write, with the dtype and device of what is written. B is the
+    Tensors are allocated at the first write, with the dtype and device of the values. B is the
     batch, C the capacity, c the width of a latent, r that of its rotary key, D that of an indexer
     key.
 
@@ -162,7 +162,7 @@ class FastLayer(CacheLayerMixin):
                 f"The cache is full: it was made for {self.capacity} tokens, {tokens} are needed."
             )
 
-    # The rest of the class is the interface that transformers asks of a cache layer.
+    # The methods below are the interface that transformers requires of a cache layer.
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -314,14 +314,14 @@ class FastCache(Cache):
     def set_lengths(self, lengths: list[int]) -> None:
         """Declare that row b holds only its first lengths[b] tokens.
 
-        A `Decoder` overwrites what lies after them.
+        A `Decoder` overwrites the values after them.
         """
         longest = self.layers[0].length
         assert max(lengths) == longest and len(lengths) == self.layers[0].batch_size
         self._shortfalls = [longest - n for n in lengths] if min(lengths) < longest else None
 
     def check_room(self, tokens: int) -> None:
-        """Check, before a forward pass of the whole batch, that `tokens` more can be written.
+        """Check, before a forward pass of all sequences, that `tokens` more can be written.
 
         Raises:
             ValueError: the cache has too small a capacity, or its sequences differ in length.

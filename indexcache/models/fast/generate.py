@@ -75,9 +75,7 @@ def stream_tokens(
         model: an accelerated model; the pattern in force applies.
         ids: token ids of the prompt.
         max_new_tokens: max number of tokens to yield.
-        temperature: 0 takes the best token; otherwise a token is drawn from
-            softmax(logits / temperature).
-        seed: random seed for sampling.
+        temperature, seed: see `Decoder.stream`.
         chunk: tokens of the prompt in a forward pass.
         ends: tokens that end the text.
 
@@ -128,7 +126,7 @@ def end_tokens(model: AnyModel) -> set[int]:
 def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """Yield the text of `tokens` as soon as no later token can change it.
 
-    A token that ends within a character waits for the rest of it. A tokenizer without a backend of
+    A token that ends within a character waits for the next one. A tokenizer without a backend of
     the `tokenizers` library gives its text as one piece at the end.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)

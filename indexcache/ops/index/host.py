@@ -3,7 +3,7 @@
 The dispatch in ops/__init__.py calls `run_index_topk` after it has checked the shapes. There are
 three ways: `_prefill` scores tiles and appends straight to lists; `_rows` writes rows of keys, for
 few queries and for pools; `_pools` scores the pools of neighbouring queries together. No step reads
-device memory on the host, so a whole call can be captured in a CUDA graph when T and S are fixed.
+device memory on the host, so a call can be captured in a CUDA graph when T and S are fixed.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _pools(
 ) -> None:
     """Select inside pools, where neighbouring queries score the union of their pools together.
 
-    Each query has a list of its own, and a sample of the union sets the thresholds.
+    Each query has a separate list, and a sample of the union sets the thresholds.
     """
     group = neighbours(x.q, x.k)
     columns = candidates.shape[-1]

@@ -106,7 +106,7 @@ def _score_keys(
 ):
     """Return the fp32 scores of one query against the keys o_key; meaningless where m_key is false.
 
-    HP: number of heads, padded to what a product needs.
+    HP: number of heads, padded to the minimum of a product.
     """
     o_h = tl.arange(0, HP)
     o_d = tl.arange(0, D)
@@ -177,8 +177,7 @@ def scores_rows(
     Column c of a row is key p_ids[row, c], or key c where p_ids is None. What is not visible gets
     the key NONE, unless p_ids is None and nothing of a block is visible: then nothing is stored.
 
-    Where p_clear is given, n_clear integers there become zeros for the next kernel, which saves a
-    launch.
+    This also clears the n_clear integers at p_clear for the next kernel, which saves a launch.
     """
     if p_clear is not None:
         for at in range(tl.program_id(0) * BN, n_clear, tl.num_programs(0) * BN):
@@ -263,7 +262,7 @@ def rescue_fused(
                     p_q, p_k, p_w, p_scale, i_row, i_b, o_key, m_key, s_kb, s_kt, n_keys, H, HP, D
                 )
                 tl.store(p_row + o_n, key, mask=o_n < end)
-            tl.debug_barrier()  # Other threads of this program read what these wrote.
+            tl.debug_barrier()  # Other threads of this program read these writes.
             select_row(p_row, end, p_map, p_out + i_row * TOPK, TOPK, BLOCK)
             if POOL > 0:
                 select_row(p_row, end, p_map, p_pool + i_row * POOL, POOL, BLOCK)

@@ -94,7 +94,7 @@ def score_tiles(
 
     Args:
         stride: every stride-th key is scored.
-        lists: where to append what reaches their thresholds.
+        lists: the lists to which scores that reach their thresholds are appended.
         out: fp32 [B S, columns], rows of scores, in place of lists.
     """
     settings = current().index

@@ -5,7 +5,7 @@
               lists, one for each row and segment. A segment is walked in order, so its list is
               ascending by construction and nothing is atomic
   pick        finds the exact k-th key among the listed ones and writes the ids. It flags a row
-              whose lists overflowed or hold fewer than k keys; bisection over the whole row then
+              whose lists overflowed or hold fewer than k keys; bisection over all of the row then
               selects it. The sample decides the speed, never the result
   pick_row    does the same without lists for rows that fit into registers (pools)
 
@@ -232,8 +232,8 @@ def _write(
 ):
     """Write the ids of the k best of `end` entries in order, then -1 up to K.
 
-    The entries are a row (p_id is None: ids are columns) or its lists. cut: what `kth_key`
-    returned.
+    The entries are a row (p_id is None: ids are columns) or its lists. cut: the result of
+    `kth_key`.
     """
     edge, reach, above = cut
     written = 0

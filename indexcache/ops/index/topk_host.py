@@ -186,7 +186,7 @@ def topk_rows(
             sees. None: it sees all columns.
         mapped_RT: int32, ids to return in place of columns.
         out: where to write, contiguous int32 [R, k] and [R, pool].
-        work: what `grid_work` returned, cleared.
+        work: the workspace of `grid_work`, cleared.
 
     Returns:
         int32 [R, k], and [R, pool] or None.

@@ -2,7 +2,7 @@
 
 A program of `attend` owns GROUP queries x H heads as the rows of one product, query i_m // H and
 head i_m % H, so 20 heads of 3 queries fill 60 of 64 rows. It walks the union of the group's ids,
-masked by the queries' bits, or a query's own ids where there are no groups. A tile of latents is
+masked by the queries' bits, or the ids of one query where there are no groups. A tile of latents is
 gathered once and serves as keys and values.
 
 In decoding the ids are split over programs: each writes a partial result, and `combine` adds them.

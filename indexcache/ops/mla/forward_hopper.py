@@ -4,7 +4,7 @@ It computes what `attend` in ops/mla/forward.py does, with the work divided amon
 warpgroup gathers latents by cp.async into two buffers; two compute. Warpgroup W owns the tiles
 W, W + 2, .., which are gathered into buffer W: it alone computes their logits and weights. It
 shares the running maximum and the weights through shared memory; the weights overwrite the tile's
-rotary dims, which nobody reads again. Then both warpgroups add the tile to their half of the value
+rotary dims, which are not read again. Then both warpgroups add the tile to their half of the value
 dims. So no product is computed twice, and each half of a tile is gathered anew as soon as its last
 reader is done. Barriers:
 
@@ -189,7 +189,7 @@ def _own_tile(
     )
     logits = gl.zeros([ROWS, KEYS], gl.float32, acc)
     mbarrier.wait(full.index(2 * W), phase)
-    fence_async_shared()  # makes visible what cp.async wrote
+    fence_async_shared()  # This makes the writes of cp.async visible.
     flying = warpgroup_mma(
         q_smem.index(w), v_smem.index(3 * w).permute((1, 0)), logits, use_acc=False, is_async=True
     )
