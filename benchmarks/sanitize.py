@@ -136,9 +136,8 @@ def index() -> None:
         compare_selections(index_inputs(40, 9300, heads), 300, 9000)
     compare_selections(index_inputs(40, 9300, 32), 300, 9000, pool=1200)
     compare_selections(index_inputs(40, 9300, 32, torch.bfloat16), 300, 9000)
-    with ops.tuned(
-        index={"deviations": -1.0}
-    ):  # Thresholds are too high, so rows are selected again.
+    # Thresholds are too high, so rows are selected again.
+    with ops.tuned(index={"deviations": -1.0}):
         compare_selections(index_inputs(40, 9300, 32), 300, 9000)
     q = torch.randn(1, 40, 32, 128, device="cuda").bfloat16()
     w = torch.ones(1, 40, 32, device="cuda")

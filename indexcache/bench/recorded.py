@@ -124,9 +124,8 @@ class Stretched:
         row = torch.arange(start, end, device=self.ids.device)
         shift = self.shift[row // self.recorded][:, :, None]
         out = (shift + self.ids[start:end][:, None, :]).flatten(1)
-        short = min(
-            max(self.k - start, 0), end - start
-        )  # number of rows with at most k visible keys
+        # `short` rows have at most k visible keys.
+        short = min(max(self.k - start, 0), end - start)
         if short:
             keys = torch.arange(self.k, dtype=torch.int32, device=out.device)
             out[:short] = torch.where(keys <= row[:short, None], keys, -1)

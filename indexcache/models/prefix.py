@@ -78,7 +78,7 @@ class PrefixCache:
 
     @contextmanager
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
-        """Let layers up to `start` return saved outputs; with `keep`, save those of later layers."""
+        """Let layers up to `start` return saved outputs, and save later ones if `keep` is set."""
 
         def skip(*_, **__):
             return saved[start][0]

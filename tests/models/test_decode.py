@@ -362,9 +362,8 @@ class TestGraph:
                 for text in ids:
                     cache = FastCache(model, 1024, 1)
                     prefill(model, text[None], cache, chunk=500)
-                    decoder = Decoder(
-                        model, cache, graph=model.dtype != torch.float32
-                    )  # No kernel takes an indexer in fp32.
+                    # No kernel takes an indexer in fp32.
+                    decoder = Decoder(model, cache, graph=model.dtype != torch.float32)
                     outputs += [decoder.step(t).clone() for t in text[:15, None]]
                 return torch.cat(outputs).float()
 

@@ -293,9 +293,8 @@ def test_compiled_pieces(model, ids, monkeypatch, batch):
             for a, b in ((50, 51), (51, 80), (80, 81), (81, 96))
         ]
     assert relative(torch.cat(got, 1), stock) < 1e-5
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
-    )  # Far fewer than one set for each layer.
+    # Far fewer than one set for each layer.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
     assert not torch._dynamo.utils.counters["graph_break"]
     assert all("forward" not in m.__dict__ for m in model.modules())
     torch._dynamo.reset()

@@ -34,9 +34,8 @@ def test_the_sanitizer_runs_every_kernel():
     from benchmarks import sanitize
 
     kernels = set().union(*sanitize.KERNELS.values())
-    assert kernels == launched_kernels() | {
-        "benchmarks.dispatch.start"
-    }  # The last one is a control.
+    # The last one is a control.
+    assert kernels == launched_kernels() | {"benchmarks.dispatch.start"}
     assert set(sanitize.TASKS) == set(sanitize.KERNELS)
 
 

@@ -229,6 +229,5 @@ def test_large(length, absorbed, wide, dtype):
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     assert relative(got_loss, loss) < limit
     assert all(relative(a, b) < limit for a, b in zip(got, want, strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(got, again, strict=True)
-    )  # No kernel uses atomics.
+    # No kernel uses atomics.
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))

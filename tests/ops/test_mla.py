@@ -232,9 +232,8 @@ def test_hopper(heads, grouped, queries):
     empty = [s for s in (0, *range(6, 15)) if s < distinct]
     ids = random_ids(2, distinct, 2048, 777, empty=empty)
     ids = torch.cat([ids] * -(-queries // 64), dim=1)[:, :queries]
-    ids = (
-        ids.contiguous() if grouped else ids.flip(-1).contiguous()
-    )  # Only groups need ascending ids.
+    # Only groups need ascending ids.
+    ids = ids.contiguous() if grouped else ids.flip(-1).contiguous()
     groups = ops.group_queries(ids, host.best_group(heads)) if grouped else None
     results = []
     for hopper in (True, True, False):
