@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from indexcache.data import check_context
+from indexcache.data import Batch, check_context
+from indexcache.distilling.rows import Row, check_beyond
+from indexcache.distilling.settings import DistillSettings
 from indexcache.models.family import (
     DsaModule,
     check_latent_queries,
@@ -16,6 +18,41 @@ from indexcache.models.family import (
 )
 from indexcache.models.seam import in_force
 from indexcache.pattern import Pattern
+
+
+def check_run(
+    model: DsaModule,
+    pattern: Pattern,
+    rows: Sequence[Row],
+    settings: DistillSettings,
+    held_out: Sequence[Batch],
+    processes: int,
+) -> float:
+    """Refuse a run that cannot work, and return the share of queries that see more than k tokens.
+
+    Raises:
+        ValueError: see `DistillSettings.check`, `check_model`, `check_beyond` and
+            `check_trainable`; or there are no rows, or of several lengths; there is no held-out
+            text for the evaluations; or the processes cannot share the rows evenly.
+    """
+    settings.check()
+    length = len(rows[0].ids) if rows else 0
+    if not rows or any(len(row.ids) != length for row in rows):
+        raise ValueError("The training rows are all of one length, and there is at least one.")
+    check_model(model, pattern, length, settings.layer_weights)
+    beyond = check_beyond(rows, int(model.config.index_topk))
+    if settings.eval_every and not held_out:
+        raise ValueError(
+            "There is no held-out text to evaluate on; give some, or set eval_every to 0."
+        )
+    if settings.rows % processes:
+        raise ValueError(
+            f"A step has {settings.rows} rows, which {processes} processes cannot share evenly; "
+            "change --batch-tokens."
+        )
+    if not settings.frozen:
+        check_trainable(model)
+    return beyond
 
 
 def check_model(
@@ -54,17 +91,17 @@ def check_trainable(model: DsaModule) -> None:
     """Refuse a model whose backbone cannot be trained here.
 
     Raises:
-        ValueError: its weights are no fp32 masters, or it has dropout, which the recomputation of
-            this trainer does not repeat.
+        ValueError: its weights are not fp32, or it has dropout, which the recomputation of this
+            trainer does not repeat.
     """
     dtypes = {p.dtype for name, p in model.named_parameters() if "indexer" not in name}
     if dtypes != {torch.float32}:
         raise ValueError(
             "Training the whole model needs fp32 master weights; load it in float32 (the compute "
-            "dtype is set apart), or train its indexers alone with --freeze-backbone."
+            "dtype is set separately), or train its indexers alone with --freeze-backbone."
         )
     if getattr(model.config, "attention_dropout", 0.0):
         raise ValueError(
-            "The model has attention dropout, which this trainer does not do; set "
+            "The model has attention dropout, which this trainer does not support; set "
             "attention_dropout to 0."
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from indexcache.data import Batch
-from indexcache.distilling.checks import check_model, check_trainable
+from indexcache.distilling.checks import check_run
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.flops import flops_of_rows, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
@@ -37,7 +37,7 @@ from indexcache.distilling.parallel import (
     world_size,
 )
 from indexcache.distilling.result import DistillResult, HeldOutLosses
-from indexcache.distilling.rows import Row, check_beyond, digest_of_rows, rows_of_step
+from indexcache.distilling.rows import Row, digest_of_rows, rows_of_step
 from indexcache.distilling.settings import DistillSettings
 from indexcache.distilling.state import list_states, load_state, save_state
 from indexcache.models.family import AnyModel, DsaModule, module_of
@@ -85,29 +85,12 @@ def distill(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: `check_model`, `check_beyond` or the settings refuse; the folder has another
-            run; the processes cannot share the rows evenly; a loss is not finite (the last good
-            checkpoint stays).
+        ValueError: `check_run` refuses; the folder has another run; or a loss is not finite, where
+            the last good checkpoint stays.
     """
     module = module_of(model)
     pattern = Pattern.of(pattern)
-    settings.check()
-    length = len(rows[0].ids) if rows else 0
-    if not rows or any(len(row.ids) != length for row in rows):
-        raise ValueError("The training rows are all of one length, and there is at least one.")
-    check_model(module, pattern, length, settings.layer_weights)
-    beyond = check_beyond(rows, int(module.config.index_topk))
-    if settings.eval_every and not held_out:
-        raise ValueError(
-            "There is no held-out text to evaluate on; give some, or set eval_every to 0."
-        )
-    if settings.rows % world_size():
-        raise ValueError(
-            f"A step has {settings.rows} rows, which {world_size()} processes cannot share evenly; "
-            "change --batch-tokens."
-        )
-    if not settings.frozen:
-        check_trainable(module)
+    beyond = check_run(module, pattern, rows, settings, held_out, world_size())
     weight = module.get_input_embeddings().weight
     identity = {
         "pattern": str(pattern),
@@ -254,8 +237,8 @@ class Trainer:
     def _save(self) -> None:
         """Save a checkpoint to go on from.
 
-        Called only when the loss of the next step is known to be finite: an update that ruins the
-        weights shows there.
+        It must be called after the next step's gradients turned out finite, because an update that
+        ruins the weights shows there.
         """
         if self.saved != self.done:
             self._save_state("state", optimizers=True)
@@ -338,7 +321,7 @@ class Trainer:
         return round(flops / seconds / (rate * self.world.size), 4)
 
     def _summary(self, entry: dict[str, Any]) -> str:
-        """Return what stands beside the progress bar."""
+        """Format the text beside the progress bar."""
         text = f"KL {entry['loss']:.4f}"
         if entry["lm_loss"] is not None:
             text += f", lm {entry['lm_loss']:.4f}"
@@ -351,10 +334,11 @@ class Trainer:
         """Compute the gradients of one step, clipped.
 
         Returns:
-            {"loss": the mean of the indexers' losses, "kl": the loss of each, "lm_loss", "norm"
-            and "backbone_norm": of the gradients before clipping}.
+            "loss", the mean of the indexers' losses; "kl", the loss of each; "lm_loss"; "norm" and
+            "backbone_norm", those of the gradients before clipping.
         """
-        s, w = self.settings, self.world
+        s = self.settings
+        w = self.world
         rows = rows_of_step(self.rows, self.done, s.rows, s.seed)[w.rank :: w.size]
         # The indexers' losses, the sum of the language-modelling losses and their number.
         sums = torch.zeros(len(self.owners) + 2, dtype=torch.float64, device=w.device)
@@ -399,7 +383,7 @@ class Trainer:
         )
 
     def update(self, scale: float) -> None:
-        """Take one optimizer step with the gradients that are there.
+        """Take one optimizer step with the gradients of `compute_gradients`.
 
         Args:
             scale: the learning rates as a fraction of their peaks.
