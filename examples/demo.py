@@ -1,4 +1,4 @@
-"""Do the main job on the packaged model `tiny`: inspect, search, overlap, evaluate, export.
+"""Run the main verbs on the packaged model `tiny`: inspect, search, overlap, evaluate, export.
 
     python examples/demo.py --out demo
 

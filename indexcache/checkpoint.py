@@ -195,10 +195,11 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     """Read model.safetensors.index.json; None where one model.safetensors holds all tensors.
 
     Raises:
-        ValueError: neither is there, both are and disagree, or the index is malformed.
+        ValueError: there is neither file, the two disagree, or the index is malformed.
     """
     folder = Path(folder)
-    path, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    path = folder / INDEX_NAME
+    single = folder / SINGLE_NAME
     if not path.is_file():
         if single.is_file():
             return None
@@ -235,7 +236,7 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     """Read the header of every weight file of the checkpoint, by file name, in order of the names.
 
     Raises:
-        ValueError: as `read_index` and `read_header`; a file named in the index is missing, or
+        ValueError: see `read_index` and `read_header`; or a file named in the index is missing, or
             lacks a tensor that the index places in it.
     """
     folder = Path(folder)
@@ -264,7 +265,7 @@ def tensor_names(folder: str | Path) -> dict[str, str]:
     All headers are checked against the files' lengths.
 
     Raises:
-        ValueError: as `read_headers`.
+        ValueError: see `read_headers`.
     """
     return {
         name: shard for shard, header in read_headers(folder).items() for name in header.tensors
@@ -277,9 +278,10 @@ def layers_without_indexer(folder: str | Path) -> tuple[int, ...]:
     They were trained shared, or pruned by an export. Layers are 0-based, below num_hidden_layers.
 
     Raises:
-        ValueError: as `read_config` and `tensor_names`.
+        ValueError: see `read_config` and `tensor_names`.
     """
     layers = text_section(read_config(folder))["num_hidden_layers"]
-    parts = map(indexer_part, tensor_names(folder))
-    with_indexer = {part[0] for part in parts if part is not None}
+    with_indexer = {
+        part[0] for name in tensor_names(folder) if (part := indexer_part(name)) is not None
+    }
     return tuple(layer for layer in range(layers) if layer not in with_indexer)

@@ -1,4 +1,4 @@
-"""Text to batches of token ids: documents of a domain, split by document, cut into sequences.
+"""Turn text into batches of token ids: read documents, split them, and cut them into sequences.
 
 A source of text is a `.jsonl` file (a `text` or an `ids` field and an optional `domain` per line),
 a `.txt`, `.md` or `.rst` file (one document), a `.npy` file (one document of token ids), or a
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".npy", *TEXT_SUFFIXES)
 SPLITS = ("calibration", "heldout", "all")
-SHIPPED = ("calibration", "heldout")  # the names of the two shipped texts
+SHIPPED = ("calibration", "heldout")  # names of the two shipped texts
 ALL = "all"  # In results, this name stands for all domains together.
 MIN_SHARE_BEYOND = 0.75  # share of queries that must see more than k tokens
 
@@ -84,11 +84,9 @@ def batches(
             module).
         encode: maps a text to token ids, without special tokens.
         config: the model's config: `vocab_size`, `max_position_embeddings` and `index_topk`.
-        split: which documents to take: "calibration", "heldout" or "all" (None: all).
+        split: the split of `split_documents`; None is "all".
         length: tokens per sequence; None is `default_length`.
-        sequences: number of sequences, spread evenly over the domains.
-        batch: sequences per batch.
-        seed: random seed that decides which parts of the text are taken.
+        sequences, batch, seed: see `make_batches`.
 
     Raises:
         ValueError: text that `load_documents`, `split_documents` or `make_batches` refuses, or a
@@ -141,7 +139,7 @@ def check_length(length: int | None, topk: int, context: int) -> int:
 
 
 def check_context(length: int, topk: int) -> float:
-    """Return the share of queries that see more than k tokens; only there does a selection choose.
+    """Return the share of queries that see more than k tokens, and so have something to select.
 
     Raises:
         ValueError: the share is below three quarters. With at most k tokens of context every
@@ -151,9 +149,9 @@ def check_context(length: int, topk: int) -> float:
     if share < MIN_SHARE_BEYOND:
         raise ValueError(
             f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} "
-            f"only {share:.0%} of the queries have more than {topk} tokens to select from, "
-            f"elsewhere every pattern is the same; use at least {4 * topk} tokens "
-            f"({MIN_SHARE_BEYOND:.0%} of the queries)."
+            f"only {share:.0%} of the queries have more than {topk} tokens to select from, and "
+            f"for the others every pattern is the same; use at least {4 * topk} tokens, so that "
+            f"{MIN_SHARE_BEYOND:.0%} have."
         )
     return share
 
@@ -303,6 +301,10 @@ def make_batches(
     The sequences are spread evenly over the domains. A long document gives its first window before
     any gives its second; documents shorter than `length` are joined with others of their domain
     until the sequence is full.
+
+    Args:
+        batch: max number of sequences per batch.
+        seed: random seed of the order in which documents are taken.
 
     Raises:
         ValueError: a number that is too small, or a domain with too little text.

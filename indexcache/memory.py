@@ -1,4 +1,4 @@
-"""How the want of memory shows, on a CPU and on a GPU."""
+"""Recognise the errors that mean too little memory, on a CPU and on a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A sharing pattern: the role of every decoder layer, as one immutable value.
 
-    F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool, the
-                 top c*k, when R layers follow
+    F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool,
+                 the top c*k, when R layers follow
     R  re-index  scores only the pool of the nearest F with its own indexer, and keeps the top k
     S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
 
@@ -77,7 +77,7 @@ class Pattern:
 
     @classmethod
     def of(cls, value: Pattern | str | Sequence[str]) -> Pattern:
-        """Return a pattern as it is, and anything else that describes one as a `Pattern`."""
+        """Return a `Pattern` unchanged, and make one of a string or a sequence of roles."""
         return value if isinstance(value, Pattern) else cls(value)
 
     @classmethod
@@ -107,8 +107,7 @@ class Pattern:
         _positive("freq", freq)
         if _positive("offset", offset) > layers:
             raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
-        is_full = [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
-        return _filled(is_full, rest, pool_factor)
+        return _filled(_is_full(layers, freq, offset), rest, pool_factor)
 
     @classmethod
     def from_config(cls, config: Any) -> Pattern:
@@ -133,19 +132,17 @@ class Pattern:
             value = values.get(key)
             if value is None:
                 continue
-            text = key == "index_topk_pattern" and isinstance(value, str)
-            types = isinstance(value, (list, tuple)) and all(t in TYPES.values() for t in value)
-            if not (text or types):
+            is_string = key == "index_topk_pattern" and isinstance(value, str)
+            is_types = isinstance(value, (list, tuple)) and all(t in TYPES.values() for t in value)
+            if not (is_string or is_types):
                 raise ValueError(
                     f"{key} of the config may hold only full and shared, one per layer, not "
                     f"{value!r:.60}: engines take anything else for full."
                 )
             return cls(value).check(layers=layers, reindex=False)
-        freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
-        freq = max(1 if freq is None else _integer("index_topk_freq", freq), 1)
-        offset = DEFAULT_SKIP_OFFSET if offset is None else offset
-        offset = _integer("index_skip_topk_offset", offset)
-        return cls("".join("S" if max(i - offset + 1, 0) % freq else "F" for i in range(layers)))
+        freq = max(_integer(values, "index_topk_freq", 1), 1)
+        offset = _integer(values, "index_skip_topk_offset", DEFAULT_SKIP_OFFSET)
+        return _filled(_is_full(layers, freq, offset), "S", None)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Pattern:
@@ -319,17 +316,17 @@ class Pattern:
         reindex: bool = True,
         without_indexer: Iterable[int] = (),
     ) -> Pattern:
-        """Return self, or say in one sentence why it cannot be used.
+        """Return the pattern itself if it can be used under these conditions.
 
         Args:
             layers: the number of decoder layers it must have.
             stages: first layer of every pipeline stage; each must be F, since ids do not cross
                 stages.
-            reindex: False where only F and S are known (every engine).
+            reindex: False refuses R, which no engine knows.
             without_indexer: layers that have no indexer weights and so can be neither F nor R.
 
         Raises:
-            ValueError: the pattern breaks one of these conditions.
+            ValueError: the pattern breaks one of the conditions.
         """
         if layers is not None and len(self) != layers:
             raise ValueError(f"The pattern has {len(self)} layers, but the model has {layers}.")
@@ -380,6 +377,11 @@ def stage_starts(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(p * size + min(p, extra) for p in range(stages))
 
 
+def _is_full(layers: int, freq: int, offset: int) -> list[bool]:
+    """Return which layers the rule of `Pattern.uniform` makes full."""
+    return [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
+
+
 def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | None) -> Pattern:
     """Return the pattern with F where `is_full` says so and `rest` elsewhere."""
     if rest not in ("S", "R"):
@@ -389,7 +391,11 @@ def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | None) -> Patt
     return Pattern(roles, pool_factor if "R" in roles or rest == "S" else None)
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(values: Mapping[str, Any], name: str, default: int) -> int:
+    """Read an integer of a config; a null means the default."""
+    value = values.get(name)
+    if value is None:
+        return default
     if not isinstance(value, int):
         raise ValueError(f"{name} must be an integer, not {value!r:.60}.")
     return value

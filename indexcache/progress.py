@@ -1,4 +1,4 @@
-"""Progress on stderr, with an estimate of the time left."""
+"""Show progress on stderr, with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from tqdm import tqdm
 
 
 def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqdm:
-    """Return a progress bar to use as a context.
+    """Return a progress bar to use as a context manager, which closes it also when the work fails.
 
-    It is closed, with a line break, also when the work fails. Where stderr is a file, lines are
-    rare.
+    Where stderr is a file, the bar is written every 15 seconds only.
 
     Args:
         total: number of units of work.

@@ -27,7 +27,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield the path of a file to write, which replaces `path` when the block ends.
 
     A reader sees the old file or the new one, also after a kill, never a part of it. After an error
-    the old file is there and nothing else.
+    only the old file is there.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Force a file or a folder to the disk and rename it to `path`, which it replaces."""
+    """Force a file or a folder to the disk and rename it to `path`, replacing what is there."""
     files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
     for file in files:
         _sync(file)
@@ -170,6 +170,7 @@ class Run:
         return self.folder / name
 
     def close(self) -> None:
+        """Close the journal."""
         self._file.close()
 
 
@@ -190,7 +191,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     """Read the journal of a run, which may be writing it now: a line without its end is left out.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the journal cannot be read.
     """
     path = folder / "journal.jsonl"
     raw = _read(path)
@@ -248,7 +249,8 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))  # A tuple becomes a list, as in the file.
     if not path.exists():
         if (folder / "journal.jsonl").exists():
             raise ValueError(

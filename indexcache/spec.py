@@ -16,14 +16,14 @@ SYNTAX = """one of
   FSSF..          a pattern, one character per layer; FRRF..@8 gives R layers
                   a pool of 8 k
   full, all       every layer is full
-  1/4             the first of each four layers is full; uniform:1/4 and
+  1/4             the first of every four layers is full; uniform:1/4 and
                   uniform:4 mean the same
   uniform:1/4:2   the same with the offset 2, which engines take where a
                   config gives none: FFSSSFSSS..
   FILE            a file that holds a pattern, or a config.json
   RUN             the last pattern of a search's folder
   RUN:1/4, RUN:3  the search's pattern that keeps 1/4 of the layers full, or 3
-Each may be followed by +R8: its full layers stay, all others become R layers
+Any of them may end in +R8: its full layers stay, and all others become R layers
 with a pool of 8 k (+R means +R8). NAME= in front of it gives it a name."""
 
 
@@ -45,13 +45,15 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
     Raises:
         ValueError: the specification names no pattern, or one for another number of layers.
     """
-    name, equals, named = spec.partition("=")
-    body = named if equals else spec
-    reindexed = re.fullmatch(r"(.*)\+R(\d*)", body)
-    pattern, seen = _parse(reindexed[1] if reindexed else body, layers)
-    if reindexed:
-        pattern = pattern.with_rest("R", int(reindexed[2]) if reindexed[2] else None)
-    return NamedPattern(name if equals else spec, pattern.check(layers=layers), seen)
+    name, equals, body = spec.partition("=")
+    if not equals:
+        body = spec
+        name = spec
+    suffix = re.fullmatch(r"(.*)\+R(\d*)", body)
+    pattern, seen = _parse(suffix[1] if suffix else body, layers)
+    if suffix:
+        pattern = pattern.with_rest("R", int(suffix[2]) if suffix[2] else None)
+    return NamedPattern(name, pattern.check(layers=layers), seen)
 
 
 def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...]:
@@ -71,7 +73,7 @@ def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...
 
 
 def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
-    """Parse a specification without name and +R; return the pattern and what a search saw."""
+    """Parse a specification without NAME= and +R; return the pattern and the digests seen."""
     if not spec.strip():
         raise ValueError(
             "The pattern is empty: name one, e.g. FSSF, 1/4, a file or the folder of a search."

@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     says how. 130: it was interrupted. 141: nobody reads stdout any more.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    log, notes = logging.getLogger("indexcache"), Notes(logging.INFO)
+    log = logging.getLogger("indexcache")
+    notes = Notes(logging.INFO)
     log.setLevel(logging.INFO)
     log.addHandler(notes)
     try:
@@ -138,7 +139,7 @@ def build_app() -> App:
 
 
 def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
-    """Convert a flag's value; an integer has no point, and a number may be a fraction."""
+    """Convert a flag's value; refuse a point in an integer, and read fractions such as 1/4."""
     text = tokens[0].value if tokens else ""
     if type_ is int and "." in text:
         raise CoercionError(token=tokens[0], target_type=int)

@@ -67,7 +67,7 @@ def generate(
 
     prompt = _read(Path(prompt_file))
     facts = describe(model)
-    shared = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    parsed = parse_patterns(facts, [pattern])[0].pattern if pattern else None
     loaded = load(
         model,
         dtype=settings.dtype,
@@ -86,7 +86,7 @@ def generate(
             yield token
 
     text = ""
-    with use_pattern(loaded.module, shared) if shared else contextlib.nullcontext():
+    with use_pattern(loaded.module, parsed) if parsed else contextlib.nullcontext():
         stream = stream_tokens(
             loaded.module,
             ids,
@@ -115,7 +115,7 @@ def generate(
             "text": text,
             "ttft_s": first - times[0],
             "decode_tok_s": rate,
-            "pattern": str(shared) if shared else None,
+            "pattern": str(parsed) if parsed else None,
         }
     )
 

@@ -29,12 +29,10 @@ def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) ->
     }
     if facts["next_token_layers"]:
         shown["next-token layers"] = (
-            f"{facts['next_token_layers']}, outside the pattern, always their own indexer"
+            f"{facts['next_token_layers']} outside the pattern, which keep their own indexer"
         )
     if facts["layers_without_indexer"]:
-        shown["search"] = (
-            "pointless: trained with sharing, layers without indexer weights can never be full"
-        )
+        shown["search"] = "pointless, because layers without indexer weights can never be full"
     else:
         budgets = {f"1/{n}": evaluations(layers, full_count(layers, 1 / n)) for n in (2, 4, 8)}
         shown["search"] = ", ".join(f"{n} evaluations to keep {b}" for b, n in budgets.items())

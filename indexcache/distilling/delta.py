@@ -1,4 +1,4 @@
-"""What a run writes: the trained indexers as a small delta, or a complete checkpoint."""
+"""Write and read what a run trains: a small delta of the indexers, or a complete checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations of a training token and the device's peak rate; their quotient is the MFU."""
+"""Count the operations of a training token, and look up the device's peak rate, for the MFU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def flops_per_token(
 ) -> float:
     """Count the floating-point operations that training on one token needs.
 
-    These are matrix products alone: two operations a weight, three times that with a backward
-    pass. Recomputation is not counted.
+    Only matrix products count: two operations a weight, and three times that with a backward
+    pass. Recomputation does not count.
 
     Args:
         length: tokens of the document; half of them are visible on average.

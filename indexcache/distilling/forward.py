@@ -1,4 +1,4 @@
-"""A training forward of a loaded model: attention per packed document, and what indexers learn.
+"""Run a training forward: attention for each packed document, and the losses of the indexers.
 
 While a `DistillForward` is in force, the attention of every decoder layer runs here: dense
 (causal, over each document alone) in the warm-up, over the selection of the pattern in the sparse
@@ -35,7 +35,7 @@ Projected = tuple[Tensor, Tensor, Tensor]
 
 LINEAR_MEMORY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 """SDPA backends whose memory is linear in the length. We raise rather than fall back to the
-quadratic one. cuDNN is excluded: it plans anew for every document length."""
+quadratic one. cuDNN is excluded: it replans for every document length."""
 
 
 class DistillForward:
@@ -116,7 +116,7 @@ class DistillForward:
             return
         indexer = self.indexers[str(layer)]
         cos, sin = rope
-        with torch.enable_grad() if self.collecting else torch.no_grad(), _own_graph():
+        with torch.enable_grad() if self.collecting else torch.no_grad(), _saved_apart():
             q, k, w = indexer(x.detach(), q_latent.detach(), (cos.detach(), sin.detach()))
         if self.collecting:
             self._projected[layer] = (q, k, w)
@@ -160,7 +160,7 @@ class DistillForward:
     def _finish_group(self, owner: int, targets: list[AttentionTarget]) -> None:
         """Compute the loss of the indexer of layer `owner` on its group, and its gradients."""
         q, k, w = self._projected.pop(owner)
-        with torch.enable_grad(), _own_graph():
+        with torch.enable_grad(), _saved_apart():
             losses = [
                 distill_loss(
                     q[0, a:b],
@@ -198,8 +198,8 @@ def served_layers(pattern: Pattern, own: bool = False) -> dict[int, tuple[int, .
     }
 
 
-def _own_graph() -> AbstractContextManager[Any]:
-    """Keep tensors that are saved inside out of the hands of an activation checkpoint around."""
+def _saved_apart() -> AbstractContextManager[Any]:
+    """Save tensors for the backward pass here, and not by an activation checkpoint around it."""
     if torch.is_grad_enabled():
         return saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
     return nullcontext()
@@ -234,29 +234,31 @@ def run_decoder(model: DsaModule, row: Row, device: torch.device | str) -> Tenso
 
 
 def _attention_forward(
-    a: Any, layer: int, forward: DistillForward, rotate: Any, returns_ids: bool
+    attention: Any, layer: int, forward: DistillForward, rotate: Any, returns_ids: bool
 ) -> Any:
-    """Make the forward that runs in the place of the attention module `a`'s."""
+    """Make the function that replaces the forward of a layer's attention."""
 
     def attention_forward(
         hidden_states: Tensor, position_embeddings: Rope, *_: Any, **__: Any
     ) -> tuple[Tensor | None, ...]:
         x = hidden_states
         q_latent, q_nope, q_rot, latent, k_rot = project(
-            rotate, stock_norm, a, x, position_embeddings
+            rotate, stock_norm, attention, x, position_embeddings
         )
         forward.run_indexer(layer, x, q_latent, position_embeddings)
-        w_k, w_v = head_weights(a)
+        w_k, w_v = head_weights(attention)
         lse = None
         if forward.sparse:
             q = torch.cat([torch.einsum("bthm,hmc->bthc", q_nope, w_k), q_rot], -1)
-            out = _sparse(a, q, torch.cat([latent, k_rot], -1), w_v, forward.selection(layer))
+            out = _sparse(
+                attention, q, torch.cat([latent, k_rot], -1), w_v, forward.selection(layer)
+            )
         else:
             q = torch.cat([q_nope, q_rot], -1)
-            out, lse = _dense(a, q, latent, k_rot, forward.cuts)
+            out, lse = _dense(attention, q, latent, k_rot, forward.cuts)
         if forward.collecting:
-            forward.add_target(layer, _target(a, q_nope, q_rot, latent, k_rot, w_k, lse))
-        out = a.o_proj(out.flatten(2))
+            forward.add_target(layer, _target(attention, q_nope, q_rot, latent, k_rot, w_k, lse))
+        out = attention.o_proj(out.flatten(2))
         return (out, None, None) if returns_ids else (out, None)
 
     return attention_forward
@@ -264,7 +266,7 @@ def _attention_forward(
 
 @torch.no_grad()
 def _target(
-    a: Any,
+    attention: Any,
     q_nope: Tensor,
     q_rot: Tensor,
     latent: Tensor,
@@ -272,16 +274,18 @@ def _target(
     w_k: Tensor,
     lse: Tensor | None,
 ) -> AttentionTarget:
-    """Detach what a layer's attention follows from."""
-    if not a.qk_nope_head_dim:
-        return AttentionTarget(q_rot[0].detach(), k_rot[0].detach(), None, a.scaling, lse)
+    """Return the detached tensors from which a layer's attention is computed."""
+    if not attention.qk_nope_head_dim:
+        return AttentionTarget(q_rot[0].detach(), k_rot[0].detach(), None, attention.scaling, lse)
     q = torch.cat([q_nope, q_rot], -1)[0].detach()
     keys = torch.cat([latent, k_rot], -1)[0].detach()
     # The weight is copied, because FSDP2 frees a sharded one before the group ends.
-    return AttentionTarget(q, keys, w_k.detach().clone(), a.scaling, lse)
+    return AttentionTarget(q, keys, w_k.detach().clone(), attention.scaling, lse)
 
 
-def _sparse(a: Any, q_BSHE: Tensor, latent_BTE: Tensor, w_v: Tensor, ids: list[Tensor]) -> Tensor:
+def _sparse(
+    attention: Any, q_BSHE: Tensor, latent_BTE: Tensor, w_v: Tensor, ids: list[Tensor]
+) -> Tensor:
     """Attend in MQA form over each document's selection: [1, T, H, v]."""
     outs = []
     start = 0
@@ -291,8 +295,8 @@ def _sparse(a: Any, q_BSHE: Tensor, latent_BTE: Tensor, w_v: Tensor, ids: list[T
             q_BSHE[:, document],
             latent_BTE[:, document],
             ids_1Sk,
-            a.scaling,
-            value_dim=a.kv_lora_rank,
+            attention.scaling,
+            value_dim=attention.kv_lora_rank,
         )
         outs.append(out)
         start = document.stop
@@ -300,7 +304,7 @@ def _sparse(a: Any, q_BSHE: Tensor, latent_BTE: Tensor, w_v: Tensor, ids: list[T
 
 
 def _dense(
-    a: Any, q_BTHD: Tensor, latent: Tensor, k_rot: Tensor, cuts: tuple[tuple[int, int], ...]
+    attention: Any, q_BTHD: Tensor, latent: Tensor, k_rot: Tensor, cuts: tuple[tuple[int, int], ...]
 ) -> tuple[Tensor, Tensor | None]:
     """Attend causally within each document, by torch's fused kernels, in memory linear in T.
 
@@ -309,19 +313,20 @@ def _dense(
         give it.
     """
     k_nope, v = (
-        a.kv_b_proj(latent)
-        .unflatten(-1, (a.num_heads, -1))
-        .split([a.qk_nope_head_dim, a.v_head_dim], -1)
+        attention.kv_b_proj(latent)
+        .unflatten(-1, (attention.num_heads, -1))
+        .split([attention.qk_nope_head_dim, attention.v_head_dim], -1)
     )
-    k = torch.cat([k_nope, k_rot[:, :, None].expand(-1, -1, a.num_heads, -1)], -1)
-    width = max(q_BTHD.shape[-1], a.v_head_dim)  # These kernels need one width for q, k and v.
+    k = torch.cat([k_nope, k_rot[:, :, None].expand(-1, -1, attention.num_heads, -1)], -1)
+    # These kernels need one width for q, k and v.
+    width = max(q_BTHD.shape[-1], attention.v_head_dim)
     q, k, v = (F.pad(t, (0, width - t.shape[-1])).transpose(1, 2) for t in (q_BTHD, k, v))
-    outs, sums = zip(
-        *(_causal(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], a.scaling) for i, j in cuts),
+    outs, lses = zip(
+        *(_causal(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], attention.scaling) for i, j in cuts),
         strict=True,
     )
-    lse = None if any(x is None for x in sums) else torch.cat(sums, 2)[0].T
-    return torch.cat(outs, 2).transpose(1, 2)[..., : a.v_head_dim], lse
+    lse = None if any(x is None for x in lses) else torch.cat(lses, 2)[0].T
+    return torch.cat(outs, 2).transpose(1, 2)[..., : attention.v_head_dim], lse
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:

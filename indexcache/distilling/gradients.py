@@ -1,4 +1,4 @@
-"""Clipping and masking of gradients, sharded or not."""
+"""Clip and mask gradients, sharded or not."""
 
 from __future__ import annotations
 

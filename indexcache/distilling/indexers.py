@@ -55,7 +55,8 @@ class _Cast:
         self._dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
-        value, dtype = getattr(self._indexer, name), self._dtype
+        value = getattr(self._indexer, name)
+        dtype = self._dtype
         if name == "weights_proj" or not isinstance(value, (nn.Linear, nn.LayerNorm)):
             return value
         weight = value.weight

@@ -1,4 +1,4 @@
-"""How much each layer counts in a distillation, from what sharing costs it in a search."""
+"""Weigh the layers of a distillation by what sharing cost each of them in a search."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def sharing_costs(folder: Path, layers: int, model: str | None = None) -> list[f
         ) from None
     full = "F" * layers
     shared_alone = [losses.get(full[:i] + "S" + full[i + 1 :]) for i in range(layers)]
-    missing = [i for i, loss in enumerate(shared_alone) if loss is None and i]
+    missing = [i for i, loss in enumerate(shared_alone) if loss is None and i > 0]
     if full not in losses or len(missing) == layers - 1:
         raise ValueError(
             f"{folder}: this is no search of {layers} layers, or one that kept them all."
         )
     if missing:
         raise ValueError(
-            f"{folder}: this search has not tried to share layer {missing[0]} alone, as those with "
-            "--stages above 1 do not; search with --stages 1."
+            f"{folder}: this search never shared layer {missing[0]} alone, because it ran with "
+            "--stages above 1; search with --stages 1."
         )
     return [None if loss is None else loss - losses[full] for loss in shared_alone]
 
@@ -70,12 +70,12 @@ def weights_of_costs(costs: Sequence[float | None]) -> list[float]:
 
 
 def layer_weights(spec: str, layers: int, model: str | None = None) -> list[float]:
-    """Parse layer weights: numbers with commas, one a layer, or the folder of a search.
+    """Parse layer weights: comma-separated numbers, one a layer, or the folder of a search.
 
     Args:
         spec: what a user gives with --layer-weights.
         layers: number of layers of the model.
-        model: as in `sharing_costs`.
+        model: see `sharing_costs`.
 
     Raises:
         ValueError: `spec` is neither, or has another number of weights.

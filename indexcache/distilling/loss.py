@@ -9,10 +9,10 @@ layers that read its selection (https://arxiv.org/abs/2603.12201).
     L_avg   = sum_t KL(sum_j weight_j p_t^(j) || q_t)
 
 Both have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the weights
-sum to 1. So a block of queries holds its scores, one layer's attention and their mean, turns the
-difference into gradients of the indexer's q, k and w on the spot, and is dropped: nothing of size
-[S, T] outlives its block, nothing is kept for the backward pass but those three gradients, O(T),
-and the backward pass computes nothing twice. `ops.index_kl` does this for one document.
+sum to 1. So for each block of queries the forward pass computes the scores, one layer's attention
+at a time and their mean, and at once the gradients of the indexer's q, k and w. Nothing of size
+[S, T] is kept, and the backward pass needs only those three gradients, which are O(T).
+`ops.index_kl` does this for one document.
 
 Shapes: S queries = T keys of one document (query s sees keys 0..s), J index heads, D index dim, H
 attention heads, E latent dims, K selected ids, t queries of a block, N keys of a block (N = its
@@ -54,8 +54,8 @@ def distill_loss(
             gradients reach these and nothing else. Products of bf16 are summed in fp32.
         targets: the served layers' attention, of the same document.
         weights: weights of the layers, which sum to 1; None: 1 / len(targets) each.
-        objective: "multi" or "avg"; they have the same gradient, and values that differ by what
-            does not depend on the indexer.
+        objective: "multi" or "avg"; they have the same gradient, and their values differ by a
+            term that does not depend on the indexer.
         ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) both
             run over this set alone (the sparse stage). None: they run over all visible keys (the
             warm-up).

@@ -1,4 +1,4 @@
-"""What a selection keeps of the attention, and what sharing costs with an oracle's selections.
+"""Measure how much attention a selection keeps, and run a model with an oracle's selections.
 
 Under a pattern, an F layer and the S layers behind it attend over one set of k tokens. The oracle
 takes, for each query, the k keys with the largest mean dense attention of these layers: the target
@@ -36,7 +36,7 @@ def measure_kept(model: AnyModel, pattern: Pattern | str, rows: Sequence[Row]) -
         over the queries that see more than k tokens.
 
     Raises:
-        ValueError: as `check_model`; no query sees more than k tokens.
+        ValueError: see `check_model`; or no query sees more than k tokens.
     """
     module = module_of(model)
     pattern = Pattern.of(pattern)
@@ -62,7 +62,7 @@ def oracle_states(model: AnyModel, pattern: Pattern | str, row: Row) -> Tensor:
         The final hidden states [1, T, E].
 
     Raises:
-        ValueError: as `check_model`; a pattern with R layers, whose selections are their own.
+        ValueError: see `check_model`; or a pattern with R layers, whose selections are their own.
     """
     module = module_of(model)
     pattern = Pattern.of(pattern)

@@ -1,4 +1,4 @@
-"""PyTorch's own parallelism, applied from outside: torchrun, FSDP2, activation checkpointing.
+"""Apply PyTorch's parallelism from outside: torchrun, FSDP2 and activation checkpointing.
 
 Indexers are replicated and their gradients averaged: `fully_shard` on a mesh (replicate = all
 processes, shard = 1), one unit each, since they are megabytes. In full mode the backbone is
@@ -43,7 +43,7 @@ class World:
     grouped: bool
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over all processes."""
+        """Average a tensor over all processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size

@@ -82,7 +82,7 @@ def check_beyond(rows: Sequence[Row], topk: int) -> float:
     if beyond < MIN_BEYOND:
         raise ValueError(
             f"Only {beyond:.0%} of the training queries see more than k = {topk} tokens of their "
-            "own document, so there is next to nothing to select; give longer documents (at least "
+            "own document, so there is almost nothing to select; give longer documents (at least "
             f"{MIN_BEYOND:.0%} of the queries)."
         )
     return beyond

@@ -32,6 +32,7 @@ from indexcache.exporting import export
 from indexcache.models.family import family_of
 from indexcache.models.loading import Model, check_device, describe, fingerprint, load
 from indexcache.pattern import Pattern
+from indexcache.records import publish
 
 FP32_WEIGHTS = ("weights_proj.weight", "e_score_correction_bias")
 """Weights that stay fp32 in a checkpoint that is written in bfloat16."""
@@ -84,7 +85,7 @@ def distill_checkpoint(
         weights = layer_weights(run.layer_weights, len(pattern), digest)
         settings = replace(settings, layer_weights=tuple(weights))
     settings.check()
-    _sources(model, run)
+    _sources(model, run)  # It refuses a missing text before the model is loaded.
 
     loaded = load(
         model,
@@ -137,13 +138,15 @@ def _rows(batch_tokens: int | None, length: int) -> int:
 
 def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> None:
     """Put the indexers of a delta into the model, and note those that it lacks."""
-    begun = apply_delta(loaded.module, delta, base=loaded.path)
-    new = [str(i) for i, role in enumerate(pattern.roles) if role != "S" and begun[i] == "S"]
-    if new and first_process():
+    trained_for = apply_delta(loaded.module, delta, base=loaded.path)
+    missing = [
+        str(i) for i, role in enumerate(pattern.roles) if role != "S" and trained_for[i] == "S"
+    ]
+    if missing and first_process():
         log.warning(
             "%s has no indexer of the layers %s; they begin with the checkpoint's.",
             delta,
-            ", ".join(new),
+            ", ".join(missing),
         )
 
 
@@ -163,13 +166,13 @@ def _documents(
     model: str, run: RunSettings, loaded: Model, *, evaluate: bool
 ) -> tuple[list[Document], list[Document]]:
     """Return the training documents and the held-out documents, which share none."""
-    source, split, other = _sources(model, run)
+    source, split, held_out_source = _sources(model, run)
     vocabulary = int(loaded.config.vocab_size)
     documents = load_documents(source, loaded.encode, vocabulary)
-    if other is None:
+    if held_out_source is None:
         training = split_documents(documents, split)
         return training, split_documents(documents, "heldout") if evaluate else []
-    held_out = load_documents(other, loaded.encode, vocabulary) if evaluate else []
+    held_out = load_documents(held_out_source, loaded.encode, vocabulary) if evaluate else []
     shared = {d.digest for d in documents} & {d.digest for d in held_out}
     if shared:
         raise ValueError(
@@ -204,11 +207,11 @@ def _write_checkpoint(
         export(temporary, pattern, target, engines=("transformers",))
         shutil.rmtree(temporary)
         return target
-    why = "no R layers" if "R" in pattern.roles else "no sharing for this family"
+    lacks = "no R layers" if "R" in pattern.roles else "no sharing for this family"
     log.warning(
         "stock transformers has %s, so the checkpoint keeps all indexers and its config no "
         "pattern; run it with use_pattern.",
-        why,
+        lacks,
     )
-    temporary.rename(target)
+    publish(temporary, target)
     return target

@@ -109,7 +109,7 @@ class DistillSettings:
         return {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     def check(self) -> None:
-        """Refuse values that mean nothing.
+        """Refuse values outside of their range.
 
         Raises:
             ValueError: a field is out of its range; the message names it.
@@ -160,9 +160,9 @@ class RunSettings:
     """File of a delta whose indexers the run begins with, e.g. that of the warmup stage."""
 
     layer_weights: str | None = None
-    """How much each layer counts in what its indexer learns: numbers with commas, or the folder of
-    a finished search, for what sharing that layer alone cost there. By default all count the
-    same."""
+    """How much each layer counts in what its indexer learns: comma-separated numbers, or the folder
+    of a finished search, where a layer counts as much as sharing it alone cost. By default all
+    count the same."""
 
     batch_tokens: int | None = None
     """Number of tokens of a step, over all processes. The default is four rows."""

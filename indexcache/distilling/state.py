@@ -44,8 +44,8 @@ def save_state(
     leaves the old or the new one.
 
     Raises:
-        OSError: it cannot be written, e.g. the disk is full; on every process. The old one stays.
-        ValueError: it cannot be written for another reason.
+        OSError: the disk is full or not writable. Every process raises it, and the old one stays.
+        ValueError: the checkpoint cannot be written for another reason.
     """
     tmp = folder / f"{kind}.part"
     path = folder / f"{kind}-{step:08d}"
@@ -83,13 +83,13 @@ def load_state(
     """Load a checkpoint into modules and optimizers.
 
     Args:
-        facts: has the keys of the facts to load; its values do not count.
+        facts: a mapping with the keys of the facts to load; its values are ignored.
 
     Returns:
         The facts that were saved, and "step".
 
     Raises:
-        ValueError: it cannot be read, or is of other modules.
+        ValueError: the checkpoint cannot be read, or belongs to other modules.
     """
     values = {name: _state_of(*pair, optimizers) for name, pair in trained.items()}
     state: dict[str, Any] = {**values, "facts": {"step": 0, **facts}, "rng": torch.get_rng_state()}

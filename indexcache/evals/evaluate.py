@@ -22,7 +22,7 @@ from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 
-BUCKETS = 4  # equal parts of the sequence
+BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
 
 Key = tuple[str, str, int]  # (domain, unit, position bucket)
@@ -35,7 +35,8 @@ class Measurement:
     Attributes:
         name: the name of the pattern.
         pattern: the pattern.
-        where: the tokens: a domain ("all": every domain), or (from, to), fractions of the sequence.
+        where: which tokens: those of a domain, where "all" is every domain, or those between two
+            fractions (from, to) of the sequence.
         loss: mean loss, nats per token.
         delta_loss: the pattern's loss minus the baseline's.
         ci_low: lower end of the 95 % paired bootstrap interval over documents; None for one
@@ -94,7 +95,7 @@ class Evidence:
     Attributes:
         rows: every pattern on all domains together ("all") and on each domain.
         positions: every pattern on each quarter of the sequence, over all domains.
-        baseline: the pattern that every difference is to.
+        baseline: the pattern that all others are compared with.
         path: "stock" or "fast", the code that ran.
     """
 
@@ -118,8 +119,8 @@ class Evidence:
         return "\n\n".join(
             (
                 self._overall_table(baseline),
-                _wide(f"vs {baseline}, by domain", by_domain, _domain_cell),
-                _wide(f"vs {baseline}, by position", self.positions, _position_cell),
+                _table_by_place(f"vs {baseline}, by domain", by_domain, _domain_cell),
+                _table_by_place(f"vs {baseline}, by position", self.positions, _position_cell),
             )
         )
 
@@ -150,7 +151,7 @@ class Evidence:
         }
 
 
-def _wide(head: str, rows: Sequence[Measurement], cell: Any) -> str:
+def _table_by_place(head: str, rows: Sequence[Measurement], cell: Any) -> str:
     """Format one line per pattern and one column per place, in the order of the rows."""
     columns = dict.fromkeys(_where_title(r) for r in rows)
     lines: dict[str, list[str]] = {}
@@ -211,20 +212,20 @@ def evaluate(
     }
     with progress_bar(len(batches) * (len(named) + 1), "pass", shown=progress) as bar:
         for batch in batches:
-            full = _hidden(module, base, native, batch)
+            base_hidden = _base_hidden(module, base, native, batch)
             bar.update()
             for name, pattern in named.items():
                 # The baseline's own pass is repeated once, to show that two passes are bitwise
                 # equal.
                 if pattern == base and batch is not batches[0]:
-                    hidden = full
+                    hidden = base_hidden
                 else:
                     with use_pattern(module, pattern):
                         hidden = hidden_states(module, batch.ids)
-                    assert pattern != base or torch.equal(hidden, full), (
+                    assert pattern != base or torch.equal(hidden, base_hidden), (
                         "two passes under one pattern differ"
                     )
-                for key, value in _compare(module, full, hidden, batch):
+                for key, value in _compare(module, base_hidden, hidden, batch):
                     sums[name][key] += value
                 bar.update()
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
@@ -251,8 +252,8 @@ def _named(
     return {name: Pattern.of(p) for name, p in patterns.items()}
 
 
-def _hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
-    """Compute hidden states of the baseline, without the seam where that is the model itself."""
+def _base_hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
+    """Compute the baseline's hidden states; the model's native pattern needs no `use_pattern`."""
     if base == native:
         return hidden_states(module, batch.ids)
     with use_pattern(module, base):
@@ -260,18 +261,20 @@ def _hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> 
 
 
 def _compare(
-    module: DsaModule, full: Tensor, hidden: Tensor, batch: Batch
+    module: DsaModule, base_hidden: Tensor, hidden: Tensor, batch: Batch
 ) -> Iterator[tuple[Key, np.ndarray]]:
     """Yield the sums of FIELDS for each sequence and position bucket."""
     length = batch.ids.shape[1]
     fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
-    for chunk, (a, b) in logit_chunks(module, full, hidden):
-        target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(a.device)[..., None]
-        a, b = F.log_softmax(a, -1), F.log_softmax(b, -1)
-        loss_a, loss_b = -a.gather(-1, target)[..., 0], -b.gather(-1, target)[..., 0]
-        kl = (a.exp() * (a - b)).sum(-1)
-        agree = (a.argmax(-1) == b.argmax(-1)).float()
-        values = (loss_b, loss_b.double() - loss_a.double(), kl, agree, torch.ones_like(kl))
+    for chunk, (base_logits, logits) in logit_chunks(module, base_hidden, hidden):
+        target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(logits.device)[..., None]
+        base_log_p = F.log_softmax(base_logits, -1)
+        log_p = F.log_softmax(logits, -1)
+        base_loss = -base_log_p.gather(-1, target)[..., 0]
+        loss = -log_p.gather(-1, target)[..., 0]
+        kl = (base_log_p.exp() * (base_log_p - log_p)).sum(-1)
+        agree = (base_log_p.argmax(-1) == log_p.argmax(-1)).float()
+        values = (loss, loss.double() - base_loss.double(), kl, agree, torch.ones_like(kl))
         fields[..., chunk] = torch.stack([v.double() for v in values]).cpu()
     if not math.isfinite(float(fields.sum())):
         raise ValueError(
@@ -291,6 +294,7 @@ def _measure(
     sums: Mapping[Key, np.ndarray],
     seed: int,
 ) -> Measurement:
+    """Add up a pattern's sums at one place by document, and make means and an interval of them."""
     units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
     for (domain, unit, bucket), value in sums.items():
         if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):

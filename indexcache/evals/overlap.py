@@ -1,4 +1,4 @@
-"""How much the selections of two layers share: the mean of |T_i and T_j| / k over queries."""
+"""Measure how much the selections of two layers share: the mean of |T_i and T_j| / k."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from indexcache.models.seam import use_pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 
-CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 26  # bytes of the membership matrix of a chunk of queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Overlap:
 
     Attributes:
         shares: float64 [N, N], the mean of |T_i and T_j| / k over the queries.
-        chance: the mean of k / context over the same queries, which independent random selections
-            share.
-        queries: number of queries, those with more than k tokens of context.
+        chance: the share of independent random selections: the mean of k / context over the same
+            queries.
+        queries: number of queries with more than k tokens of context.
         topk: k.
     """
 
@@ -80,13 +80,14 @@ def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False
     for batch in batches:
         check_context(batch.ids.shape[1], topk)
     total = np.zeros((len(pattern), len(pattern)))
-    queries, chance = 0, 0.0
+    queries = 0
+    chance = 0.0
     with progress_bar(len(batches), "batch", shown=progress) as bar:
         for batch in batches:
             with use_pattern(module, pattern, capture=True) as seam:
                 hidden_states(module, batch.ids)
                 selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
-            length, sequences = batch.ids.shape[1], len(batch.units)
+            sequences, length = batch.ids.shape
             contexts = torch.arange(topk + 1, length + 1).double()
             total += _shared(selections, length)
             queries += sequences * (length - topk)
@@ -100,7 +101,8 @@ def _shared(selections: list[Tensor], length: int) -> np.ndarray:
 
     Returns float64 [N, N].
     """
-    layers, (batch, rows, _) = len(selections), selections[0].shape
+    layers = len(selections)
+    batch, rows, _ = selections[0].shape
     total = np.zeros((layers, layers))
     chunk = max(CHUNK_BYTES // (4 * layers * length), 1)
     for b in range(batch):

@@ -29,10 +29,11 @@ def bootstrap_interval(
     Returns:
         (low, high); (nan, nan) for fewer than two documents, which say nothing about a spread.
     """
-    s, n = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    if len(s) < 2:
+    documents = len(sums)
+    if documents < 2:
         return float("nan"), float("nan")
-    picks = np.random.default_rng(seed).integers(0, len(s), (resamples, len(s)))
-    means = s[picks].sum(1) / n[picks].sum(1)
+    picks = np.random.default_rng(seed).integers(0, documents, (resamples, documents))
+    numerators = np.asarray(sums, np.float64)[picks].sum(1)
+    means = numerators / np.asarray(counts, np.float64)[picks].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

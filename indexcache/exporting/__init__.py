@@ -61,7 +61,7 @@ def export(
     `out` gets pattern.json. For "transformers" it gets the folder `transformers/`, a complete
     checkpoint that TensorRT-LLM reads too; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
     the shell, and `<engine>.json`, its value. Everything is written beside `out` and renamed at the
-    end, so `out` is whole or absent. Weight files that do not change are hard links to the
+    end, so `out` is complete or absent. Weight files that do not change are hard links to the
     checkpoint's where the disk allows it.
 
     Args:
@@ -73,8 +73,8 @@ def export(
         prune: leave the indexers of S layers out of the transformers checkpoint.
 
     Raises:
-        ValueError: as `check_export`; `out` is in use or not empty; or the disk is too small, full
-            or not writable.
+        ValueError: see `check_export`; or `out` is in use or not empty; or the disk is too small,
+            full or not writable.
     """
     checkpoint = Path(checkpoint)
     out = Path(out).resolve()

@@ -1,6 +1,6 @@
 """Check a pattern against a checkpoint before anything is written.
 
-An engine that is given a wrong pattern mostly says nothing and runs another one.
+An engine that is given a wrong pattern usually runs another one without an error.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def check_export(
         Warnings, one sentence each: true things to know that do not make the export wrong.
 
     Raises:
-        ValueError: one sentence, for an unknown engine or model type; a folder that is not a whole
-            safetensors checkpoint; a pattern with R, of another length, or with a stage that does
+        ValueError: an unknown engine or model type; a folder that is not a complete safetensors
+            checkpoint; a pattern with R, of another length, or with a stage that does
             not begin with F; an F layer whose indexer is not in the checkpoint; or an engine that
             cannot share on this model.
     """
@@ -57,9 +57,9 @@ def check_export(
             "be ignored and every layer stay full; run the pattern with indexcache's use_pattern, "
             "or export it for vllm or sglang."
         )
-    without = _check_indexers(Path(checkpoint), pattern)
+    without_indexer = _check_indexers(Path(checkpoint), pattern)
     return [
-        *_pattern_warnings(section, pattern, without),
+        *_pattern_warnings(section, pattern, without_indexer),
         *_engine_warnings(config, pattern, engines),
         *_stage_warnings(len(pattern), starts),
         *_code_warnings(Path(checkpoint), engines),
@@ -84,11 +84,12 @@ def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
-    """Return the layers without any indexer tensor, after a check that every F layer's is whole."""
+    """Check that every F layer has a complete indexer, and return the layers without any."""
     present: dict[int, set[str]] = {}
     for name in tensor_names(checkpoint):
-        if found := indexer_part(name):
-            present.setdefault(found[0], set()).add(found[1])
+        if (match := indexer_part(name)) is not None:
+            layer, tensor = match
+            present.setdefault(layer, set()).add(tensor)
     absent = [layer for layer in pattern.full_layers if layer not in present]
     if absent:
         raise ValueError(
@@ -97,43 +98,49 @@ def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
             "export): these can only be S."
         )
     for layer in pattern.full_layers:
-        if lacking := [part for part in INDEXER_PARTS if part not in present[layer]]:
+        if missing := [name for name in INDEXER_PARTS if name not in present[layer]]:
             raise ValueError(
                 f"{checkpoint}: the indexer of layer {layer}, which is F, lacks "
-                f"{', '.join(lacking)}; fetch the checkpoint again."
+                f"{', '.join(missing)}; fetch the checkpoint again."
             )
     return tuple(layer for layer in range(len(pattern)) if layer not in present)
 
 
 def _pattern_warnings(
-    section: dict[str, Any], pattern: Pattern, without: tuple[int, ...]
+    section: dict[str, Any], pattern: Pattern, without_indexer: tuple[int, ...]
 ) -> list[str]:
     warnings = []
-    if without:
+    if without_indexer:
         warnings.append(
-            f"The checkpoint has no indexer at layers {_numbers(without)}: it was trained shared, "
-            "or pruned by an export, so these layers can only be S, and searching a pattern for a "
-            "model that was trained shared is pointless."
+            f"The checkpoint has no indexer at layers {_numbers(without_indexer)}: it was trained "
+            "shared, or pruned by an export. These layers can only be S, and a search is pointless "
+            "for a model that was trained shared."
         )
-    before = _pattern_of(section)
-    if before is not None and "S" in before.roles:
-        what = "this same pattern" if before == pattern else f"{before}, which the export replaces"
-        warnings.append(f"The checkpoint's config already shares: it gives {what}.")
-    extra = section.get("num_nextn_predict_layers")
-    if isinstance(extra, int) and extra > 0:
+    replaced = _pattern_of(section)
+    if replaced is not None and "S" in replaced.roles:
+        sharing = f"{replaced}, which the export replaces"
+        if replaced == pattern:
+            sharing = "this same pattern"
+        warnings.append(f"The checkpoint's config already shares: it gives {sharing}.")
+    mtp_layers = section.get("num_nextn_predict_layers")
+    if isinstance(mtp_layers, int) and mtp_layers > 0:
         warnings.append(
-            f"The checkpoint's {extra} multi-token-prediction (MTP) layers are outside the pattern "
-            "and keep their own indexer."
+            f"The checkpoint's {mtp_layers} multi-token-prediction (MTP) layers are outside the "
+            "pattern and keep their own indexer."
         )
-    k, context = section.get("index_topk"), section.get("max_position_embeddings")
-    if "S" in pattern.roles and isinstance(k, int):
-        always = isinstance(context, int) and context <= k
+    k = section.get("index_topk")
+    context = section.get("max_position_embeddings")
+    if "S" not in pattern.roles or not isinstance(k, int):
+        return warnings
+    if isinstance(context, int) and context <= k:
         warnings.append(
             f"Sharing is a no-op here: the context of at most {context} tokens never exceeds "
             f"index_topk = {k}."
-            if always
-            else f"Sharing is a no-op in contexts of up to index_topk = {k} tokens: check quality "
-            "on much longer ones."
+        )
+    else:
+        warnings.append(
+            f"Sharing is a no-op in contexts of up to index_topk = {k} tokens: check quality on "
+            "much longer ones."
         )
     return warnings
 

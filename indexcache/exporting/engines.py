@@ -23,13 +23,13 @@ SHARING_KEYS = (
 def override_keys(section: Mapping[str, Any], pattern: Pattern) -> dict[str, Any]:
     """Return `pattern.to_config()`, and keys that neutralise a frequency in the base config.
 
-    An override is merged into the base config, so it can replace a key but not remove one. A
-    frequency left over from the base loses against the pattern in every engine. SGLang's
-    command-line factor beats the pattern too, but not `indexer_types`, so both are always given.
-    The frequency still would mislead whoever reads only that, and a null one stops engines that
-    compute with it before they look at the pattern. So it becomes 1, with the offset that engines
-    assume: such a reader then runs every indexer, or fails for want of its weights, but never
-    shares along another pattern without a word.
+    An override is merged into the base config, so it can replace a key but not remove one. Every
+    engine prefers the pattern to a frequency that is left over from the base. SGLang prefers its
+    command-line factor to the pattern, but not to `indexer_types`, so both keys are always given.
+    A left-over frequency still misleads a reader of that key alone, and a null one stops engines
+    that compute with it first. So it becomes 1, with the offset that engines assume: such a reader
+    then runs every indexer, or fails because weights are missing, but never silently shares along
+    another pattern.
     """
     keys = pattern.to_config()
     if "index_topk_freq" not in keys and (
@@ -54,7 +54,7 @@ def sglang_overrides(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]
 
     Unlike vLLM, SGLang sets each key as one attribute: `{"text_config": {..}}` would replace the
     whole text config of a multimodal model by a dict. Newer versions apply flat keys to the text
-    config, which is what is wanted.
+    config, where they belong.
     """
     return override_keys(text_section(config), pattern)
 

@@ -53,6 +53,7 @@ class Shard(NamedTuple):
 
     @property
     def kept_bytes(self) -> int:
+        """Number of bytes of the tensors that stay."""
         return sum(
             t.end - t.begin for name, t in self.header.tensors.items() if name not in self.dropped
         )
@@ -65,8 +66,11 @@ def shard_layout(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Sha
     """
 
     def dropped(name: str) -> bool:
-        found = indexer_part(name)
-        return prune and found is not None and found[0] < len(pattern) and pattern[found[0]] == "S"
+        match = indexer_part(name)
+        if match is None or not prune:
+            return False
+        layer, _ = match
+        return layer < len(pattern) and pattern[layer] == "S"
 
     return [
         Shard(name, header, frozenset(filter(dropped, header.tensors)))
@@ -190,13 +194,13 @@ def _pruned_index(index: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
 
 
 def _other_files(checkpoint: Path) -> list[Path]:
-    """List the plain files that are no weights and no code, such as tokenizer and licence."""
-    made_here = ("config.json", INDEX_NAME)
+    """List the files that are copied as they are, such as tokenizer and licence."""
+    written_here = ("config.json", INDEX_NAME)
     return [
         path
         for path in sorted(checkpoint.iterdir())
         if path.is_file()
-        and path.name not in made_here
+        and path.name not in written_here
         and not path.name.startswith(".")
         and not path.name.removesuffix(".index.json").endswith(LEFT_OUT)
     ]

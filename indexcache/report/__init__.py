@@ -1,1 +1,1 @@
-"""What people read: tables and pictures."""
+"""Format results for people: tables and pictures."""

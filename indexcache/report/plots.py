@@ -1,4 +1,4 @@
-"""Pictures: the overlap heat map, gains by context, and the indexers' share of a prefill."""
+"""Draw pictures: the overlap heat map, gains by context, and the indexers' share of a prefill."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check_plots() -> None:
 def draw_overlap(
     measured: Mapping[str, Any], path: str | Path, pattern: Pattern | None = None, title: str = ""
 ) -> None:
-    """Write a PNG of an overlap between layers, in a square per pair of layers.
+    """Write a PNG of the overlap between layers, with one square per pair of layers.
 
     Args:
         measured: "layers", "overlap" (that many rows of as many shares), "topk" and "chance".
         path: the file to write.
         pattern: each full layer and those that share its selection are framed as a block.
-        title: a title in the place of the usual one.
+        title: the title; an empty one stands for the default.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -52,10 +52,10 @@ def draw_overlap(
         axes.set_xticks(range(layers), roles if layers <= MAX_ROLE_TICKS else [], fontsize=7)
     axes.set_xlabel("layer")
     axes.set_ylabel("layer")
-    usual = (
+    default_title = (
         f"Shared part of the selections, k = {measured['topk']} (chance {measured['chance']:.2f})"
     )
-    axes.set_title(title or usual, fontsize=9)
+    axes.set_title(title or default_title, fontsize=9)
     figure.colorbar(image, label="|Ti and Tj| / k")
     _save(figure, path)
 
@@ -199,7 +199,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _frame(corner: tuple[float, float], size: int) -> Any:
-    """Make an empty square with its lower corner there."""
+    """Make the outline of a square whose lower left corner is `corner`."""
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, size, size, fill=False, edgecolor=BLOCK_COLOUR, lw=2)

@@ -1,7 +1,6 @@
 """Tables of `bench`, `profile` and `plan`.
 
-A table is a list of columns, each with its title, the text of its cell in a row, and whether it is
-shown at all.
+A table is a list of `Column`s.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its title, the cell of a row, and `when`, whether the table has this column."""
+    """One column: its title, the function that makes its cell of a row, and whether it is shown."""
 
     title: str
     cell: Callable[[Row], object]
-    when: bool = True
+    shown: bool = True
 
 
 def render(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """Render the columns that are shown, one line per row."""
-    shown = [column for column in columns if column.when]
+    shown = [column for column in columns if column.shown]
     return table([c.title for c in shown], [[c.cell(row) for c in shown] for row in rows])
 
 
 def speed_table(rows: Sequence[Row]) -> str:
     """Render one line per row of `bench`.
 
-    It has times, rates, gains over all full, memory, and the published figures where there are any.
-    A row that could not be measured says "failed".
+    It has times, rates, gains over all full, memory, and published figures. A row that could not be
+    measured says "failed".
     """
     batched = any(r.get("batch", 1) != 1 for r in rows)
     added = any(r.get("added_gb") is not None for r in rows)

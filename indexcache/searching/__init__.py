@@ -1,1 +1,1 @@
-"""Searching for a pattern: the paper's greedy algorithm, its objective, and the run around it."""
+"""Search for a pattern: the paper's greedy algorithm, its objective, and the run around it."""

@@ -39,8 +39,11 @@ def greedy(
 ) -> Iterator[FrontierPoint]:
     """Yield the nested family of patterns from all full down to `full` full layers.
 
-    c = F^N, candidates = {1..N-1}; repeat: l* = argmin over l in candidates of
-    loss(c with c[l] = S); c[l*] = S; candidates -= {l*}. Equal losses go to the lower layer.
+    pattern = F^N;  candidates = {1..N-1};  repeat:
+        l* = argmin over l in candidates of loss(pattern with l -> S)
+        pattern[l*] = S;  candidates -= {l*}
+
+    Of equal losses the lowest layer wins.
 
     `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and
     each round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P
@@ -54,29 +57,30 @@ def greedy(
             f"{full} full layers are too few: the first layer of each of the {len(starts)} stages "
             "stays full."
         )
-    c = Pattern.full(layers)
-    yield FrontierPoint(c, loss(c))
+    pattern = Pattern.full(layers)
+    yield FrontierPoint(pattern, loss(pattern))
     ends = [*starts[1:], layers]
     remaining = [list(range(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
-    while len(c.full_layers) > full:
+    while len(pattern.full_layers) > full:
         for candidates in remaining:
-            if not candidates or len(c.full_layers) <= full:
+            if not candidates or len(pattern.full_layers) <= full:
                 continue
-            losses = {layer: loss(c.replace(layer, "S")) for layer in candidates}
+            losses = {layer: loss(pattern.replace(layer, "S")) for layer in candidates}
             best = min(candidates, key=lambda layer: (losses[layer], layer))
-            c = c.replace(best, "S")
+            pattern = pattern.replace(best, "S")
             candidates.remove(best)
-            yield FrontierPoint(c, losses[best], best)
+            yield FrontierPoint(pattern, losses[best], best)
 
 
 def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:
     """Count the patterns that `greedy` evaluates: all full, and the candidates of every flip."""
-    count, left = 1, layers
+    count = 1
+    full_now = layers
     remaining = [b - a - 1 for a, b in zip(starts, [*starts[1:], layers], strict=True)]
-    while left > max(full, len(starts)):
+    while full_now > max(full, len(starts)):
         for stage, candidates in enumerate(remaining):
-            if candidates and left > full:
+            if candidates and full_now > full:
                 count += candidates
                 remaining[stage] -= 1
-                left -= 1
+                full_now -= 1
     return count

@@ -19,8 +19,8 @@ class Objective:
     Args:
         model: the transformers model.
         batches: the calibration batches, the same for every pattern.
-        evaluated: losses of earlier evaluations, by pattern string (a run's journal).
-        record: called with (pattern, loss) after each new evaluation.
+        evaluated: losses of earlier evaluations, by pattern string, e.g. from a run's journal.
+        record: a function that gets (pattern, loss) after each new evaluation.
     """
 
     def __init__(

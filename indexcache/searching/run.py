@@ -53,16 +53,13 @@ class SearchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of result.json."""
-        points = [
-            {"full": p.full, "pattern": str(p.pattern), "loss": p.loss}
-            for p in (*self.frontier, *self.uniform)
-        ]
-        frontier = [
-            point | {"flipped": p.flipped} for point, p in zip(points, self.frontier, strict=False)
-        ]
+
+        def facts(point: FrontierPoint) -> dict[str, Any]:
+            return {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
+
         return {
-            "frontier": frontier,
-            "uniform": points[len(frontier) :],
+            "frontier": [facts(point) | {"flipped": point.flipped} for point in self.frontier],
+            "uniform": [facts(point) for point in self.uniform],
             "calibration": self.calibration,
         }
 
@@ -135,12 +132,12 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
 
 
 def _refuse_trained_sharing(module: DsaModule) -> None:
-    """Raise ValueError on a model with layers without an indexer: trained shared, or pruned."""
+    """Raise ValueError if layers of the model have no indexer: it was trained shared, or pruned."""
     shared = missing_indexers(module)
     if shared:
-        some = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
+        listed = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
-            f"Layers {some} of this model have no indexer of their own and can never be full. A "
+            f"Layers {listed} of this model have no indexer of their own and can never be full. A "
             "search is pointless on a model that was trained with sharing: its layers have learnt "
             "the pattern it ships with. If this is a pruned export, search the checkpoint it came "
             "from."
@@ -152,10 +149,9 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
     patterns = []
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:
-        for rest in "SR":
-            p = Pattern.uniform(
-                layers, freq, rest=rest, pool_factor=settings.pool_factor if rest == "R" else None
-            )
+        for role in "SR":
+            pool_factor = settings.pool_factor if role == "R" else None
+            p = Pattern.uniform(layers, freq, rest=role, pool_factor=pool_factor)
             if all(p[s] == "F" for s in stage_starts(layers, settings.stages)):
                 patterns.append(p)
         freq *= 2
@@ -163,7 +159,7 @@ def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
 
 
 def _environment(module: DsaModule, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Return what decides the last bit of a loss."""
+    """Return the facts on which the last bit of a loss depends."""
     weight = module.get_input_embeddings().weight
     device = (
         torch.cuda.get_device_name(weight.device)

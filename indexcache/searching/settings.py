@@ -1,4 +1,4 @@
-"""The settings of a search; nothing heavy is imported here, because the command line reads them."""
+"""The settings of a search, which import nothing heavy because the command line reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class SearchSettings:
     """The settings of a search."""
 
     keep: float = 0.25
-    "Fraction of the layers that stay full at the end, e.g. 1/4. At least one stays full per stage."
+    "Fraction of the layers that stay full at the end, e.g. 1/4. Each stage keeps at least one."
     stages: int = 1
     "Number of pipeline stages of the engine. The first layer of each stays full."
     uniform: bool = True
