@@ -1,4 +1,4 @@
-"""Small random models of both families, and the packaged tiny model."""
+"""Fixtures: small random models of both families, and the packaged tiny model."""
 
 from __future__ import annotations
 

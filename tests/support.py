@@ -1,4 +1,4 @@
-"""Small random models of both families, and what tests of several folders share."""
+"""Make small random models and texts, and check refusals, for the tests of several folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from indexcache.data import Document
 from indexcache.models.family import families
 
 PATTERNS = ["FSSFSS", "FFSSSS", "FSFRSS@2", "FRRFRR@2", "FSRSSF@3"]
-
 
 FAMILIES = sorted(families(), reverse=True)
 
@@ -42,7 +41,7 @@ SHAPE = {
 
 
 def refused(call: Any, *parts: str) -> None:
-    """`call` is refused with one line that has all the parts."""
+    """Expect that `call` is refused with one line that has all the parts."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     one_line(caught.value, *parts)
@@ -92,7 +91,7 @@ def documents(count=6, length=200, vocabulary=SHAPE["vocab_size"], seed=0):
 
 
 def stock_loss(model, pattern: str, batches) -> float:
-    """Loss of a stock model that was built with `indexer_types`: no code of the package runs."""
+    """Compute the loss of a stock model with `indexer_types`, without code of the package."""
     types = [{"F": "full", "S": "shared"}[c] for c in pattern]
     other = make_model("glm_moe_dsa", indexer_types=types)
     other.load_state_dict(model.state_dict(), strict=False)
@@ -103,5 +102,6 @@ def stock_loss(model, pattern: str, batches) -> float:
                 out = torch.nn.functional.cross_entropy(
                     other(row[None]).logits[0, :-1].double(), row[1:], reduction="sum"
                 )
-            total, count = total + float(out), count + len(row) - 1
+            total += float(out)
+            count += len(row) - 1
     return total / count

@@ -1,11 +1,10 @@
-"""Text to batches: every source, every refusal, halves that never mix, and sequences that use no
-token twice.
-"""
+"""Test how text becomes batches: sources, refusals, the two halves, and the sequences."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import random
@@ -56,8 +55,9 @@ def document(ids: Any, domain: str = "d", name: str = "") -> Document:
 
 
 def corpus(lengths: dict[str, list[int]]) -> list[Document]:
-    """Documents of these lengths, in which every token of the whole corpus is another number."""
-    documents, at = [], 0
+    """Make documents of these lengths, in which no two tokens of the corpus are the same."""
+    documents = []
+    at = 0
     for domain, sizes in lengths.items():
         for i, n in enumerate(sizes):
             documents.append(document(range(at, at + n), domain, f"{domain}{i}"))
@@ -72,7 +72,7 @@ def rows_of(batches: list[Batch]) -> list[tuple[int, ...]]:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def test_jsonl(tmp_path):
+def test_lines_of_a_jsonl_file_are_documents(tmp_path):
     path = jsonl(
         tmp_path / "a.jsonl",
         {"text": "abc"},
@@ -99,16 +99,16 @@ def test_text_file_is_one_document(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "uint8", "uint64", ">i4"])
-def test_npy_of_any_whole_number_type(tmp_path, dtype):
+def test_npy_files_of_every_integer_type(tmp_path, dtype):
     np.save(tmp_path / "a.npy", np.arange(200).astype(dtype))
     (got,) = load(tmp_path / "a.npy")
     assert got.ids.dtype == np.int64
     assert got.ids.tolist() == list(range(200))
-    assert got.digest == document(range(200)).digest  # not a matter of the type
+    assert got.digest == document(range(200)).digest  # The type does not matter.
 
 
-def test_folder(tmp_path):
-    jsonl(tmp_path / "b.jsonl", {"text": "top"}, {"text": "named", "domain": "own"})
+def test_a_folder_gives_its_sub_folders_as_domains(tmp_path):
+    jsonl(tmp_path / "b.jsonl", {"text": "top"}, {"text": "named", "domain": "mine"})
     jsonl(tmp_path / "code" / "a.jsonl", {"text": "code"})
     (tmp_path / "code" / "deep").mkdir()
     (tmp_path / "code" / "deep" / "a.txt").write_text("deep")
@@ -118,7 +118,7 @@ def test_folder(tmp_path):
     (tmp_path / "law" / "picture.png").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").mkdir()
     got = load(tmp_path)
-    assert sorted(d.domain for d in got) == ["code", "code", "code", "law", "own", "text"]
+    assert sorted(d.domain for d in got) == ["code", "code", "code", "law", "mine", "text"]
     assert [d.name for d in got] == [d.name for d in load(tmp_path)]
     names = [Path(d.name.split(":")[0]).relative_to(tmp_path).as_posix() for d in got]
     assert names == sorted(names)
@@ -181,12 +181,12 @@ def test_empty_documents_are_dropped(tmp_path):
         ('{"ids": ' + "[" * 70 + "]" * 70 + "}", "whole numbers"),
     ],
 )
-def test_lines_refused(tmp_path, line, part):
+def test_lines_that_are_refused(tmp_path, line, part):
     path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, line)
     refused(lambda: load(path), f"{path}:2: ", part)
 
 
-def test_vocabulary_is_the_bound(tmp_path):
+def test_token_ids_lie_in_the_vocabulary(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"ids": [0, 9]})
     assert len(load_documents(path, encode, 10)) == 1
     refused(lambda: load_documents(path, encode, 9), "token id 9", "vocabulary of 9")
@@ -195,19 +195,18 @@ def test_vocabulary_is_the_bound(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.md"])
-def test_not_utf8(tmp_path, name):
+def test_text_that_is_not_utf8_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
     refused(lambda: load(tmp_path / name), str(tmp_path / name), "UTF-8")
 
 
-def npy_bytes(tmp_path: Path, array: np.ndarray) -> bytes:
-    np.save(tmp_path / "whole.npy", array, allow_pickle=True)
-    content = (tmp_path / "whole.npy").read_bytes()
-    (tmp_path / "whole.npy").unlink()
-    return content
+def npy_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
-def test_npy_refusals(tmp_path):
+def test_npy_files_that_are_refused(tmp_path):
     arrays = {
         "floats": np.array([1.0, 2.0]),
         "two dims": np.ones((2, 3), np.int64),
@@ -219,22 +218,21 @@ def test_npy_refusals(tmp_path):
     }
     path = tmp_path / "a.npy"
     for array in arrays.values():
-        path.write_bytes(npy_bytes(tmp_path, array))
+        path.write_bytes(npy_bytes(array))
         refused(lambda: load(path), str(path), "whole numbers")
-    path.write_bytes(
-        npy_bytes(tmp_path, np.array([{"a": 1}], dtype=object))
-    )  # a pickle inside is never run
+    # A pickle inside is never run.
+    path.write_bytes(npy_bytes(np.array([{"a": 1}], dtype=object)))
     refused(lambda: load(path), str(path), ".npy")
     for value in (-1, 256):
-        path.write_bytes(npy_bytes(tmp_path, np.array([0, value])))
+        path.write_bytes(npy_bytes(np.array([0, value])))
         refused(lambda: load(path), str(path), f"token id {value}")
 
 
-def test_damaged_npy(tmp_path):
+def test_damaged_npy_files_are_read_or_refused(tmp_path):
     path = tmp_path / "a.npy"
-    whole = npy_bytes(tmp_path, np.arange(40))
+    intact = npy_bytes(np.arange(40))
     rng = random.Random(0)
-    contents = [whole[:n] for n in range(len(whole))]
+    contents = [intact[:n] for n in range(len(intact))]
     contents += [
         b"junkjunk",
         b"PK\x03\x04junk",
@@ -243,19 +241,19 @@ def test_damaged_npy(tmp_path):
         b"\0" * 500,
     ]
     for _ in range(100):
-        broken = bytearray(whole)
+        broken = bytearray(intact)
         for _ in range(3):
             broken[rng.randrange(128)] = rng.randrange(256)
         contents.append(bytes(broken))
     for content in contents:
         path.write_bytes(content)
         try:
-            assert len(load(path)) == 1  # a header may be changed and still be one
+            assert len(load(path)) == 1  # A changed header may still be valid.
         except ValueError as error:
             one_line(error, str(path))
 
 
-def test_sources_refused(tmp_path):
+def test_sources_that_are_refused(tmp_path):
     refused(lambda: load(tmp_path / "missing.jsonl"), "missing.jsonl", "no such")
     refused(lambda: load(tmp_path), str(tmp_path), ".jsonl")
     (tmp_path / "a.pdf").write_bytes(b"x")
@@ -284,20 +282,18 @@ def test_halves_are_disjoint_complete_and_stable():
     assert halves["all"] == [d.digest for d in documents]
     assert 30 < len(halves["heldout"]) < 90
     rng = random.Random(0)
-    for _ in range(
-        20
-    ):  # a document stays on its side, whatever is beside it, in which order and of which domain
-        some = [
+    # A document's side does not depend on the other documents, their order or its domain.
+    for _ in range(20):
+        sample = [
             dataclasses.replace(d, domain="other", name="x")
             for d in rng.sample(documents, rng.randrange(10, 120))
         ]
         for side in ("calibration", "heldout"):
-            assert {d.digest for d in split_documents(some, side)} == {
-                d.digest for d in some
-            } & set(halves[side])
+            digests = {d.digest for d in split_documents(sample, side)}
+            assert digests == {d.digest for d in sample} & set(halves[side])
 
 
-def test_more_documents_move_none(tmp_path):
+def test_new_documents_leave_the_others_on_their_side(tmp_path):
     rows = [{"text": f"document {i}"} for i in range(40)]
     jsonl(tmp_path / "a" / "a.jsonl", *rows)
     before = {
@@ -309,7 +305,7 @@ def test_more_documents_move_none(tmp_path):
         assert digests < {d.digest for d in split_documents(load(tmp_path / "a"), side)}
 
 
-def test_split_refusals():
+def test_splits_that_are_refused():
     documents = corpus({"a": [3] * 40})
     for bad in ("held-out", "", "train", None):
         refused(lambda bad=bad: split_documents(documents, bad), "calibration, heldout, all")
@@ -323,11 +319,11 @@ def test_split_refusals():
     assert sides == [[one]]
 
 
-# -- the vacuity check -----------------------------------------------------------------------------
+# -- sequences beyond k --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 63, 64, 257, 2048])
-def test_check_context(k):
+def test_three_quarters_of_the_queries_must_see_beyond_k(k):
     for length in (0, 1, k - 1, k, k + 1, 2 * k, 4 * k - 1):
         if length < 4 * k:
             refused(
@@ -338,7 +334,7 @@ def test_check_context(k):
                 "every pattern is the same",
             )
     for length in (4 * k, 4 * k + 1, 8 * k, 100 * k):
-        beyond = sum(t + 1 > k for t in range(length)) / length  # the query at t sees t + 1 tokens
+        beyond = sum(t + 1 > k for t in range(length)) / length  # Query t sees t + 1 tokens.
         assert check_context(length, k) == pytest.approx(beyond)
         assert beyond >= 0.75
     assert check_context(4 * k, k) == 0.75
@@ -349,7 +345,7 @@ def test_check_context(k):
 SIZES = {"a": [100, 7, 3, 25, 40], "b": [64, 64], "c": [9] * 12}
 
 
-def test_shape_domain_and_units():
+def test_batches_have_their_shape_domain_and_units():
     batches = make_batches(corpus(SIZES), length=16, sequences=11, batch=3, seed=1)
     for b in batches:
         assert b.ids.dtype == torch.int64
@@ -358,10 +354,10 @@ def test_shape_domain_and_units():
     owner = {t: d for d in corpus(SIZES) for t in d.ids.tolist()}
     for b in batches:
         for row, unit in zip(b.ids, b.units, strict=True):
-            of = {owner[t].name: owner[t] for t in row.tolist()}
-            assert {d.domain for d in of.values()} == {b.domain}
-            assert " + ".join(of) == unit
-            assert {d.digest for d in of.values()} <= set(b.digests)
+            sources = {owner[t].name: owner[t] for t in row.tolist()}
+            assert {d.domain for d in sources.values()} == {b.domain}
+            assert " + ".join(sources) == unit
+            assert {d.digest for d in sources.values()} <= set(b.digests)
     assert sum(len(b.units) for b in batches) == 11
 
 
@@ -387,23 +383,22 @@ def test_deterministic_by_seed_and_free_of_global_state():
         assert digest_of(make_batches(documents, length=16, sequences=9, seed=seed)) == digest
 
 
-def test_batch_size_does_not_choose_the_sequences():
+def test_sequences_do_not_depend_on_the_batch_size():
     documents = corpus(SIZES)
     rows = [rows_of(make_batches(documents, length=16, sequences=9, batch=b)) for b in (1, 2, 4, 9)]
     assert all(r == rows[0] for r in rows)
 
 
-def test_another_domain_does_not_change_the_sequences_of_one():
+def test_sequences_of_a_domain_do_not_depend_on_the_others():
     one = rows_of(make_batches(corpus({"a": SIZES["a"]}), length=16, sequences=4))
     all_rows = rows_of(make_batches(corpus(SIZES), length=16, sequences=12))
     assert all_rows[:4] == one
 
 
-def test_every_document_gives_its_first_window_before_any_its_second():
+def test_first_windows_come_before_second_windows():
     rows = rows_of(make_batches(corpus({"a": [64, 48, 32, 16]}), length=16, sequences=10))
-    turns = [r[0] for r in rows]
-    starts = {0: 0, 64: 0, 112: 0, 144: 0, 16: 1, 80: 1, 128: 1, 32: 2, 96: 2, 48: 3}
-    assert [starts[t] for t in turns] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]
+    window_of = {0: 0, 64: 0, 112: 0, 144: 0, 16: 1, 80: 1, 128: 1, 32: 2, 96: 2, 48: 3}
+    assert [window_of[row[0]] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]
 
 
 def test_short_documents_are_joined():
@@ -411,19 +406,20 @@ def test_short_documents_are_joined():
     batches = make_batches(documents, length=12, sequences=3)
     owner = {t: d for d in documents for t in d.ids.tolist()}
     for b in batches:
-        (row,), (unit,) = b.ids.tolist(), b.units
+        (row,) = b.ids.tolist()
+        (unit,) = b.units
         assert len({owner[t].name for t in row}) == 3
         assert unit.count(" + ") == 2
         assert len(b.digests) == 3
-        for name in unit.split(" + ")[:2]:  # whole documents, the last one cut
-            whole = next(d for d in documents if d.name == name)
-            assert set(whole.ids.tolist()) <= set(row)
+        for name in unit.split(" + ")[:2]:  # Only the last document is cut.
+            complete = next(d for d in documents if d.name == name)
+            assert set(complete.ids.tolist()) <= set(row)
     refused(
         lambda: make_batches(documents, length=12, sequences=4), "'a'", "3 sequences of 12", "4"
     )
 
 
-def test_too_little_text():
+def test_too_little_text_is_refused():
     refused(
         lambda: make_batches(corpus({"a": [15]}), length=16, sequences=1),
         "'a'",
@@ -448,7 +444,7 @@ def test_too_little_text():
             refused(lambda numbers=numbers: make_batches(corpus(SIZES), **numbers), name, str(bad))
 
 
-def test_length_one():
+def test_sequences_of_one_token():
     rows = rows_of(make_batches(corpus({"a": [3, 1]}), length=1, sequences=4))
     assert sorted(rows) == [(0,), (1,), (2,), (3,)]
 
@@ -463,7 +459,7 @@ def test_length_one():
     st.integers(1, 4),
     st.integers(0, 2**70),
 )
-def test_no_token_is_used_twice(sizes, length, sequences, batch, seed):
+def test_no_token_is_taken_twice(sizes, length, sequences, batch, seed):
     documents = corpus(sizes)
     try:
         batches = make_batches(
@@ -477,9 +473,8 @@ def test_no_token_is_used_twice(sizes, length, sequences, batch, seed):
     owner = {t: d for d in documents for t in d.ids.tolist()}
     at = {t: int(np.searchsorted(d.ids, t)) for t, d in owner.items()}
     for row in rows_of(batches):
-        for a, b in itertools.pairwise(
-            row
-        ):  # each sequence is running text: the next token, or the start of the next document
+        # The next token of a sequence is that of the document, or the first of the next document.
+        for a, b in itertools.pairwise(row):
             assert b == a + 1 or (at[b] == 0 and at[a] == len(owner[a].ids) - 1)
     assert {d for b in batches for d in b.digests} <= {d.digest for d in documents}
     assert set(sizes) == {b.domain for b in batches}

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check: who imports what, and names that must agree."""
+"""Check rules of the code base: what a package may import, and names that must agree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from indexcache.models.loading import DTYPES
 
 PACKAGE = Path(indexcache.__file__).parent
 
-# The floors of the package, from the ground up. A room imports rooms of lower floors only, and
-# never another room of its own floor.
-FLOORS = (
+# Modules and folders of the package by level. One imports those of lower levels only, and no other
+# one of its own level.
+LEVELS = (
     {"pattern", "records", "memory", "progress"},
     {"checkpoint", "data", "spec", "ops", "report"},
     {"shapes"},
@@ -32,8 +32,8 @@ FLOORS = (
     {"__init__"},
     {"__main__"},
 )
-# Some floors are wider than what a room may use.
-NOT_FOR = {"exporting": {"models", "ops"}, "searching": {"ops"}, "evals": {"ops"}}
+# Some may import less than all lower levels.
+FORBIDDEN = {"exporting": {"models", "ops"}, "searching": {"ops"}, "evals": {"ops"}}
 HOME = {"transformers": "models", "triton": "ops", "matplotlib": "report", "cyclopts": "cli"}
 
 
@@ -49,51 +49,51 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def room(path: Path) -> str:
+def top_module(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-ROOMS = sorted({room(p) for p in PACKAGE.rglob("*.py")})
+TOP_MODULES = sorted({top_module(p) for p in PACKAGE.rglob("*.py")})
 
 
 @pytest.mark.parametrize("library", HOME)
-def test_a_library_stays_in_its_folder(library):
+def test_a_library_is_imported_in_one_folder_only(library):
     users = {
-        room(p)
+        top_module(p)
         for p in PACKAGE.rglob("*.py")
         if any(m.split(".")[0] == library for m in imports(p))
     }
     assert users <= {HOME[library]}
 
 
-def test_every_room_has_a_floor():
-    assert sorted(r for floor in FLOORS for r in floor) == ROOMS
+def test_every_module_has_a_level():
+    assert sorted(name for names in LEVELS for name in names) == TOP_MODULES
 
 
-@pytest.mark.parametrize("user", ROOMS)
+@pytest.mark.parametrize("user", TOP_MODULES)
 def test_imports_go_down_only(user):
-    level = next(i for i, floor in enumerate(FLOORS) if user in floor)
-    allowed = {user}.union(*FLOORS[:level]) - NOT_FOR.get(user, set())
+    level = next(i for i, names in enumerate(LEVELS) if user in names)
+    allowed = {user}.union(*LEVELS[:level]) - FORBIDDEN.get(user, set())
     for path in PACKAGE.rglob("*.py"):
-        if room(path) == user:
+        if top_module(path) == user:
             used = {m.split(".")[1] for m in imports(path) if m.startswith("indexcache.")}
-            assert used & set(ROOMS) <= allowed, path.relative_to(PACKAGE)
+            assert used & set(TOP_MODULES) <= allowed, path.relative_to(PACKAGE)
 
 
 def test_importing_the_package_imports_no_torch():
-    heavy = {"torch", "transformers", "numpy"}
+    heavy = {"torch", "transformers", "numpy", "matplotlib"}
     code = f"import sys, indexcache; print(sorted({heavy} & set(sys.modules)))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_has_a_docstring():
     for name in indexcache.__all__:
         assert getattr(indexcache, name).__doc__
 
 
-def test_distillation_is_a_second_product():
-    """Nothing but its verb and the lazy names of the top level imports it."""
+def test_only_its_verb_imports_distillation():
+    """The lazy names of the top level do too."""
     importers = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
@@ -103,7 +103,7 @@ def test_distillation_is_a_second_product():
     assert outside <= {"__init__.py", "cli/distill.py"}
 
 
-def test_names_agree():
+def test_names_of_families_dtypes_and_engines_agree():
     assert set(MODEL_TYPES) == set(families())
     # exporting.checks refuses this family by name.
     assert {n for n, f in families().items() if f.native_sharing} == {"glm_moe_dsa"}

@@ -1,6 +1,4 @@
-"""Pattern: reading and writing round trips, the precedence of transformers, the published patterns,
-and every refusal.
-"""
+"""Test Pattern: round trips, the precedence of transformers, published patterns, and refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +73,7 @@ def test_round_trip_of_types_and_config(tmp_path, p):
     config = {"num_hidden_layers": len(p), **p.to_config()}
     assert Pattern.from_config(config) == p
     assert Pattern.from_config({"text_config": config}) == p
-    for key in ("indexer_types", "index_topk_pattern"):  # each of the keys says the same alone
+    for key in ("indexer_types", "index_topk_pattern"):  # Each key suffices alone.
         assert Pattern.from_config({"num_hidden_layers": len(p), key: config[key]}) == p
     if "index_topk_freq" in config:
         only = {
@@ -87,7 +85,7 @@ def test_round_trip_of_types_and_config(tmp_path, p):
         assert Pattern.from_file(tmp_path / "file.json") == p
 
 
-def test_config_keys():
+def test_config_has_the_keys_of_all_engines():
     assert Pattern("FFSF").to_config() == {
         "use_index_cache": True,
         "index_topk_pattern": "FFSF",
@@ -102,7 +100,7 @@ def test_config_keys():
     }
 
 
-def test_file_says_what_it_holds(tmp_path):
+def test_file_holds_the_pattern_and_its_counts(tmp_path):
     Pattern("FSSF").to_file(tmp_path / "p.json")
     value = json.loads((tmp_path / "p.json").read_text())
     assert value == {
@@ -123,19 +121,18 @@ def test_file_says_what_it_holds(tmp_path):
 
 
 def restated(layers: int, config: dict[str, Any]) -> list[str]:
-    """docs of transformers' GlmMoeDsaConfig, in this file's own words: types, else pattern, else
-    the schedule.
-    """
+    """Restate the docs of transformers' GlmMoeDsaConfig: types, else pattern, else schedule."""
     if config.get("indexer_types") is not None:
         return list(config["indexer_types"])
     if (text := config.get("index_topk_pattern")) is not None:
         return (
             [{"F": "full", "S": "shared"}[c] for c in text] if isinstance(text, str) else list(text)
         )
-    freq, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+    freq = config.get("index_topk_freq", 1)
+    offset = config.get("index_skip_topk_offset", 2)
     types = []
     for i in range(layers):
-        beyond = i - (offset - 1)  # layers past the last one of the leading full block
+        beyond = i - (offset - 1)  # number of layers after the leading full block
         types.append("full" if beyond <= 0 or freq <= 1 or beyond % freq == 0 else "shared")
     return types
 
@@ -157,7 +154,7 @@ def agree(layers: int, keys: dict[str, Any]) -> None:
             assert Pattern.from_config(source).to_types() == expected
         again = GlmMoeDsaConfig(num_hidden_layers=layers, **Pattern.from_config(config).to_config())
         assert again.indexer_types == expected
-    else:  # transformers fails in forward, at the latest
+    else:  # transformers refuses it too, at the latest in the forward pass.
         for source in (config, theirs):
             refused(lambda source=source: Pattern.from_config(source))
 
@@ -198,8 +195,8 @@ def test_precedence_as_in_transformers():
                 agree(5, keys)
 
 
-def test_null_schedule_is_no_schedule():
-    """A null is an absent key here, as every JSON reader takes it; transformers fails on it."""
+def test_a_null_frequency_is_an_absent_one():
+    """transformers fails on a null; most JSON readers take it for an absent key, and so do we."""
     assert Pattern.from_config({"num_hidden_layers": 3, "index_topk_freq": None}) == Pattern("FFF")
     config = {"num_hidden_layers": 7, "index_topk_freq": 4, "index_skip_topk_offset": None}
     assert Pattern.from_config(config) == Pattern("FFSSSFS")
@@ -232,10 +229,7 @@ def test_text_config_only_where_the_top_has_no_layers():
         ({"index_topk_pattern": {"F": 1}}, "index_topk_pattern"),
         ({"index_topk_pattern": "FRRR"}, "Layer 1 is R"),
         ({"index_topk_pattern": "FRRR@4"}, "Layer 1 is R"),
-        (
-            {"index_topk_pattern": ["F", "S", "S", "S"]},
-            "index_topk_pattern",
-        ),  # all of it full for transformers
+        ({"index_topk_pattern": ["F", "S", "S", "S"]}, "index_topk_pattern"),
         ({"indexer_types": "FSSS"}, "indexer_types"),
         ({"indexer_types": []}, "empty"),
         ({"indexer_types": ["full", "S", "shared", "shared"]}, "indexer_types"),
@@ -245,11 +239,11 @@ def test_text_config_only_where_the_top_has_no_layers():
         ({"indexer_types": ["full"] * 5}, "5 layers"),
     ],
 )
-def test_configs_refused(keys, part):
+def test_configs_that_are_refused(keys, part):
     refused(lambda: Pattern.from_config({"num_hidden_layers": 4, **keys}), part)
 
 
-def test_what_is_no_config():
+def test_values_that_are_no_config_are_refused():
     for value in (None, 3, "FSS", ["full"], object()):
         refused(lambda value=value: Pattern.from_config(value), "mapping")
     refused(lambda: Pattern.from_config({}), "num_hidden_layers")
@@ -258,9 +252,9 @@ def test_what_is_no_config():
 # -- uniform patterns and what was published -------------------------------------------------------
 
 
-def test_uniform_rule():
+def test_uniform_patterns_follow_their_rule():
     assert str(Pattern.uniform(10, 4)) == "FSSSFSSSFS"
-    assert str(Pattern.uniform(10, 4, 2)) == "FFSSSFSSSF"  # what the engines make of freq 4
+    assert str(Pattern.uniform(10, 4, 2)) == "FFSSSFSSSF"  # Engines read freq 4 so.
     assert Pattern.from_config({"num_hidden_layers": 10, "index_topk_freq": 4}) == Pattern.uniform(
         10, 4, 2
     )
@@ -281,7 +275,7 @@ def test_uniform_rule():
                 assert Pattern.uniform(n, freq, offset).roles == (lead + tail)[:n]
 
 
-def test_uniform_refusals():
+def test_uniform_arguments_that_are_refused():
     for bad in (0, -1, 1.0, "2", None):
         refused(lambda bad=bad: Pattern.uniform(6, bad), "freq")
         refused(lambda bad=bad: Pattern.uniform(6, 2, bad), "offset")
@@ -353,9 +347,7 @@ def test_frequency_is_none_only_where_no_rule_exists(p):
 
 def test_frequency_of_reindex_and_of_long_patterns():
     assert Pattern("FRFR").frequency() is None
-    assert (
-        Pattern("F" + "".join("S" * i + "F" for i in range(80))).frequency() is None
-    )  # in no time
+    assert Pattern("F" + "".join("S" * i + "F" for i in range(80))).frequency() is None
 
 
 # -- asking ----------------------------------------------------------------------------------------
@@ -364,8 +356,10 @@ def test_frequency_of_reindex_and_of_long_patterns():
 @QUICK
 @given(patterns)
 def test_sources_groups_and_publishers(p):
-    full = reindex = -1  # nearest F, nearest F or R; one walk over the layers as an engine does it
-    pools, groups = set(), []
+    full = -1  # nearest F
+    selecting = -1  # nearest F or R
+    pools = set()
+    groups = []
     for i, role in enumerate(p.roles):
         if role == "F":
             full = i
@@ -374,10 +368,10 @@ def test_sources_groups_and_publishers(p):
             groups[-1].append(i)
         if role == "R":
             pools.add(full)
-        expected = {"F": i, "R": full, "S": reindex}[role]
+        expected = {"F": i, "R": full, "S": selecting}[role]
         assert p.source(i) == expected == p.source(i - len(p))
         if role != "S":
-            reindex = i
+            selecting = i
     assert p.publishers() == pools
     assert p.groups() == [tuple(g) for g in groups]
     assert [i for g in p.groups() for i in g] == list(range(len(p)))
@@ -388,7 +382,7 @@ def test_sources_groups_and_publishers(p):
     )
 
 
-def test_source_examples():
+def test_sources_of_an_example():
     p = Pattern("FSRSFS@4")
     assert [p.source(i) for i in range(6)] == [0, 0, 0, 2, 4, 4]
     assert p.publishers() == {0}
@@ -408,7 +402,7 @@ def test_replace_changes_one_layer(p, data):
         return
     q = p.replace(layer, role)
     assert len(q) == len(p)
-    assert q == p.replace(layer - len(p), role)  # from the end, as everywhere in Python
+    assert q == p.replace(layer - len(p), role)  # Negative layers count from the end.
     assert all(q[i] == (role if i == layer else p[i]) for i in range(len(p)))
     if "R" in p.roles and "R" in q.roles:
         assert q.pool_factor == p.pool_factor
@@ -436,7 +430,7 @@ def test_with_rest_keeps_the_full_layers(p, factor):
     assert q.pool_factor == (factor if "R" in q.roles else None)
 
 
-def test_with_rest_refusals():
+def test_with_rest_refuses_other_roles_and_factors():
     for role in ("F", "s", "", "SS", "RS"):
         refused(lambda role=role: Pattern("FSS").with_rest(role), "S or R")
     assert Pattern("FSS").with_rest("R") == Pattern("FRR@8")
@@ -475,16 +469,16 @@ def test_with_rest_refusals():
         ("FRR@-1", ["pool factor"]),
         ("FRR@1.5", ["pool factor"]),
         ("FRR@8@8", ["pool factor"]),
-        ("FRR@\u0663", ["pool factor"]),  # a digit, but not an ASCII one
+        ("FRR@\u0663", ["pool factor"]),  # It is a digit, but not of ASCII.
         ("FRR@1000000", ["pool factor"]),
         ("@8", ["empty"]),
     ],
 )
-def test_refusals(roles, parts):
+def test_roles_that_are_refused(roles, parts):
     refused(lambda: Pattern(roles), *parts)
 
 
-def test_pool_factor():
+def test_pool_factor_is_read_and_checked():
     assert Pattern("FRR").pool_factor == 8
     assert Pattern("FRR", 3) == Pattern("FRR@3") == Pattern(["F", "R", "R"], 3)
     assert Pattern("FRR") != Pattern("FRR", 3)
@@ -497,7 +491,7 @@ def test_pool_factor():
     assert Pattern(str(Pattern("FR", 999_999))).pool_factor == 999_999
 
 
-def test_check():
+def test_check_refuses_what_cannot_be_used():
     p = Pattern("FSSFSS")
     assert (
         p.check()
@@ -515,7 +509,7 @@ def test_check():
     refused(r.to_config, "Layer 1", "R")
 
 
-def test_stage_starts():
+def test_stages_have_nearly_equal_lengths():
     for layers in range(1, 30):
         for stages in range(1, layers + 1):
             starts = stage_starts(layers, stages)
@@ -556,12 +550,12 @@ def test_stage_starts():
         b"1" * 5000,
     ],
 )
-def test_files_refused(tmp_path, content):
+def test_files_that_are_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     refused(lambda: Pattern.from_file(tmp_path / "file"), str(tmp_path / "file"))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read_are_refused(tmp_path):
     refused(lambda: Pattern.from_file(tmp_path / "missing"), "missing")
     refused(lambda: Pattern.from_file(tmp_path), str(tmp_path))
     refused(lambda: Pattern.from_file("F" * 5000), "cannot be read")
@@ -571,7 +565,7 @@ def test_files_that_cannot_be_read(tmp_path):
 # -- a value ---------------------------------------------------------------------------------------
 
 
-def test_immutable():
+def test_patterns_are_immutable():
     p = Pattern("FSS")
     for change in (
         lambda: setattr(p, "roles", "FFF"),

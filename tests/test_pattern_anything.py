@@ -1,4 +1,4 @@
-"""Pattern: any text, value, list, config or file gives a sound pattern or one sentence."""
+"""Test that any text, value, list, config or file gives a sound pattern or one sentence."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ junk = st.recursive(
 )
 
 
-def sound(make: Any) -> None:
-    """Check that `make` gives a sound pattern that round-trips, or refuses with one line."""
+def sound_or_refused(make: Any) -> None:
+    """Expect a pattern that holds its invariants and round-trips, or a refusal in one line."""
     try:
         p = make()
     except ValueError as error:
@@ -60,20 +60,20 @@ def sound(make: Any) -> None:
         st.from_regex(r"F[FRS]{0,9}@?[0-9]{0,9}", fullmatch=True),
     )
 )
-def test_any_text(text):
-    sound(lambda: Pattern(text))
+def test_any_string_is_parsed_or_refused(text):
+    sound_or_refused(lambda: Pattern(text))
 
 
 @QUICK
 @given(junk, st.one_of(st.none(), st.integers(-1, 9), junk))
-def test_any_value(value, factor):
-    sound(lambda: Pattern(value, factor))
+def test_any_value_is_parsed_or_refused(value, factor):
+    sound_or_refused(lambda: Pattern(value, factor))
 
 
 @QUICK
 @given(st.lists(st.one_of(st.sampled_from(["full", "shared", "F", "S", "R"]), junk), max_size=8))
-def test_any_list(value):
-    sound(lambda: Pattern(value))
+def test_any_list_is_parsed_or_refused(value):
+    sound_or_refused(lambda: Pattern(value))
 
 
 KEYS = (
@@ -106,8 +106,8 @@ configs = st.one_of(
 
 @QUICK
 @given(configs)
-def test_any_config(config):
-    sound(lambda: Pattern.from_config(config))
+def test_any_config_is_read_or_refused(config):
+    sound_or_refused(lambda: Pattern.from_config(config))
 
 
 @QUICK
@@ -118,6 +118,6 @@ def test_any_config(config):
         st.text("FRS@8 \n", max_size=9).map(str.encode),
     )
 )
-def test_any_file(tmp_path, content):
+def test_any_file_is_read_or_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    sound(lambda: Pattern.from_file(tmp_path / "file"))
+    sound_or_refused(lambda: Pattern.from_file(tmp_path / "file"))

@@ -1,6 +1,4 @@
-"""Run folders: a cut at any byte loses nothing but the last line, files are whole or old, one
-writer, one set of settings.
-"""
+"""Test run folders: cut journals, settings that must not change, one writer, atomic files."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ import pytest
 
 from indexcache import records
 from indexcache.records import finished_journal, open_run, read_journal, read_json, write_json
+from tests.support import one_line
 
 ENTRIES = [
     {"pattern": "FFF", "loss": 1.25},
@@ -24,16 +23,8 @@ ENTRIES = [
 SETTINGS = {"keep": 0.25, "stages": 1, "names": ["a", "b"]}
 
 
-def one_line(error: pytest.ExceptionInfo[ValueError], *parts: str) -> None:
-    message = str(error.value)
-    assert type(error.value) is ValueError
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
 def journal_of(folder: Path, content: bytes) -> Path:
-    """A run's folder whose journal is `content`."""
+    """Make a run's folder whose journal is `content`."""
     with open_run(folder, SETTINGS):
         pass
     (folder / "journal.jsonl").write_bytes(content)
@@ -43,14 +34,14 @@ def journal_of(folder: Path, content: bytes) -> Path:
 # -- the journal -----------------------------------------------------------------------------------
 
 
-def test_journal_comes_back(tmp_path):
+def test_a_journal_is_read_again(tmp_path):
     with open_run(tmp_path / "a" / "run", SETTINGS) as run:
         assert run.journal == []
         for e in ENTRIES:
             run.append(e)
         assert run.journal == ENTRIES
         on_disk = (tmp_path / "a" / "run" / "journal.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in on_disk] == ENTRIES  # before the run is closed
+        assert [json.loads(line) for line in on_disk] == ENTRIES  # The run is still open.
     with open_run(tmp_path / "a" / "run", SETTINGS) as run:
         assert run.journal == ENTRIES
 
@@ -59,15 +50,15 @@ def test_a_journal_is_read_while_it_is_written(tmp_path):
     lines = [json.dumps(e).encode() + b"\n" for e in ENTRIES]
     path = journal_of(tmp_path, b"".join(lines)[:-5])
     assert read_journal(tmp_path) == ENTRIES[:-1]
-    assert path.read_bytes() == b"".join(lines)[:-5]  # left as it is for its writer
+    assert path.read_bytes() == b"".join(lines)[:-5]  # Its writer finds it unchanged.
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        finished_journal(tmp_path)  # what is finished has no half lines
-    one_line(error, "changed by hand")
+        finished_journal(tmp_path)  # A finished journal has no torn line.
+    one_line(error.value, "changed by hand")
     path.unlink()
     with pytest.raises(ValueError) as error:  # noqa: PT011
         read_journal(tmp_path)
-    one_line(error, "journal.jsonl", "cannot be read")
+    one_line(error.value, "journal.jsonl", "cannot be read")
 
 
 CLAIM = """
@@ -84,11 +75,10 @@ except ValueError as error:
 
 
 def test_processes_that_claim_a_folder_together(tmp_path):
-    """The settings of one are kept; those who have the same go on, the others are told the
-    difference.
-    """
-    for turn in range(3):
-        folder, go = tmp_path / f"{turn}", tmp_path / f"go{turn}"
+    """The first one's settings are kept; processes with other settings are refused."""
+    for attempt in range(3):
+        folder = tmp_path / f"{attempt}"
+        go = tmp_path / f"go{attempt}"
         command = [sys.executable, "-c", CLAIM, str(folder), str(go)]
         started = [
             subprocess.Popen(
@@ -97,29 +87,28 @@ def test_processes_that_claim_a_folder_together(tmp_path):
             for a in "112"
         ]
         go.touch()
-        said = [p.communicate(timeout=60)[0] for p in started]
+        outputs = [p.communicate(timeout=60)[0] for p in started]
         kept = read_json(folder / "settings.json")["a"]
-        assert [bool(x) for x in said] == [a != str(kept) for a in "112"], said
-        assert all("begun with other settings (a was" in x for x in said if x)
+        assert [bool(x) for x in outputs] == [a != str(kept) for a in "112"], outputs
+        assert all("begun with other settings (a was" in x for x in outputs if x)
 
 
 def test_cut_at_every_byte_of_the_last_line(tmp_path):
     lines = [json.dumps(e).encode() + b"\n" for e in ENTRIES]
-    whole = b"".join(lines)
-    for cut in range(len(whole) - len(lines[-1]), len(whole) + 1):
-        path = journal_of(tmp_path, whole[:cut])
+    intact = b"".join(lines)
+    for cut in range(len(intact) - len(lines[-1]), len(intact) + 1):
+        path = journal_of(tmp_path, intact[:cut])
         with open_run(tmp_path, SETTINGS) as run:
-            kept = ENTRIES if cut == len(whole) else ENTRIES[:-1]
+            kept = ENTRIES if cut == len(intact) else ENTRIES[:-1]
             assert run.journal == kept
-            assert path.read_bytes() == b"".join(
-                lines[: len(kept)]
-            )  # the torn line is gone from the disk as well
+            # The torn line is gone from the disk as well.
+            assert path.read_bytes() == b"".join(lines[: len(kept)])
             for e in ENTRIES[len(kept) :]:
                 run.append(e)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == intact
 
 
-def test_cut_in_the_first_line(tmp_path):
+def test_a_cut_first_line_is_dropped(tmp_path):
     line = json.dumps(ENTRIES[0]).encode()
     for cut in range(len(line) + 1):
         journal_of(tmp_path, line[:cut])
@@ -159,8 +148,8 @@ def test_journal_changed_by_hand(tmp_path, line, place):
     path = journal_of(tmp_path, content)
     with pytest.raises(ValueError) as error, open_run(tmp_path, SETTINGS):  # noqa: PT011
         pass
-    one_line(error, str(path), "changed by hand")
-    assert path.read_bytes() == content  # nothing is thrown away
+    one_line(error.value, str(path), "changed by hand")
+    assert path.read_bytes() == content  # Nothing is thrown away.
 
 
 def test_entries_that_are_not_json_are_not_written(tmp_path):
@@ -186,7 +175,7 @@ def test_settings_must_be_the_same(tmp_path):
     with pytest.raises(ValueError) as error, open_run(tmp_path, now):  # noqa: PT011
         pass
     one_line(
-        error,
+        error.value,
         str(tmp_path),
         "keep was 0.25, now 0.5",
         'names was ["a", "b"], now ["a", "c"]',
@@ -198,10 +187,9 @@ def test_settings_must_be_the_same(tmp_path):
         open_run(tmp_path, {k: v for k, v in SETTINGS.items() if k != "keep"}),
     ):
         pass
-    one_line(error, "keep was 0.25, now null")
-    with open_run(
-        tmp_path, {"names": ("a", "b"), "stages": 1, "keep": 0.25}
-    ) as run:  # the same as JSON, in another order
+    one_line(error.value, "keep was 0.25, now null")
+    # These are the same as JSON, in another order.
+    with open_run(tmp_path, {"names": ("a", "b"), "stages": 1, "keep": 0.25}) as run:
         assert run.journal == ENTRIES[:1]
 
 
@@ -211,7 +199,7 @@ def test_long_settings_are_shortened(tmp_path):
     other = {"digests": "y" * 5000}
     with pytest.raises(ValueError) as error, open_run(tmp_path, other):  # noqa: PT011
         pass
-    one_line(error, "digests was", "...")
+    one_line(error.value, "digests was", "...")
     assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
@@ -222,17 +210,17 @@ def test_settings_changed_by_hand(tmp_path, content):
     (tmp_path / "settings.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError) as error, open_run(tmp_path, SETTINGS):  # noqa: PT011
         pass
-    one_line(error, str(tmp_path / "settings.json"))
+    one_line(error.value, str(tmp_path / "settings.json"))
 
 
 def test_journal_without_settings(tmp_path):
     (tmp_path / "journal.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ValueError) as error, open_run(tmp_path, SETTINGS):  # noqa: PT011
         pass
-    one_line(error, str(tmp_path), "settings.json")
+    one_line(error.value, str(tmp_path), "settings.json")
 
 
-def test_killed_before_the_settings_were_whole(tmp_path):
+def test_a_kill_while_the_settings_are_written(tmp_path):
     (tmp_path / ".settings.json.part").write_text('{"keep": 0.')
     with open_run(tmp_path, SETTINGS):
         pass
@@ -246,10 +234,10 @@ def test_second_writer_is_refused_in_the_same_process(tmp_path):
     with open_run(tmp_path, SETTINGS):
         with pytest.raises(ValueError) as error, open_run(tmp_path, SETTINGS):  # noqa: PT011
             pass
-        one_line(error, str(tmp_path), "another process")
+        one_line(error.value, str(tmp_path), "another process")
     with pytest.raises(RuntimeError, match="stop"), open_run(tmp_path, SETTINGS):
         raise RuntimeError("stop")
-    with open_run(tmp_path, SETTINGS):  # free again, after an exception too
+    with open_run(tmp_path, SETTINGS):  # An exception frees the folder too.
         pass
 
 
@@ -266,7 +254,7 @@ with open_run(Path(sys.argv[1]), {"a": 1}) as run:
 """
 
 
-def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_second_process_is_refused_and_a_kill_frees_the_lock(tmp_path):
     root = str(Path(records.__file__).parents[1])
     env = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
@@ -279,10 +267,9 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
             before = (tmp_path / "journal.jsonl").read_bytes()
             with pytest.raises(ValueError) as error, open_run(tmp_path, {"a": 1}):  # noqa: PT011
                 pass
-            one_line(error, str(tmp_path), "another process")
-            assert (
-                tmp_path / "journal.jsonl"
-            ).read_bytes() == before  # the writer's torn line is not taken from it
+            one_line(error.value, str(tmp_path), "another process")
+            # The writer's torn line is still there.
+            assert (tmp_path / "journal.jsonl").read_bytes() == before
         finally:
             holder.send_signal(signal.SIGKILL)
             holder.wait()
@@ -290,7 +277,7 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         assert run.journal == [{"n": 1}]
 
 
-# -- whole files -----------------------------------------------------------------------------------
+# -- atomic files ----------------------------------------------------------------------------------
 
 
 def test_write_json_and_read_json(tmp_path):
@@ -347,14 +334,14 @@ def test_write_json_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
         records.os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1]
     )
     write_json(tmp_path / "a.json", 1)
-    assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+    assert order == ["fsync", "replace", "fsync"]  # first the file, last the folder
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"{} {}"])
-def test_read_json_refusals(tmp_path, content):
+def test_read_json_refuses_what_is_not_json(tmp_path, content):
     path = tmp_path / "file.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         read_json(path)
-    one_line(error, str(path), "JSON")
+    one_line(error.value, str(path), "JSON")

@@ -1,4 +1,4 @@
-"""The language of patterns: literal ones, uniform ones, files, and points of a search."""
+"""Test the language of patterns: literal and uniform ones, files, and results of a search."""
 
 from __future__ import annotations
 
@@ -13,26 +13,14 @@ from hypothesis import strategies as st
 
 from indexcache.pattern import Pattern
 from indexcache.spec import SYNTAX, parse_pattern, parse_patterns
-
-
-def refused(call: Any, *parts: str) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is ValueError
-    assert message
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
-
+from tests.support import refused
 
 FRONTIER = ["FFFFFFFF", "FFFFSFFF", "FSFFSFFF", "FSFFSSFF", "FSFSSSFF", "FSFSSSSF", "FSSSSSSF"]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A search's folder `run` in the working directory, written by hand."""
+    """Write a search's folder `run` into the working directory by hand."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     frontier = [
@@ -90,17 +78,17 @@ def write(folder: Path, value: Any) -> None:
         ("run:1/2+R4", "FRFRRRFF@4"),
     ],
 )
-def test_parse_pattern(run, spec, expected):
-    chosen = parse_pattern(spec, 8)
-    assert str(chosen.pattern) == expected
-    assert chosen.name == spec
-    assert chosen.seen == ({"d1", "d2"} if spec.startswith(("run", "./run")) else set())
+def test_specifications_are_parsed(run, spec, expected):
+    parsed = parse_pattern(spec, 8)
+    assert str(parsed.pattern) == expected
+    assert parsed.name == spec
+    assert parsed.seen == ({"d1", "d2"} if spec.startswith(("run", "./run")) else set())
     named = parse_pattern(f"my name={spec}", 8)
     assert named.name == "my name"
-    assert (named.pattern, named.seen) == (chosen.pattern, chosen.seen)
+    assert (named.pattern, named.seen) == (parsed.pattern, parsed.seen)
 
 
-def test_parse_files(run, tmp_path):
+def test_files_are_parsed(run, tmp_path):
     Pattern("FSSFSSSF").to_file(tmp_path / "p.json")
     (tmp_path / "plain").write_text("FRRFRRRF@4\n")
     (tmp_path / "config.json").write_text(
@@ -191,13 +179,13 @@ def test_syntax_names_every_form():
         ("a\0b", ["'a'"]),
     ],
 )
-def test_parse_refusals(run, tmp_path, spec, parts):
+def test_specifications_that_are_refused(run, tmp_path, spec, parts):
     (tmp_path / "empty").mkdir()
     refused(lambda: parse_pattern(spec, 8), *parts)
     refused(lambda: parse_pattern("n=" + spec, 8))
 
 
-def test_parse_of_another_model(run):
+def test_patterns_of_another_model_are_refused(run):
     refused(lambda: parse_pattern("run", 9), "8 layers", "9")
     refused(lambda: parse_pattern("run:1/4", 12))
 
@@ -224,7 +212,7 @@ def test_parse_of_another_model(run):
         {"frontier": [{"full": 1, "pattern": "F"}], "calibration": None},
     ],
 )
-def test_result_changed_by_hand(run, result):
+def test_results_changed_by_hand_are_refused(run, result):
     write(run, result)
     for spec in ("run", "run:1", "run:1/4"):
         refused(lambda spec=spec: parse_pattern(spec, 8), "run", "result.json")
@@ -242,6 +230,6 @@ def test_result_changed_by_hand(run, result):
         st.from_regex(r"(a=)?(uniform|run|F[FRS]{7})(:[0-9]/?[0-9]?)?(\+R[0-9]?)?", fullmatch=True),
     )
 )
-def test_parse_anything(run, spec):
+def test_anything_is_parsed_or_refused(run, spec):
     with contextlib.suppress(ValueError):
         assert len(parse_pattern(spec, 8).pattern) == 8

@@ -18,10 +18,11 @@ import indexcache
 from indexcache.cli import VERBS, build_app, common, main
 from indexcache.cli import evaluate as evaluate_verb
 from indexcache.cli import search as search_verb
+from indexcache.models.loading import Model
 from indexcache.report.tables import table
 
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
-"""The flags of every verb, with their defaults and choices, on which users rely."""
+"""Flags of every verb, with their defaults and choices, on which users rely."""
 
 
 def arguments(verb: str) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def arguments(verb: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_flags_and_defaults(verb):
+def test_flags_have_their_defaults_and_choices(verb):
     expected = FLAGS[verb]
     actual = arguments(verb)
     assert set(actual) == {name.replace("MODEL", "--model") for name in expected}
@@ -57,6 +58,14 @@ def test_every_setting_is_explained(verb):
     assert (VERBS[verb].__doc__ or "").strip()
 
 
+def test_held_out_text_has_the_defaults_of_the_library():
+    defaults = inspect.signature(Model.batches).parameters
+    text = common.HeldOutText()
+    assert text.split == defaults["source"].default
+    for name in ("length", "sequences", "batch", "seed"):
+        assert getattr(text, name) == defaults[name].default
+
+
 def test_settings_are_frozen():
     for verb in VERBS.values():
         for parameter in typing.get_type_hints(verb).values():
@@ -65,11 +74,11 @@ def test_settings_are_frozen():
                 assert all(f.kw_only for f in dataclasses.fields(parameter))
 
 
-# -- What a verb is called with --------------------------------------------------------------
+# -- Values of flags and files ----------------------------------------------------------------
 
 
 class Called(ValueError):
-    """It is raised where a model would be loaded, so that nothing is."""
+    """The exception that a test raises in the place of loading a model."""
 
 
 @pytest.fixture
@@ -107,7 +116,7 @@ def toml(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_values(search):
+def test_flags_become_settings(search):
     got = search(
         *("tiny", "--out", "o", "--keep", "1/8", "--stages", "2", "--no-uniform", "--split", "all"),
         *("--length", "128", "--dtype", "bfloat16", "--no-fast", "--json", "--seed", "3"),
@@ -158,7 +167,7 @@ def test_config_files_are_refused_with_file_and_key(search, tmp_path, line, part
     assert all(part in message for part in [path, *parts]), message
 
 
-def test_config_files_that_cannot_be_read(search, tmp_path):
+def test_config_files_that_cannot_be_read_are_refused(search, tmp_path):
     assert "missing.toml" in search("tiny", "--config", str(tmp_path / "missing.toml"))
     assert str(tmp_path) in search("tiny", "--config", str(tmp_path))
 
@@ -197,7 +206,7 @@ def test_config_files_that_cannot_be_read(search, tmp_path):
         ),
     ],
 )
-def test_wrong_usage_is_one_sentence_and_2(capsys, monkeypatch, tmp_path, argv, parts):
+def test_wrong_usage_is_one_sentence_and_exit_code_2(capsys, monkeypatch, tmp_path, argv, parts):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     out, err = capsys.readouterr()
@@ -209,8 +218,7 @@ def test_wrong_usage_is_one_sentence_and_2(capsys, monkeypatch, tmp_path, argv, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lists(capsys, monkeypatch):
-    """Several values after a flag and repeated flags add up."""
+def test_values_of_a_repeated_flag_add_up(capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(
         evaluate_verb, "parse_patterns", lambda facts, specs: seen.append(specs) or 1 / 0
@@ -221,7 +229,7 @@ def test_lists(capsys, monkeypatch):
     assert seen == [("1/2", "1/4", "a, b=all"), ("1/2", "all")]
 
 
-# -- Cheap things come before dear ones ------------------------------------------------------
+# -- Checks before a model is loaded --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +281,7 @@ def test_wrong_settings_cost_no_model(search, monkeypatch, tmp_path, argv, says)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], *([v, "--help"] for v in VERBS)])
-def test_help(capsys, argv):
+def test_help_names_all_flags(capsys, argv):
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -283,7 +291,7 @@ def test_help(capsys, argv):
         assert "RUN:1/4" in out
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"indexcache {indexcache.__version__}\n"
 
@@ -302,7 +310,7 @@ def test_help_imports_no_model_code(argv):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_failures_of_a_verb(capsys, monkeypatch):
+def test_failures_become_exit_codes_and_bugs_tracebacks(capsys, monkeypatch):
     def fail(error: BaseException):
         def describe(model):
             raise error
@@ -336,7 +344,7 @@ def test_json_is_the_last_line(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_table():
+def test_table_aligns_its_columns():
     text = table(["name", "n"], [["a", 1], ["long", "+10.5"], ["none", ""]])
     assert text.splitlines() == ["name      n", "----  -----", "a         1", "long  +10.5", "none"]
     assert table(["name", "n"], []) == "name  n\n----  -"

@@ -82,7 +82,7 @@ def random_case(length, layers, seed=0, heads=3, index_heads=4, absorbed=True):
 
 
 def selection(length, k, seed=0):
-    """A random selection per query among what it sees, ascending, -1 padded."""
+    """Make a random selection per query among what it sees, ascending, -1 padded."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.full((length, k), -1, dtype=torch.int32)
     for t in range(length):
@@ -128,7 +128,7 @@ def test_gradients_agree_over_the_selected_set(layers, k):
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 257])
-def test_lengths_and_blocks(length):
+def test_the_loss_is_the_same_for_all_block_sizes(length):
     q, k, w, targets = random_case(length, 2)
     values = [distill_loss(q, k, w, targets, block_bytes=b) for b in (1, 1 << 13, 1 << 26)]
     for v in values[1:]:
@@ -139,7 +139,7 @@ def test_lengths_and_blocks(length):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
-    """Groups of 1 to 8 layers of a trained model on text."""
+    """Check groups of 1 to 8 layers of a trained model on text."""
     text = "The committee on finance has considered the bill, and reports it with amendments. " * 4
     row = Row.one_document(np.array(tiny.encode(text))[:80])
     assert len(row.ids) == 80
@@ -156,7 +156,7 @@ def test_gradients_agree_on_the_attention_of_tiny(tiny, sparse):
 
 
 class Recorder(DistillForward):
-    """Keeps what each group hands to the loss."""
+    """Records what each group hands to the loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -169,7 +169,7 @@ class Recorder(DistillForward):
 
 
 def test_a_perfect_indexer_has_no_loss():
-    """One head whose scores are the logits (positive, so relu keeps them) has KL and gradient 0."""
+    """One head whose scores are the positive logits has KL and gradient 0."""
     length = 40
     x = torch.rand(length, 6)
     target = AttentionTarget(x[:, None] * 2, x, None, 1.0)
@@ -199,7 +199,7 @@ def test_unequal_weights_and_bf16():
     assert float(loss.detach()) == pytest.approx(float(distill_loss(q, k, w, targets)), rel=0.02)
 
 
-def test_what_cannot_be_is_refused():
+def test_inconsistent_arguments_are_refused():
     q, k, w, targets = random_case(10, 2)
     refused(lambda: distill_loss(q, k, w, targets, objective="sum"), "multi, avg")
     refused(lambda: distill_loss(q, k, w, targets, [0.5, 0.6]), "sum to 1")
@@ -207,7 +207,7 @@ def test_what_cannot_be_is_refused():
     refused(lambda: distill_loss(q, k[:5], w, targets), "one document")
 
 
-def test_attention_kept():
+def test_attention_kept_is_that_of_whole_matrices():
     # With so many heads no two scores are equal.
     q, k, w, targets = random_case(50, 1, index_heads=24)
     assert float(attention_kept(q, k, w, targets[0], 50)) == pytest.approx(50, rel=1e-5)
@@ -239,7 +239,7 @@ def test_attention_kept():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Counts the elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -252,23 +252,23 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_no_tensor_grows_with_the_square(sparse):
+def test_no_tensor_grows_with_the_square_of_the_length(sparse):
     sizes, saved = [], []
     for length in (256, 512, 1024):
         q, k, w, targets = random_case(length, 2)
         ids = selection(length, 16) if sparse else None
         inputs = [x.requires_grad_() for x in (q, k, w)]
-        kept = []
+        saved_sizes = []
         with (
             Largest() as seen,
             torch.autograd.graph.saved_tensors_hooks(
-                lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+                lambda x, sizes=saved_sizes: sizes.append(x.numel()) or x, lambda x: x
             ),
         ):
             distill_loss(*inputs, targets, ids_SK=ids, block_bytes=1 << 18).backward()
         sizes.append(seen.elements)
-        saved.append(sum(kept))
-    assert max(sizes) <= max((1 << 18) // 4, 1024 * 3 * 10)  # the block's budget, or an input
+        saved.append(sum(saved_sizes))
+    assert max(sizes) <= max((1 << 18) // 4, 1024 * 3 * 10)  # It is a block or an input.
     assert saved[1] == 2 * saved[0]
     assert saved[2] == 4 * saved[0]
 

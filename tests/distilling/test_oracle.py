@@ -40,9 +40,9 @@ def test_attention_kept_is_that_of_stock_attention(pattern):
         eager(ids)
     kept = measure_kept(model, pattern, [row])
     for i, p in enumerate(weights):
-        order = chosen[Pattern(pattern).source(i)].long()  # all keys, the best first
+        order = chosen[Pattern(pattern).source(i)].long()  # It has all keys, the best first.
         share = [float(p[t, [int(s) for s in order[t] if s <= t][:8]].sum()) for t in range(8, 40)]
-        assert kept[i] == pytest.approx(np.mean(share), abs=2e-3)  # zero scores tie
+        assert kept[i] == pytest.approx(np.mean(share), abs=2e-3)  # Scores of zero tie.
     refused(
         lambda: measure_kept(
             model, pattern, [Row(np.arange(40), tuple((a, a + 8) for a in range(0, 40, 8)))]
@@ -61,21 +61,19 @@ def test_the_oracle_selects_by_the_groups_mean_attention(pattern, monkeypatch):
     with torch.no_grad():
         weights = torch.stack([a[0].mean(0) for a in eager(ids, output_attentions=True).attentions])
         for group in served_layers(Pattern(pattern)).values():
-            best = (
-                weights[list(group)].mean(0).topk(8).indices[None].int()
-            )  # a mask takes what lies ahead
+            # The model masks the keys that lie ahead.
+            best = weights[list(group)].mean(0).topk(8).indices[None].int()
             for i in group:
                 decoder_layers(eager)[i].self_attn.indexer.__dict__["forward"] = (
                     lambda *_, best=best, **__: best
                 )
-        want = hidden_states(eager, ids)
-    assert torch.allclose(oracle_states(model, pattern, row), want, atol=1e-5)
-    monkeypatch.setitem(
-        loss.BLOCK_BYTES, "cpu", 20000
-    )  # many blocks, and documents of which one is shorter than k
+        expected = hidden_states(eager, ids)
+    assert torch.allclose(oracle_states(model, pattern, row), expected, atol=1e-5)
+    # Now there are many blocks, and one of the documents is shorter than k.
+    monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 20000)
     cuts = ((0, 30), (30, 55), (55, 60))
     packed = oracle_states(model, pattern, Row(row.ids, cuts))
-    assert torch.allclose(packed[:, :30], want[:, :30], atol=1e-5)
+    assert torch.allclose(packed[:, :30], expected[:, :30], atol=1e-5)
     for a, b in cuts[1:]:
         alone = oracle_states(
             model, pattern, Row.one_document(np.concatenate([row.ids[a:b], row.ids[:40]]))
@@ -85,7 +83,7 @@ def test_the_oracle_selects_by_the_groups_mean_attention(pattern, monkeypatch):
     refused(lambda: oracle_states(model, "FSRFSS@2", row), "R layers select for themselves")
 
 
-def test_weights_from_what_sharing_costs(tmp_path):
+def test_layer_weights_from_a_search_or_numbers(tmp_path):
     folder = tmp_path / "search"
     folder.mkdir()
     refused(lambda: layer_weights(str(folder), 4), "no finished run")
@@ -104,16 +102,16 @@ def test_weights_from_what_sharing_costs(tmp_path):
     refused(lambda: layer_weights("1,2", 3), "2 numbers", "3 layers")
     refused(lambda: layer_weights("nowhere", 3), "'nowhere'")
     refused(lambda: layer_weights("", 3), "takes numbers")
-    assert (
-        len(layer_weights(",".join(["1.2345678"] * 78), 78)) == 78
-    )  # longer than a file's name may be
+    # This string is longer than a file's name may be.
+    assert len(layer_weights(",".join(["1.2345678"] * 78), 78)) == 78
     (folder / "journal.jsonl").write_text('{"pattern": "FFFF", "loss": null}\n')
     refused(lambda: layer_weights(str(folder), 4), "changed by hand")
 
 
-def test_costs_of_a_search(tmp_path):
-    """A search over all layers tries each alone; one by stages only the first stage's layers."""
+def test_sharing_costs_are_those_of_the_models_loss(tmp_path):
+    """A search tries each layer alone, unless it has stages: then only those of the first."""
     model = make_model("glm_moe_dsa")
+    ids = worker.held_out()[0].ids
     for stages in (1, 2):
         search(
             model,
@@ -125,11 +123,7 @@ def test_costs_of_a_search(tmp_path):
     assert first is None
     for i, cost in enumerate(costs, 1):
         with use_pattern(model, "F" * i + "S" + "F" * (5 - i)), torch.no_grad():
-            shared = token_losses(
-                model, hidden_states(model, worker.held_out()[0].ids), worker.held_out()[0].ids
-            ).mean()
-        full = token_losses(
-            model, hidden_states(model, worker.held_out()[0].ids), worker.held_out()[0].ids
-        ).mean()
+            shared = token_losses(model, hidden_states(model, ids), ids).mean()
+        full = token_losses(model, hidden_states(model, ids), ids).mean()
         assert cost == pytest.approx(float(shared - full), abs=1e-6)
     refused(lambda: sharing_costs(tmp_path / "2", 6), "--stages 1")

@@ -1,4 +1,4 @@
-"""Test what a distillation refuses and says, and the command."""
+"""Test what a distillation refuses and says, and its verb."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_a_delta_that_is_not_whole_is_refused(tmp_path):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     path = tmp_path / "delta.safetensors"
     save_delta(make_model("glm_moe_dsa", seed=1), Pattern("FSSFSS"), path, {})
-    tensors, wk = load_file(path), "model.layers.3.self_attn.indexer.wk.weight"
+    tensors = load_file(path)
+    wk = "model.layers.3.self_attn.indexer.wk.weight"
 
     def write(changed, pattern="FSSFSS"):
         save_file(changed, path, metadata={"format": FORMAT, "pattern": pattern})
@@ -50,32 +51,30 @@ def test_a_delta_that_is_not_whole_is_refused(tmp_path):
     write(tensors)()
 
 
-@pytest.mark.parametrize("part", [".metadata", "__0_0.distcp", None])
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", None])
 @pytest.mark.parametrize("kind", ["state", "best", "journal"])
-def test_a_damaged_run_is_refused(kind, part, tmp_path):
+def test_a_damaged_run_is_refused(kind, file, tmp_path):
     run = tmp_path / "run"
     worker.train(run, "warmup", pattern="FSSSSS", steps=2, eval_every=1)
     if kind == "journal":
         lines = (run / "journal.jsonl").read_text().splitlines()
-        kept = {".metadata": lines[:-1], "__0_0.distcp": [lines[0], "{}", *lines[1:]], None: []}[
-            part
-        ]
-        (run / "journal.jsonl").write_text("".join(line + "\n" for line in kept))
-        wanted = ["all steps up to the 2"]
+        damaged = {".metadata": lines[:-1], "__0_0.distcp": [lines[0], "{}", *lines[1:]], None: []}
+        (run / "journal.jsonl").write_text("".join(line + "\n" for line in damaged[file]))
+        words = ["all steps up to the 2"]
     else:
         (folder,) = run.glob(f"{kind}-*")
-        wanted = [folder.name, "cannot be read", "begins again"]
-        if part is None:
+        words = [folder.name, "cannot be read", "begins again"]
+        if file is None:
             shutil.rmtree(folder)
-            wanted = ["best-0", "is missing"]
-            if kind == "state":  # then it begins again
+            words = ["best-0", "is missing"]
+            if kind == "state":  # The run then begins again.
                 worker.train(run, "warmup", pattern="FSSSSS", steps=2, eval_every=1)
                 return
         else:
-            (folder / part).write_bytes((folder / part).read_bytes()[:100])
-    with pytest.raises(ValueError, match=wanted[0]) as caught:
+            (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(ValueError, match=words[0]) as caught:
         worker.train(run, "warmup", pattern="FSSSSS", steps=2, eval_every=1)
-    one_line(caught.value, *wanted)
+    one_line(caught.value, *words)
     assert "Traceback" not in str(caught.value)
 
 
@@ -83,10 +82,10 @@ def test_a_damaged_run_is_refused(kind, part, tmp_path):
     ("bad", "when", "kept"),
     [(4, "at step 6", 3), (5, "at step 7", 3), (6, "after the last step", 6)],
 )
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     bad, when, kept, tmp_path, monkeypatch
 ):
-    """Step 6 (5 from 0) ruins the weights that would be saved next, step 7 those of the result."""
+    """Step 6 ruins the weights that would be saved next, and step 7 those of the result."""
     lr_scale = DistillSettings.lr_scale
     monkeypatch.setattr(
         DistillSettings,
@@ -104,8 +103,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert not (tmp_path / "run" / "delta.safetensors").exists()
 
 
-def test_what_the_disk_refuses_is_said_as_such(tmp_path):
-    """torch and safetensors wrap it; a limit on the size of files stands for a full disk."""
+def test_disk_errors_are_raised_as_oserrors(tmp_path):
+    """torch and safetensors wrap the error. A limit on file sizes stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     model = make_model("glm_moe_dsa")
     calls = {
@@ -123,10 +122,10 @@ def test_what_the_disk_refuses_is_said_as_such(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert caught.value.errno == errno.EFBIG
     assert not list((tmp_path / "run").glob("state-*"))
-    worker.train(tmp_path / "run", "warmup", eval_every=0)  # the same command goes on
+    worker.train(tmp_path / "run", "warmup", eval_every=0)  # The same command goes on.
 
 
-def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
+def test_unusable_settings_models_and_texts_are_refused(tmp_path, monkeypatch):
     refused(
         lambda: worker.train(tmp_path / "w", "warmup", layer_weights=(1.0, 2.0)),
         "2 layer weights for 6 layers",
@@ -138,7 +137,8 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
         lambda: worker.train(tmp_path / "w", "warmup", pattern="FFFFFF", layer_weights=(1.0,) * 6),
         "no two layers",
     )
-    model, rows = make_model("glm_moe_dsa"), pack_rows(worker.documents(), 96)
+    model = make_model("glm_moe_dsa")
+    rows = pack_rows(worker.documents(), 96)
     out = tmp_path / "run"
 
     def call(pattern="FSSFSS", rows=rows, model=model, held_out=(), **settings):
@@ -189,45 +189,19 @@ def text(tmp_path_factory):
     return path
 
 
-SMALL = [
-    "--length",
-    "64",
-    "--batch-tokens",
-    "128",
-    "--steps",
-    "3",
-    "--eval-every",
-    "3",
-    "--eval-sequences",
-    "2",
-]
+SMALL = shlex.split("--length 64 --batch-tokens 128 --steps 3 --eval-every 3 --eval-sequences 2")
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, tmp_path, capsys):
     import transformers
 
-    more = (
-        ["--whole", "--layer-weights", "1,1,6,1,1,6"]
-        if stage == "warmup"
-        else ["--backbone-lr", "1e-3"]
-    )
-    command = [
-        "distill",
-        checkpoint,
-        "--data",
-        text,
-        "--pattern",
-        "uniform:1/3",
-        "--out",
-        tmp_path / "r",
-        "--stage",
-        stage,
-        *SMALL,
-        *more,
-        "--json",
-    ]
-    assert main([str(a) for a in command]) == 0
+    more = "--whole --layer-weights 1,1,6,1,1,6" if stage == "warmup" else "--backbone-lr 1e-3"
+    command = (
+        f"distill {checkpoint} --data {text} --pattern uniform:1/3 --out {tmp_path / 'r'} "
+        f"--stage {stage} {more} --json"
+    ).split() + SMALL
+    assert main(command) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["pattern"] == "FSSFSS"
@@ -247,20 +221,12 @@ def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, t
             lambda: apply_delta(ours, tmp_path / "r" / "delta.safetensors", base=folder),
             "another checkpoint",
         )
-        more = [
-            "--stage",
-            "sparse",
-            "--freeze-backbone",
-            "--delta",
-            tmp_path / "r" / "delta.safetensors",
-            "--out",
-            tmp_path / "s",
-        ]
-        assert main([str(a) for a in [*command, *more]]) == 0
+        delta = tmp_path / "r" / "delta.safetensors"
+        sparse = f"--stage sparse --freeze-backbone --delta {delta} --out".split()
+        assert main([*command, *sparse, str(tmp_path / "s")]) == 0
         later = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert later["held_out"]["first"] == pytest.approx(result["held_out"]["best"], abs=1e-6)
-        more[-1] = tmp_path / "t"
-        assert main([str(a) for a in [*command, *more, "--pattern", "FSFFSS"]]) == 0
+        assert main([*command, *sparse, str(tmp_path / "t"), "--pattern", "FSFFSS"]) == 0
         assert "has no indexer of the layers 2; they begin" in capsys.readouterr().err
     else:
         assert not torch.equal(
@@ -269,11 +235,11 @@ def test_command_writes_what_stock_transformers_loads(stage, checkpoint, text, t
         )
         with torch.no_grad():
             assert torch.isfinite(stock(ids).logits).all()
-    assert main([str(a) for a in command]) == 0  # again: nothing is trained twice
+    assert main(command) == 0  # Nothing is trained twice.
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["held_out"] == result["held_out"]
 
 
-def test_command_refuses(checkpoint, text, tmp_path, capsys):
+def test_command_refuses_in_one_sentence(checkpoint, text, tmp_path, capsys):
     def says(what, *argv, model=checkpoint):
         assert main([str(a) for a in ("distill", model, "--out", tmp_path / "r", *argv)]) == 2
         captured = capsys.readouterr()

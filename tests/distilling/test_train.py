@@ -1,4 +1,4 @@
-"""Test the trainer: what it changes and what not, kill -9, two processes, checkpoints, delta."""
+"""Test the trainer: what it trains, kill -9, two processes, checkpoints and the delta."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def test_packing_keeps_every_token_and_boundary():
     rows = pack_rows(documents, 64, seed=3)
     assert all(len(r.ids) == 64 and r.cuts[0][0] == 0 and r.cuts[-1][1] == 64 for r in rows)
     assert all(a[1] == b[0] for r in rows for a, b in zip(r.cuts, r.cuts[1:], strict=False))
-    whole = {d.ids.tobytes() for d in documents}
-    joined, held = [], np.empty(0, np.int64)
+    contents = {d.ids.tobytes() for d in documents}
+    joined = 0
+    unfinished = np.empty(0, np.int64)
     for r in rows:
         for a, b in r.cuts:
-            held = np.concatenate([held, r.ids[a:b]])
-            if held.tobytes() in whole:
-                joined.append(len(held))
-                held = np.empty(0, np.int64)
-    assert (
-        sum(joined) + len(held) == 64 * len(rows) == sum(len(d.ids) for d in documents) // 64 * 64
-    )
+            unfinished = np.concatenate([unfinished, r.ids[a:b]])
+            if unfinished.tobytes() in contents:
+                joined += len(unfinished)
+                unfinished = np.empty(0, np.int64)
+    tokens = sum(len(d.ids) for d in documents)
+    assert joined + len(unfinished) == 64 * len(rows) == tokens // 64 * 64
     refused(lambda: pack_rows(documents, 4096), "811 tokens", "one row of 4096")
     short = pack_rows([Document(np.arange(9), "t", str(i), str(i)) for i in range(30)], 64)
     refused(lambda: check_beyond(short, 8), "10%", "longer documents")
 
 
-def test_every_row_once_a_round_whatever_the_steps():
+def test_every_epoch_takes_every_row_once():
     rows = [row_of(4, i) for i in range(5)]
     taken = [r for step in range(5) for r in rows_of_step(rows, step, 2, seed=1)]
     assert {id(r) for r in taken[:5]} == {id(r) for r in taken[5:]} == {id(r) for r in rows}
@@ -89,14 +89,14 @@ def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
         forward = DistillForward(model, Pattern(pattern), trained, sparse=sparse)
         with attention_replaced(model, forward), torch.no_grad():
             with forward.row(row, collect=True):
-                found = run_decoder(model, row, "cpu")
+                hidden = run_decoder(model, row, "cpu")
             alone = {i: float(v) for i, v in forward.losses.items()}
             with forward.row(packed, collect=True):
                 together = run_decoder(model, packed, "cpu")
             with forward.row(other, collect=True):
                 run_decoder(model, other, "cpu")
-        assert float((found - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
-        assert float((together[:, 40:] - found).norm() / found.norm()) < 1e-5
+        assert float((hidden - stock[sparse]).norm() / stock[sparse].norm()) < 1e-5
+        assert float((together[:, 40:] - hidden).norm() / hidden.norm()) < 1e-5
         with torch.no_grad(), attention_replaced(model, forward), forward.row(packed, collect=True):
             run_decoder(model, packed, "cpu")
         both = {i: float(v) for i, v in forward.losses.items()}
@@ -110,24 +110,19 @@ def test_forward_is_stock_and_documents_do_not_meet(family, pattern):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_queries_without_a_part_that_is_not_rotated(sparse):
-    """SmolLM2 as a DSA model has qk_nope_head_dim 0: its attention compares rotated keys alone."""
-    model, row = (
-        make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16).requires_grad_(False),
-        row_of(64),
-    )
+def test_attention_of_rotated_queries_alone(sparse):
+    """SmolLM2 as a DSA model has qk_nope_head_dim 0, so attention compares rotated keys only."""
+    model = make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)
+    model.requires_grad_(False)
+    row = row_of(64)
     trained = trainable_indexers(model, Pattern("FSSFSS"), torch.float32)
     with use_pattern(model, "FSSFSS"):
-        stock = hidden_states(
-            model
-            if sparse
-            else dense(make_model("glm_moe_dsa", qk_nope_head_dim=0, qk_rope_head_dim=16)),
-            torch.from_numpy(row.ids)[None],
-        )
+        selecting = hidden_states(model, torch.from_numpy(row.ids)[None])
+    stock = selecting if sparse else hidden_states(dense(model), torch.from_numpy(row.ids)[None])
     forward = DistillForward(model, Pattern("FSSFSS"), trained, sparse=sparse)
     with attention_replaced(model, forward), torch.no_grad(), forward.row(row, collect=True):
-        found = run_decoder(model, row, "cpu")
-    assert float((found - stock).norm() / stock.norm()) < 1e-5
+        hidden = run_decoder(model, row, "cpu")
+    assert float((hidden - stock).norm() / stock.norm()) < 1e-5
     assert set(forward.losses) == {0, 3}
     assert all(float(p.grad.norm()) > 0 for p in trained.parameters())
 
@@ -136,11 +131,8 @@ def test_served_layers():
     p = Pattern("FSFRSS@2")
     assert served_layers(p) == {0: (0, 1), 2: (2,), 3: (3, 4, 5)}
     assert served_layers(p, own=True) == {0: (0,), 2: (2,), 3: (3,)}
-    assert set(trainable_indexers(make_model("glm_moe_dsa"), p, torch.float32)) == {
-        "0",
-        "2",
-        "3",
-    }  # S layers get no indexer
+    trained = trainable_indexers(make_model("glm_moe_dsa"), p, torch.float32)
+    assert set(trained) == {"0", "2", "3"}  # S layers get no indexer.
 
 
 # -- what trains -----------------------------------------------------------------------------------
@@ -168,17 +160,17 @@ def test_frozen_changes_nothing_but_the_indexers(family, mode, tmp_path):
     refused(lambda: apply_delta(other, tmp_path / "run" / "delta.safetensors"), "6 layers", "has 5")
 
 
-def test_rows_of_zeros_stay_zero_where_asked(tmp_path):
+def test_rows_of_zeros_stay_zero_with_keep_zeros(tmp_path):
     for keep in (True, False):
         model, _ = worker.train(tmp_path / str(keep), "zeros", keep_zeros=keep, eval_every=0)
-        for i in (0, 2, 3):  # F and R; an indexer's other rows train
+        for i in (0, 2, 3):  # These are F or R, and the other rows of their indexers train.
             q, k = indexers(model)[i].wq_b.weight, indexers(model)[i].wk.weight
             assert bool((q[1::3] == 0).all()) is bool((k[2:5] == 0).all()) is keep
             assert not torch.equal(q[::3], indexers(make_model("glm_moe_dsa"))[i].wq_b.weight[::3])
 
 
-def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
-    """The backbone's step is that of stock transformers' LM loss, the indexers' the frozen one."""
+def test_full_mode_trains_backbone_and_indexers_apart(tmp_path):
+    """Compare the backbone's step with that of the stock LM loss, the indexers' with the frozen."""
     settings = {
         "steps": 1,
         "rows": 2,
@@ -202,7 +194,7 @@ def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
     )
     rows = rows_of_step(pack_rows(worker.documents(), 96), 0, 2, 0)
     total = 0
-    for row in rows:  # document by document, by stock attention with its dense masks
+    for row in rows:  # Each document goes alone through stock attention.
         for a, b in row.cuts:
             ids = torch.from_numpy(row.ids[a:b])[None]
             with use_pattern(model, "FSSFSS"):
@@ -216,37 +208,34 @@ def test_in_full_mode_each_part_gets_its_own_loss(tmp_path):
     optimizer.step()
     assert len(moved) > 50
     for name, p in model.named_parameters():
-        if name in moved:  # where Adam's first step, a sign, is not decided by rounding
+        if name in moved:  # Elsewhere rounding decides the sign that Adam's first step is.
             sure = moved[name].abs() > 1e-5
             assert torch.allclose(weights[name][sure], p[sure], atol=2e-5), name
 
 
 def test_own_is_each_layer_alone_and_avg_is_multi(tmp_path):
     def delta(name, pattern, mode="warmup", **changes):
-        worker.train(
-            tmp_path / name, mode, pattern=pattern, steps=3, eval_every=0, clip=0.01, **changes
-        )  # each is clipped alone
+        fields = {"pattern": pattern, "steps": 3, "eval_every": 0, "clip": 0.01} | changes
+        worker.train(tmp_path / name, mode, **fields)
         return load_file(tmp_path / name / "delta.safetensors")
 
-    alone, own = delta("all", "FFFFFF"), delta("own", "FSSFSS", objective="own")
-    multi, avg = delta("multi", "FSSFSS"), delta("avg", "FSSFSS", objective="avg")
+    alone = delta("all", "FFFFFF")
+    own = delta("own", "FSSFSS", objective="own")
+    multi = delta("multi", "FSSFSS")
+    avg = delta("avg", "FSSFSS", objective="avg")
     uneven = {"layer_weights": (1.0, 5.0, 2.0, 3.0, 1.0, 0.5)}
-    other, of_avg = (
-        delta("other", "FSSFSS", **uneven),
-        delta("of avg", "FSSFSS", objective="avg", **uneven),
-    )
-    assert all(torch.equal(other[name], of_avg[name]) for name in own)
-    assert any(not torch.equal(other[name], multi[name]) for name in own)
+    uneven_multi = delta("uneven multi", "FSSFSS", **uneven)
+    uneven_avg = delta("uneven avg", "FSSFSS", objective="avg", **uneven)
+    assert all(torch.equal(uneven_multi[name], uneven_avg[name]) for name in own)
+    assert any(not torch.equal(uneven_multi[name], multi[name]) for name in own)
     assert len(alone) == 3 * len(own) == 3 * len(multi) == 30
     for name in own:
         assert torch.equal(own[name], alone[name])
         assert torch.equal(multi[name], avg[name])
     assert any(not torch.equal(own[name], multi[name]) for name in own)
-    sparse, weighed = (
-        delta(f"sparse {w}", "FSSFSS", "frozen", layer_weights=w)
-        for w in (None, uneven["layer_weights"])
-    )
-    assert any(not torch.equal(sparse[name], weighed[name]) for name in own)
+    sparse = delta("sparse", "FSSFSS", "frozen")
+    uneven_sparse = delta("uneven sparse", "FSSFSS", "frozen", **uneven)
+    assert any(not torch.equal(sparse[name], uneven_sparse[name]) for name in own)
     same = delta("same", "FSSFSS", layer_weights=(2.0,) * 6)
     first = delta("first", "FSSFSS", layer_weights=(1.0, 1e-9, 1e-9, 3.0, 1e-9, 1e-9))
     assert all(
@@ -293,7 +282,7 @@ def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
     assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6]), losses
 
 
-def test_schedule():
+def test_learning_rate_rises_and_falls_as_a_cosine():
     s = DistillSettings(steps=1000, lr_warmup=0.1)
     assert [s.lr_scale(i) for i in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1, 1])
     assert s.lr_scale(550) == pytest.approx(0.525)
@@ -322,12 +311,12 @@ def test_one_step_is_adamw_with_each_gradient_clipped_apart(tmp_path, monkeypatc
     rows = pack_rows(worker.documents(), 96)
     distill(make_model("glm_moe_dsa"), "FSSFSS", rows, tmp_path / "run", settings)
     for layer in ("0", "3"):
-        own = {name: g for name, g in gradients.items() if name.startswith(f"{layer}.")}
-        norm = sum(float(g.double().square().sum()) for g in own.values()) ** 0.5
+        grads = {name: g for name, g in gradients.items() if name.startswith(f"{layer}.")}
+        norm = sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5
         assert norm == pytest.approx(clip, rel=1e-3)
-        assert len(own) == 5
+        assert len(grads) == 5
         old = dict(indexers(before)[int(layer)].named_parameters())
-        for name, g in own.items():
+        for name, g in grads.items():
             p = old[name.removeprefix(f"{layer}.")].detach()
             decayed = p * (1 - lr * 0.1 * (p.dim() > 1))
             assert torch.allclose(weights[name], decayed - lr * g / (g.abs() + 1e-8), atol=1e-6)
@@ -380,7 +369,7 @@ def test_kill_and_resume(mode, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [e["step"] for e in steps(tmp_path / "a")[0]] == [1, 2, 3, 4, 5]
     assert [p.name for p in (tmp_path / "a").glob("state*")] == ["state-00000003"]
-    (tmp_path / "a" / "state.part").mkdir()  # what a kill while saving leaves
+    (tmp_path / "a" / "state.part").mkdir()  # A kill while saving leaves it.
     results = [worker.train(tmp_path / name, mode) for name in "ab"]
     for a, b in zip(*(steps(tmp_path / name) for name in "ab"), strict=True):
         for x, y in zip(a, b, strict=True):
@@ -393,7 +382,7 @@ def test_kill_and_resume(mode, tmp_path):
         first, second = (m.state_dict() for m, _ in results)
     assert len(first) == len(second) > 100
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    again = worker.train(tmp_path / "a", mode)[1]  # a finished run is not run again
+    again = worker.train(tmp_path / "a", mode)[1]  # A finished run does not run again.
     assert again.held_out == results[1][1].held_out
     refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
 
@@ -411,7 +400,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
                         assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])
 
 
-def test_a_gpu_without_a_number_is_the_current_one_or_this_processs_own(monkeypatch):
+def test_cuda_means_the_current_gpu_or_that_of_the_process(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -426,21 +415,12 @@ def test_a_gpu_without_a_number_is_the_current_one_or_this_processs_own(monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on the CPU is tested above")
-def test_the_whole_model_on_a_gpu(tmp_path):
-    rows, settings = (
-        [row_of(96, i) for i in range(4)],
-        DistillSettings(stage="sparse", steps=3, rows=2, eval_every=0),
-    )
+def test_full_mode_on_a_gpu_has_the_losses_of_the_cpu(tmp_path):
+    rows = [row_of(96, i) for i in range(4)]
+    settings = DistillSettings(stage="sparse", steps=3, rows=2, eval_every=0)
     for device in ("cpu", "cuda"):
-        distill(
-            make_model("glm_moe_dsa"),
-            worker.PATTERN,
-            rows,
-            tmp_path / device,
-            settings,
-            device=device,
-        )
+        model = make_model("glm_moe_dsa")
+        distill(model, worker.PATTERN, rows, tmp_path / device, settings, device=device)
     for a, b in zip(*(steps(tmp_path / device)[0] for device in ("cpu", "cuda")), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["lm_loss"] == pytest.approx(
-            a["lm_loss"], rel=1e-3
-        )
+        for key in ("loss", "lm_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3)

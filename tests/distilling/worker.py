@@ -1,4 +1,4 @@
-"""Train small runs, in the tests, under torchrun, or in a process that is killed on the way."""
+"""Train small runs: in the tests, under torchrun, or in a process that is killed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def train(
     if mode == "zeros":
         with torch.no_grad():
             for indexer in indexers(model):
-                indexer.wq_b.weight[1::3], indexer.wk.weight[2:5] = 0, 0
+                indexer.wq_b.weight[1::3] = 0
+                indexer.wk.weight[2:5] = 0
     fields: dict[str, Any] = (
         {"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes
     )
@@ -90,12 +91,13 @@ def die_after(step: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    action, folder = sys.argv[1], Path(sys.argv[2])
+    action = sys.argv[1]
+    folder = Path(sys.argv[2])
     if action == "kill":
         die_after(5)
         train(folder, sys.argv[3])
     else:
-        torch.distributed.init_process_group("gloo")  # once for all runs
+        torch.distributed.init_process_group("gloo")  # All runs share it.
         for name in sys.argv[3:]:
             train(folder / name, name)
         torch.distributed.destroy_process_group()

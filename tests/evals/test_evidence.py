@@ -1,4 +1,4 @@
-"""evaluate and overlap against direct computations on stock models."""
+"""Compare evaluate and overlap with direct computations on stock models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_kl_and_agreement_against_whole_logits(glm, batches, evidence):
     assert row.tokens == count == 8 * 63
 
 
-def test_domains_and_positions_add_up_to_the_whole(evidence):
+def test_domains_and_positions_add_up_to_all(evidence):
     by = rows(evidence, "quarter")
     assert set(by) == {"all", "d0", "d1"}
     for parts in ([by["d0"], by["d1"]], [p for p in evidence.positions if p.name == "quarter"]):
@@ -86,9 +86,7 @@ def test_evidence_is_read_as_a_table_and_as_json(evidence):
 
 
 def test_interval_resamples_documents(glm, batches, evidence):
-    """The same interval from per-document losses of stock passes, resampled by other code with
-    other random numbers.
-    """
+    """Resample the per-document losses of stock passes by other code, with other random numbers."""
     sums = []
     for batch in batches:
         for row in batch.ids:
@@ -109,8 +107,8 @@ def test_interval_resamples_documents(glm, batches, evidence):
     assert row.ci_high == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
 
 
-def test_another_baseline(glm, batches, evidence):
-    """Paired differences between two patterns are the differences of their differences to full."""
+def test_another_pattern_as_the_baseline(glm, batches, evidence):
+    """The difference of two patterns is that of their differences from the full one."""
     against = evaluate(glm, {"half": "FSFSFS", "same": "FSSSSS"}, batches, against="FSSSSS")
     row, same = (rows(against, name)["all"] for name in ("half", "same"))
     expected = (
@@ -154,7 +152,7 @@ def test_overlap_against_sets(model, batches):
     assert measured.chance == pytest.approx(np.mean([k / (t + 1) for t in range(k, 64)]))
 
 
-def test_overlap_of_a_natively_shared_model_is_one_within_its_groups(batches):
+def test_overlap_is_one_within_the_groups_of_native_sharing(batches):
     native = make_model(
         "glm_moe_dsa", indexer_types=["full", "shared", "shared", "full", "shared", "shared"]
     )

@@ -1,6 +1,4 @@
-"""The bootstrap against another implementation and its own promise; greedy against Algorithm 1
-restated on toy losses.
-"""
+"""Compare the bootstrap and the greedy search with other implementations on toy data."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from indexcache.searching.greedy import evaluations, greedy
 def plain_bootstrap(
     sums: list[float], counts: list[int], level: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap in plain Python; only the draws come from the same generator, one
-    resample after another.
-    """
+    """Compute the percentile bootstrap in plain Python, with the same random draws."""
     rng = np.random.default_rng(seed)
     n = len(sums)
     draws = rng.integers(0, n, resamples * n).tolist()
@@ -33,7 +29,8 @@ def plain_bootstrap(
         means.append(math.fsum(sums[i] for i in picked) / sum(counts[i] for i in picked))
     means.sort()
 
-    def quantile(q: float) -> float:  # linear between the neighbours (Hyndman and Fan's type 7)
+    def quantile(q: float) -> float:
+        """Interpolate linearly between the neighbours (Hyndman and Fan's type 7)."""
         at = q * (resamples - 1)
         low = math.floor(at)
         high = min(low + 1, resamples - 1)
@@ -46,7 +43,7 @@ def plain_bootstrap(
     ("n", "level", "resamples", "seed"),
     [(2, 0.95, 4000, 0), (3, 0.5, 101, 1), (24, 0.95, 500, 2), (100, 0.99, 37, 3)],
 )
-def test_against_another_implementation(n, level, resamples, seed):
+def test_bootstrap_against_another_implementation(n, level, resamples, seed):
     rng = random.Random(n)
     counts = [rng.randrange(1, 2000) for _ in range(n)]
     sums = [c * rng.gauss(0.1, 0.3) for c in counts]
@@ -54,9 +51,8 @@ def test_against_another_implementation(n, level, resamples, seed):
     assert got == pytest.approx(
         plain_bootstrap(sums, counts, level, resamples, seed), rel=1e-12, abs=1e-12
     )
-    assert got == bootstrap_interval(
-        np.array(sums), np.array(counts), level=level, resamples=resamples, seed=seed
-    )  # type: ignore[arg-type]
+    arrays = (np.array(sums), np.array(counts))
+    assert got == bootstrap_interval(*arrays, level=level, resamples=resamples, seed=seed)
     assert all(type(v) is float for v in got)
 
 
@@ -67,13 +63,13 @@ def test_too_few_documents_say_nothing():
 
 def test_documents_weigh_by_their_tokens():
     low, high = bootstrap_interval([10.0, 20.0, 1.0], [100, 200, 10])
-    assert low == pytest.approx(0.1) == high  # every document at 0.1 per token: no spread at all
+    assert low == pytest.approx(0.1) == high  # Every document has 0.1 per token.
     low, high = bootstrap_interval([0.0, 1000.0], [1, 1000])
-    assert (low, high) == (0.0, 1.0)  # all of the one, all of the other
+    assert (low, high) == (0.0, 1.0)  # A resample may hold one document only.
     assert bootstrap_interval([0.0] * 9, [5] * 9) == (0.0, 0.0)
 
 
-def test_interval_is_deterministic_ordered_and_grows_with_the_level():
+def test_interval_is_deterministic_and_grows_with_the_level():
     rng = random.Random(1)
     counts = [rng.randrange(50, 500) for _ in range(30)]
     sums = [c * rng.gauss(0, 1) for c in counts]
@@ -99,35 +95,37 @@ def test_many_documents_give_the_normal_interval():
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_coverage():
-    """Tokens of a document go together, lengths differ: the interval still holds the truth in about
-    95 of 100 cases.
-    """
+def test_interval_covers_the_true_mean_of_correlated_tokens():
+    """In about 95 of 100 cases it does, and an interval over independent tokens does not."""
     rng = np.random.default_rng(7)
-    truth, documents, repetitions, inside, naive = 0.05, 40, 300, 0, 0
+    truth = 0.05
+    documents = 40
+    repetitions = 300
+    inside = 0
+    inside_naive = 0
     for seed in range(repetitions):
         counts = rng.integers(50, 400, documents)
-        own = rng.normal(truth, 0.1, documents)  # what a document as a whole deviates by
+        means = rng.normal(truth, 0.1, documents)
         noise = rng.normal(0, 1, documents) * np.sqrt(counts)
-        sums = counts * own + noise
+        sums = counts * means + noise
         low, high = bootstrap_interval(sums.tolist(), counts.tolist(), resamples=400, seed=seed)
         inside += low <= truth <= high
-        half = 1.96 / math.sqrt(counts.sum())  # as if every token were on its own
-        naive += abs(sums.sum() / counts.sum() - truth) <= half
+        half = 1.96 / math.sqrt(counts.sum())
+        inside_naive += abs(sums.sum() / counts.sum() - truth) <= half
     assert 0.90 <= inside / repetitions <= 0.98
-    assert naive / repetitions < 0.85
+    assert inside_naive / repetitions < 0.85
 
 
 # -- greedy ----------------------------------------------------------------------------------------
 
 
 class Table:
-    """A random loss for every pattern, whatever the order of asking; of few values, so that ties
-    are common.
-    """
+    """A random loss for every pattern, one of `values` values, so that ties are common."""
 
     def __init__(self, seed: int, values: int):
-        self.seed, self.values, self.calls = seed, values, []
+        self.seed = seed
+        self.values = values
+        self.calls = []
 
     def __call__(self, pattern: Pattern) -> float:
         key = str(pattern)
@@ -136,13 +134,13 @@ class Table:
 
 
 def algorithm_1(loss, layers: int, flips: int) -> list[tuple[str, float, int | None]]:
-    """The paper's Algorithm 1 word by word on lists of characters; the first of equal losses."""
+    """Run the paper's Algorithm 1 on lists of characters; the first of equal losses wins."""
     c = ["F"] * layers
-    left = list(range(1, layers))
+    candidates = list(range(1, layers))
     path: list[tuple[str, float, int | None]] = [("".join(c), loss(Pattern("".join(c))), None)]
     for _ in range(flips):
         best, best_loss = None, math.inf
-        for layer in left:
+        for layer in candidates:
             trial = [*c]
             trial[layer] = "S"
             value = loss(Pattern("".join(trial)))
@@ -150,7 +148,7 @@ def algorithm_1(loss, layers: int, flips: int) -> list[tuple[str, float, int | N
                 best, best_loss = layer, value
         assert best is not None
         c[best] = "S"
-        left.remove(best)
+        candidates.remove(best)
         path.append(("".join(c), best_loss, best))
     return path
 
@@ -158,16 +156,14 @@ def algorithm_1(loss, layers: int, flips: int) -> list[tuple[str, float, int | N
 def by_stages(
     loss, layers: int, full: int, starts: tuple[int, ...]
 ) -> list[tuple[str, float, int | None]]:
-    """The stage variant: one flip per stage per round, a stage that is used up passes, until `full`
-    is reached.
-    """
+    """Flip one layer per stage and round until `full` are left; a used-up stage is skipped."""
     c = ["F"] * layers
     owner = [max(p for p, s in enumerate(starts) if s <= i) for i in range(layers)]
     path: list[tuple[str, float, int | None]] = [("".join(c), loss(Pattern("".join(c))), None)]
-    for turn in itertools.count():
+    for flip in itertools.count():
         if c.count("F") <= full:
             return path
-        stage = turn % len(starts)
+        stage = flip % len(starts)
         trials = []
         for layer in range(layers):
             if owner[layer] == stage and layer not in starts and c[layer] == "F":
@@ -180,8 +176,8 @@ def by_stages(
     raise AssertionError
 
 
-def steps(found) -> list[tuple[str, float, int | None]]:
-    return [(str(s.pattern), s.loss, s.flipped) for s in found]
+def steps(points) -> list[tuple[str, float, int | None]]:
+    return [(str(p.pattern), p.loss, p.flipped) for p in points]
 
 
 @pytest.mark.parametrize("values", [1, 2, 3, 10**9])
@@ -195,7 +191,7 @@ def test_greedy_is_algorithm_1(layers, values):
             assert set(ours.calls) == set(theirs.calls)
             assert len(ours.calls) == len(set(ours.calls)) == evaluations(layers, full)
             assert [s.full for s in got] == list(range(layers, full - 1, -1))
-            for a, b in itertools.pairwise(got):  # nested: one layer, F to S, and never layer 0
+            for a, b in itertools.pairwise(got):  # One layer goes from F to S, never layer 0.
                 assert b.flipped
                 assert b.pattern == a.pattern.replace(b.flipped, "S")
                 assert a.pattern[b.flipped] == "F"
@@ -209,10 +205,10 @@ def test_ties_go_to_the_lower_layer():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_against_every_pattern(seed):
+def test_greedy_against_every_pattern(seed):
     """Where each layer costs its own amount, greedy finds the best pattern of every budget.
 
-    In general it finds no better one than the best, and its last flip is the best that there is.
+    In general its losses are not below the best, and each flip is the best possible one.
     """
     rng, layers = random.Random(seed), 8
     cost = [rng.random() for _ in range(layers)]
@@ -243,7 +239,7 @@ def test_against_every_pattern(seed):
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(6, 2), (7, 3), (9, 4), (5, 5), (8, 1), (4, 3)])
-def test_stages(layers, stages):
+def test_greedy_by_stages_is_the_stage_variant(layers, stages):
     starts = stage_starts(layers, stages)
     for values in (2, 10**9):
         for seed in range(4):
@@ -256,7 +252,7 @@ def test_stages(layers, stages):
                 for s in got:
                     s.pattern.check(stages=starts)
                 ends = [*starts[1:], layers]
-                for s in got:  # the stages stay level, as far as their lengths allow
+                for s in got:  # Stages have equally many flips, as far as their lengths allow.
                     flips = [
                         s.pattern.roles[a:b].count("S") for a, b in zip(starts, ends, strict=True)
                     ]
@@ -266,7 +262,7 @@ def test_stages(layers, stages):
                     assert not open_ or max(flips) - min(open_) <= 1
 
 
-def test_too_few_full_layers_is_an_error_and_no_endless_loop():
+def test_too_few_full_layers_are_refused():
     for call in (
         lambda: greedy(lambda p: 1.0, 5, 0),
         lambda: greedy(lambda p: 1.0, 5, -3),
@@ -277,8 +273,8 @@ def test_too_few_full_layers_is_an_error_and_no_endless_loop():
     assert [s.full for s in greedy(lambda p: 1.0, 5, 9)] == [5]
 
 
-def test_the_search_is_lazy():
-    """Each step is given as soon as it is known, so that a run can be cut anywhere."""
+def test_greedy_yields_each_step_at_once():
+    """So a run can be interrupted anywhere."""
     table = Table(0, 9)
     search = greedy(table, 6, 1)
     next(search)
@@ -287,40 +283,36 @@ def test_the_search_is_lazy():
     assert len(table.calls) == 1 + 5
 
 
-# -- what a search costs ---------------------------------------------------------------------------
+# -- the cost of a search --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 12, 30])
-def test_evaluations_to_the_end(layers):
-    assert (
-        evaluations(layers, 1) - 1 == layers * (layers - 1) // 2
-    )  # the -1: all layers full, which is no candidate
+def test_evaluations_down_to_one_full_layer(layers):
+    candidates = layers * (layers - 1) // 2
+    assert evaluations(layers, 1) == candidates + 1  # The one is the pattern of all full.
 
 
 @pytest.mark.parametrize(
     ("layers", "full", "candidates"), [(47, 12, 1015), (61, 15, 1725), (78, 20, 2813)]
 )
 def test_published_budgets(layers, full, candidates):
-    """To 1/4 kept, with N/4 rounded half up: the candidates of all steps, and one more for the full
-    model itself.
-    """
+    """A search down to 1/4 takes the candidates of all steps, and one for the full model."""
     assert full_count(layers, 1 / 4) == full
     assert sum(layers - 1 - step for step in range(layers - full)) == candidates
     assert evaluations(layers, full) == candidates + 1
 
 
 def test_stages_take_fewer_evaluations():
-    whole = evaluations(48, 12)
     for stages in (2, 3, 4, 6):
-        part = evaluations(48, 12, stage_starts(48, stages))
-        assert whole / part == pytest.approx(stages, rel=0.1)
+        ratio = evaluations(48, 12) / evaluations(48, 12, stage_starts(48, stages))
+        assert ratio == pytest.approx(stages, rel=0.1)
 
 
-def test_full_count():
+def test_full_count_rounds_half_up():
     for layers in range(1, 100):
         for n in (1, 2, 3, 4, 8):
             assert full_count(layers, 1 / n) == max((2 * layers + n) // (2 * n), 1)
-    assert full_count(6, 0.25) == 2  # a half goes up
+    assert full_count(6, 0.25) == 2
     assert full_count(5, 1e-9) == 1
     for bad in (0, -0.1, 1.01, math.nan, math.inf):
         with pytest.raises(ValueError, match="above 0 and at most 1"):

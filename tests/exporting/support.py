@@ -1,4 +1,4 @@
-"""Small checkpoints on disk, of which a test may damage a copy, and how to read them."""
+"""Make small checkpoints on disk, copies that a test may damage, and readers of both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 LAYERS = 6
-PATTERN = "FSSFSF"  # of no frequency
+PATTERN = "FSSFSF"  # No frequency gives it.
 UNIFORM = ("FSFSFS", "FFSFSF", "FFSSSF", "FSSSSS", "FFFFFF")
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -45,9 +45,8 @@ def _save(folder: Path, family: str, **save: Any) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**TINY)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with (
-        torch.no_grad()
-    ):  # the stock initialisation leaves logits so small that layers hardly differ
+    # The stock initialisation leaves logits so small that layers hardly differ.
+    with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(std=0.3)
@@ -78,7 +77,7 @@ def deepseek(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def broken(glm_folder, tmp_path) -> Path:
-    """A copy of the checkpoint that a test may damage."""
+    """Copy the checkpoint, so that a test may damage it."""
     return Path(shutil.copytree(glm_folder, tmp_path / "base"))
 
 
@@ -92,7 +91,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file of this header."""
+    """Make the bytes of a safetensors file with this header."""
     raw = json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + data
 

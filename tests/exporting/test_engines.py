@@ -1,4 +1,4 @@
-"""Resolve the written flags by every engine's own rule, written anew and independent of Pattern."""
+"""Resolve the written flags by every engine's rule, restated here without Pattern."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def transformers_rule(config: Config) -> str:
 
 
 def transformers_types(config: Config) -> str | None:
-    if (found := _by_types(config)) is not None:
-        return found
+    if (types := _by_types(config)) is not None:
+        return types
     pattern = config.get("index_topk_pattern")
     return None if pattern is None else "".join({"F": "F", "S": "S"}[c] for c in pattern)
 
@@ -87,7 +87,8 @@ def prime_rule(config: Config) -> str:
 
 
 def megatron_rule(config: Config) -> str:
-    freq, offset = config.get("index_topk_freq", 1), max(config.get("index_skip_topk_offset", 0), 1)
+    freq = config.get("index_topk_freq", 1)
+    offset = max(config.get("index_skip_topk_offset", 0), 1)
     return "".join("S" if max(n - offset, 0) % freq != 0 else "F" for n in range(1, LAYERS + 1))
 
 
@@ -99,8 +100,8 @@ RULES = [
     transformers_rule,
     atom_rule,
     types_only_rule,
+    prime_rule,
 ]
-RULES += [prime_rule]
 
 BASES: dict[str, Config] = {
     "plain": {},
@@ -141,7 +142,7 @@ def test_every_engine_resolves_the_flags_to_the_same_pattern(base, pattern, brok
                 assert rule(seen) == pattern, rule.__name__
             if pattern in UNIFORM:
                 assert megatron_rule(seen) == pattern
-            else:  # a reader of the frequency alone runs everything, never another pattern
+            else:  # A reader of the frequency alone runs every indexer, never another pattern.
                 assert megatron_rule(seen) == "F" * LAYERS
     assert (
         transformers.GlmMoeDsaConfig(**{**config, **value}).indexer_types
@@ -158,7 +159,7 @@ def test_all_full_flags_are_allowed_for_every_engine_of_deepseek(deepseek, tmp_p
     assert torch.equal(logits(model), logits(load(deepseek)[0]))
 
 
-def test_deepseek_flags(deepseek, tmp_path):
+def test_deepseek_gets_flags_and_no_checkpoint(deepseek, tmp_path):
     result = export(deepseek, PATTERN, tmp_path / "out", engines=("sglang", "vllm"))
     assert set(result.files) == {"sglang", "vllm"}
     assert all(Path(path).is_file() for paths in result.files.values() for path in paths)

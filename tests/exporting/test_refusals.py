@@ -1,4 +1,4 @@
-"""Refuse in one sentence what would run wrongly; full disks, kills and races leave nothing."""
+"""Refuse wrong exports in one sentence; full disks, kills and races leave nothing behind."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_indexes_that_are_refused(sharded, tmp_path):
 def test_an_existing_folder_is_never_overwritten(glm_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    export(glm_folder, PATTERN, out, engines="vllm")  # empty: allowed
+    export(glm_folder, PATTERN, out, engines="vllm")  # An empty folder is allowed.
     refused(lambda: export(glm_folder, PATTERN, out, engines="vllm"), "not an empty folder")
     file = tmp_path / "file"
     file.write_text("mine")
@@ -185,9 +185,7 @@ def test_a_source_that_shrinks_is_an_error(broken, tmp_path):
     )
 
 
-def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_cleared(
-    glm_folder, tmp_path, monkeypatch
-):
+def test_interrupted_exports_leave_nothing_behind(glm_folder, tmp_path, monkeypatch):
     def stop(*_args):
         raise KeyboardInterrupt
 
@@ -197,9 +195,9 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_cleared(
             export(glm_folder, PATTERN, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
-    left = tmp_path / ".out.part"
-    (left / "transformers").mkdir(parents=True)
-    (left / "junk").write_text("of a killed run")
+    killed = tmp_path / ".out.part"
+    (killed / "transformers").mkdir(parents=True)
+    (killed / "junk").write_text("left by a killed run")
     export(glm_folder, PATTERN, tmp_path / "out", engines="vllm")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -210,11 +208,11 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_cleared(
 
 
 def test_two_exports_to_one_folder_do_not_mix(glm_folder, tmp_path):
-    with atomic_folder(tmp_path / "out") as part:
+    with atomic_folder(tmp_path / "out") as folder:
         refused(
             lambda: export(glm_folder, PATTERN, tmp_path / "out", engines="vllm"), "another process"
         )
-        (part / "mine").write_text("kept")
+        (folder / "mine").write_text("kept")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 

@@ -50,14 +50,12 @@ def test_pruned_checkpoint_gives_bitwise_the_stock_logits(kind, pattern, request
     stock, _ = load(base, indexer_types=Pattern(pattern).to_types())
     full, _ = load(base, indexer_types=["full"] * LAYERS)
     assert torch.equal(logits(model), logits(stock))
-    assert not torch.equal(
-        logits(model), logits(full)
-    )  # else the comparison above would prove nothing
+    # Otherwise the comparison above would prove nothing.
+    assert not torch.equal(logits(model), logits(full))
 
     names = tensor_names(pruned)
-    assert {found[0] for name in names if (found := indexer_part(name))} == set(
-        Pattern(pattern).full_layers
-    )
+    with_indexer = {part[0] for name in names if (part := indexer_part(name))}
+    assert with_indexer == set(Pattern(pattern).full_layers)
     gone = set(tensor_names(base)) - set(names)
     assert gone
     assert not set(names) - set(tensor_names(base))
@@ -68,7 +66,8 @@ def test_pruned_checkpoint_gives_bitwise_the_stock_logits(kind, pattern, request
 def test_every_kept_tensor_and_the_metadata_are_the_same(sharded, tmp_path):
     export(sharded, PATTERN, tmp_path / "out", engines="transformers")
     pruned = tmp_path / "out" / "transformers"
-    before, after = tensor_names(sharded), tensor_names(pruned)
+    before = tensor_names(sharded)
+    after = tensor_names(pruned)
     for name, shard in after.items():
         assert shard == before[name]
     for shard in set(after.values()):
@@ -95,23 +94,19 @@ def test_index_of_a_sharded_export(sharded, tmp_path):
     assert {path.name for path in pruned.glob("*.safetensors")} == set(new["weight_map"].values())
 
 
-def test_empty_shards_vanish_and_unchanged_ones_are_not_rewritten(glm_folder, tmp_path):
+def test_empty_shards_vanish_and_unchanged_ones_are_linked(glm_folder, tmp_path):
     base = Path(shutil.copytree(glm_folder, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
-    parts: dict[str, dict[str, torch.Tensor]] = {
-        "a.safetensors": {},
-        "b.safetensors": {},
-        "c.safetensors": {},
-    }
+    files: dict[str, dict[str, torch.Tensor]] = {f"{letter}.safetensors": {} for letter in "abc"}
     for name, tensor in weights.items():
-        found = indexer_part(name)
-        part = "c" if found is None else "b" if found[0] == 1 else "a"
-        parts[f"{part}.safetensors"][name] = tensor
-    for name, tensors in parts.items():
+        match = indexer_part(name)
+        letter = "c" if match is None else "b" if match[0] == 1 else "a"
+        files[f"{letter}.safetensors"][name] = tensor
+    for name, tensors in files.items():
         save_file(tensors, base / name, metadata={"format": "pt", "note": "é"})
     (base / INDEX_NAME).write_text(
-        json.dumps({"weight_map": {n: p for p, t in parts.items() for n in t}})
+        json.dumps({"weight_map": {name: file for file, names in files.items() for name in names}})
     )
 
     result = export(base, "FSSFFF", tmp_path / "out", engines="transformers")
@@ -131,10 +126,8 @@ def test_without_hard_links_bytes_are_copied(broken, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     result = export(broken, PATTERN, tmp_path / "out", engines="transformers", prune=False)
-    source, target = (
-        broken / "model.safetensors",
-        tmp_path / "out" / "transformers" / "model.safetensors",
-    )
+    source = broken / "model.safetensors"
+    target = tmp_path / "out" / "transformers" / "model.safetensors"
     assert source.read_bytes() == target.read_bytes()
     assert not os.path.samefile(source, target)
     assert not any("hard link" in warning for warning in result.warnings)
@@ -158,7 +151,7 @@ def test_unpruned_export_keeps_every_tensor(glm_folder, tmp_path):
 
 
 def test_wide_elements_come_first_and_odd_dtypes_survive(tmp_path):
-    """Dropping an odd number of bytes must leave wide tensors at addresses that can be mapped."""
+    """After an odd number of bytes was dropped, wide tensors can still be mapped into memory."""
     tensors = {
         "model.layers.1.self_attn.indexer.wk.weight": torch.arange(3, dtype=torch.uint8),
         "a": torch.arange(5, dtype=torch.uint8),
@@ -240,7 +233,7 @@ def test_saved_config_has_the_pattern_and_no_stale_key(broken, tmp_path):
         assert key.startswith("index_") or config[key] == before[key]
 
 
-def test_nested_text_config(broken, tmp_path):
+def test_a_nested_text_config_gets_the_pattern(broken, tmp_path):
     text = json.loads((broken / "config.json").read_text())
     outer = {"model_type": "glm_moe_dsa_vision", "text_config": text, "index_topk_pattern": "stale"}
     (broken / "config.json").write_text(json.dumps(outer))
@@ -282,7 +275,7 @@ def test_other_files_are_copied_but_no_code_and_no_other_weights(glm_folder, tmp
 # -- warnings ------------------------------------------------------------------------------------
 
 
-def test_warnings(broken):
+def test_export_warns_of_what_users_should_know(broken):
     edit_config(
         broken,
         indexer_types=Pattern("FSSSSS").to_types(),
@@ -311,7 +304,7 @@ def test_uneven_stages_name_the_cut_that_was_checked(glm_folder):
     )
 
 
-def test_a_pruned_checkpoint_can_be_exported_again_but_not_widened(glm_folder, tmp_path):
+def test_a_pruned_checkpoint_can_be_pruned_but_not_widened(glm_folder, tmp_path):
     export(glm_folder, PATTERN, tmp_path / "one")
     pruned = tmp_path / "one" / "transformers"
     result = export(pruned, "FSSFSS", tmp_path / "two")

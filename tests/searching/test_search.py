@@ -1,4 +1,4 @@
-"""The search against a brute force on stock models, its journal, kill -9 and resume."""
+"""Compare the search with a brute force on stock models; test its journal, kills and resuming."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def batches():
 
 
 def brute_force(model, batches, full: int):
-    roles, path = "F" * 6, []
-    path.append((roles, stock_loss(model, roles, batches)))
+    roles = "F" * 6
+    path = [(roles, stock_loss(model, roles, batches))]
     while roles.count("F") > full:
         tried = []
         for layer in range(1, 6):
@@ -58,7 +58,7 @@ def test_search_works_on_deepseek_v32(batches, tmp_path):
     assert {str(p.pattern) for p in result.uniform} == {"FSFSFS", "FRFRFR@8"}
 
 
-def test_stages_keep_their_first_layer_and_take_fewer_evaluations(glm, batches, tmp_path):
+def test_stages_keep_their_first_layer_and_evaluate_less(glm, batches, tmp_path):
     search(glm, batches, tmp_path / "a", SearchSettings(keep=1 / 3, uniform=False))
     result = search(
         glm, batches, tmp_path / "b", SearchSettings(keep=1 / 3, stages=2, uniform=False)
@@ -153,11 +153,12 @@ def test_a_loss_that_is_not_finite_keeps_the_journal(batches, tmp_path):
 def test_a_full_disk_loses_nothing(glm, batches, tmp_path, monkeypatch):
     from indexcache.records import Run
 
-    append, lines = Run.append, []
+    append = Run.append
+    lines = []
 
     def full(self, entry):
         if len(lines) == 5:
-            self._file.write('{"pattern": "FF')  # what fits
+            self._file.write('{"pattern": "FF')  # Only this fits on the disk.
             self._file.flush()
             raise OSError(28, "No space left on device", "journal.jsonl")
         lines.append(entry)
@@ -175,32 +176,19 @@ def test_a_full_disk_loses_nothing(glm, batches, tmp_path, monkeypatch):
 
 
 def command(out):
-    return [
-        sys.executable,
-        "-m",
-        "indexcache",
-        "search",
-        "tiny",
-        "--out",
-        str(out),
-        "--length",
-        "128",
-        "--sequences",
-        "3",
-        "--keep",
-        "1/4",
-    ]
+    flags = f"--out {out} --length 128 --sequences 3 --keep 1/4"
+    return [sys.executable, "-m", "indexcache", "search", "tiny", *flags.split()]
 
 
 @pytest.mark.long
 def test_kill_nine_at_ten_random_moments_and_resume(tmp_path):
-    """The whole program, killed without warning: afterwards everything is as if it had never
-    happened.
-    """
+    """A search that was killed ten times ends with the files of one that ran through."""
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     expected = (tmp_path / "whole" / "journal.jsonl").read_bytes()
-    total, out, rng, kills = len(expected.splitlines()), tmp_path / "killed", random.Random(0), 0
-    for target in sorted(rng.sample(range(1, total - 2), 10)):
+    out = tmp_path / "killed"
+    rng = random.Random(0)
+    kills = 0
+    for target in sorted(rng.sample(range(1, len(expected.splitlines()) - 2), 10)):
         process = subprocess.Popen(
             command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
