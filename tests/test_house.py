@@ -13,7 +13,7 @@ import pytest
 import indexcache
 from indexcache.cli.common import Dtype
 from indexcache.cli.export import Engine
-from indexcache.exporting.checks import ENGINES, MODEL_TYPES
+from indexcache.exporting.checks import ENGINES, MODEL_TYPES, NATIVE_SHARING
 from indexcache.models.family import families
 from indexcache.models.loading import DTYPES
 
@@ -105,7 +105,6 @@ def test_only_its_verb_imports_distillation():
 
 def test_names_of_families_dtypes_and_engines_agree():
     assert set(MODEL_TYPES) == set(families())
-    # exporting.checks refuses this family by name.
-    assert {n for n, f in families().items() if f.native_sharing} == {"glm_moe_dsa"}
+    assert {n for n, f in families().items() if f.native_sharing} == set(NATIVE_SHARING)
     assert set(get_args(Dtype)) == set(DTYPES)
     assert set(get_args(Engine)) == set(ENGINES)

@@ -20,6 +20,7 @@ from indexcache.pattern import Pattern, stage_starts
 
 ENGINES = ("transformers", "vllm", "sglang")
 MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
+NATIVE_SHARING = ("glm_moe_dsa",)  # those on which stock transformers shares indexers
 
 
 def check_export(
@@ -51,11 +52,11 @@ def check_export(
         )
     starts = stage_starts(section["num_hidden_layers"], stages)
     pattern.check(layers=section["num_hidden_layers"], stages=starts, reindex=False)
-    if "transformers" in engines and model_type == "deepseek_v32" and "S" in pattern.roles:
+    if "transformers" in engines and model_type not in NATIVE_SHARING and "S" in pattern.roles:
         raise ValueError(
-            "The transformers library has no index sharing for deepseek_v32: its config keys would "
-            "be ignored and every layer stay full; run the pattern with indexcache's use_pattern, "
-            "or export it for vllm or sglang."
+            f"The transformers library has no index sharing for {model_type}: its config keys "
+            "would be ignored and every layer stay full; run the pattern with indexcache's "
+            "use_pattern, or export it for vllm or sglang."
         )
     without_indexer = _check_indexers(Path(checkpoint), pattern)
     return [

@@ -1,6 +1,6 @@
 """Describe what the package needs to know about a model family, and register all families.
 
-To add a family, add one module to `indexcache.models.families`.
+CONTRIBUTING.md says how to add a family.
 """
 
 from __future__ import annotations
