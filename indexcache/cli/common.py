@@ -36,7 +36,7 @@ RunFolder = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a verb prints, and the file that holds its settings."""
+    """The settings of a verb's output, and the file that may hold all its settings."""
 
     json: bool = False
     "Print one JSON object as the last line."

@@ -13,7 +13,7 @@ from indexcache.cli.timing import number
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What is predicted."""
+    """The settings of a prediction."""
 
     gpu: Annotated[str, Parameter(metavar="GPU")]
     "H100, H200, or bench, which is the device of the --bench file."

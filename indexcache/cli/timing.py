@@ -23,7 +23,7 @@ Timed = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class TimingSettings:
-    """What is timed, and how its model is made."""
+    """The settings of a timing: the model, and the measurements to make."""
 
     layers: int | None = None
     "Take only the first layers of a named shape."

@@ -147,7 +147,7 @@ class DistillSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a distillation of a checkpoint reads and writes, and where it runs."""
+    """The files that a distillation of a checkpoint reads and writes, and its device."""
 
     data: str | None = None
     """Training text: a .jsonl, .txt, .md or .npy file, or a folder of them. The default for tiny

@@ -24,7 +24,7 @@ SMALL_FILES = 1 << 20
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote.
+    """The files that an export wrote.
 
     Attributes:
         files: the paths for each engine; that of "transformers" is its folder.

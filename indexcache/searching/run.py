@@ -24,7 +24,7 @@ from indexcache.searching.settings import SearchSettings
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, on its calibration text.
+    """The patterns that a search found, with their losses on the calibration text.
 
     Attributes:
         frontier: the searched patterns, from all full down to the fewest full layers.
