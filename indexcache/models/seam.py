@@ -10,6 +10,7 @@ indexer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ def indexer_forward(
     return forward
 
 
-class Selector:
+class Selector(ABC):
     """The computation of selections for the roles F and R.
 
     Attributes:
@@ -93,17 +94,17 @@ class Selector:
     def __init__(self, model: nn.Module):
         self.family: Family = family_of(model)
 
+    @abstractmethod
     def full(self, call: IndexerCall, pool: int = 0) -> Selection:
         """Select the top k over all keys, and where `pool` > 0 also the top `pool`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
         """Select the top k among the ids of `pool`, by the layer's indexer.
 
         Returns:
             The selection, and the pool for the next R layer.
         """
-        raise NotImplementedError
 
     def grouped(self, ids: Tensor) -> Selection:
         """Make a selection of ids int32 [B, S, k]."""
@@ -113,7 +114,7 @@ class Selector:
         """Convert a selection to the form in which attention takes it from an indexer."""
         return selection
 
-    def clear(self) -> None:
+    def clear(self) -> None:  # noqa: B027 - most selectors keep nothing to drop
         """Drop the tensors that belong to one forward pass."""
 
 
