@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,23 @@ class Batch:
         units: per sequence, the document(s) it is cut from; a bootstrap over documents resamples
             these.
         digests: the digests of all documents in the batch.
+        own_context: for each token, the number of tokens of its own document in the sequence up to
+            and including it, int64 [B, T]: 1..T where a sequence is cut from one document, and it
+            restarts where documents are joined. A batch built without it has 1..T.
     """
 
     ids: Tensor
     domain: str
     units: tuple[str, ...]
     digests: tuple[str, ...]
+    own_context: Tensor = field(default=None)  # type: ignore[assignment]  # __post_init__ sets it.
+
+    def __post_init__(self) -> None:
+        if self.own_context is None:
+            import torch
+
+            own = torch.arange(1, self.ids.shape[1] + 1).expand(self.ids.shape)
+            object.__setattr__(self, "own_context", own)
 
 
 def batches(
@@ -340,8 +351,10 @@ def make_batches(
         for start in range(0, count, batch):
             taken = windows[start : min(start + batch, count)]
             ids = torch.from_numpy(np.stack([w.ids for w in taken]))
+            own = torch.from_numpy(np.stack([w.own_context for w in taken]))
             units = tuple(w.unit for w in taken)
-            result.append(Batch(ids, domain, units, tuple(d for w in taken for d in w.digests)))
+            digests = tuple(d for w in taken for d in w.digests)
+            result.append(Batch(ids, domain, units, digests, own))
     return result
 
 
@@ -353,23 +366,27 @@ class _Window:
     ids: np.ndarray
     unit: str
     digests: tuple[str, ...]
+    own_context: np.ndarray  # int64 [length], as in Batch
 
 
 def _windows(documents: list[Document], length: int, rng: np.random.Generator) -> list[_Window]:
     """Cut one domain into every full sequence it has, in the order in which they are taken."""
     windows: list[_Window] = []
+    counted = np.arange(1, length + 1)
     short: list[Document] = []
     for place, index in enumerate(rng.permutation(len(documents))):
         d = documents[index]
         for n in range(len(d.ids) // length):
             ids = d.ids[n * length : (n + 1) * length]
-            windows.append(_Window((n, place), ids, d.name, (d.digest,)))
+            windows.append(_Window((n, place), ids, d.name, (d.digest,), counted))
         if len(d.ids) < length:
             short.append(d)
             if sum(len(s.ids) for s in short) >= length:
                 ids = np.concatenate([s.ids for s in short])[:length]
                 unit = " + ".join(s.name for s in short)
-                windows.append(_Window((0, place), ids, unit, tuple(s.digest for s in short)))
+                digests = tuple(s.digest for s in short)
+                own = np.concatenate([np.arange(1, len(s.ids) + 1) for s in short])[:length]
+                windows.append(_Window((0, place), ids, unit, digests, own))
                 short = []
     return sorted(windows, key=lambda w: w.order)
 

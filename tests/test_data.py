@@ -419,6 +419,28 @@ def test_short_documents_are_joined():
     )
 
 
+def test_own_context_counts_the_tokens_of_the_own_document():
+    joined = make_batches(corpus({"d": [3, 4, 2, 5]}), length=7, sequences=2, batch=2)[0]
+    assert joined.own_context.dtype == torch.int64
+    for ids, own, unit in zip(joined.ids, joined.own_context, joined.units, strict=True):
+        starts = [i for i in range(7) if own[i] == 1]
+        assert len(starts) == unit.count(" + ") + 1
+        # The tokens of the corpus count up, so a document ends where the next is not one more.
+        expected, count = [], 0
+        for i in range(7):
+            count = count + 1 if i and ids[i] == ids[i - 1] + 1 and i not in starts else 1
+            expected.append(count)
+        assert own.tolist() == expected
+
+    long = make_batches(corpus({"d": [20]}), length=7, sequences=2)
+    assert [b.own_context.tolist() for b in long] == [[[1, 2, 3, 4, 5, 6, 7]]] * 2
+
+
+def test_a_batch_without_own_context_is_of_one_document():
+    batch = Batch(torch.zeros(2, 5, dtype=torch.int64), "d", ("a", "b"), ("a", "b"))
+    assert batch.own_context.tolist() == [[1, 2, 3, 4, 5]] * 2
+
+
 def test_too_little_text_is_refused():
     refused(
         lambda: make_batches(corpus({"a": [15]}), length=16, sequences=1),
