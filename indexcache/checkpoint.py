@@ -15,10 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from indexcache.configs import Quantization, mtp_layers, quantization_of, text_section
 from indexcache.records import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MODELOPT_NAME = "hf_quant_config.json"
 INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj")
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
@@ -47,6 +49,11 @@ def resolve(model: str | Path) -> Path:
     if str(model) == "tiny":
         return Path(str(resources.files("indexcache") / "assets" / "tiny"))
     path = Path(model)
+    if path.is_file():
+        raise ValueError(
+            f"{model}: this is a file; MODEL is the path of a checkpoint folder, with config.json "
+            "and weights, or 'tiny'."
+        )
     if not path.is_dir():
         raise ValueError(
             f"{model}: no such checkpoint folder; MODEL is the path of a folder or 'tiny' "
@@ -117,13 +124,39 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def text_section(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the section of a config that describes the decoder: `text_config`, or all of it.
+def config_facts(folder: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config says beside its sizes and pattern, the same for every verb.
 
-    It is the same object, not a copy.
+    Returns:
+        {"quantization": a `Quantization` or None, "mtp_layers": their number, "nested": whether the
+        decoder lies in a section of the config}. hf_quant_config.json, which modelopt writes, is
+        read where config.json has no quantization_config.
+
+    Raises:
+        ValueError: a section is not what its format defines; the message names the file.
     """
-    text = config.get("text_config")
-    return text if isinstance(text, dict) and "num_hidden_layers" in text else config
+    folder = Path(folder)
+    path = folder if folder.is_file() else folder / "config.json"
+    try:
+        quantization = quantization_of(config)
+        next_token = mtp_layers(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return {
+        "quantization": quantization or _modelopt(path.with_name(MODELOPT_NAME)),
+        "mtp_layers": next_token,
+        "nested": text_section(config) is not config,
+    }
+
+
+def _modelopt(path: Path) -> Quantization | None:
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    try:
+        return quantization_of({"quantization_config": value})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def indexer_part(name: str) -> tuple[int, str] | None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from indexcache.checkpoint import resolve, text_section
+from indexcache.checkpoint import resolve
+from indexcache.configs import text_section
 from indexcache.records import read_json
 
 

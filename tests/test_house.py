@@ -22,6 +22,7 @@ PACKAGE = Path(indexcache.__file__).parent
 # Modules and folders of the package by level. One imports those of lower levels only, and no other
 # one of its own level.
 LEVELS = (
+    {"configs"},
     {"pattern", "records", "memory", "progress"},
     {"checkpoint", "data", "spec", "ops", "report"},
     {"shapes"},

@@ -27,6 +27,8 @@ def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) ->
         if facts["native_sharing"]
         else "has no sharing (use_pattern adds it)",
     }
+    if facts["quantization"]:
+        shown["quantisation"] = str(facts["quantization"])
     if facts["next_token_layers"]:
         shown["next-token layers"] = (
             f"{facts['next_token_layers']} outside the pattern, which keep their own indexer"
@@ -39,4 +41,5 @@ def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) ->
         facts["search_evaluations"] = budgets
     width = max(map(len, shown))
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items()))
-    output.emit(facts)
+    quantization = facts["quantization"]
+    output.emit(facts | {"quantization": quantization.to_json() if quantization else None})

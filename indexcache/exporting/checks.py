@@ -9,13 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from indexcache.checkpoint import (
-    INDEXER_PARTS,
-    indexer_part,
-    read_config,
-    tensor_names,
-    text_section,
-)
+from indexcache.checkpoint import INDEXER_PARTS, indexer_part, read_config, tensor_names
+from indexcache.configs import text_section
 from indexcache.pattern import Pattern, stage_starts
 
 ENGINES = ("transformers", "vllm", "sglang")

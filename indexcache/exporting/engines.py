@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from indexcache.checkpoint import text_section
+from indexcache.configs import text_section
 from indexcache.pattern import DEFAULT_SKIP_OFFSET, Pattern
 
 SHARING_KEYS = (

@@ -14,14 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from indexcache.checkpoint import (
-    INDEX_NAME,
-    Header,
-    indexer_part,
-    read_headers,
-    read_index,
-    text_section,
-)
+from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers, read_index
+from indexcache.configs import text_section
 from indexcache.exporting.engines import SHARING_KEYS
 from indexcache.pattern import Pattern
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from indexcache.checkpoint import layers_without_indexer, read_config, resolve, tensor_names
+from indexcache.checkpoint import (
+    config_facts,
+    layers_without_indexer,
+    read_config,
+    resolve,
+    tensor_names,
+)
+from indexcache.configs import model_type_of, text_section
 from indexcache.data import Batch, batches
 from indexcache.models.family import (
     AnyModel,
@@ -134,14 +141,19 @@ class Model:
 def describe(model: str | Path) -> dict[str, Any]:
     """Describe a checkpoint from its config and its file headers alone.
 
+    The facts of `checkpoint.config_facts` are among the result's, and no verb reads a config
+    otherwise: "quantization", "mtp_layers", "nested"; "native_pattern" is what the config asks for.
+
     Raises:
         ValueError: it is no folder, its config or its safetensors cannot be read, its family is
             unknown, or the config makes a layer full that has no indexer weights.
     """
     path = resolve(model)
     config = read_config(path)
-    family = family_named(config.get("model_type"), f"{path}: ")
+    family = family_named(model_type_of(config), f"{path}: ")
     native = Pattern.from_config(config)
+    section = text_section(config)
+    facts = config_facts(path, config)
     names = tensor_names(path)
     missing = layers_without_indexer(path)
     contradicted = [i for i in missing if native[i] != "S"]
@@ -164,13 +176,15 @@ def describe(model: str | Path) -> dict[str, Any]:
     )
     return {
         "path": str(path),
-        **{k: config.get(k) for k in keys},
+        **{k: section.get(k) for k in keys},
+        "model_type": family.model_type,
         "tensors": len(names),
         "files": len(set(names.values())),
         "native_pattern": str(native),
         "layers_without_indexer": list(missing),
         "native_sharing": family.native_sharing,
-        "next_token_layers": config.get("num_nextn_predict_layers") or 0,
+        "next_token_layers": facts["mtp_layers"],
+        **facts,
     }
 
 
