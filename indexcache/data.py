@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from indexcache.pattern import Pattern
+from indexcache.vacuity import check_context, check_length, default_length
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["check_context", "check_length", "default_length"]  # They lie in `vacuity`.
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".npy", *TEXT_SUFFIXES)
 SPLITS = ("calibration", "heldout", "all")
 SHIPPED = ("calibration", "heldout")  # names of the two shipped texts
 ALL = "all"  # In results, this name stands for all domains together.
-MIN_SHARE_BEYOND = 0.75  # share of queries that must see more than k tokens
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -87,6 +91,7 @@ def batches(
     sequences: int = 24,
     batch: int = 1,
     seed: int = 0,
+    patterns: Iterable[Pattern | str] = (),
 ) -> list[Batch]:
     """Read a text and cut it into the batches on which a model is searched or evaluated.
 
@@ -96,14 +101,17 @@ def batches(
         encode: maps a text to token ids, without special tokens.
         config: the model's config: `vocab_size`, `max_position_embeddings` and `index_topk`.
         split: the split of `split_documents`; None is "all".
-        length: tokens per sequence; None is `default_length`.
+        length: tokens per sequence; None is `default_length` for the patterns.
         sequences, batch, seed: see `make_batches`.
+        patterns: what is to be measured on the batches; R layers need longer sequences.
 
     Raises:
         ValueError: text that `load_documents`, `split_documents` or `make_batches` refuses, or a
             length that `check_length` refuses.
     """
-    length = check_length(length, int(config.index_topk), int(config.max_position_embeddings))
+    measured = [Pattern.of(p) for p in patterns]
+    topk, context = int(config.index_topk), int(config.max_position_embeddings)
+    length = check_length(length, topk, context, measured)
     path = shipped_text(str(source)) if source in SHIPPED else Path(source)
     documents = split_documents(load_documents(path, encode, config.vocab_size), split or "all")
     return make_batches(documents, length=length, sequences=sequences, batch=batch, seed=seed)
@@ -127,44 +135,6 @@ def text_for(model: str, source: str | Path | None, split: str) -> tuple[Path, s
             "Give the text with --data: a .jsonl or text file, a folder of them, or token ids."
         )
     return shipped_text("heldout" if split == "heldout" else "calibration"), "all"
-
-
-def default_length(topk: int, context: int) -> int:
-    """Return the default number of tokens per sequence: 4 k, min 1024, max the model's context."""
-    return min(max(4 * topk, 1024), context)
-
-
-def check_length(length: int | None, topk: int, context: int) -> int:
-    """Return the length of sequences for a model; None becomes the default.
-
-    Raises:
-        ValueError: the length exceeds the model's context, or `check_context` refuses it.
-    """
-    length = default_length(topk, context) if length is None else length
-    if length > context:
-        raise ValueError(
-            f"Sequences of {length} tokens are longer than the model's context of {context}."
-        )
-    check_context(length, topk)
-    return length
-
-
-def check_context(length: int, topk: int) -> float:
-    """Return the share of queries that see more than k tokens, and so have something to select.
-
-    Raises:
-        ValueError: the share is below three quarters. With at most k tokens of context every
-            pattern computes the same, so the result would say nothing.
-    """
-    share = max(length - topk, 0) / length if length > 0 else 0.0
-    if share < MIN_SHARE_BEYOND:
-        raise ValueError(
-            f"Sequences of {length} tokens are too short for this model: with index_topk = {topk} "
-            f"only {share:.0%} of the queries have more than {topk} tokens to select from, and "
-            f"for the others every pattern is the same; use at least {4 * topk} tokens, so that "
-            f"{MIN_SHARE_BEYOND:.0%} have."
-        )
-    return share
 
 
 def load_documents(

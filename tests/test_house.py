@@ -24,6 +24,7 @@ PACKAGE = Path(indexcache.__file__).parent
 LEVELS = (
     {"configs"},
     {"pattern", "records", "memory", "progress"},
+    {"vacuity"},
     {"checkpoint", "data", "spec", "ops", "report"},
     {"shapes"},
     {"models"},

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from indexcache.data import check_context, check_length, text_for
+from indexcache.data import text_for
+from indexcache.vacuity import check_length, pools_of, sentence, share_of
 
 if TYPE_CHECKING:
     from indexcache.data import Batch
     from indexcache.models.loading import Model
+    from indexcache.pattern import Pattern
     from indexcache.spec import NamedPattern
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -60,8 +62,8 @@ class TextSettings:
     split: Split = "calibration"
     "Which documents of --data to take. The two halves never share a document."
     length: int | None = None
-    """Number of tokens of a sequence. The default is 4 k, at least 1024, and at most the model's
-    context."""
+    """Number of tokens of a sequence. The default is 4 k, or 4 pools with R layers, at least 1024,
+    and at most the model's context."""
     sequences: int = 9
     "Number of sequences, spread over the domains."
     batch: int = 1
@@ -121,22 +123,25 @@ def check_folder(out: str | None) -> None:
         raise ValueError(f"{out}: this is a file, but --out takes a folder.")
 
 
-def check_text(facts: dict[str, Any], model: str, text: TextSettings) -> None:
+def check_text(
+    facts: dict[str, Any], model: str, text: TextSettings, patterns: Sequence[Pattern] = ()
+) -> None:
     """Check everything about a text that can be checked without its model.
 
     Raises:
-        ValueError: there is no text, or its sequences do not fit the context or k.
+        ValueError: there is no text, or its sequences do not fit the context, k or the pool of a
+            pattern.
     """
     source, _ = text_for(model, text.data, text.split)
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder.")
-    check_length(text.length, facts["index_topk"], facts["max_position_embeddings"])
+    check_length(text.length, facts["index_topk"], facts["max_position_embeddings"], patterns)
 
 
 def open_model(
-    model: str, text: TextSettings, settings: ModelSettings
+    model: str, text: TextSettings, settings: ModelSettings, patterns: Sequence[Pattern] = ()
 ) -> tuple[Model, list[Batch]]:
-    """Load a model and the batches of its text; say on stderr what they are."""
+    """Load a model and the batches of its text for some patterns; say on stderr what they are."""
     from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.loading import load
 
@@ -161,13 +166,14 @@ def open_model(
         sequences=text.sequences,
         batch=text.batch,
         seed=text.seed,
+        patterns=patterns,
     )
+    sizes = (loaded.topk, *pools_of(patterns, loaded.topk))
     length = batches[0].ids.shape[1]
     domains = ", ".join(sorted({b.domain for b in batches}))
     print(
         f"{text.sequences} sequences of {length} tokens ({domains}); "
-        f"{check_context(length, loaded.topk):.0%} of the queries see more than "
-        f"k = {loaded.topk} tokens",
+        f"{sentence({size: share_of(batches, size) for size in sizes})}",
         file=sys.stderr,
     )
     return loaded, batches

@@ -54,10 +54,11 @@ def evaluate(
     facts = describe(model)
     patterns = parse_patterns(facts, pattern)
     baseline = parse_patterns(facts, [against])[0] if against else None
-    check_text(facts, model, text)
+    measured = (*patterns, *([baseline] if baseline else []))
+    check_text(facts, model, text, [p.pattern for p in measured])
     check_folder(out)
-    loaded, batches = open_model(model, text, running)
-    for named in (*patterns, *([baseline] if baseline else [])):
+    loaded, batches = open_model(model, text, running, [p.pattern for p in measured])
+    for named in measured:
         check_unseen(batches, named.seen)
     result = run_evaluation(
         loaded,

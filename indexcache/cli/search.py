@@ -43,6 +43,7 @@ def search(
     identity = {"model": fingerprint(loaded.path), "seed": text.seed}
     result = run_search(loaded, batches, out, settings, identity=identity, progress=True)
     print(result.table())
+    print("".join(f"\n{note}" for note in result.notes), end="")
     print(
         f"\n{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "
         "pattern: evaluate it on held-out text next."

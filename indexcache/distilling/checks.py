@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from indexcache.data import Batch, check_context
+from indexcache.data import Batch
 from indexcache.distilling.rows import Row, check_beyond
 from indexcache.distilling.settings import DistillSettings
 from indexcache.models.family import (
@@ -18,6 +18,7 @@ from indexcache.models.family import (
 )
 from indexcache.models.seam import in_force
 from indexcache.pattern import Pattern
+from indexcache.vacuity import check_batches, check_context, pool_of
 
 
 def check_run(
@@ -31,16 +32,21 @@ def check_run(
     """Refuse a run that cannot work, and return the share of queries that see more than k tokens.
 
     Raises:
-        ValueError: see `DistillSettings.check`, `check_model`, `check_beyond` and
-            `check_trainable`; or there are no rows, or of several lengths; there is no held-out
-            text for the evaluations; or the processes cannot share the rows evenly.
+        ValueError: see `DistillSettings.check`, `check_model`, `check_beyond`, `check_trainable`
+            and, for the held-out text, `vacuity.check_batches`; or there are no rows, or of
+            several lengths; there is no held-out text for the evaluations; or the processes cannot
+            share the rows evenly.
     """
     settings.check()
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):
         raise ValueError("The training rows are all of one length, and there is at least one.")
     check_model(model, pattern, length, settings.layer_weights)
-    beyond = check_beyond(rows, int(model.config.index_topk))
+    topk = int(model.config.index_topk)
+    # In the warm-up stage attention is dense, and no R layer chooses from a pool.
+    beyond = check_beyond(rows, topk, pool_of(pattern, topk) if settings.sparse else None)
+    if settings.eval_every and held_out:
+        check_batches(held_out, topk, [pattern])
     if settings.eval_every and not held_out:
         raise ValueError(
             "There is no held-out text to evaluate on; give some, or set eval_every to 0."

@@ -11,7 +11,8 @@ import numpy as np
 from indexcache.data import Document
 
 MIN_BEYOND = 0.25
-"""Min share of the packed queries that see more than k tokens of their own document."""
+"""Min share of the packed queries that see more than k tokens of their own document, and more than
+the pool where R layers choose from one in training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,22 +71,29 @@ def pack_rows(documents: Sequence[Document], length: int, seed: int = 0) -> list
     return rows
 
 
-def check_beyond(rows: Sequence[Row], topk: int) -> float:
+def check_beyond(rows: Sequence[Row], topk: int, pool: int | None = None) -> float:
     """Return the share of queries that see more than k tokens of their own document.
 
     Raises:
-        ValueError: the share is below `MIN_BEYOND`: the documents are too short to teach an
-            indexer what to select.
+        ValueError: the share, or that of the pool, is below `MIN_BEYOND`: the documents are too
+            short to teach an indexer what to select.
     """
+    sizes = {f"k = {topk}": topk} | ({f"the pool of {pool}": pool} if pool else {})
+    shares = {what: _share_beyond(rows, size) for what, size in sizes.items()}
+    for what, share in shares.items():
+        if share < MIN_BEYOND:
+            raise ValueError(
+                f"Only {share:.0%} of the training queries see more than {what} tokens of their "
+                "own document, so there is almost nothing to select; give longer documents (at "
+                f"least {MIN_BEYOND:.0%} of the queries) in longer rows."
+            )
+    return shares[f"k = {topk}"]
+
+
+def _share_beyond(rows: Sequence[Row], size: int) -> float:
+    """Return the share of queries that see more than `size` tokens of their own document."""
     total = sum(len(row.ids) for row in rows)
-    beyond = sum(max(b - a - topk, 0) for row in rows for a, b in row.cuts) / total
-    if beyond < MIN_BEYOND:
-        raise ValueError(
-            f"Only {beyond:.0%} of the training queries see more than k = {topk} tokens of their "
-            "own document, so there is almost nothing to select; give longer documents (at least "
-            f"{MIN_BEYOND:.0%} of the queries)."
-        )
-    return beyond
+    return sum(max(b - a - size, 0) for row in rows for a, b in row.cuts) / total
 
 
 def rows_of_step(rows: Sequence[Row], step: int, count: int, seed: int) -> list[Row]:

@@ -14,7 +14,6 @@ import torch
 from indexcache.data import (
     Batch,
     Document,
-    check_length,
     load_documents,
     make_batches,
     shipped_text,
@@ -33,6 +32,7 @@ from indexcache.models.family import family_of
 from indexcache.models.loading import Model, check_device, describe, fingerprint, load
 from indexcache.pattern import Pattern
 from indexcache.records import publish
+from indexcache.vacuity import check_length
 
 FP32_WEIGHTS = ("weights_proj.weight", "e_score_correction_bias")
 """Weights that stay fp32 in a checkpoint that is written in bfloat16."""
@@ -78,7 +78,8 @@ def distill_checkpoint(
     facts = describe(model)
     device = local_device(run.device)
     check_device(device)  # In full mode the model itself is loaded on the host.
-    length = check_length(run.length, facts["index_topk"], facts["max_position_embeddings"])
+    context = facts["max_position_embeddings"]
+    length = check_length(run.length, facts["index_topk"], context, [pattern])
     settings = replace(settings, rows=_rows(run.batch_tokens, length))
     digest = fingerprint(Path(facts["path"]))
     if run.layer_weights is not None:

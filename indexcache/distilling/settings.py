@@ -168,8 +168,8 @@ class RunSettings:
     """Number of tokens of a step, over all processes. The default is four rows."""
 
     length: int | None = None
-    """Number of tokens of a row, into which documents are packed. The default is 4 k, at least
-    1024, and at most the model's context."""
+    """Number of tokens of a row, into which documents are packed. The default is 4 k, or 4 pools
+    with R layers, at least 1024, and at most the model's context."""
 
     eval_sequences: int = 16
     """Number of held-out sequences, spread over the domains."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexcache.data import ALL, Batch, check_context
+from indexcache.data import ALL, Batch
 from indexcache.evals.statistics import bootstrap_interval
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
@@ -21,6 +21,7 @@ from indexcache.models.seam import check_pattern, selector_of, use_pattern
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
+from indexcache.vacuity import check_batches
 
 BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
@@ -196,8 +197,9 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences too short for k, a pattern the model cannot take, or a loss that is
-            not finite.
+        ValueError: sequences or documents on which a role has too little to lose
+            (`vacuity.check_batches`), a pattern the model cannot take, or a loss that is not
+            finite.
     """
     named = _named(patterns)
     module = module_of(model)
@@ -205,8 +207,7 @@ def evaluate(
     base = native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
         check_pattern(module, pattern)
-    for batch in batches:
-        check_context(batch.ids.shape[1], module.config.index_topk)
+    check_batches(batches, int(module.config.index_topk), [base, *named.values()])
     sums: dict[str, dict[Key, np.ndarray]] = {
         name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
     }

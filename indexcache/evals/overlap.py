@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indexcache.data import Batch, check_context
+from indexcache.data import Batch
 from indexcache.models.family import AnyModel, module_of, native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
+from indexcache.vacuity import check_batches
 
 CHUNK_BYTES = 1 << 26  # bytes of the membership matrix of a chunk of queries
 
@@ -72,13 +73,12 @@ def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences too short for k.
+        ValueError: sequences or documents too short for k (`vacuity.check_batches`).
     """
     module = module_of(model)
     topk = int(module.config.index_topk)
     pattern = native_pattern(module)
-    for batch in batches:
-        check_context(batch.ids.shape[1], topk)
+    check_batches(batches, topk)
     total = np.zeros((len(pattern), len(pattern)))
     queries = 0
     chance = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Model:
         sequences: int = 24,
         batch: int = 1,
         seed: int = 0,
+        patterns: Iterable[Pattern | str] = (),
     ) -> list[Batch]:
         """Cut text into batches of token sequences for this model.
 
@@ -87,15 +89,16 @@ class Model:
             source: "heldout" or "calibration" for the text that the package ships, or a .jsonl,
                 .txt, .md, .rst or .npy file, or a folder of such files.
             split: the documents to take: "calibration", "heldout" or "all", which is the default.
-            length: tokens of a sequence. The default is 4 k, at least 1024, and at most the model's
-                context.
+            length: tokens of a sequence. The default is 4 k, or 4 pools if one of the patterns has
+                R layers, at least 1024, and at most the model's context.
             sequences: number of sequences in all batches together.
             batch: max number of sequences in a batch.
             seed: random seed for the order in which documents are taken.
+            patterns: what is to be measured on the batches.
 
         Raises:
             ValueError: the source cannot be read or has too little text, or the sequences are
-                longer than the context or too short for k.
+                longer than the context, or too short for k or for the pool of a pattern.
         """
         return batches(
             source,
@@ -106,6 +109,7 @@ class Model:
             sequences=sequences,
             batch=batch,
             seed=seed,
+            patterns=patterns,
         )
 
     def generate(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from indexcache.data import Batch, check_context, digest_of
+from indexcache.data import Batch, digest_of
 from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
 from indexcache.models.loading import library_versions, weights_digest
 from indexcache.models.seam import selector_of
@@ -20,6 +20,7 @@ from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
 from indexcache.searching.objective import Objective
 from indexcache.searching.settings import SearchSettings
+from indexcache.vacuity import check_batches
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class SearchResult:
         frontier: the searched patterns, from all full down to the fewest full layers.
         uniform: uniform patterns of the same budgets, for comparison.
         calibration: the text: sequences, tokens, share of queries beyond k, domains, digests.
+        notes: what was left out of the comparison, and why, in sentences.
     """
 
     frontier: tuple[FrontierPoint, ...]
     uniform: tuple[FrontierPoint, ...]
     calibration: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def pattern(self) -> Pattern:
@@ -61,6 +64,7 @@ class SearchResult:
             "frontier": [facts(point) | {"flipped": point.flipped} for point in self.frontier],
             "uniform": [facts(point) for point in self.uniform],
             "calibration": self.calibration,
+            "notes": list(self.notes),
         }
 
 
@@ -93,10 +97,11 @@ def search(
     module = module_of(model)
     _refuse_trained_sharing(module)
     layers = module.config.num_hidden_layers
-    beyond = min(check_context(b.ids.shape[1], module.config.index_topk) for b in batches)
+    topk = int(module.config.index_topk)
+    beyond = check_batches(batches, topk)[topk].beyond
     starts = stage_starts(layers, settings.stages)
     full = settings.full_layers(layers)
-    comparisons = _uniform(layers, full, settings) if settings.uniform else []
+    comparisons, notes = _comparisons(batches, topk, layers, full, settings)
     facts = {**asdict(settings), **_environment(module, batches), **(identity or {})}
     with open_run(Path(out), facts) as run:
         evaluated = {e["pattern"]: e["loss"] for e in run.journal}
@@ -114,7 +119,8 @@ def search(
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
                 objective.rebase(point.pattern)
             uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
-        result = SearchResult(tuple(frontier), tuple(uniform), _calibration(batches, beyond))
+        calibration = _calibration(batches, beyond)
+        result = SearchResult(tuple(frontier), tuple(uniform), calibration, notes)
         run.save("result.json", result.to_json())
         digests = {"calibration_digests": result.calibration["digests"]}
         run.save("pattern.json", result.pattern.facts() | digests)
@@ -144,16 +150,53 @@ def _refuse_trained_sharing(module: DsaModule) -> None:
         )
 
 
-def _uniform(layers: int, full: int, settings: SearchSettings) -> list[Pattern]:
-    """List the uniform patterns 1/2, 1/4, .. down to the budget, S and R, that fit the stages."""
+def _comparisons(
+    batches: Sequence[Batch], topk: int, layers: int, full: int, settings: SearchSettings
+) -> tuple[list[Pattern], tuple[str, ...]]:
+    """Return the uniform patterns to evaluate beside the search, and what is left out of them.
+
+    The pool of R patterns is halved until half of the queries see more than it holds.
+    """
+    if not settings.uniform:
+        return [], ()
+    notes: tuple[str, ...] = ()
+    factor = settings.pool_factor
+    reindexed = _uniform(layers, full, settings.stages, "R", factor)
+    while reindexed and (problem := _refusal(batches, topk, reindexed)):
+        if factor > 2:
+            factor = max(factor // 2, 2)
+            reindexed = _uniform(layers, full, settings.stages, "R", factor)
+            notes = (
+                f"The uniform R patterns have a pool of {factor} k, because the text is too short "
+                f"for one of {settings.pool_factor} k.",
+            )
+        else:
+            reindexed = []
+            notes = (f"No uniform pattern with R layers was evaluated. {problem}",)
+    shared = _uniform(layers, full, settings.stages, "S")
+    both = sorted([*shared, *reindexed], key=lambda p: (-len(p.full_layers), "R" in p.roles))
+    return both, notes
+
+
+def _refusal(batches: Sequence[Batch], topk: int, patterns: list[Pattern]) -> str | None:
+    """Return why nothing can be said of the patterns on these batches; None where it can."""
+    try:
+        check_batches(batches, topk, patterns)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _uniform(
+    layers: int, full: int, stages: int, rest: str, pool_factor: int | None = None
+) -> list[Pattern]:
+    """List the uniform patterns 1/2, 1/4, .. down to the budget that fit the stages."""
     patterns = []
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:
-        for role in "SR":
-            pool_factor = settings.pool_factor if role == "R" else None
-            p = Pattern.uniform(layers, freq, rest=role, pool_factor=pool_factor)
-            if all(p[s] == "F" for s in stage_starts(layers, settings.stages)):
-                patterns.append(p)
+        p = Pattern.uniform(layers, freq, rest=rest, pool_factor=pool_factor)
+        if all(p[s] == "F" for s in stage_starts(layers, stages)):
+            patterns.append(p)
         freq *= 2
     return patterns
 

@@ -18,7 +18,8 @@ class SearchSettings:
     uniform: bool = True
     "Evaluate uniform patterns too, with S and with R layers, for comparison."
     pool_factor: int = 8
-    "Size of the pool of the uniform R patterns, in units of k."
+    """Size of the pool of the uniform R patterns, in units of k. It is halved where the sequences
+    are too short for it; what is evaluated is said."""
 
     def full_layers(self, layers: int) -> int:
         """Return how many of `layers` layers stay full at the end.

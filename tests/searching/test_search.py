@@ -55,7 +55,10 @@ def test_search_works_on_deepseek_v32(batches, tmp_path):
     result = search(make_model("deepseek_v32"), batches, tmp_path, SearchSettings(keep=0.5))
     assert result.pattern == result.frontier[-1].pattern
     assert result.frontier[-1].full == 3
-    assert {str(p.pattern) for p in result.uniform} == {"FSFSFS", "FRFRFR@8"}
+    assert {str(p.pattern) for p in result.uniform} == {
+        "FSFSFS",
+        "FRFRFR@4",
+    }  # A pool of 8 k would hold all 64.
 
 
 def test_stages_keep_their_first_layer_and_evaluate_less(glm, batches, tmp_path):
