@@ -19,9 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from indexcache.overrides import PATTERN_KEYS, flag_values, levels_of, sharing_keys, unwrapped
+
 ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
 MAX_POOL_FACTOR = 999_999
+MAX_FILE = 1 << 26  # bytes of a file that may hold a pattern
 DEFAULT_SKIP_OFFSET = 2  # Engines assume it when a config gives a frequency and no offset.
 TYPES = {"F": "full", "S": "shared"}
 
@@ -145,31 +148,92 @@ class Pattern:
         return _filled(_is_full(layers, freq, offset), "S", None)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Pattern:
-        """Read a pattern from a file.
+    def from_overrides(cls, values: Mapping[str, Any], layers: int | None = None) -> Pattern:
+        """Read the pattern of engine overrides or of a config, whose keys must agree.
 
-        The file holds the string itself, JSON `{"pattern": ..}`, a JSON list of types, or it is a
-        config.json.
+        Each engine reads another key, so two that differ mean two patterns. The keys may lie under
+        `text_config`, and the overrides under the name of an engine's flag.
+
+        Args:
+            layers: number of layers of the model, for overrides that give a frequency alone.
 
         Raises:
-            ValueError: the file cannot be read or holds no pattern.
+            ValueError: there is no pattern, or the keys are malformed or contradict each other.
+        """
+        values = unwrapped(values)
+        keys = sharing_keys(values)
+        for level in (levels := levels_of(values)):
+            layers = level.get("num_hidden_layers", layers)
+        found = {}
+        for key in (key for key in PATTERN_KEYS if key in keys):
+            value = keys[key]
+            size = len(value) if isinstance(value, (str, list)) and layers is None else layers
+            found[key] = cls.from_config({"num_hidden_layers": size or 1, key: value})
+        if len(set(found.values())) > 1:
+            pairs = " but ".join(f"{key} gives {pattern}" for key, pattern in found.items())
+            raise ValueError(f"{pairs}; engines read different ones, so make them equal.")
+        if found:
+            return next(iter(found.values()))
+        is_config = any("num_hidden_layers" in level for level in levels)
+        if layers is None or not (is_config or "index_topk_freq" in keys):
+            raise ValueError(
+                "there is no pattern; a pattern is under one of the keys pattern, "
+                f"{', '.join((*PATTERN_KEYS, 'index_topk_freq'))}."
+            )
+        return cls.from_config({"num_hidden_layers": layers, **keys})
+
+    @classmethod
+    def from_file(cls, path: str | Path, layers: int | None = None) -> Pattern:
+        """Read a pattern from a file.
+
+        The file holds the string itself, JSON `{"pattern": ..}`, a JSON list of types, the
+        overrides of vLLM or SGLang as JSON or in a script that starts them, or it is a config.json.
+
+        Args:
+            path: the file.
+            layers: number of layers of the model, for overrides that give a frequency alone.
+
+        Raises:
+            ValueError: the file cannot be read, holds no pattern, or holds several.
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8").strip()
+            if path.is_file() and path.stat().st_size > MAX_FILE:
+                raise ValueError(f"it has more than {MAX_FILE} bytes")
+            text = path.read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: the pattern file cannot be read ({error}).") from None
         try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        try:
-            if isinstance(value, Mapping):
-                pattern = value.get("pattern")
-                return cls(pattern) if isinstance(pattern, str) else cls.from_config(value)
-            return cls(value)
+            return cls._from_text(text, layers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_text(cls, text: str, layers: int | None) -> Pattern:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            if flags := flag_values(text):
+                patterns = {cls.from_overrides(flag, layers) for flag in flags}
+                if len(patterns) > 1:
+                    raise ValueError(
+                        f"its flags give {len(patterns)} different patterns; keep one of them."
+                    ) from None
+                return patterns.pop()
+            if not re.fullmatch(r"[\w@ ]*", text):
+                raise ValueError(
+                    "there is no pattern; a file holds FSSF.., JSON with a pattern, overrides of "
+                    "an engine, or a config."
+                ) from None
+            return cls(text)
+        if not isinstance(value, Mapping):
+            return cls(value)
+        pattern = value.get("pattern")
+        if pattern is None:
+            return cls.from_overrides(value, layers)
+        if (types := value.get("indexer_types")) is not None and cls(types) != cls(pattern):
+            raise ValueError(f"its pattern is {pattern}, but its indexer_types are others.")
+        return cls(pattern)
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-from indexcache.pattern import Pattern, full_count
+from indexcache.checkpoint import read_header
+from indexcache.pattern import MAX_FILE, Pattern, full_count
 from indexcache.records import read_json
 
 SYNTAX = """one of
@@ -20,7 +24,10 @@ SYNTAX = """one of
                   uniform:4 mean the same
   uniform:1/4:2   the same with the offset 2, which engines take where a
                   config gives none: FFSSSFSSS..
-  FILE            a file that holds a pattern, or a config.json
+  FILE            a file that holds a pattern: any that export writes, the
+                  overrides of vLLM or SGLang or a script with them, a
+                  config.json, a delta, or a TOML file of settings
+  DIR             the folder of an export, a distillation or a checkpoint
   RUN             the last pattern of a search's folder
   RUN:1/4, RUN:3  the search's pattern that keeps 1/4 of the layers full, or 3
 Any of them may end in +R8: its full layers stay, and all others become R layers
@@ -46,7 +53,7 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
         ValueError: the specification names no pattern, or one for another number of layers.
     """
     name, equals, body = spec.partition("=")
-    if not equals:
+    if not equals or _is_source(spec):
         body = spec
         name = spec
     suffix = re.fullmatch(r"(.*)\+R(\d*)", body)
@@ -85,19 +92,118 @@ def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
     kind, *values = spec.split(":")
     if kind == "uniform" and 1 <= len(values) <= 2:
         return _uniform(spec, values, layers), frozenset()
+    if spec.startswith(("{", "[")):
+        return _of_json(spec, layers), frozenset()
     head, colon, tail = spec.rpartition(":")
     if os.path.isdir(spec):
-        return _frontier_point(Path(spec), None, layers)
+        return _of_folder(Path(spec), layers)
     if colon and os.path.isdir(head):
         kept = _positive(tail, spec)
         fraction = "/" in tail or kept.denominator != 1
         full = full_count(layers, float(kept)) if fraction else int(kept)
         return _frontier_point(Path(head), full, layers)
     if os.path.isfile(spec):
-        return Pattern.from_file(spec), _digests(Path(spec))
+        return _of_file(Path(spec), layers)
+    if os.path.exists(spec):
+        raise ValueError(f"{spec}: is neither a file nor a folder, so no pattern can be read.")
     if "/" in spec or "." in spec or colon:
         raise ValueError(f"{spec}: is no pattern, and there is no such file or run folder.")
     return Pattern(spec), frozenset()
+
+
+def _is_source(spec: str) -> bool:
+    """Say whether the whole of a specification with an = is JSON, or names a file or folder."""
+    return spec.startswith(("{", "[")) or os.path.exists(spec)
+
+
+def _of_json(spec: str, layers: int) -> Pattern:
+    """Read overrides or a list of types that were given instead of a file."""
+    try:
+        value = json.loads(spec)
+    except ValueError as error:
+        raise ValueError(f"{spec:.60}: begins like JSON, but is none ({error}).") from None
+    return Pattern.of(value) if isinstance(value, list) else Pattern.from_overrides(value, layers)
+
+
+def _of_file(file: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Read the pattern of a file, and the digests that it carries."""
+    if file.suffix == ".safetensors":
+        pattern = read_header(file).metadata.get("pattern")
+        if pattern is None:
+            raise ValueError(f"{file}: this is no delta, so it has no pattern.")
+        return _named_in(file, pattern), frozenset()
+    if file.suffix == ".toml":
+        return _of_settings(file, layers)
+    value = _json_object(file)
+    if "frontier" in value:
+        return _frontier_point(file, None, layers)
+    if isinstance(value.get("rows"), list):
+        return _of_rows(file, value["rows"]), frozenset()
+    return Pattern.from_file(file, layers), _digests(value)
+
+
+def _of_folder(folder: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Read the pattern of a run's, an export's or a checkpoint's folder."""
+    result = folder / "result.json"
+    if result.is_file():
+        if isinstance(_json_object(result).get("pattern"), str):
+            return _of_file(result, layers)  # This is a distillation's.
+        return _frontier_point(folder, None, layers)
+    if not (folder / "journal.jsonl").exists():
+        for name in ("pattern.json", "config.json", "evidence.json", "overlap.json"):
+            if (folder / name).is_file():
+                return _of_file(folder / name, layers)
+    return _frontier_point(folder, None, layers)  # It says that there is none.
+
+
+def _of_settings(file: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Read the pattern of a TOML file of settings, as --config takes it."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as TOML ({error}).") from None
+    given = values.get("pattern", values.get("patterns"))
+    specs = [given] if isinstance(given, str) else given
+    if not isinstance(specs, list) or len(specs) != 1 or not isinstance(specs[0], str):
+        raise ValueError(f"{file}: must have one pattern, under the key pattern.")
+    if specs[0].endswith(".toml"):
+        raise ValueError(f"{file}: its pattern is another file of settings; name that one.")
+    named = parse_pattern(specs[0], layers)
+    return named.pattern, named.seen
+
+
+def _of_rows(file: Path, rows: list[Any]) -> Pattern:
+    """Read the only pattern of evidence.json or bench.json."""
+    patterns = {
+        row["pattern"]
+        for row in rows
+        if isinstance(row, dict) and isinstance(row.get("pattern"), str)
+    }
+    if len(patterns) != 1:
+        raise ValueError(
+            f"{file}: its rows have {len(patterns)} different patterns; write down the one you "
+            "mean."
+        )
+    return _named_in(file, patterns.pop())
+
+
+def _named_in(file: Path, pattern: str) -> Pattern:
+    """Return a pattern that a file holds; an error names the file."""
+    try:
+        return Pattern(pattern)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; an empty one for any other file."""
+    if file.stat().st_size > MAX_FILE:
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _uniform(spec: str, values: list[str], layers: int) -> Pattern:
@@ -126,34 +232,35 @@ def _positive(text: str, spec: str) -> Fraction:
     return value
 
 
-def _digests(file: Path) -> frozenset[str]:
-    """Read which documents a search saw from its pattern.json; any other file names none."""
-    try:
-        value = read_json(file)
-    except ValueError:
-        return frozenset()
-    digests = value.get("calibration_digests", ()) if isinstance(value, dict) else ()
+def _digests(value: dict[str, Any]) -> frozenset[str]:
+    """Read which documents a search saw, from the object of its pattern.json."""
+    digests = value.get("calibration_digests")
+    digests = digests if isinstance(digests, list) else []
     return frozenset(d for d in digests if isinstance(d, str))
 
 
-def _frontier_point(folder: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
-    """Read the pattern with `full` full layers from a search's folder; None is the last one."""
-    if not (folder / "result.json").exists():
+def _frontier_point(source: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
+    """Read the pattern with `full` full layers from a search; None is the last one.
+
+    `source` is its folder or its result.json.
+    """
+    file = source / "result.json" if source.is_dir() else source
+    if not file.exists():
         raise ValueError(
-            f"{folder}: has no result.json; the search there is not finished (run it again to go "
+            f"{source}: has no result.json; the search there is not finished (run it again to go "
             "on)."
         )
-    result = read_json(folder / "result.json")
+    result = read_json(file)
     try:
         frontier = {int(point["full"]): Pattern(point["pattern"]) for point in result["frontier"]}
         seen = frozenset(result["calibration"]["digests"])
         min(frontier)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{folder}: result.json is not the result of a search.") from None
+        raise ValueError(f"{source}: {file.name} is not the result of a search.") from None
     full = min(frontier) if full is None else full
     if full not in frontier:
         raise ValueError(
-            f"{folder}: the search has no pattern with {full} full layers, only {min(frontier)} to "
+            f"{source}: the search has no pattern with {full} full layers, only {min(frontier)} to "
             f"{max(frontier)}; search further, with a smaller --keep and a new --out."
         )
     return frontier[full].check(layers=layers), seen

@@ -22,11 +22,11 @@ PACKAGE = Path(indexcache.__file__).parent
 # Modules and folders of the package by level. One imports those of lower levels only, and no other
 # one of its own level.
 LEVELS = (
-    {"configs"},
+    {"configs", "overrides"},
     {"pattern", "records", "memory", "progress"},
     {"vacuity"},
-    {"checkpoint", "data", "spec", "ops", "report"},
-    {"shapes"},
+    {"checkpoint", "data", "ops", "report"},
+    {"shapes", "spec"},
     {"models"},
     {"searching", "evals", "exporting", "bench"},
     {"distilling"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -131,5 +132,9 @@ def batches(word: str) -> tuple[int | str, ...]:
 
 
 def split(words: tuple[str, ...]) -> list[str]:
-    """Split words at commas, and drop what is empty."""
-    return [item.strip() for word in words for item in word.split(",") if item.strip()]
+    """Split words at commas, and drop what is empty; JSON and existing files stay whole."""
+    items: list[str] = []
+    for word in words:
+        whole = word.startswith(("{", "[")) or os.path.exists(word)
+        items += [word] if whole else word.split(",")
+    return [item.strip() for item in items if item.strip()]

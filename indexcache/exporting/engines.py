@@ -11,14 +11,6 @@ from typing import Any
 from indexcache.configs import text_section
 from indexcache.pattern import DEFAULT_SKIP_OFFSET, Pattern
 
-SHARING_KEYS = (
-    "use_index_cache",
-    "index_topk_pattern",
-    "indexer_types",
-    "index_topk_freq",
-    "index_skip_topk_offset",
-)
-
 
 def override_keys(section: Mapping[str, Any], pattern: Pattern) -> dict[str, Any]:
     """Return `pattern.to_config()`, and keys that neutralise a frequency in the base config.

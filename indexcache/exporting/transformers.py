@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers, read_index
 from indexcache.configs import text_section
-from indexcache.exporting.engines import SHARING_KEYS
+from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 
 BLOCK = 1 << 24  # bytes
