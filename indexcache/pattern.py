@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.overrides import PATTERN_KEYS, flag_values, levels_of, sharing_keys, unwrapped
+from indexcache.reading import parse_json, read_text
 
 ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
@@ -197,12 +198,7 @@ class Pattern:
             ValueError: the file cannot be read, holds no pattern, or holds several.
         """
         path = Path(path)
-        try:
-            if path.is_file() and path.stat().st_size > MAX_FILE:
-                raise ValueError(f"it has more than {MAX_FILE} bytes")
-            text = path.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: the pattern file cannot be read ({error}).") from None
+        text = read_text(path, most=MAX_FILE).strip()
         try:
             return cls._from_text(text, layers)
         except ValueError as error:
@@ -211,8 +207,8 @@ class Pattern:
     @classmethod
     def _from_text(cls, text: str, layers: int | None) -> Pattern:
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = parse_json(text)
+        except ValueError:
             if flags := flag_values(text):
                 patterns = {cls.from_overrides(flag, layers) for flag in flags}
                 if len(patterns) > 1:

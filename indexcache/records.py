@@ -19,6 +19,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from indexcache.reading import check_regular, parse_json, read_json
+
+__all__ = [
+    "Run",
+    "atomic",
+    "atomic_folder",
+    "changed",
+    "claim",
+    "finished_journal",
+    "locked",
+    "open_run",
+    "publish",
+    "read_journal",
+    "read_json",
+    "write_json",
+    "writing",
+]
+
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -124,18 +142,6 @@ def write_json(path: Path, value: Any) -> None:
         f.write("\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it cannot be read or is not JSON; the message names the file.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from None
-
-
 class Run:
     """One run's folder, open for writing: `settings.json`, `journal.jsonl` and the saved results.
 
@@ -150,6 +156,7 @@ class Run:
 
     def _recover(self) -> list[dict[str, Any]]:
         path = self.folder / "journal.jsonl"
+        check_regular(path)
         raw = path.read_bytes() if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
         if len(complete) < len(raw):
@@ -175,16 +182,24 @@ class Run:
 
 
 def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
-    try:
-        entries = [json.loads(line) for line in lines.splitlines()]
-    except ValueError:
-        entries = [None]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(
-            f"{path}: a line is not a JSON object, so the journal was changed by hand; "
-            "start in a new folder."
-        )
+    entries = []
+    for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n") if lines else (), 1):
+        try:
+            entry = parse_json(line, finite=True)
+        except ValueError as error:
+            raise changed(path, number, str(error)) from None
+        if not isinstance(entry, dict):
+            raise changed(path, number, "it is not a JSON object")
+        entries.append(entry)
     return entries
+
+
+def changed(path: Path, number: int, why: str) -> ValueError:
+    """Return the refusal of a line of a journal that nothing of ours has written."""
+    return ValueError(
+        f"{path}: line {number} is not what a run writes ({' '.join(why.split()):.200}), so the "
+        "journal was changed by hand; start in a new folder."
+    )
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
@@ -211,10 +226,10 @@ def finished_journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from None
+    if not path.exists():
+        raise ValueError(f"{path}: cannot be read (there is no such file).")
+    check_regular(path)
+    return path.read_bytes()
 
 
 @contextmanager

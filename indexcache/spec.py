@@ -34,6 +34,10 @@ Any of them may end in +R8: its full layers stay, and all others become R layers
 with a pool of 8 k (+R means +R8). NAME= in front of it gives it a name."""
 
 
+NUMBER = r"-?[0-9]{1,9}(\.[0-9]{1,9}|/[0-9]{1,9})?"
+"""A number or a fraction in a pattern's name."""
+
+
 @dataclass(frozen=True)
 class NamedPattern:
     """A pattern, its name, and the digests of the calibration documents that a search saw.
@@ -56,7 +60,7 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
     if not equals or _is_source(spec):
         body = spec
         name = spec
-    suffix = re.fullmatch(r"(.*)\+R(\d*)", body)
+    suffix = re.fullmatch(r"(.*)\+R([0-9]{0,9})", body, re.DOTALL)
     pattern, seen = _parse(suffix[1] if suffix else body, layers)
     if suffix:
         pattern = pattern.with_rest("R", int(suffix[2]) if suffix[2] else None)
@@ -87,7 +91,7 @@ def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
         )
     if spec in ("full", "all"):
         return Pattern.full(layers), frozenset()
-    if re.fullmatch(r"1/\d+", spec):
+    if re.fullmatch(r"1/[0-9]+", spec):
         spec = f"uniform:{spec}"
     kind, *values = spec.split(":")
     if kind == "uniform" and 1 <= len(values) <= 2:
@@ -220,13 +224,18 @@ def _uniform(spec: str, values: list[str], layers: int) -> Pattern:
 
 
 def _positive(text: str, spec: str) -> Fraction:
-    """Read a number or a fraction above 0; `spec` is named in the error."""
+    """Read a number or a fraction above 0; `spec` is named in the error.
+
+    Numbers have at most nine digits: `Fraction` would compute all the digits of 1e99999999.
+    """
+    if not re.fullmatch(NUMBER, text):
+        raise ValueError(
+            f"{spec:.80}: {text!r:.80} is neither a number of layers nor a fraction such as 1/4."
+        )
     try:
         value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"{spec}: {text!r} is neither a number of layers nor a fraction such as 1/4."
-        ) from None
+    except ZeroDivisionError:
+        value = Fraction(0)
     if value <= 0:
         raise ValueError(f"{spec}: {text} must be above 0.")
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 import sys
 import tomllib
@@ -29,6 +28,8 @@ from indexcache.cli import (
     search,
 )
 from indexcache.memory import out_of_memory
+from indexcache.process import BAD_INPUT, NO_READER, drop_stdout, end_of, say, was_interrupted
+from indexcache.reading import read_text
 from indexcache.spec import SYNTAX
 
 VERBS: dict[str, Callable[..., int | None]] = {
@@ -56,6 +57,11 @@ UNREACHABLE = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.EFBIG,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ETXTBSY,
+    errno.EMFILE,
+    errno.ENFILE,
 )
 """Errors of the file system that name a file of the user's, not a bug of ours."""
 
@@ -63,8 +69,9 @@ UNREACHABLE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb, and return its exit code.
 
-    0: it is done. 1: a gate failed. 2: the usage or the input is wrong, and one sentence on stderr
-    says how. 130: it was interrupted. 141: nobody reads stdout any more.
+    0: it is done. 1: a gate failed. 2: the usage, the input or the machine is wrong, and one
+    sentence on stderr says how. 70: a bug of ours; the sentence names the file with its traceback.
+    130: it was interrupted. 141: nobody reads stdout any more.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     log = logging.getLogger("indexcache")
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     log.addHandler(notes)
     try:
-        return guarded(lambda: run(tokens))
+        return guarded(lambda: run(tokens), tokens)
     finally:
         log.removeHandler(notes)
 
@@ -82,7 +89,7 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one note."""
-        print(f"indexcache: note: {record.getMessage()}", file=sys.stderr)
+        say(f"note: {record.getMessage()}")
 
 
 def run(tokens: list[str]) -> int | None:
@@ -161,11 +168,13 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
     path = next((a.tokens[0].value for a in arguments if a.name == "--config" and a.tokens), None)
     if path is None:
         return
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"{path}: there is no such settings file.")
+    text = read_text(file)
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: the settings file cannot be read ({error.strerror}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: is not TOML ({error}).") from None
     nested: dict[str, Any] = values
     for command in reversed(commands):
@@ -173,47 +182,53 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
     Dict(nested, source=path)(app, commands, arguments)
 
 
-def guarded(call: Callable[[], int | None]) -> int:
+def guarded(call: Callable[[], int | None], arguments: Sequence[str] = ()) -> int:
     """Return the exit code of `call`, where None means 0; see `main`.
 
-    An error that is the user's or the machine's becomes one sentence on stderr. A bug keeps its
-    traceback.
+    An error that is the user's or the machine's becomes one sentence on stderr, and so does a bug,
+    whose traceback goes to a file.
     """
     try:
-        return call() or 0
-    except ValueError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print(
-            "indexcache: interrupted; a search, distillation or bench goes on with the same "
-            "command.",
-            file=sys.stderr,
-        )
-        return 130
+        code = call() or 0
+    except BaseException as error:
+        # The reader of our output has gone, e.g. head. Rich exits with 1 where it prints the help.
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if isinstance(cause, BrokenPipeError):
+            drop_stdout()
+            return NO_READER
+        sentence = None if was_interrupted() else explained(error)
+        if sentence is None:
+            code = end_of(error, list(arguments), __version__)
+        else:
+            say(sentence)
+            code = BAD_INPUT
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has gone, e.g. head. The interpreter flushes stdout when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail("There is not enough memory for this; use fewer or shorter sequences.")
+        drop_stdout()
+        return NO_READER
     except OSError as error:
+        drop_stdout()
+        say(f"stdout cannot be written: {error.strerror or error}.")
+        return BAD_INPUT
+    return code
+
+
+def explained(error: BaseException) -> str | None:
+    """Return the sentence about an error that is the user's or the machine's; None for a bug."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        return (
+            "There is not enough memory for this; use fewer or shorter sequences, a smaller "
+            "--batch or --chunk, or another --device."
+        )
+    if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(
+            return (
                 f"The disk is full ({error.filename or 'while writing'}); free space and run the "
                 "same command again."
             )
         if error.errno in UNREACHABLE:
-            return _fail(f"{error.filename or 'A file'!s:.120}: {error.strerror}.")
-        raise
-    except RuntimeError as error:
-        if out_of_memory(error):
-            return _fail(
-                "There is not enough memory for this; use fewer or shorter sequences, or another "
-                "--device."
-            )
-        raise
-
-
-def _fail(message: str) -> int:
-    print("indexcache: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+            return f"{error.filename or 'A file'!s:.120}: {error.strerror}."
+    return None

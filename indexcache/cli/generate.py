@@ -13,6 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Checkpoint, Dtype, IndexDtype, Output, Spec, parse_patterns
+from indexcache.reading import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +123,7 @@ def generate(
 
 def _read(path: Path) -> str:
     """Read the prompt; raise ValueError where there is none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text.") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    text = read_text(path)
     if not text:
         raise ValueError(f"{path}: is empty; a prompt needs at least one character.")
     return text

@@ -220,12 +220,14 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(capsys, monkeypatch, tmp_pa
 
 def test_values_of_a_repeated_flag_add_up(capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        evaluate_verb, "parse_patterns", lambda facts, specs: seen.append(specs) or 1 / 0
-    )
+
+    def parse(facts, specs):
+        seen.append(specs)
+        raise Called
+
+    monkeypatch.setattr(evaluate_verb, "parse_patterns", parse)
     for argv in (["--pattern", "1/2", "1/4", "a, b=all"], ["--pattern", "1/2", "--pattern", "all"]):
-        with pytest.raises(ZeroDivisionError):
-            main(["evaluate", "tiny", *argv])
+        assert main(["evaluate", "tiny", *argv]) == 2
     assert seen == [("1/2", "1/4", "a, b=all"), ("1/2", "all")]
 
 
@@ -310,7 +312,9 @@ def test_help_imports_no_model_code(argv):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_failures_become_exit_codes_and_bugs_tracebacks(capsys, monkeypatch):
+def test_failures_become_exit_codes_and_bugs_files(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
     def fail(error: BaseException):
         def describe(model):
             raise error
@@ -324,6 +328,7 @@ def test_failures_become_exit_codes_and_bugs_tracebacks(capsys, monkeypatch):
         (MemoryError(), 2, "memory"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "memory"),
         (OSError(28, "No space left on device", "f"), 2, "disk is full"),
+        (ImportError("AWQ needs gptqmodel", name="gptqmodel"), 2, "needs gptqmodel"),
         (PermissionError(13, "Permission denied", "f"), 2, "f: Permission denied"),
     ):
         got, err = fail(error)
@@ -331,9 +336,23 @@ def test_failures_become_exit_codes_and_bugs_tracebacks(capsys, monkeypatch):
         assert err.startswith("indexcache: ")
         assert err.count("\n") == 1
         assert part in err
-    for error in (RuntimeError("a bug"), TypeError("a bug"), OSError(5, "Input/output error")):
-        with pytest.raises(type(error)):  # A bug keeps its traceback.
-            fail(error)
+    for error in (
+        RuntimeError("a bug"),
+        TypeError("a bug"),
+        OSError(5, "a bug"),
+        KeyError("a bug"),
+        RecursionError("a bug"),
+        SystemExit("a bug"),
+        GeneratorExit("a bug"),
+    ):
+        got, err = fail(error)
+        assert got == 70
+        assert err.count("\n") == 1
+        assert f"{type(error).__name__}: " in err
+        (file,) = tmp_path.iterdir()
+        assert str(file) in err
+        assert "Traceback" in file.read_text() and "a bug" in file.read_text()
+        file.unlink()
 
 
 def test_json_is_the_last_line(capsys):
