@@ -247,5 +247,5 @@ def sentence(shares: Mapping[int, Share]) -> str:
 
 
 def _percent(share: float) -> str:
-    """Format a share with three digits at most: 0.03125 is 3.1%."""
-    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share:.1%}"
+    """Format a share with three digits: 0.03125 is 3.12%."""
+    return f"{100 * share:.3g}%"

@@ -230,8 +230,8 @@ def test_commands_refuse_joined_documents_and_name_the_share(checkpoint, tmp_pat
     write(100)
     assert run(f"evaluate {checkpoint} --pattern FRRRRR@2 {common}") == 0
     error = capsys.readouterr().err
-    assert "k = 8 is 38% of a query's context on average, 12% of the longest" in error
-    assert "the pool of 16 is 59% of a query's context on average, 25% of the longest" in error
+    assert "k = 8 is 37.8% of a query's context on average, 12.5% of the longest" in error
+    assert "the pool of 16 is 59.1% of a query's context on average, 25% of the longest" in error
     assert "75% of the queries see more" in error
     assert run(f"search {checkpoint} --keep 1/2 {common} --out {tmp_path / 's'}") == 0
     assert "a pool of 4 k" in capsys.readouterr().out

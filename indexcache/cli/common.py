@@ -17,6 +17,7 @@ from indexcache.vacuity import check_length, pools_of, sentence, share_of
 
 if TYPE_CHECKING:
     from indexcache.data import Batch
+    from indexcache.models.conditions import Origin
     from indexcache.models.loading import Model
     from indexcache.pattern import Pattern
     from indexcache.spec import NamedPattern
@@ -177,6 +178,14 @@ def open_model(
         file=sys.stderr,
     )
     return loaded, batches
+
+
+def origin_of(model: str, text: TextSettings) -> Origin:
+    """Return where the batches of these settings come from, for the record in a result."""
+    from indexcache.models.conditions import Origin
+
+    source, split = text_for(model, text.data, text.split)
+    return Origin(text=str(source), split=split, seed=text.seed)
 
 
 def keep_freed_memory() -> None:

@@ -17,6 +17,7 @@ from indexcache.cli.common import (
     check_folder,
     check_text,
     open_model,
+    origin_of,
     parse_patterns,
 )
 
@@ -66,6 +67,7 @@ def evaluate(
         batches,
         against=baseline.pattern if baseline else None,
         seed=text.seed,
+        origin=origin_of(model, text),
         progress=True,
     )
     base = baseline.name if baseline else "full"
@@ -75,6 +77,7 @@ def evaluate(
             f"{result.baseline}\n"
         )
     print(result.table(base))
+    print(f"\n{result.conditions}")
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "evidence.json", result.to_json())

@@ -17,6 +17,7 @@ from indexcache.cli.common import (
     check_folder,
     check_text,
     open_model,
+    origin_of,
     parse_patterns,
 )
 
@@ -46,13 +47,14 @@ def overlap(
     check_text(facts, model, text)
     check_folder(out)
     loaded, batches = open_model(model, text, running)
-    result = measure_overlap(loaded, batches, progress=True)
+    result = measure_overlap(loaded, batches, origin=origin_of(model, text), progress=True)
     measured = result.to_json()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "overlap.json", measured | {"pattern": str(shown) if shown else None})
     draw_overlap(measured, folder / "overlap.png", shown)
     print(result.table())
+    print(f"\n{result.conditions}")
     print(
         f"\nchance {result.chance:.3f}, {result.queries} queries with more than "
         f"k = {result.topk} tokens; {folder / 'overlap.json'}, {folder / 'overlap.png'}"

@@ -14,6 +14,7 @@ from indexcache.cli.common import (
     check_folder,
     check_text,
     open_model,
+    origin_of,
 )
 from indexcache.searching.settings import SearchSettings
 
@@ -41,9 +42,12 @@ def search(
     check_folder(out)
     loaded, batches = open_model(model, text, running)
     identity = {"model": fingerprint(loaded.path), "seed": text.seed}
-    result = run_search(loaded, batches, out, settings, identity=identity, progress=True)
+    origin = origin_of(model, text)
+    result = run_search(
+        loaded, batches, out, settings, identity=identity, origin=origin, progress=True
+    )
     print(result.table())
-    print("".join(f"\n{note}" for note in result.notes), end="")
+    print("\n" + "\n".join([*result.notes, str(result.conditions)]))
     print(
         f"\n{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "
         "pattern: evaluate it on held-out text next."

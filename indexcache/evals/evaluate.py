@@ -15,13 +15,14 @@ from torch import Tensor
 
 from indexcache.data import ALL, Batch
 from indexcache.evals.statistics import bootstrap_interval
+from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
-from indexcache.models.seam import check_pattern, selector_of, use_pattern
+from indexcache.models.seam import check_pattern, use_pattern
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
-from indexcache.vacuity import check_batches
+from indexcache.vacuity import check_batches, pool_of
 
 BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
@@ -98,12 +99,14 @@ class Evidence:
         positions: every pattern on each quarter of the sequence, over all domains.
         baseline: the pattern that all others are compared with.
         path: "stock" or "fast", the code that ran.
+        conditions: what all of it holds for.
     """
 
     rows: tuple[Measurement, ...]
     positions: tuple[Measurement, ...]
     baseline: Pattern
     path: str
+    conditions: Conditions
 
     @property
     def overall(self) -> tuple[Measurement, ...]:
@@ -126,6 +129,7 @@ class Evidence:
         )
 
     def _overall_table(self, baseline: str) -> str:
+        pools = [self._pool_share(r.pattern) for r in self.overall]
         lines = [
             [
                 r.name,
@@ -135,21 +139,33 @@ class Evidence:
                 "" if r.ci_low is None else f"[{r.ci_low:+.4f}, {r.ci_high:+.4f}]",
                 f"{r.kl:.4f}",
                 f"{r.agreement:.1%}",
+                *([] if not any(pools) else [f"{share:.1%}" if share else ""]),
                 str(r.pattern),
             ]
-            for r in self.overall
+            for r, share in zip(self.overall, pools, strict=True)
         ]
         head = ["pattern", "full", "loss", f"vs {baseline}", "95 % interval", "KL", "same top-1"]
-        return table([*head, "roles"], lines)
+        pool = ["pool of context"] if any(pools) else []
+        return table([*head, *pool, f"roles ({self.conditions.summary()})"], lines)
+
+    def _pool_share(self, pattern: Pattern) -> float | None:
+        """Return the pool over the longest context; None without R layers."""
+        pool = pool_of(pattern, self.conditions.k)
+        return None if pool is None else self.conditions.share(pool).longest
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of evidence.json."""
         return {
-            "rows": [row.to_json() for row in self.rows],
-            "positions": [row.to_json() for row in self.positions],
+            "rows": [self._row(row) for row in self.rows],
+            "positions": [self._row(row) for row in self.positions],
             "baseline": str(self.baseline),
             "path": self.path,
+            "conditions": self.conditions.to_json(),
         }
+
+    def _row(self, row: Measurement) -> dict[str, Any]:
+        pool = pool_of(row.pattern, self.conditions.k)
+        return row.to_json() | {"pool": pool, "pool_share": self._pool_share(row.pattern)}
 
 
 def _table_by_place(head: str, rows: Sequence[Measurement], cell: Any) -> str:
@@ -183,6 +199,7 @@ def evaluate(
     *,
     against: Pattern | str | None = None,
     seed: int = 0,
+    origin: Origin = Origin(),
     progress: bool = False,
 ) -> Evidence:
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
@@ -194,6 +211,7 @@ def evaluate(
         against: the baseline; None is what the model does by itself, all F unless it has layers
             without an indexer.
         seed: random seed of the bootstrap.
+        origin: where the batches come from, for the record in `conditions`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -207,7 +225,8 @@ def evaluate(
     base = native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
         check_pattern(module, pattern)
-    check_batches(batches, int(module.config.index_topk), [base, *named.values()])
+    shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
+    conditions = conditions_of(model, batches, shares, origin, seed=seed)
     sums: dict[str, dict[Key, np.ndarray]] = {
         name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
     }
@@ -238,7 +257,7 @@ def evaluate(
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
-    return Evidence(rows, positions, base, selector_of(module).path)
+    return Evidence(rows, positions, base, conditions.path, conditions)
 
 
 def _named(

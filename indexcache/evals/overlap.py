@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from indexcache.data import Batch
+from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, module_of, native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
@@ -31,12 +32,14 @@ class Overlap:
             queries.
         queries: number of queries with more than k tokens of context.
         topk: k.
+        conditions: what the shares hold for.
     """
 
     shares: np.ndarray
     chance: float
     queries: int
     topk: int
+    conditions: Conditions
 
     def table(self) -> str:
         """Format one line per layer: its overlap with the layer before, and the mean over all."""
@@ -58,10 +61,13 @@ class Overlap:
             "queries": self.queries,
             "layers": len(self.shares),
             "topk": self.topk,
+            "conditions": self.conditions.to_json(),
         }
 
 
-def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False) -> Overlap:
+def overlap(
+    model: AnyModel, batches: Sequence[Batch], *, origin: Origin = Origin(), progress: bool = False
+) -> Overlap:
     """Measure the overlap of all pairs of layers when every layer that has an indexer runs it.
 
     Only queries with more than k tokens of context count: before that every layer selects
@@ -70,6 +76,7 @@ def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False
     Args:
         model: a model of a known family.
         batches: text to measure on (`indexcache.data.batches`).
+        origin: where the batches come from, for the record in the result.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -78,7 +85,7 @@ def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False
     module = module_of(model)
     topk = int(module.config.index_topk)
     pattern = native_pattern(module)
-    check_batches(batches, topk)
+    conditions = conditions_of(model, batches, check_batches(batches, topk), origin)
     total = np.zeros((len(pattern), len(pattern)))
     queries = 0
     chance = 0.0
@@ -93,7 +100,7 @@ def overlap(model: AnyModel, batches: Sequence[Batch], *, progress: bool = False
             queries += sequences * (length - topk)
             chance += sequences * float((topk / contexts).sum())
             bar.update()
-    return Overlap(total / queries / topk, chance / queries, queries, topk)
+    return Overlap(total / queries / topk, chance / queries, queries, topk, conditions)
 
 
 def _shared(selections: list[Tensor], length: int) -> np.ndarray:

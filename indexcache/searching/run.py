@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from indexcache.data import Batch, digest_of
+from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
 from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
-from indexcache.models.loading import library_versions, weights_digest
-from indexcache.models.seam import selector_of
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress as progress_bar
 from indexcache.records import open_run
@@ -20,7 +17,7 @@ from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
 from indexcache.searching.objective import Objective
 from indexcache.searching.settings import SearchSettings
-from indexcache.vacuity import check_batches
+from indexcache.vacuity import check_batches, pool_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +29,14 @@ class SearchResult:
         uniform: uniform patterns of the same budgets, for comparison.
         calibration: the text: sequences, tokens, share of queries beyond k, domains, digests.
         notes: what was left out of the comparison, and why, in sentences.
+        conditions: what the losses hold for.
     """
 
     frontier: tuple[FrontierPoint, ...]
     uniform: tuple[FrontierPoint, ...]
     calibration: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    conditions: Conditions
 
     @property
     def pattern(self) -> Pattern:
@@ -48,11 +47,19 @@ class SearchResult:
         """Format one line per pattern: its calibration loss, and the difference to all full."""
         base = self.frontier[0].loss
         named = [(f"searched, {p.full} full", p) for p in self.frontier]
-        named += [("uniform", p) for p in self.uniform]
+        named += [(f"uniform{self._pool(p.pattern)}", p) for p in self.uniform]
         rows = [
             [name, f"{p.loss:.4f}", f"{p.loss - base:+.4f}", str(p.pattern)] for name, p in named
         ]
-        return table(["calibration", "loss", "vs full", "roles"], rows)
+        head = f"roles ({self.conditions.summary()})"
+        return table(["calibration", "loss", "vs full", head], rows)
+
+    def _pool(self, pattern: Pattern) -> str:
+        """Say what share of the longest context the pool of R layers is."""
+        pool = pool_of(pattern, self.conditions.k)
+        if pool is None:
+            return ""
+        return f", pool {self.conditions.share(pool).longest:.0%} of the context"
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of result.json."""
@@ -65,6 +72,7 @@ class SearchResult:
             "uniform": [facts(point) for point in self.uniform],
             "calibration": self.calibration,
             "notes": list(self.notes),
+            "conditions": self.conditions.to_json(),
         }
 
 
@@ -75,6 +83,7 @@ def search(
     settings: SearchSettings = SearchSettings(),
     *,
     identity: dict[str, Any] | None = None,
+    origin: Origin = Origin(),
     progress: bool = False,
 ) -> SearchResult:
     """Search greedily for a pattern of every budget down to `settings.keep` (paper, Algorithm 1).
@@ -87,22 +96,26 @@ def search(
         out: run folder; an interrupted run with the same settings continues, to the same result.
         settings: see `SearchSettings`.
         identity: further facts that a resumed run must share, e.g. the checkpoint's fingerprint.
+        origin: where the batches come from, for the record in the result.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a model trained with sharing, sequences that are too short, a folder of another
-            run, or a loss that is not finite.
+        ValueError: a model trained with sharing, sequences or documents that are too short, a
+            folder of another run, or a loss that is not finite.
     """
     family_of(model)  # It refuses an unknown family.
     module = module_of(model)
     _refuse_trained_sharing(module)
     layers = module.config.num_hidden_layers
     topk = int(module.config.index_topk)
-    beyond = check_batches(batches, topk)[topk].beyond
+    check_batches(batches, topk)
     starts = stage_starts(layers, settings.stages)
     full = settings.full_layers(layers)
     comparisons, notes = _comparisons(batches, topk, layers, full, settings)
-    facts = {**asdict(settings), **_environment(module, batches), **(identity or {})}
+    shares = check_batches(batches, topk, comparisons)
+    conditions = conditions_of(model, batches, shares, origin)
+    facts = {**asdict(settings), "data": digest_of(batches), **environment(module)}
+    facts |= identity or {}
     with open_run(Path(out), facts) as run:
         evaluated = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
@@ -119,8 +132,8 @@ def search(
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
                 objective.rebase(point.pattern)
             uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
-        calibration = _calibration(batches, beyond)
-        result = SearchResult(tuple(frontier), tuple(uniform), calibration, notes)
+        calibration = _calibration(batches, shares[topk].beyond)
+        result = SearchResult(tuple(frontier), tuple(uniform), calibration, notes, conditions)
         run.save("result.json", result.to_json())
         digests = {"calibration_digests": result.calibration["digests"]}
         run.save("pattern.json", result.pattern.facts() | digests)
@@ -199,21 +212,3 @@ def _uniform(
             patterns.append(p)
         freq *= 2
     return patterns
-
-
-def _environment(module: DsaModule, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Return the facts on which the last bit of a loss depends."""
-    weight = module.get_input_embeddings().weight
-    device = (
-        torch.cuda.get_device_name(weight.device)
-        if weight.is_cuda
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
-    return {
-        "data": digest_of(batches),
-        "weights": weights_digest(module),
-        "path": selector_of(module).path,
-        "dtype": str(weight.dtype),
-        "device": device,
-        **library_versions(),
-    }

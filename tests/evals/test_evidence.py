@@ -75,11 +75,12 @@ def test_domains_and_positions_add_up_to_all(evidence):
 
 def test_evidence_is_read_as_a_table_and_as_json(evidence):
     json = evidence.to_json()
-    assert set(json) == {"rows", "positions", "baseline", "path"}
+    assert set(json) == {"rows", "positions", "baseline", "path", "conditions"}
     assert [r["domain"] for r in json["rows"]] == ["all", "d0", "d1"] * 4
     assert [(p["from"], p["to"]) for p in json["positions"][:2]] == [(0, 0.25), (0.25, 0.5)]
     overall, domains, positions = evidence.table("half").split("\n\n")
     assert overall.splitlines()[0].split()[:5] == ["pattern", "full", "loss", "vs", "half"]
+    assert overall.splitlines()[0].endswith("pool of context  roles (64 tokens, k = 8)")
     assert domains.splitlines()[0].split() == ["vs", "half,", "by", "domain", "d0", "d1"]
     assert positions.count("%") == 8
     assert all(len(t.splitlines()) == 6 for t in (overall, domains, positions))
