@@ -11,6 +11,7 @@ from indexcache.distilling.forward import served_layers
 from indexcache.distilling.settings import FILE_KEYS
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
+from indexcache.vacuity import Share, sentence
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class HeldOutLosses:
         first: before the first step.
         best: the lowest, after step `best_step`.
         last: after the last step.
+        sparsity: the share of the held-out context that k, and the pool of R layers, are.
     """
 
     first: float
     best: float
     best_step: int
     last: float
+    sparsity: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +91,16 @@ class DistillResult:
                 row.append(" ".join(f"{weights[i] / total:.2f}" for i in group))
             rows.append([*row, f"{self.kl[layer]:.4f}"])
         counting = [] if weights is None else ["counting"]
-        text = table(["layer", "serves", *counting, "KL, nats a token"], rows)
+        text = table(["layer", "serves", *counting, "KL, nats a token"], rows) + (
+            f"\n\n{self.queries_beyond_k:.0%} of the training queries see more than k tokens of "
+            "their own document"
+        )
         if self.held_out is None:
             return text
         losses = self.held_out
+        shares = {share.size: share for share in losses.sparsity}
         return text + (
             f"\n\nheld-out loss under {self.pattern}: {losses.first:.4f} before, "
             f"{losses.best:.4f} at step {losses.best_step} (the one kept), "
-            f"{losses.last:.4f} at the end"
+            f"{losses.last:.4f} at the end" + (f"\n{sentence(shares)}" if shares else "")
         )

@@ -47,6 +47,7 @@ from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, open_run
 from indexcache.shapes import Shape
+from indexcache.vacuity import pools_of, share_of
 
 DELTA = "delta.safetensors"
 
@@ -140,6 +141,8 @@ class Trainer:
         self.world = world
         self.run = run
         self.held_out = [Row.one_document(ids.numpy()) for b in held_out for ids in b.ids]
+        sizes = (int(model.config.index_topk), *pools_of([pattern], int(model.config.index_topk)))
+        self.sparsity = tuple(share_of(held_out, size) for size in sizes) if held_out else ()
         self.shape = Shape.of(model.config)
 
         self.done = 0  # steps
@@ -479,9 +482,8 @@ class Trainer:
         evaluations = {e["step"]: e["held_out"] for e in run.journal if "held_out" in e}
         held_out = None
         if evaluations:
-            held_out = HeldOutLosses(
-                evaluations[0], self.best, self.best_step, evaluations[s.steps]
-            )
+            losses = (evaluations[0], self.best, self.best_step, evaluations[s.steps])
+            held_out = HeldOutLosses(*losses, self.sparsity)
         last = steps[s.steps]
         return DistillResult(
             pattern=self.pattern,
