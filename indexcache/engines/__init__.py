@@ -1,0 +1,1 @@
+"""Serving engines: what each one reads of a config, and how to run a search inside one."""

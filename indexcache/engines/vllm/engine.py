@@ -1,0 +1,293 @@
+"""Run vLLM with every indexer loaded, and answer the losses of any pattern of F and S layers.
+
+The layers' switches are flipped between evaluations, so one start serves a whole search. Losses
+come from the log-probabilities that vLLM computes of a prompt's own tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from indexcache.data import Batch
+from indexcache.engines.vllm.plugin import untested
+from indexcache.engines.vllm.worker import EXTENSION
+from indexcache.pattern import Pattern
+
+CHUNK = 8192  # tokens that vLLM computes at once
+KL_SINCE = (0, 32)  # the first version that scores given ids of a prompt
+
+FIXED = {
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "max_num_seqs": 1,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+    "worker_extension_cls": EXTENSION,
+}
+"""Engine arguments without which an evaluation would be wrong or would not repeat.
+
+CUDA graphs freeze a layer's role, cached prefixes hold keys of another pattern, and a batch of
+several sequences changes the order of sums.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """How vLLM runs the model."""
+
+    tensor_parallel_size: int = 1
+    "Number of GPUs that share every layer."
+    pipeline_parallel_size: int = 1
+    "Number of groups of GPUs that hold consecutive layers. The first layer of each stays full."
+    enable_expert_parallel: bool = False
+    "Lay whole experts on the GPUs instead of splitting each."
+    engine_arg: tuple[str, ...] = ()
+    "Further arguments of vLLM's engine, NAME=VALUE, where the value is JSON or a plain word."
+    sort_ids: bool = True
+    """Sort the ids that vLLM's prefill selects, which it writes in an order that changes from run
+    to run. Sorted, evaluations repeat; unsorted they cost a little less."""
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """The losses of one pattern on the calibration or held-out text, by sequence.
+
+    Attributes:
+        sums: nats, float64 [sequences], in the order of the batches.
+        tokens: predicted tokens, int64 [sequences].
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean loss, nats per token."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+
+@dataclass
+class VllmEngine:
+    """A vLLM that holds a model with all its indexers.
+
+    Attributes:
+        llm: vLLM's `LLM`.
+        layers: number of decoder layers.
+        stages: the first layer of every pipeline stage.
+        without_indexer: layers that can never be full.
+        facts: version, classes and arguments, for the settings of a run.
+    """
+
+    llm: Any
+    layers: int
+    stages: tuple[int, ...]
+    without_indexer: tuple[int, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def set_pattern(self, pattern: Pattern) -> None:
+        """Put a pattern in force on every rank, and check that every rank reads it back.
+
+        Raises:
+            ValueError: a role other than F and S, or a rank that runs another pattern.
+        """
+        if "R" in pattern.roles:
+            raise ValueError(f"vLLM runs F and S layers only, but the pattern has R: {pattern}.")
+        answers = self.llm.collective_rpc("indexcache_set_pattern", args=(pattern.roles,))
+        check_read_back(pattern, answers)
+
+    def losses(self, pattern: Pattern, batches: Sequence[Batch]) -> DocumentLosses:
+        """Compute the losses of one pattern on every sequence of the batches.
+
+        Raises:
+            ValueError: see `set_pattern`; or a loss is not finite.
+        """
+        self.set_pattern(pattern)
+        sequences = [ids.tolist() for batch in batches for ids in batch.ids]
+        sampling = importlib.import_module("vllm").SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in sequences], sampling, use_tqdm=False
+        )
+        pairs = zip(outputs, sequences, strict=True)
+        sums = np.array([-_sum(output.prompt_logprobs, ids) for output, ids in pairs])
+        tokens = np.array([len(ids) - 1 for ids in sequences])
+        if not np.isfinite(sums).all():
+            raise ValueError(
+                f"The loss of {pattern} is not finite in vLLM: broken weights, or a dtype that the "
+                "model does not bear."
+            )
+        return DocumentLosses(sums, tokens)
+
+    def noise(self, batches: Sequence[Batch]) -> float:
+        """Evaluate all layers full twice, and return how far two equal evaluations lie apart.
+
+        Returns:
+            Twice the standard error, by sequences, of the mean loss's difference; nats per token.
+        """
+        pattern = self.fullest()
+        first = self.losses(pattern, batches)
+        second = self.losses(pattern, batches)
+        return noise_of(first, second)
+
+    def check_effect(self, batches: Sequence[Batch], noise: float) -> None:
+        """Check that a pattern with one full layer a stage changes the losses beyond the noise.
+
+        Raises:
+            ValueError: it does not, so flipping has no effect in this vLLM.
+        """
+        roles = "".join("F" if i in self.stages else "S" for i in range(self.layers))
+        fullest = self.losses(self.fullest(), batches)
+        fewest = self.losses(Pattern(roles), batches)
+        change = np.abs(fewest.sums - fullest.sums).sum() / fullest.tokens.sum()
+        if change <= 10 * noise:
+            raise ValueError(
+                f"Sharing has no effect in this vLLM: all layers full and {len(self.stages)} full "
+                f"differ by {change:.1e} nats per token, and two equal evaluations by {noise:.1e}. "
+                "Its layers do not read the switch that was flipped."
+            )
+
+    def fullest(self) -> Pattern:
+        """Return the pattern in which every layer that has an indexer is full."""
+        return Pattern(
+            "".join("S" if i in self.without_indexer else "F" for i in range(self.layers))
+        )
+
+
+def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> VllmEngine:
+    """Start vLLM with a checkpoint for evaluations of sequences of `length` tokens.
+
+    Raises:
+        ValueError: vLLM is not installed, an engine argument is not NAME=VALUE or one of those that
+            an evaluation needs, or vLLM cannot start with them.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "vLLM is not installed here: `pip install vllm`, in the environment that serves the "
+            "model, and install indexcache beside it."
+        )
+    arguments: dict[str, Any] = {
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "enable_expert_parallel": settings.enable_expert_parallel,
+        "max_model_len": length + 1,
+        "max_num_batched_tokens": CHUNK,
+        "seed": seed,
+        **engine_arguments(settings.engine_arg),
+    }
+    vllm = importlib.import_module("vllm")
+    llm = vllm.LLM(model=model, **arguments, **FIXED)
+    version = importlib.metadata.version("vllm")
+    engine = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    sorting = settings.sort_ids and all(llm.collective_rpc("indexcache_sort_ids", args=(True,)))
+    engine.facts |= {
+        "vllm": version,
+        "ids_sorted": sorting,
+        "engine_arguments": {k: arguments[k] for k in sorted(arguments)},
+    }
+    if warning := untested(version):
+        engine.facts["warning"] = warning
+    return engine
+
+
+def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Parse NAME=VALUE arguments of vLLM's engine.
+
+    Raises:
+        ValueError: an argument without a name or a value, or one that evaluations fix.
+    """
+    import json
+
+    arguments: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise ValueError(
+                f"--engine-arg {item!r:.80} is not NAME=VALUE, e.g. gpu_memory_utilization=0.9."
+            )
+        if name in FIXED or name == "model":
+            value = FIXED.get(name, "the checkpoint")
+            raise ValueError(
+                f"--engine-arg {name} cannot be chosen: evaluations need {value!r}, because "
+                "otherwise a pattern's loss would be wrong or would not repeat."
+            )
+        if name == "speculative_config":
+            raise ValueError(
+                "--engine-arg speculative_config cannot be given: a search measures the model "
+                "alone."
+            )
+        try:
+            arguments[name] = json.loads(text)
+        except ValueError:
+            arguments[name] = text
+    return arguments
+
+
+def engine_of(ranks: Sequence[Mapping[str, Any]], llm: Any) -> VllmEngine:
+    """Make an engine of what all ranks say of their layers.
+
+    Raises:
+        ValueError: the ranks' layers do not form one model, or a layer is shared at the start.
+    """
+    spans = sorted({(r["first"], r["end"]) for r in ranks})
+    ends = [0, *(end for _, end in spans)]
+    if [first for first, _ in spans] != ends[:-1]:
+        raise ValueError(f"The ranks of vLLM hold layers {spans}, which are not one model.")
+    without = tuple(sorted({i for r in ranks for i in r["without_indexer"]}))
+    return VllmEngine(
+        llm,
+        layers=ends[-1],
+        stages=tuple(first for first, _ in spans),
+        without_indexer=without,
+        facts={"ranks": len(ranks), "model_class": ranks[0]["model"]},
+    )
+
+
+def check_read_back(pattern: Pattern, ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Check that every rank runs its layers' roles of a pattern.
+
+    Raises:
+        ValueError: a rank runs another pattern, or no rank answered.
+    """
+    if not ranks:
+        raise ValueError("No rank of vLLM answered.")
+    for answer in ranks:
+        expected = pattern.roles[answer["first"] : answer["end"]]
+        if answer["roles"] != expected:
+            raise ValueError(
+                f"Rank {answer['rank']} of vLLM runs {answer['roles']} in layers {answer['first']} "
+                f"to {answer['end'] - 1}, but the pattern says {expected}; nothing was evaluated."
+            )
+
+
+def noise_of(first: DocumentLosses, second: DocumentLosses) -> float:
+    """Return two standard errors of the difference of two equal evaluations, nats per token."""
+    return 2 * math.sqrt(float(((first.sums - second.sums) ** 2).sum())) / float(first.tokens.sum())
+
+
+def _sum(logprobs: Any, ids: Sequence[int]) -> float:
+    """Add up the log-probabilities of a prompt's own tokens, from the second one on.
+
+    Raises:
+        ValueError: vLLM answered other tokens than those of the prompt.
+    """
+    if hasattr(logprobs, "start_indices"):  # One list of all, without an object per token.
+        at = logprobs.start_indices[1 : len(ids)]
+        answered = [logprobs.token_ids[i] for i in at]
+        values = [logprobs.logprobs[i] for i in at]
+    else:
+        rows = [next(iter(row.items())) for row in logprobs[1 : len(ids)]]
+        answered = [token for token, _ in rows]
+        values = [entry.logprob for _, entry in rows]
+    if answered != list(ids[1:]):
+        raise ValueError("vLLM gave log-probabilities of other tokens than those of the prompt.")
+    return math.fsum(values)

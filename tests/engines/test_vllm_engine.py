@@ -1,0 +1,300 @@
+"""Check evaluations inside vLLM over stand-ins: layers of each rank, and losses by formula."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from indexcache.data import Batch
+from indexcache.engines.vllm import engine as module
+from indexcache.engines.vllm.engine import (
+    DocumentLosses,
+    VllmSettings,
+    check_read_back,
+    engine_arguments,
+    engine_of,
+    noise_of,
+)
+from indexcache.engines.vllm.worker import WorkerExtension, sorted_topk
+from indexcache.pattern import Pattern
+
+LAYERS = 6
+
+
+def layer(indexer=True, old=False):
+    switch = SimpleNamespace(skip_topk=False)
+    attention = SimpleNamespace(indexer=object() if indexer else None)
+    if old:
+        attention.mla_attn = switch
+    else:
+        attention.skip_topk = False
+    return SimpleNamespace(self_attn=attention)
+
+
+def worker(rank=0, first=0, end=LAYERS, without=(), old=False, nested=False):
+    missing = SimpleNamespace()  # vLLM's stand-in for a layer of another stage
+    layers = [layer(i not in without, old) if first <= i < end else missing for i in range(LAYERS)]
+    model = SimpleNamespace(model=SimpleNamespace(layers=layers))
+    if nested:
+        model = SimpleNamespace(language_model=model)
+    config = SimpleNamespace(hf_config=SimpleNamespace(num_hidden_layers=LAYERS))
+    extension = WorkerExtension()
+    extension.rank = rank
+    extension.model_runner = SimpleNamespace(
+        model=model, vllm_config=SimpleNamespace(model_config=config)
+    )
+    return extension
+
+
+@pytest.mark.parametrize("kind", [{}, {"old": True}, {"nested": True}], ids=str)
+def test_a_rank_runs_what_it_was_told(kind):
+    rank = worker(**kind)
+    assert rank.indexcache_layers()["roles"] == "FFFFFF"
+    answer = rank.indexcache_set_pattern("FSSFSS")
+    assert answer["roles"] == "FSSFSS"
+    assert (answer["first"], answer["end"], answer["without_indexer"]) == (0, 6, [])
+    assert rank.indexcache_set_pattern("FFFFFF")["roles"] == "FFFFFF"
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "message"),
+    [
+        ({}, "FSS", "each of 6 layers"),
+        ({}, "FRRFRR", "one of F and S"),
+        ({"first": 3, "rank": 1}, "FSSSFS", "Layer 3 is the first on rank 1"),
+        ({"without": (2,)}, "FSFFSS", "Layer 2 has no indexer"),
+    ],
+)
+def test_a_rank_refuses_what_it_cannot_run_and_changes_nothing(kind, roles, message):
+    rank = worker(**kind)
+    before = rank.indexcache_layers()
+    with pytest.raises(ValueError, match=message):
+        rank.indexcache_set_pattern(roles)
+    assert rank.indexcache_layers() == before
+
+
+def test_a_vllm_without_the_switch_is_refused():
+    rank = worker()
+    for item in rank.model_runner.model.model.layers:
+        del item.self_attn.skip_topk
+    with pytest.raises(ValueError, match="no skip_topk"):
+        rank.indexcache_set_pattern("FSSFSS")
+
+
+def test_sorting_puts_ids_in_order_and_fillers_last():
+    ids = torch.tensor([[5, 2, -1, 9], [3, -1, -1, 1]], dtype=torch.int32)
+
+    def kernel(logits, starts, ends, out, rows):
+        out.copy_(ids)
+
+    out = torch.zeros_like(ids)
+    sorted_topk(kernel)(None, None, None, out, 2)
+    assert out.tolist() == [[2, 5, 9, -1], [1, 3, -1, -1]]
+
+
+class FakeLlm:
+    """A stand-in for vLLM: its loss is known for every pattern, and repeats up to a noise."""
+
+    def __init__(self, workers, noise=0.0, effect=True):
+        self.workers = workers
+        self.noise = noise
+        self.effect = effect
+        self.calls = 0
+
+    def collective_rpc(self, method, args=()):
+        return [getattr(w, method)(*args) for w in self.workers]
+
+    def generate(self, prompts, sampling, use_tqdm):
+        roles = "".join(w.indexcache_layers()["roles"] for w in self.workers)
+        shared = roles.count("S") if self.effect else 0
+        self.calls += 1
+        outputs = []
+        for prompt in prompts:
+            ids = prompt["prompt_token_ids"]
+            value = -2.0 - 0.1 * shared - self.noise * self.calls
+            flat = SimpleNamespace(
+                start_indices=[0, *range(len(ids) - 1)],
+                token_ids=ids[1:],
+                logprobs=[value] * (len(ids) - 1),
+            )
+            outputs.append(SimpleNamespace(prompt_logprobs=flat))
+        return outputs
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch):
+    stand_in = SimpleNamespace(SamplingParams=lambda **kw: kw)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+
+
+def batches(sequences=3, length=9):
+    ids = torch.arange(sequences * length).view(sequences, length)
+    return [Batch(ids, "text", tuple("abc"[:sequences]), ())]
+
+
+def engine(**kind):
+    workers = [worker(0, 0, 3), worker(1, 3, 6)]
+    llm = FakeLlm(workers, **kind)
+    return engine_of(llm.collective_rpc("indexcache_layers"), llm)
+
+
+def test_losses_are_added_up_by_document():
+    e = engine()
+    assert (e.layers, e.stages, e.without_indexer) == (6, (0, 3), ())
+    losses = e.losses(Pattern("FSSFSF"), batches())
+    assert losses.sums == pytest.approx([8 * 2.3] * 3)
+    assert losses.tokens.tolist() == [8, 8, 8]
+    assert losses.mean == pytest.approx(2.3)
+
+
+def test_the_gates_see_noise_and_a_flag_without_effect():
+    e = engine(noise=1e-4)
+    noise = e.noise(batches())
+    assert noise == pytest.approx(2 * 1e-4 / 3**0.5)
+    e.check_effect(batches(), noise)
+    dead = engine(effect=False)
+    assert dead.noise(batches()) == 0
+    with pytest.raises(ValueError, match="no effect in this vLLM"):
+        dead.check_effect(batches(), 0.0)
+
+
+def test_a_rank_that_runs_another_pattern_stops_the_run():
+    e = engine()
+    e.llm.workers[1].indexcache_set_pattern = lambda roles: worker(1, 3, 6).indexcache_set_pattern(
+        "FSSFFF"
+    )
+    with pytest.raises(ValueError, match="Rank 1 of vLLM runs FFF in layers 3 to 5"):
+        e.losses(Pattern("FSSFSS"), batches())
+    assert e.llm.calls == 0
+    with pytest.raises(ValueError, match="No rank"):
+        check_read_back(Pattern("FS"), [])
+
+
+def test_other_tokens_than_the_prompts_are_refused(monkeypatch):
+    e = engine()
+    generate = e.llm.generate
+
+    def other(*args, **kwargs):
+        outputs = generate(*args, **kwargs)
+        outputs[1].prompt_logprobs.token_ids[3] += 1
+        return outputs
+
+    monkeypatch.setattr(e.llm, "generate", other)
+    with pytest.raises(ValueError, match="other tokens"):
+        e.losses(Pattern("FFFFFF"), batches())
+
+
+def test_r_layers_are_refused():
+    with pytest.raises(ValueError, match="F and S layers only"):
+        engine().losses(Pattern("FRRFRR"), batches())
+
+
+def test_ranks_must_be_one_model():
+    llm = FakeLlm([worker(0, 0, 2), worker(1, 3, 6)])
+    with pytest.raises(ValueError, match="not one model"):
+        engine_of(llm.collective_rpc("indexcache_layers"), llm)
+
+
+def test_tensor_parallel_ranks_hold_the_same_layers():
+    llm = FakeLlm([worker(0), worker(1)])
+    e = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    assert (e.layers, e.stages, e.facts["ranks"]) == (6, (0,), 2)
+
+
+def test_noise_is_two_standard_errors():
+    tokens = np.array([100, 100])
+    a, b = (DocumentLosses(np.array(s), tokens) for s in ([200.0, 210.0], [203.0, 206.0]))
+    assert noise_of(a, b) == pytest.approx(2 * 5 / 200)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("gpu_memory_utilization=0.5", {"gpu_memory_utilization": 0.5}),
+        ("--kv-cache-dtype=fp8", {"kv_cache_dtype": "fp8"}),
+        ("trust_remote_code=true", {"trust_remote_code": True}),
+        ('hf_overrides={"a": 1}', {"hf_overrides": {"a": 1}}),
+    ],
+)
+def test_engine_arguments_are_names_and_values(given, expected):
+    assert engine_arguments([given]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nothing", "NAME=VALUE"),
+        ("=3", "NAME=VALUE"),
+        ("enforce-eager=false", "enforce_eager cannot be chosen"),
+        ("max_num_seqs=8", "cannot be chosen"),
+        ("model=other", "cannot be chosen"),
+        ('speculative_config={"method": "mtp"}', "measures the model alone"),
+    ],
+)
+def test_engine_arguments_that_would_make_a_wrong_number_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        engine_arguments([given])
+
+
+def test_without_vllm_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vllm")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed here: `pip install vllm`"):
+        module.start("folder", VllmSettings(), length=64)
+
+
+RANK = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_vllm_engine import worker
+rank = int(sys.argv[1])
+w = worker(rank, 3 * rank, 3 * rank + 3)
+for line in sys.stdin:
+    try:
+        print(json.dumps(w.indexcache_set_pattern(line.strip())), flush=True)
+    except ValueError as error:
+        print(json.dumps({{"error": str(error)}}), flush=True)
+"""
+
+
+def test_two_processes_read_the_same_pattern_back(request):
+    code = RANK.format(tests=str(request.path.parent))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+    class Llm(FakeLlm):
+        def collective_rpc(self, method, args=()):
+            if method != "indexcache_set_pattern":
+                return super().collective_rpc(method, args)
+            for rank in ranks:
+                print(args[0], file=rank.stdin, flush=True)
+            answers = [json.loads(rank.stdout.readline()) for rank in ranks]
+            errors = [a["error"] for a in answers if "error" in a]
+            if errors:
+                raise ValueError(errors[0])
+            return answers
+
+    llm = Llm([worker(0, 0, 3), worker(1, 3, 6)])
+    e = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    try:
+        e.set_pattern(Pattern("FSFFSS"))
+        with pytest.raises(ValueError, match="Layer 3 is the first on rank 1"):
+            e.set_pattern(Pattern("FSFSSS"))
+        ranks[1].kill()
+        with pytest.raises((ValueError, OSError)):
+            e.set_pattern(Pattern("FSFFSS"))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
