@@ -80,7 +80,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Force a file or a folder to the disk and rename it to `path`, replacing what is there."""
+    """Force a file or a folder to the disk and rename it to `path`, replacing what is there.
+
+    Raises:
+        OSError: a folder is where a file shall be; it is not removed.
+    """
+    if path.is_dir() and not temporary.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
     for file in files:
         _sync(file)

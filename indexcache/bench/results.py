@@ -14,6 +14,7 @@ from indexcache.records import read_json
 from indexcache.report.plots import draw_share, draw_speedups
 from indexcache.report.speed import parts_table, speed_table
 
+GAINS, SHARE = "speedup.png", "indexer_share.png"  # the pictures of a bench
 FILL = "fill"  # This batch means as many requests as fit.
 CELL_KEYS = {"context", "pattern", "full", "layers"}  # A row that failed has these keys too.
 
@@ -118,8 +119,8 @@ class BenchResult:
             ValueError: matplotlib is not installed.
         """
         title = f"{self.model}, {self.shape['layers']} layers, {self.device}"
-        gains = folder / "speedup.png"
-        share = folder / "indexer_share.png"
+        gains = folder / GAINS
+        share = folder / SHARE
         draw_speedups(self.rows, gains, title, self.published)
         draw_share(self.rows, share, title, self.published)
         return gains, share

@@ -27,6 +27,7 @@ from indexcache.cli import (
     profile,
     search,
 )
+from indexcache.cli.results import CLAIMS
 from indexcache.memory import out_of_memory
 from indexcache.process import BAD_INPUT, NO_READER, drop_stdout, end_of, say, was_interrupted
 from indexcache.reading import read_text
@@ -202,6 +203,8 @@ def guarded(call: Callable[[], int | None], arguments: Sequence[str] = ()) -> in
         else:
             say(sentence)
             code = BAD_INPUT
+    finally:
+        CLAIMS.release()
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Output, Spec
+from indexcache.cli.results import claim_folder, deliver
 from indexcache.cli.timing import Timed, TimingSettings, open_model
 
 
@@ -49,15 +49,13 @@ def bench(
     a killed run goes on with the same command. If MODEL is a finished bench.json, the tables and
     pictures are made again.
     """
-    from indexcache.bench.results import BenchResult
+    from indexcache.bench.results import GAINS, SHARE, BenchResult
     from indexcache.bench.run import RESULT, run_bench
     from indexcache.report.plots import check_plots
 
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if plot:
-            check_plots()
+    folder = claim_folder(out, model)
+    if folder is not None and plot:
+        check_plots()
     if model.endswith(".json"):
         result = BenchResult.read(model)
     else:
@@ -65,8 +63,10 @@ def bench(
         result = run_bench(subject, grid, folder, fresh=fresh, progress=True)
         if folder is not None:
             print(f"{folder / RESULT}\n")
-    print(result.report())
+    text = result.report()
+    files = {}
     if folder is not None and plot:
-        gains, share = result.draw(folder)
-        print(f"\n{gains}, {share}")
-    output.emit(result.to_json())
+        gains, share = folder / GAINS, folder / SHARE
+        text += f"\n\n{gains}, {share}"
+        files = {gains: lambda _: result.draw(folder)}
+    deliver(text, result.to_json(), output, files)

@@ -118,12 +118,6 @@ def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPa
     return patterns
 
 
-def check_folder(out: str | None) -> None:
-    """Raise ValueError if `out` is a file, so that no result could be written there."""
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out}: this is a file, but --out takes a folder.")
-
-
 def check_text(
     facts: dict[str, Any], model: str, text: TextSettings, patterns: Sequence[Pattern] = ()
 ) -> None:

@@ -12,10 +12,10 @@ from indexcache.cli.common import (
     Output,
     RunFolder,
     Spec,
-    check_folder,
     keep_freed_memory,
     parse_patterns,
 )
+from indexcache.cli.results import claim_folder, deliver
 from indexcache.distilling.settings import DistillSettings, RunSettings
 
 NO_FLAGS = ("rows", "layer_weights", "weight_decay", "clip", "lr_warmup")
@@ -57,7 +57,7 @@ def distill(
     from indexcache.models.loading import describe
 
     named = parse_patterns(describe(model), [pattern])[0]
-    check_folder(out)
+    claim_folder(out, model)
     if run.device == "cpu":
         keep_freed_memory()
 
@@ -67,6 +67,6 @@ def distill(
     if not first_process():
         return
     files = [result.delta, "checkpoint" if checkpoint else None, "journal.jsonl"]
-    print(result.table())
-    print(f"{out}: {', '.join(file for file in files if file)}")
-    output.emit(result.to_json() | ({"checkpoint": str(checkpoint)} if checkpoint else {}))
+    text = f"{result.table()}\n{out}: {', '.join(file for file in files if file)}"
+    written = {"checkpoint": str(checkpoint)} if checkpoint else {}
+    deliver(text, result.to_json() | written, output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,12 +13,12 @@ from indexcache.cli.common import (
     ModelSettings,
     Output,
     Spec,
-    check_folder,
     check_text,
     open_model,
     origin_of,
     parse_patterns,
 )
+from indexcache.cli.results import claim_folder, deliver
 
 
 def evaluate(
@@ -50,14 +49,13 @@ def evaluate(
     from indexcache.data import check_unseen
     from indexcache.evals.evaluate import evaluate as run_evaluation
     from indexcache.models.loading import describe
-    from indexcache.records import write_json
 
     facts = describe(model)
     patterns = parse_patterns(facts, pattern)
     baseline = parse_patterns(facts, [against])[0] if against else None
     measured = (*patterns, *([baseline] if baseline else []))
     check_text(facts, model, text, [p.pattern for p in measured])
-    check_folder(out)
+    folder = claim_folder(out, model)
     loaded, batches = open_model(model, text, running, [p.pattern for p in measured])
     for named in measured:
         check_unseen(batches, named.seen)
@@ -71,17 +69,13 @@ def evaluate(
         progress=True,
     )
     base = baseline.name if baseline else "full"
+    lines = [result.table(base), "", str(result.conditions)]
     if not baseline and "S" in result.baseline.roles:
-        print(
-            "The model has layers without an indexer; 'full' below is what it does by itself: "
-            f"{result.baseline}\n"
-        )
-    print(result.table(base))
-    print(f"\n{result.conditions}")
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out) / "evidence.json", result.to_json())
-    output.emit(result.to_json())
+        note = "The model has layers without an indexer; 'full' below is what it does by itself: "
+        lines = [f"{note}{result.baseline}", "", *lines]
+    found = result.to_json()
+    files = {folder / "evidence.json": found} if folder else None
+    deliver("\n".join(lines), found, output, files)
     if most is None:
         return 0
     return int(any(row.ci_high is None or row.ci_high > most for row in result.overall))

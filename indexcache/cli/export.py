@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Checkpoint, Output, Spec, parse_patterns
+from indexcache.cli.results import deliver, named_folder
 
 Engine = Literal["transformers", "vllm", "sglang"]
 
@@ -43,11 +44,11 @@ def export(
     from indexcache.models.loading import describe
 
     facts = describe(model)
+    named_folder(out, facts["path"])
     named = parse_patterns(facts, [pattern])[0]
     result = write_export(
         facts["path"], named.pattern, out, engines=engine, stages=stages, prune=prune
     )
     for warning in result.warnings:
         print(f"indexcache: note: {warning}", file=sys.stderr)
-    print(result.table())
-    output.emit(result.to_json())
+    deliver(result.table(), result.to_json(), output)

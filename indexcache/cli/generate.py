@@ -13,6 +13,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Checkpoint, Dtype, IndexDtype, Output, Spec, parse_patterns
+from indexcache.cli.results import deliver, reason, rescue
+from indexcache.process import drop_stdout
 from indexcache.reading import read_text
 
 
@@ -87,6 +89,7 @@ def generate(
             yield token
 
     text = ""
+    failed: OSError | None = None
     with use_pattern(loaded.module, parsed) if parsed else contextlib.nullcontext():
         stream = stream_tokens(
             loaded.module,
@@ -99,8 +102,8 @@ def generate(
         )
         for piece in stream_text(loaded.tokenizer, timed(stream)):
             text += piece
-            print(piece, end="", flush=True)
-    print()
+            failed = _show(piece) or failed
+    failed = _show("\n") or failed
     ended = time.perf_counter()
     first = times[1] if tokens else times[0]
     rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
@@ -109,16 +112,32 @@ def generate(
         + (f", {rate:.1f} a second" if rate else ""),
         file=sys.stderr,
     )
-    output.emit(
-        {
-            "prompt_tokens": len(ids),
-            "tokens": tokens,
-            "text": text,
-            "ttft_s": first - times[0],
-            "decode_tok_s": rate,
-            "pattern": str(parsed) if parsed else None,
-        }
-    )
+    found = {
+        "prompt_tokens": len(ids),
+        "tokens": tokens,
+        "text": text,
+        "ttft_s": first - times[0],
+        "decode_tok_s": rate,
+        "pattern": str(parsed) if parsed else None,
+    }
+    if failed is not None:
+        rescue(f"stdout cannot be written ({reason(failed)})", found)
+    deliver(None, found, output)
+
+
+def _show(piece: str) -> OSError | None:
+    """Print a piece of text; return the error of a stdout that cannot be written, e.g. a full disk.
+
+    What is generated is kept then. An error is raised where nobody reads stdout any more.
+    """
+    try:
+        print(piece, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_stdout()
+        return error
+    return None
 
 
 def _read(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from indexcache.cli.common import FLAT, Checkpoint, Output
+from indexcache.cli.results import deliver
 
 
 def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) -> None:
@@ -40,6 +41,7 @@ def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) ->
         shown["search"] = ", ".join(f"{n} evaluations to keep {b}" for b, n in budgets.items())
         facts["search_evaluations"] = budgets
     width = max(map(len, shown))
-    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items()))
+    text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items())
     quantization = facts["quantization"]
-    output.emit(facts | {"quantization": quantization.to_json() if quantization else None})
+    found = facts | {"quantization": quantization.to_json() if quantization else None}
+    deliver(text, found, output)

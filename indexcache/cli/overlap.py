@@ -14,12 +14,12 @@ from indexcache.cli.common import (
     Output,
     OverlapText,
     Spec,
-    check_folder,
     check_text,
     open_model,
     origin_of,
     parse_patterns,
 )
+from indexcache.cli.results import claim_folder, deliver
 
 
 def overlap(
@@ -39,24 +39,24 @@ def overlap(
     """
     from indexcache.evals.overlap import overlap as measure_overlap
     from indexcache.models.loading import describe
-    from indexcache.records import write_json
-    from indexcache.report.plots import draw_overlap
+    from indexcache.report.plots import check_plots, draw_overlap
 
     facts = describe(model)
     shown = parse_patterns(facts, [pattern])[0].pattern if pattern else None
     check_text(facts, model, text)
-    check_folder(out)
+    claim_folder(out, model)
+    check_plots()
     loaded, batches = open_model(model, text, running)
     result = measure_overlap(loaded, batches, origin=origin_of(model, text), progress=True)
     measured = result.to_json()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "overlap.json", measured | {"pattern": str(shown) if shown else None})
-    draw_overlap(measured, folder / "overlap.png", shown)
-    print(result.table())
-    print(f"\n{result.conditions}")
-    print(
-        f"\nchance {result.chance:.3f}, {result.queries} queries with more than "
-        f"k = {result.topk} tokens; {folder / 'overlap.json'}, {folder / 'overlap.png'}"
+    table, picture = Path(out) / "overlap.json", Path(out) / "overlap.png"
+    lines = (
+        f"{result.table()}\n\n{result.conditions}\n\n"
+        f"chance {result.chance:.3f}, {result.queries} queries with more than "
+        f"k = {result.topk} tokens; {table}, {picture}"
     )
-    output.emit(measured)
+    files = {
+        table: measured | {"pattern": str(shown) if shown else None},
+        picture: lambda path: draw_overlap(measured, path, shown),
+    }
+    deliver(lines, measured, output, files)

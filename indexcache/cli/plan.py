@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Output
+from indexcache.cli.results import deliver
 from indexcache.cli.timing import number
 
 
@@ -56,5 +57,4 @@ def plan(
     result = make_plan(
         model, settings.gpu, traffic, bench=settings.bench, index_dtype=settings.index_dtype
     )
-    print(result.report())
-    output.emit(result.to_json())
+    deliver(result.report(), result.to_json(), output)

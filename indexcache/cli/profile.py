@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Output, Spec
+from indexcache.cli.results import claim_folder, deliver
 from indexcache.cli.timing import Timed, TimingSettings, open_model
 
 
@@ -38,13 +38,10 @@ def profile(
     Each part of prefill and decoding is shown beside its floor.
     """
     from indexcache.bench.run import run_bench
-    from indexcache.records import write_json
 
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
+    folder = claim_folder(out, model)
     subject, grid = open_model(model, contexts, pattern, batch, settings)
     result = run_bench(subject, grid, progress=True)
-    print(result.report())
-    if out is not None:
-        write_json(Path(out) / "profile.json", result.to_json())
-    output.emit(result.to_json())
+    found = result.to_json()
+    files = {folder / "profile.json": found} if folder else None
+    deliver(result.report(), found, output, files)

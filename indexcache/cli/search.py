@@ -11,11 +11,11 @@ from indexcache.cli.common import (
     Output,
     RunFolder,
     TextSettings,
-    check_folder,
     check_text,
     open_model,
     origin_of,
 )
+from indexcache.cli.results import claim_folder, deliver
 from indexcache.searching.settings import SearchSettings
 
 
@@ -39,17 +39,20 @@ def search(
     facts = describe(model)
     settings.full_layers(facts["num_hidden_layers"])
     check_text(facts, model, text)
-    check_folder(out)
+    claim_folder(out, model)
     loaded, batches = open_model(model, text, running)
     identity = {"model": fingerprint(loaded.path), "seed": text.seed}
     origin = origin_of(model, text)
     result = run_search(
         loaded, batches, out, settings, identity=identity, origin=origin, progress=True
     )
-    print(result.table())
-    print("\n" + "\n".join([*result.notes, str(result.conditions)]))
-    print(
-        f"\n{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "
-        "pattern: evaluate it on held-out text next."
-    )
-    output.emit(result.to_json())
+    lines = [
+        result.table(),
+        "",
+        *result.notes,
+        str(result.conditions),
+        "",
+        f"{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "
+        "pattern: evaluate it on held-out text next.",
+    ]
+    deliver("\n".join(lines), result.to_json(), output)

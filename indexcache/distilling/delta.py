@@ -40,7 +40,22 @@ def save_delta(model: AnyModel, pattern: Pattern, path: Path, base: dict[str, st
                 tensors[full_name] = parameters[name].detach().cpu().contiguous()
     metadata = {"format": FORMAT, "pattern": str(pattern), **base}
     with atomic(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=metadata))
+        temporary.write_bytes(with_sorted_metadata(save(tensors, metadata=metadata)))
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """Return a safetensors file whose metadata is in the order of its names.
+
+    The library writes it in another order each time, so equal contents would have different bytes.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:start])
+    entries["__metadata__"] = dict(sorted(entries.get("__metadata__", {}).items()))
+    # The names of tensors stay in the library's order, which depends on dtypes and names alone.
+    header = json.dumps({"__metadata__": entries.pop("__metadata__"), **entries})
+    raw = header.encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw + content[start:]
 
 
 @torch.no_grad()

@@ -1,0 +1,190 @@
+"""Where a verb's result goes: --out is tried before any work, and no finished result gets lost."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from indexcache import process
+from indexcache.cli.common import Output
+
+PROBE = b"\0" * 4096
+
+
+@dataclass
+class Claims:
+    """What a verb holds of its --out until it ends.
+
+    Attributes:
+        handles: file descriptors of locked folders.
+        created: folders that did not exist before, the deepest first.
+    """
+
+    handles: list[int] = field(default_factory=list)
+    created: list[Path] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Unlock the folders, and remove those that were created and are still empty."""
+        for folder in self.created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        for handle in self.handles:
+            os.close(handle)
+        self.created.clear()
+        self.handles.clear()
+
+
+CLAIMS = Claims()
+
+
+def claim_folder(out: str | None, model: str | None = None) -> Path | None:
+    """Create the folder of --out, try to write there, and hold it until the verb ends.
+
+    A folder that is still empty then is removed again. Under torchrun the first process does this.
+
+    Args:
+        out: what the user gave, or None.
+        model: the verb's MODEL, whose own folder is refused.
+
+    Raises:
+        ValueError: there is no name; it is a file, or the checkpoint itself; another process
+            writes there; or nothing can be written there.
+    """
+    if out is None:
+        return None
+    folder = named_folder(out, model)
+    if os.environ.get("RANK", "0") != "0":
+        return folder
+    try:
+        missing = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        CLAIMS.created += missing
+        _lock(folder)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(PROBE)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{out}: nothing can be written there ({reason(error)}); choose another --out."
+        ) from None
+    return folder
+
+
+def named_folder(out: str, model: str | None = None) -> Path:
+    """Return the folder that --out names.
+
+    Raises:
+        ValueError: it has no name, is a file, or is the checkpoint itself.
+    """
+    if not out.strip() or "\0" in out:
+        raise ValueError(f"--out is {out!r}, which names no folder; give one, e.g. --out runs/a.")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{out}: this is a file, but --out takes a folder.")
+    if model is not None and os.path.isdir(model) and os.path.realpath(model) == _real(folder):
+        raise ValueError(
+            f"{out}: this is the checkpoint itself, in which nothing is written; choose another "
+            "--out."
+        )
+    return folder
+
+
+def _real(folder: Path) -> str:
+    return os.path.realpath(folder)
+
+
+def _lock(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    CLAIMS.handles.append(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{folder}: another process is writing this folder; wait for it or choose another "
+            "--out."
+        ) from None
+    except OSError:
+        return  # Some network file systems lock no folders.
+
+
+def reason(error: OSError) -> str:
+    """Say in a few words why something cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return error.strerror or str(error)
+
+
+def deliver(
+    text: str | None,
+    value: Any,
+    output: Output,
+    files: Mapping[Path, Any | Callable[[Path], object]] | None = None,
+) -> None:
+    """Print a finished result, write its files, and print its JSON where that was asked for.
+
+    Where one of these fails, the others are done all the same, and the result is kept in a file
+    that the error names, or printed to stderr where there is no room for it at all.
+
+    Args:
+        text: what is printed; None is nothing.
+        value: the result as JSON holds it.
+        files: by path, the JSON that a file gets, or a function that writes the file.
+
+    Raises:
+        ValueError: stdout or a file cannot be written.
+        BrokenPipeError: nobody reads stdout any more; the files are written.
+    """
+    from indexcache.records import write_json
+
+    problems = []
+    unread: BrokenPipeError | None = None
+
+    def show(line: str) -> None:
+        nonlocal unread
+        try:
+            print(line)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            unread = error
+            process.drop_stdout()
+        except OSError as error:
+            problems.append(f"stdout cannot be written ({reason(error)})")
+            process.drop_stdout()
+
+    if text is not None:
+        show(text)
+    for path, content in (files or {}).items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if callable(content):
+                content(path)
+            else:
+                write_json(path, content)
+        except OSError as error:
+            problems.append(f"{path}: cannot be written ({reason(error)})")
+    if output.json and not problems and not unread:
+        show(json.dumps(value, allow_nan=False))
+    if problems:
+        rescue(" and ".join(problems), value)
+    if unread:
+        raise unread
+
+
+def rescue(problem: str, value: Any) -> None:
+    """Keep a finished result where that is possible, and raise ValueError that says where."""
+    text = json.dumps(value)
+    kept = process.keep("result.json", text)
+    if kept is None:
+        print(text, file=sys.stderr)
+        raise ValueError(f"{problem}; the result is the JSON above.")
+    raise ValueError(f"{problem}; the finished result is kept in {kept}.")
