@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from indexcache.checkpoint import (
     resolve,
     tensor_names,
 )
-from indexcache.configs import model_type_of, text_section
+from indexcache.configs import model_type_of, quantization_section, text_section
 from indexcache.data import Batch, batches
+from indexcache.models.contradictions import check_config
 from indexcache.models.family import (
     AnyModel,
     DsaModule,
@@ -28,6 +30,9 @@ from indexcache.models.family import (
     family_named,
     module_of,
 )
+from indexcache.models.fp8 import block_of
+from indexcache.models.soundness import check_weights
+from indexcache.models.weights import Weights
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -211,51 +216,112 @@ def load(
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
             the checkpoint lacks weights that the model needs, or it has no tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
     facts = describe(path)
     folder = Path(facts["path"])
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     check_device(device)
+    weights = open_weights(facts)
+    module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
+    check_weights(module, f"{folder}: ")
+    module.to(device).eval()
+    return Model(module, load_tokenizer(folder), folder, Pattern(facts["native_pattern"]))
+
+
+def open_weights(facts: dict[str, Any]) -> Weights:
+    """Open the weights of a checkpoint that `describe` has described, without reading them.
+
+    Raises:
+        ValueError: the config contradicts the family or is quantised in a way that is not read, or
+            the tensors contradict the config (`Weights`).
+    """
+    folder = Path(facts["path"])
+    config = read_config(folder)
+    check_config(text_section(config), families()[facts["model_type"]], str(folder))
+    block = block_of(facts["quantization"], quantization_section(config), f"{folder}: ")
+    return Weights(folder, facts["num_hidden_layers"], block, facts["nested"])
+
+
+def _module_of_weights(
+    facts: dict[str, Any], weights: Weights, dtype: torch.dtype, trust_remote_code: bool
+) -> DsaModule:
+    """Make transformers' model of a checkpoint, and let it take the weights."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    folder = weights.folder
     logging.disable_progress_bar()
     try:
+        config = _transformers_config(facts, trust_remote_code)
+        kind, own_code = _model_class(config, folder, trust_remote_code)
+        with torch.device("meta"):
+            empty = kind._from_config(config)
+        if not own_code:
+            weights.check(empty)
+        result: Any = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights.state(),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        module, report = result
+        if not facts["nested"] or (folder / "generation_config.json").is_file():
+            with suppress(OSError):  # The model has made one from its config already.
+                module.generation_config = GenerationConfig.from_pretrained(
+                    folder, local_files_only=True
+                )
+    except (OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(
+            f"{folder}: transformers cannot load this checkpoint "
+            f"({(str(error) or type(error).__name__).splitlines()[0]:.200})."
+        ) from None
+    finally:
+        weights.close()
+    module.config.name_or_path = module.name_or_path = str(folder)
+    for key, what in (("missing_keys", "missing"), ("unexpected_keys", "read by nobody")):
+        if names := sorted(report[key]):
+            raise ValueError(
+                f"{folder}: {len(names)} weights are {what}, among them {names[0]}; transformers "
+                "would load another model than the checkpoint's."
+            )
+    return module
+
+
+def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
+    """Return transformers' config: without quantisation, and full wherever there is an indexer."""
+    from transformers import AutoConfig
+
+    folder = Path(facts["path"])
+    if facts["nested"]:
+        section = dict(text_section(read_config(folder)))
+        config = AutoConfig.for_model(**(section | {"model_type": facts["model_type"]}))
+    else:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        if families()[facts["model_type"]].native_sharing:
-            # A config that shares, on a checkpoint that has all indexers, is an override for an
-            # engine: it does not say how the model was trained.
-            missing_layers = set(facts["layers_without_indexer"])
-            config.indexer_types = [
-                "shared" if i in missing_layers else "full"
-                for i in range(facts["num_hidden_layers"])
-            ]
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder}: transformers cannot load this checkpoint "
-            f"({str(error).splitlines()[0]:.200})."
-        ) from None
-    module, report = result
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{folder}: {len(missing)} weights are missing, among them {missing[0]}; transformers "
-            "would fill them with random numbers."
-        )
-    module.to(device).eval()
-    return Model(module, load_tokenizer(folder), folder, Pattern(facts["native_pattern"]))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # The weights are dequantised when they are read.
+    if families()[facts["model_type"]].native_sharing:
+        # A config that shares, on a checkpoint that has all indexers, is an override for an
+        # engine: it does not say how the model was trained.
+        missing_layers = set(facts["layers_without_indexer"])
+        config.indexer_types = [
+            "shared" if i in missing_layers else "full" for i in range(facts["num_hidden_layers"])
+        ]
+    return config
+
+
+def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, bool]:
+    """Return the class of the model, and whether it is code that lies in the checkpoint."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and own:
+        return get_class_from_dynamic_module(own, folder, local_files_only=True), True
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], False
 
 
 def check_device(device: str) -> None:
