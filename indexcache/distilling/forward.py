@@ -246,16 +246,18 @@ def _attention_forward(
             rotate, stock_norm, attention, x, position_embeddings
         )
         forward.run_indexer(layer, x, q_latent, position_embeddings)
-        w_k, w_v = head_weights(attention)
+        w_k, w_v, bias = head_weights(attention, latent)
         lse = None
         if forward.sparse:
             q = torch.cat([torch.einsum("bthm,hmc->bthc", q_nope, w_k), q_rot], -1)
             out = _sparse(
                 attention, q, torch.cat([latent, k_rot], -1), w_v, forward.selection(layer)
             )
+            out = out if bias is None else out + bias
         else:
             q = torch.cat([q_nope, q_rot], -1)
             out, lse = _dense(attention, q, latent, k_rot, forward.cuts)
+            lse = None if bias is not None else lse  # It has the keys' bias, the target has not.
         if forward.collecting:
             forward.add_target(layer, _target(attention, q_nope, q_rot, latent, k_rot, w_k, lse))
         out = attention.o_proj(out.flatten(2))

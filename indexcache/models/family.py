@@ -177,6 +177,21 @@ def check_latent_queries(model: AnyModel, user: str) -> None:
         raise ValueError(f"{user} needs queries from a latent (q_lora_rank); this model has none.")
 
 
+def input_device(module: Any) -> torch.device:
+    """Return the device to which the input of a module goes.
+
+    It is that of its first weight. Where the library accelerate keeps the weights elsewhere until
+    they are needed, its hooks name the device.
+    """
+    for m in module.modules():
+        hook = m.__dict__.get("_hf_hook")
+        for h in getattr(hook, "hooks", (hook,)):
+            if getattr(h, "offload", False) and h.execution_device is not None:
+                return torch.device(h.execution_device)
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def either(cache: Any, past_key_values: Any) -> Any:
     """Return the cache that transformers passes: `cache` from 5.24 on, `past_key_values` before."""
     return past_key_values if cache is None else cache

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexcache.models.family import AnyModel, module_of
+from indexcache.models.family import AnyModel, input_device, module_of
 
 LOGIT_BYTES = 1 << 27
 """Max bytes of fp32 logits that exist at once."""
@@ -23,7 +23,7 @@ def hidden_states(model: AnyModel, ids_BT: Tensor) -> Tensor:
         ids_BT: int64 token ids [B, T], on any device.
     """
     module = module_of(model)
-    device = module.get_input_embeddings().weight.device
+    device = input_device(module.get_input_embeddings())
     return module.model(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
 
 
@@ -35,10 +35,11 @@ def logit_chunks(model: AnyModel, *hidden_BTE: Tensor) -> Iterator[tuple[slice, 
     """
     head = module_of(model).get_output_embeddings()
     batch, length, _ = hidden_BTE[0].shape
+    device = input_device(head)
     chunk = max(LOGIT_BYTES // (4 * batch * head.weight.shape[0]), 1)
     for start in range(0, length - 1, chunk):
         span = slice(start, min(start + chunk, length - 1))
-        yield span, [head(h[:, span].to(head.weight.device)).float() for h in hidden_BTE]
+        yield span, [head(h[:, span].to(device)).float() for h in hidden_BTE]
 
 
 @torch.no_grad()

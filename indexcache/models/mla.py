@@ -1,4 +1,4 @@
-"""Compute the projections of multi-head latent attention (MLA), and read weights directly.
+"""Compute the projections of multi-head latent attention (MLA), and split its absorbed weights.
 
 Dims: B sequences, S queries, H heads, E hidden, Q and c the latents of queries and keys, n and r
 the dims of a head without and with RoPE, v of its values.
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from indexcache.models.effective import has_stock_forward, linear_map, weight_of
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
 Norm = Callable[[Any, Tensor], Tensor]  # applies a norm module
@@ -34,15 +36,6 @@ class Projections(NamedTuple):
     k_rot: Tensor
 
 
-def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a weight that is used without calling the module's forward.
-
-    Every such read goes through here, because it skips whatever the forward does beside the
-    product: adapters, hooks, the scales of quantised weights.
-    """
-    return getattr(module, name)
-
-
 def stock_norm(norm: Any, x: Tensor) -> Tensor:
     """Apply a norm module as it is."""
     return norm(x)
@@ -51,8 +44,21 @@ def stock_norm(norm: Any, x: Tensor) -> Tensor:
 def fused_norm(norm: Any, x: Tensor) -> Tensor:
     """Apply RMSNorm in one kernel; stock launches seven.
 
-    The product with the weight is rounded once, not twice.
+    The product with the weight is rounded once, not twice. A norm with hooks, or of another class
+    than stock's, is called.
     """
+    if norm._forward_hooks or norm._forward_pre_hooks or not is_stock_norm(norm):
+        return norm(x)
+    return plain_fused_norm(norm, x)
+
+
+def is_stock_norm(norm: Any) -> bool:
+    """Return whether a module is an RMSNorm with the forward of transformers."""
+    return hasattr(norm, "variance_epsilon") and has_stock_forward(norm)
+
+
+def plain_fused_norm(norm: Any, x: Tensor) -> Tensor:
+    """Apply RMSNorm in one kernel, as the forward of the norm itself."""
     return F.rms_norm(x, (x.shape[-1],), weight_of(norm), norm.variance_epsilon)
 
 
@@ -75,14 +81,30 @@ def project(rotate: Callable[..., Rope], norm: Norm, a: Any, x: Tensor, rope: Ro
     return Projections(q_latent, q_nope, q_rot, norm(a.kv_a_layernorm, latent), k_rot.squeeze(2))
 
 
-def head_weights(a: Any) -> tuple[Tensor, Tensor]:
+def head_weights(a: Any, latent: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return kv_b_proj as two weights for each head: keys [H, n, c] and values [H, v, c].
 
     With them attention runs over latents: queries absorb the first, outputs pass the second.
+
+    Args:
+        a: an attention module.
+        latent: the latents [.., c] that kv_b_proj would get.
+
+    Returns:
+        Both weights, and the bias of the values [H, v] or None. That of the keys adds the same to
+        all scores of a query, which changes no weight.
+
+    Raises:
+        ValueError: kv_b_proj is not linear, or has hooks.
     """
-    w_k, w_v = (
-        weight_of(a.kv_b_proj)
-        .view(a.num_heads, -1, a.kv_lora_rank)
-        .split([a.qk_nope_head_dim, a.v_head_dim], 1)
-    )
+    where = f"model.layers.{a.layer_idx}.self_attn.kv_b_proj"
+    weight, bias = linear_map(a.kv_b_proj, where, latent)
+    if bias is not None:
+        bias = bias.unflatten(0, (a.num_heads, -1))[:, a.qk_nope_head_dim :]
+    return (*split_heads(a, weight), bias)
+
+
+def split_heads(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a weight of kv_b_proj [H (n + v), c] as `head_weights` returns it."""
+    w_k, w_v = weight.unflatten(0, (a.num_heads, -1)).split([a.qk_nope_head_dim, a.v_head_dim], 1)
     return w_k, w_v

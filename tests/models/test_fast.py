@@ -12,7 +12,7 @@ from indexcache.data import make_batches
 from indexcache.models.family import decoder_layers, family_of, indexers
 from indexcache.models.fast import accelerate as fast_path
 from indexcache.models.fast import layer as layer_of_fast_path
-from indexcache.models.fast.accelerate import accelerate, padding_of
+from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.prefix import PrefixCache
@@ -355,17 +355,6 @@ def test_refusals(model, ids):
     with use_pattern(model, "FSSFSS"), pytest.raises(ValueError, match="Leave use_pattern"):
         handle.undo()
     handle.undo()
-
-
-def test_masks():
-    assert padding_of(None).left is None
-    assert padding_of(torch.ones(2, 5)).left is None
-    # Causality hides padding at the right.
-    assert padding_of(torch.tensor([[1, 1, 0], [1, 1, 1]])).left is None
-    assert padding_of(torch.tensor([[0, 1, 1], [1, 1, 1]])).left == (1, 0)
-    for bad in (torch.tensor([[1, 0, 1]]), torch.zeros(1, 3), torch.ones(1, 1, 3, 3)):
-        with pytest.raises(ValueError, match=r"mask"):
-            padding_of(bad)
 
 
 def test_tiny_agrees_on_real_text(tiny):

@@ -9,6 +9,7 @@ latents; a `FastCache` is made for this path. `use_pattern` and `model.generate`
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indexcache.models.effective import has_stock_forward, is_plain, moves_inputs_only
 from indexcache.models.family import (
     AnyModel,
     DsaModule,
@@ -24,12 +26,13 @@ from indexcache.models.family import (
     either,
     family_of,
     indexers,
+    input_device,
     module_of,
 )
 from indexcache.models.fast.cache import FastCache
+from indexcache.models.fast.frozen import Frozen
 from indexcache.models.fast.layer import (
     CompiledStep,
-    Padding,
     Wrap,
     attention_forward,
     has_one_choice_of_groups,
@@ -38,14 +41,27 @@ from indexcache.models.fast.layer import (
     runs_in_pieces,
     wrap_step,
 )
+from indexcache.models.fast.requests import check_cache, check_packing, check_request
 from indexcache.models.fast.selector import FastSelector
-from indexcache.models.mla import fused_norm, project, stock_norm
+from indexcache.models.fast.visible import Visible, visible_of
+from indexcache.models.mla import (
+    fused_norm,
+    head_weights,
+    is_stock_norm,
+    plain_fused_norm,
+    project,
+    stock_norm,
+)
 from indexcache.models.patch import ModelState, Patches, state_of
 from indexcache.models.seam import IndexerCall, in_force, indexer_forward
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
 
 INDEX_DTYPES = ("auto", "bf16", "fp8")
+NOT_TRACED = (
+    "The fast path cannot be traced into one graph (torch.compile with fullgraph=True, "
+    "torch.export): use accelerate(model, compile=True), or undo it first."
+)
 
 
 class FastModel:
@@ -56,6 +72,16 @@ class FastModel:
         self.patches = Patches()
         # The implementation of experts that `group_experts` replaced.
         self._experts: Any = None
+        # The modules that compiled functions run, as they were when those were made.
+        self.compiled: Frozen | None = None
+
+    def replace(self, module: nn.Module, forward: Any) -> None:
+        """Replace a module's forward, inside of a hook of the library accelerate on the module.
+
+        Such a hook moves inputs to the module's device and loads its weights.
+        """
+        hook = module.__dict__.get("_hf_hook")
+        self.patches.replace(module, forward if hook is None else _hooked(module, hook, forward))
 
     def undo(self) -> None:
         """Restore the stock model. Calling it twice changes nothing.
@@ -127,11 +153,17 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
         )
     check_latent_queries(module, "The fast path")
     layers = decoder_layers(module)
+    for i, layer in enumerate(layers):
+        _check_layer(i, layer, module)
     wrap: Wrap = partial(torch.compile, dynamic=True) if compile else lambda f: f
     gpu = on_gpu(module)
-    norm = fused_norm if gpu else stock_norm
+    norm = stock_norm
+    if gpu:
+        norms = [m for m in module.model.modules() if hasattr(m, "variance_epsilon")]
+        plain = all(is_plain(m) for m in norms)
+        norm = (plain_fused_norm if plain else stock_norm) if compile else fused_norm
     projection = wrap(partial(project, family.rotate, norm))
-    wrapped_norm = wrap(fused_norm)
+    wrapped_norm = wrap(plain_fused_norm)
     step = CompiledStep.of(family.rotate, norm) if compile else None
     in_pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
     if step is not None and not all(in_pieces):
@@ -144,25 +176,29 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
     selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
     fast = FastModel(module)
     try:
-        fast.patches.replace(module.model, _model_forward(module, state))
+        fast.patches.replace(module.model, _model_forward(module, fast))
         for i, (layer, indexer) in enumerate(zip(layers, indexers(module), strict=True)):
-            fast.patches.replace(
+            fast.replace(
                 layer.self_attn,
                 attention_forward(layer.self_attn, family.native_sharing, projection),
             )
             fast.patches.replace(layer.mlp, _timed("mlp", wrap(layer.mlp.forward)))
             if indexer is not None:
-                fast.patches.replace(indexer, indexer_forward(i, indexer, partial(_full, state)))
+                fast.replace(indexer, indexer_forward(i, indexer, partial(_full, state)))
             if step is not None and in_pieces[i]:
                 fast.patches.replace(layer, layer_forward(layer, family.native_sharing, step))
         for submodule in module.modules():
+            if "forward" in submodule.__dict__ and not moves_inputs_only(submodule):
+                continue
             if has_one_choice_of_groups(submodule):
                 # A bound method is compiled once; a partial would be compiled for each router.
-                fast.patches.replace(submodule, MethodType(route, submodule))
-            elif gpu and hasattr(submodule, "variance_epsilon"):
-                fast.patches.replace(submodule, partial(wrapped_norm, submodule))
+                fast.replace(submodule, MethodType(route, submodule))
+            elif gpu and is_stock_norm(submodule):
+                fast.replace(submodule, partial(wrapped_norm, submodule))
         if gpu:
             fast.group_experts()
+        if compile:
+            fast.compiled = Frozen(_compiled_modules(layers), weights=False)
         state.selector = selector
     except BaseException:
         fast.undo()
@@ -173,6 +209,43 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
 def on_gpu(model: nn.Module) -> bool:
     """Return whether the model's weights are on a CUDA device."""
     return next(model.parameters()).device.type == "cuda"
+
+
+def _check_layer(i: int, layer: Any, model: DsaModule) -> None:
+    """Raise ValueError if a part that the fast path replaces does more than stock's part does."""
+    a = layer.self_attn
+    for name, part in (("self_attn", a), ("self_attn.indexer", a.indexer)):
+        replaced = part is not None and (
+            not has_stock_forward(part)
+            or ("forward" in part.__dict__ and "_hf_hook" not in part.__dict__)
+        )
+        if replaced:
+            raise ValueError(
+                f"model.layers.{i}.{name} ({type(part).__name__}) has a forward that is not "
+                "transformers', which the fast path would not run; restore it, or run stock."
+            )
+    norm = next(p for p in a.kv_a_layernorm.parameters())
+    dtype: Any = model.dtype if norm.is_meta else norm.dtype
+    device = input_device(a.kv_b_proj)
+    head_weights(a, torch.zeros(0, a.kv_lora_rank, dtype=dtype, device=device))
+
+
+def _compiled_modules(layers: Iterable[Any]) -> list[tuple[str, nn.Module]]:
+    """Return the modules of decoder layers, without those whose forward a pattern replaces."""
+    return [
+        (f"model.layers.{i}.{name}", m)
+        for i, layer in enumerate(layers)
+        for name, m in layer.named_modules()
+        if m is not layer and m is not layer.self_attn.indexer
+    ]
+
+
+def _hooked(module: nn.Module, hook: Any, forward: Any):
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        return hook.post_forward(module, forward(*args, **kwargs))
+
+    return run
 
 
 def _timed(name: str, forward: Any):
@@ -189,66 +262,71 @@ def _full(state: ModelState, call: IndexerCall) -> Selection:
     return state.selector.full(call)
 
 
-def _model_forward(model: DsaModule, state: ModelState):
-    """Make the decoder's forward, which replaces the dense causal mask by a `Padding`."""
+def _model_forward(model: DsaModule, fast: FastModel):
+    """Make the decoder's forward, which replaces the dense causal mask by a `Visible`."""
     stock = model.model.forward
     names = set(model.config.layer_types) | {"indexed_attention"}
 
+    @torch.compiler.disable(reason=NOT_TRACED)
     def forward(
         input_ids=None,
         attention_mask=None,
         position_ids=None,
         cache=None,
-        *args: Any,
+        inputs_embeds=None,
+        use_cache=None,
+        *,
         past_key_values=None,
         **kwargs: Any,
     ):
         cache = either(cache, past_key_values)
-        if model.training or (
-            torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-        ):
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            raise ValueError(NOT_TRACED)
+        if fast.compiled is not None and (name := fast.compiled.changed()):
             raise ValueError(
-                "The fast path is for inference: call model.eval() and use torch.no_grad()."
+                f"{name} was changed after accelerate(model, compile=True), whose compiled "
+                "functions skip that; undo it, and accelerate again."
             )
-        padding = padding_of(attention_mask)
-        if isinstance(cache, FastCache):
-            tokens = input_ids
-            if tokens is None:
-                tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-            cache.check_room(0 if tokens is None else tokens.shape[1])
-            cache.padded |= padding.left is not None
-        try:
-            return stock(
-                input_ids, dict.fromkeys(names, padding), position_ids, cache, *args, **kwargs
-            )
-        finally:
-            if state.selector is not None:
-                state.selector.clear()
+        check_request(model, inputs_embeds, kwargs)
+        visible = _visible(
+            model, attention_mask, position_ids, cache, input_ids, inputs_embeds, use_cache, kwargs
+        )
+        return stock(
+            input_ids,
+            dict.fromkeys(names, visible),
+            position_ids,
+            cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
     return forward
 
 
-def padding_of(mask: Any) -> Padding:
-    """Convert a mask [B, T] (1: token, 0: padding) to the padding at its left.
-
-    Padding at the right needs no mask: causality hides it.
-
-    Raises:
-        ValueError: a mask of another form, or holes between tokens.
-    """
-    if mask is None:
-        return Padding()
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise ValueError(
-            "The fast path takes an attention mask [batch, tokens] of ones and zeros, or none."
-        )
-    tokens = mask.bool()
-    left = tokens.int().argmax(-1)
-    count = tokens.sum(-1)
-    end = mask.shape[1] - tokens.flip(-1).int().argmax(-1)
-    if bool((count == 0).any()) or bool((end - left != count).any()):
-        raise ValueError(
-            "The attention mask has a sequence without tokens or with holes; the fast path takes "
-            "padding at the ends."
-        )
-    return Padding(tuple(left.tolist())) if int(left.max()) else Padding()
+def _visible(
+    model: DsaModule,
+    mask: Any,
+    positions: Tensor | None,
+    cache: Any,
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    use_cache: bool | None,
+    kwargs: dict[str, Any],
+) -> Visible:
+    """Check the inputs of a pass together, and return what its queries see."""
+    tokens = ids if embeds is None else embeds
+    if tokens is None:
+        return Visible()  # Stock says what is missing.
+    batch, queries = tokens.shape[:2]
+    past = check_cache(model, cache, batch, queries)
+    if past is None:
+        return Visible()
+    caching = cache is not None or (model.config.use_cache if use_cache is None else use_cache)
+    check_packing(positions, mask, bool(caching), kwargs)
+    visible = visible_of(
+        mask, queries, past + queries, batch, None if caching or mask is not None else positions
+    )
+    if isinstance(cache, FastCache):
+        cache.padded |= visible.spans is not None
+    return visible

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class FastLayer(CacheLayerMixin):
         In a step of a `Decoder`, T is the capacity.
 
         Raises:
-            ValueError: another batch size or width than before, or the cache is full.
+            ValueError: another batch size, width or dtype than before, or the cache is full.
         """
         batch, new, self.width = latent_BSc.shape
         if batch != self.batch_size:
@@ -80,6 +81,11 @@ class FastLayer(CacheLayerMixin):
             raise ValueError(
                 f"This cache holds {latents.shape[-1]} values a token, got {width}; start a new "
                 "cache for this model."
+            )
+        if latents.dtype != latent_BSc.dtype:
+            raise ValueError(
+                f"This cache holds {latents.dtype}, the model gives {latent_BSc.dtype}; start a "
+                "new cache."
             )
         self.ran_indexer = False
         if self.positions is not None:
@@ -262,7 +268,7 @@ class FastCache(Cache):
         batch: number of sequences.
 
     Attributes:
-        padded: whether a sequence begins with padding.
+        padded: whether a sequence has padding, which an attention mask hid.
 
     Raises:
         ValueError: the model is not accelerated, or the capacity or the batch is below 1.
@@ -280,6 +286,7 @@ class FastCache(Cache):
                 f"A FastCache has a capacity and a batch of at least 1, got {capacity} and {batch}."
             )
         super().__init__(layers=[FastLayer(batch, capacity) for _ in decoder_layers(model)])
+        self._model = ref(module_of(model))
         self.capacity = capacity
         self.padded = False
         # Number of tokens that each sequence lacks to the longest; None if all are equally long.
@@ -319,6 +326,13 @@ class FastCache(Cache):
         longest = self.layers[0].length
         assert max(lengths) == longest and len(lengths) == self.layers[0].batch_size
         self._shortfalls = [longest - n for n in lengths] if min(lengths) < longest else None
+
+    def check_model(self, model: AnyModel) -> None:
+        """Raise ValueError if this cache was made for another model."""
+        if self._model() is not module_of(model):
+            raise ValueError(
+                "This FastCache was made for another model; make one with FastCache(model)."
+            )
 
     def check_room(self, tokens: int) -> None:
         """Check, before a forward pass of all sequences, that `tokens` more can be written.

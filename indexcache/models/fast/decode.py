@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indexcache.models.family import AnyModel, indexers, module_of
+from indexcache.models.family import AnyModel, indexers, input_device, module_of
 from indexcache.models.fast.cache import FastCache
+from indexcache.models.fast.frozen import Frozen
 from indexcache.models.timing import timed
 
 CAPTURE_STEPS = 3
@@ -24,12 +25,13 @@ CAPTURE_STEPS = 3
 class Decoder:
     """A decoder of an accelerated model, over a `FastCache` that `prefill` has filled.
 
-    A graph keeps the pattern that was in force when it was captured. When the pattern changes, the
-    next step captures anew.
+    A graph keeps the pattern that was in force when it was captured, and the modules as they were.
+    When the pattern changes, or a hook, an adapter or other weights come, the next step captures
+    anew.
 
     Args:
         model: an accelerated model, on one device.
-        cache: a filled cache with a capacity, not padded at the left. Its sequences may differ in
+        cache: a filled cache with a capacity, filled without padding. Its sequences may differ in
             length (`prefill(.., lengths=..)`).
         graph: whether to replay a CUDA graph; None means yes for a model on a GPU.
 
@@ -40,15 +42,15 @@ class Decoder:
 
     def __init__(self, model: AnyModel, cache: FastCache, *, graph: bool | None = None):
         module = module_of(model)
-        device = module.get_input_embeddings().weight.device
+        device = input_device(module.get_input_embeddings())
         if not isinstance(cache, FastCache):
             raise ValueError(f"A Decoder needs a FastCache, got {type(cache).__name__}.")
         if cache.capacity is None:
             raise ValueError("A Decoder needs a cache of fixed size: FastCache(model, capacity).")
         if cache.padded:
             raise ValueError(
-                "A Decoder needs sequences that begin at position 0: give prefill the lengths, "
-                "not padding at the left."
+                "A Decoder needs sequences that begin at position 0 and have no padding between: "
+                "give prefill the lengths, not an attention mask."
             )
         if not cache.layers[0].length:
             raise ValueError("This cache is empty: fill it with prefill first.")
@@ -64,6 +66,7 @@ class Decoder:
         self._lengths = cache.lengths
         self._graph: Any = None
         self._graph_inputs: list[Any] = []
+        self._graph_modules: Frozen | None = None
         self._graph_logits = torch.empty(0)
 
     def step(self, tokens_B: Tensor) -> Tensor:
@@ -95,8 +98,10 @@ class Decoder:
             logits = self._forward()
         else:
             inputs = self._current_inputs()
-            if self._graph is None or any(
-                a is not b for a, b in zip(inputs, self._graph_inputs, strict=True)
+            if (
+                self._graph is None
+                or any(a is not b for a, b in zip(inputs, self._graph_inputs, strict=True))
+                or self._changed()
             ):
                 self._capture()
                 self._graph_inputs = inputs
@@ -150,6 +155,10 @@ class Decoder:
             tensor for layer in self.cache.layers for tensor in (layer.latents, layer.indexer_keys)
         ]
 
+    def _changed(self) -> str | None:
+        """Return the name of a module that has changed since the graph was captured."""
+        return None if self._graph_modules is None else self._graph_modules.changed()
+
     @torch.no_grad()
     def _forward(self) -> Tensor:
         with self.cache.writing_at(self.positions_B):
@@ -179,6 +188,7 @@ class Decoder:
             with torch.cuda.graph(graph):
                 logits = self._forward()
         self._graph, self._graph_logits = graph, logits
+        self._graph_modules = Frozen(self.module.named_modules(), weights=True)
 
 
 def on_host(tokens: Iterator[Tensor]) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 
-from indexcache.models.family import AnyModel, DsaModule, module_of
+from indexcache.models.family import AnyModel, DsaModule, input_device, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder, on_host
 from indexcache.models.fast.prefill import CHUNK, prefill
@@ -43,7 +43,7 @@ def new_tokens(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    device = module.get_input_embeddings().weight.device
+    device = input_device(module.get_input_embeddings())
     prompt = torch.tensor([list(ids)], device=device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():

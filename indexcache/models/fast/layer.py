@@ -12,6 +12,7 @@ and r the dims of a head without and with RoPE, v of its values, k experts of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,41 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indexcache import ops
+from indexcache.models.effective import has_stock_forward, is_plain, weight_of
 from indexcache.models.family import either
 from indexcache.models.fast.cache import FastCache
-from indexcache.models.mla import Norm, Projections, Rope, head_weights, project, weight_of
+from indexcache.models.fast.visible import Visible
+from indexcache.models.mla import Norm, Projections, Rope, head_weights, project, split_heads
 from indexcache.models.seam import on_device
 from indexcache.models.timing import timed
+
+INFERENCE_ONLY = "The fast path is for inference: call model.eval() and use torch.no_grad()."
 
 # Wraps a function before it is installed: `torch.compile`, or the identity.
 Wrap = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Padding:
-    """The attention mask of the fast path.
-
-    Attributes:
-        left: number of padding tokens at the left of each sequence; None where there are none.
-    """
-
-    left: tuple[int, ...] | None = None
-
-    def groups(self, batch: int) -> list[tuple[slice, int]]:
-        """Split a batch into (rows, padding) of neighbouring sequences with the same padding."""
-        if self.left is None:
-            return [(slice(0, batch), 0)]
-        starts = [i for i in range(batch) if i == 0 or self.left[i] != self.left[i - 1]]
-        return [
-            (slice(a, b), self.left[a]) for a, b in zip(starts, [*starts[1:], batch], strict=True)
-        ]
-
-
 def has_one_choice_of_groups(module: Any) -> bool:
-    """Return whether a module is a router that must choose all of its groups of experts."""
-    return hasattr(module, "e_score_correction_bias") and getattr(
-        module, "num_group", 0
-    ) == getattr(module, "topk_group", None)
+    """Return whether a module is transformers' router and must choose all groups of experts."""
+    return (
+        "e_score_correction_bias" in module.__dict__.get("_buffers", ())
+        and has_stock_forward(module)
+        and getattr(module, "num_group", 0) == getattr(module, "topk_group", None)
+    )
 
 
 def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +51,8 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Logits [B S, experts], and weights and indices [B S, k].
     """
+    if not torch.compiler.is_compiling() and not has_stock_forward(router):
+        return type(router).forward(router, x)  # Its class was changed since.
     x = x.view(-1, router.hidden_dim)
     weight = weight_of(router)
     # Products of bf16 are exact in fp32, in which tensor cores add them up. A compiled product of
@@ -99,7 +88,7 @@ def attention_forward(
     def forward(
         hidden_states: Tensor,
         position_embeddings: Rope,
-        attention_mask: Padding,
+        attention_mask: Visible,
         cache: Any = None,
         position_ids: Tensor | None = None,
         prev_topk_indices: ops.Selection | None = None,
@@ -108,11 +97,15 @@ def attention_forward(
     ) -> tuple:
         cache = either(cache, past_key_values)
         batch, queries, _width = hidden_states.shape
+        if not has_stock_forward(a):
+            raise ValueError(f"{type(a).__name__} replaced the forward that the fast path runs.")
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            raise ValueError(INFERENCE_ONLY)
         with timed("linears"):
             q_latent, q_nope, q_rot, latent, k_rot = projection(
                 a, hidden_states, position_embeddings
             )
-            latents = _cached(cache, a, latent, k_rot)
+            latents = _cached(cache, a, latent, k_rot, attention_mask.total)
         selection = _selection(
             a,
             hidden_states,
@@ -124,12 +117,12 @@ def attention_forward(
             prev_topk_indices,
         )
         with timed("linears"):
-            w_k, w_v = head_weights(a)
-            absorbed = q_nope.new_empty(batch, queries, a.num_heads, latents.shape[-1])
+            w_k, w_v, bias = head_weights(a, latent)
+            absorbed = latents.new_empty(batch, queries, a.num_heads, latents.shape[-1])
             _heads_times(q_nope, w_k, absorbed[..., : a.kv_lora_rank])
             absorbed[..., a.kv_lora_rank :] = q_rot
             del q_nope, q_rot
-        with timed("attention"):
+        with timed("attention"), without_autocast(absorbed):
             out, _lse = ops.sparse_mla(
                 absorbed,
                 latents,
@@ -142,6 +135,8 @@ def attention_forward(
         with timed("linears"):
             values = out.new_empty(batch, queries, a.num_heads, a.v_head_dim)
             _heads_times(out, w_v.transpose(1, 2), values)
+            if bias is not None:
+                values += bias
             out = a.o_proj(values.flatten(2))
         return (out, None, selection) if returns_ids else (out, None)
 
@@ -153,14 +148,14 @@ def _selection(
     x: Tensor,
     q_latent: Tensor,
     rope: Rope,
-    padding: Padding,
+    visible: Visible,
     position_ids: Tensor | None,
     cache: Any,
     previous: ops.Selection | None,
 ) -> ops.Selection:
     """Return the selection of a layer's indexer, or else the one of the layer before."""
     if a.indexer is not None:
-        selection = a.indexer(x, q_latent, rope, padding, position_ids, cache)
+        selection = a.indexer(x, q_latent, rope, visible, position_ids, cache)
         # An indexer whose forward another library replaced returns ids.
         return ops.Selection(selection) if isinstance(selection, Tensor) else selection
     if previous is None:
@@ -168,17 +163,36 @@ def _selection(
     return on_device(previous, x.device)
 
 
-def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor) -> Tensor:
-    """Append latents [B, S, c] and rotary keys [B, S, r]; return all tokens' [B, T, c + r]."""
+def _cached(cache: Any, a: Any, latent: Tensor, k_rot: Tensor, total: int | None = None) -> Tensor:
+    """Append latents [B, S, c] and rotary keys [B, S, r]; return all tokens' [B, T, c + r].
+
+    Raises:
+        ValueError: the cache holds something else than the latents of T = `total` tokens.
+    """
     if isinstance(cache, FastCache):
         return cache.layers[a.layer_idx].store(latent, k_rot)
     if cache is None:
         return torch.cat([latent, k_rot], -1)
-    latents, rotary = cache.update(latent.unsqueeze(1), k_rot.unsqueeze(1), a.layer_idx)
-    if latents.shape[-1] != a.kv_lora_rank:
+    entry = cache.layers[a.layer_idx]
+    held = entry.keys if entry.is_initialized else None
+    if held is not None and (held.shape[1] != 1 or held.shape[-1] != a.kv_lora_rank):
         raise ValueError(
-            "This cache was filled by stock transformers, which caches expanded keys and values; "
-            "start a new one."
+            f"This cache holds {held.shape[1]} heads of {held.shape[-1]} values a token, got a "
+            f"latent of {a.kv_lora_rank}: another model filled it, or a transformers that caches "
+            "expanded keys; start a new one."
+        )
+    if held is not None and held.dtype != latent.dtype:
+        raise ValueError(
+            f"This cache holds {held.dtype}, the model gives {latent.dtype}; start a new one."
+        )
+    latents, rotary = cache.update(latent.unsqueeze(1), k_rot.unsqueeze(1), a.layer_idx)
+    total = latents.shape[2] if total is None else total
+    # A static cache returns its whole capacity, whose end holds nothing.
+    latents, rotary = latents[:, :, :total], rotary[:, :, :total]
+    if latents.shape != (len(latent), 1, total, a.kv_lora_rank):
+        raise ValueError(
+            f"This cache returned {list(latents.shape)} for {len(latent)} sequences of {total} "
+            f"latents of {a.kv_lora_rank}; start a new one."
         )
     return torch.cat([latents, rotary], -1)[:, 0]
 
@@ -188,9 +202,16 @@ def _heads_times(x_BSHm: Tensor, w_Hmn: Tensor, out_BSHn: Tensor) -> None:
     heads = w_Hmn.shape[0]
     x, out = (
         t.view(t.shape[0] * t.shape[1], heads, t.shape[-1]).transpose(0, 1)
-        for t in (x_BSHm, out_BSHn)
+        for t in (x_BSHm.to(out_BSHn.dtype), out_BSHn)
     )
-    torch.bmm(x, w_Hmn, out=out)
+    with without_autocast(x):
+        torch.bmm(x, w_Hmn.to(x.dtype), out=out)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """Compute in the dtypes that the tensors have, as kernels do, also inside of autocast."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -222,15 +243,13 @@ class CompiledStep:
 def runs_in_pieces(layer: Any) -> bool:
     """Return whether `CompiledStep` may run this layer.
 
-    Its functions read weights and skip forwards, so they must not run where a forward was replaced,
-    a hook was added, or another implementation of experts was chosen.
+    Its functions read weights and skip forwards, so they must not run where a forward does more
+    than stock's, or another implementation of experts was chosen.
     """
     config = getattr(getattr(layer.mlp, "experts", None), "config", None)
     implementation = getattr(config, "_experts_implementation", None)
-    touched = any(
-        "forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in layer.modules()
-    )
-    return not touched and implementation in (None, "eager", "grouped_mm", "batched_mm")
+    plain = all(is_plain(m) for m in layer.modules()) and layer.self_attn.kv_b_proj.bias is None
+    return plain and implementation in (None, "eager", "grouped_mm", "batched_mm")
 
 
 def wrap_step() -> Wrap:
@@ -247,13 +266,14 @@ def _before(
     a = layer.self_attn
     x = norm(layer.input_layernorm, x)
     q_latent, q_nope, q_rot, latent, k_rot = project(rotate, norm, a, x, rope)
-    q = torch.einsum("bshn,hnc->bshc", q_nope, head_weights(a)[0])
+    q = torch.einsum("bshn,hnc->bshc", q_nope, split_heads(a, weight_of(a.kv_b_proj))[0])
     return x, q_latent, torch.cat([q, q_rot], -1), latent, k_rot
 
 
 def _after(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     a = layer.self_attn
-    return x + a.o_proj(torch.einsum("bshc,hvc->bshv", out, head_weights(a)[1]).flatten(2))
+    w_v = split_heads(a, weight_of(a.kv_b_proj))[1]
+    return x + a.o_proj(torch.einsum("bshc,hvc->bshv", out, w_v).flatten(2))
 
 
 def _feed(norm: Norm, layer: Any, x: Tensor) -> Tensor:
@@ -307,10 +327,10 @@ def layer_forward(layer: Any, returns_ids: bool, step: CompiledStep) -> Callable
         with timed("linears"):
             x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
             latents = _cached(cache, a, latent, k_rot)
-        padding = kwargs.get("attention_mask") or Padding()
+        visible = kwargs.get("attention_mask") or Visible()
         positions = kwargs.get("position_ids")
         previous = kwargs.get("prev_topk_indices")
-        selection = _selection(a, x, q_latent, rope, padding, positions, cache, previous)
+        selection = _selection(a, x, q_latent, rope, visible, positions, cache, previous)
         with timed("attention"):
             out, _lse = ops.sparse_mla(
                 q, latents, selection.ids, a.scaling, value_dim=a.kv_lora_rank

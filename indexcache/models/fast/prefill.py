@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from indexcache.models.family import AnyModel, module_of
+from indexcache.models.family import AnyModel, input_device, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.timing import timed
 from indexcache.progress import progress as open_bar
@@ -96,7 +96,7 @@ def prefill(
     before = cache.get_seq_length()
     if isinstance(cache, FastCache):
         cache.check_room(total)
-    device = module.get_input_embeddings().weight.device
+    device = input_device(module.get_input_embeddings())
     step = max(chunk // batch, 1)
     last: list[Tensor | None] = [None] * batch
     with open_bar(batch * total, "token") if progress else nullcontext() as progress_bar:

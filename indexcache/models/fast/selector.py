@@ -10,6 +10,8 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.models.family import DsaModule, Projection
 from indexcache.models.fast.cache import FastCache
+from indexcache.models.fast.layer import without_autocast
+from indexcache.models.fast.visible import Ids
 from indexcache.models.mla import Rope
 from indexcache.models.seam import IndexerCall, Selector
 from indexcache.models.timing import timed
@@ -59,8 +61,6 @@ class FastSelector(Selector):
         self.heads = int(model.config.num_attention_heads)
         self.project = project or self.family.project
         self.project_one = project_one or self.family.project
-        # The cos of a forward pass, then cos and sin as `_quantiser_rope` returns them.
-        self._rope: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def full(self, call: IndexerCall, pool: int = 0) -> Selection:
@@ -70,7 +70,7 @@ class FastSelector(Selector):
     @torch.no_grad()
     def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
         inputs = self._inputs(call)
-        if pool.groups is None and call.mask.left is None:
+        if pool.groups is None and call.mask.spans is None:
             pool = _in_groups(pool.ids, ops.pool_group(inputs.q, inputs.k))
         return self.grouped(self.topk(call, inputs, 0, pool).ids), pool
 
@@ -82,37 +82,55 @@ class FastSelector(Selector):
         self, call: IndexerCall, inputs: IndexInputs, pool: int, within: Selection | None = None
     ) -> Selection:
         """Select the top k, within a pool or over all keys, and where `pool` > 0 the top `pool`."""
-        batch, queries = call.x.shape[:2]
-        selections = []
-        for rows, left in call.mask.groups(batch):
-            # A step of a `Decoder` has no padding.
-            offset = inputs.positions
-            if offset is None:
-                offset = inputs.k.shape[1] - queries - left
-            with timed("index_topk"):
-                selections.append(
-                    ops.index_topk(
-                        inputs.q[rows],
-                        inputs.k[rows, left:],
-                        inputs.w[rows],
-                        None if inputs.k_scale is None else inputs.k_scale[rows, left:],
-                        call.indexer.index_topk,
-                        offset,
-                        None if within is None else _shift(within.ids[rows], -left),
-                        pool=pool,
-                        groups=None if within is None else within.groups,
-                    )
-                )
-            selections[-1] = _shifted(selections[-1], left)
-        if len(selections) == 1:
-            return selections[0]
-        pools = [s.pool for s in selections if s.pool is not None]
-        return Selection(
-            torch.cat([s.ids for s in selections]), torch.cat(pools) if pools else None
-        )
+        visible = call.mask
+        if visible.spans is None:
+            # In a step of a `Decoder` the positions say where each query is.
+            offset: int | Tensor = inputs.k.shape[1] - inputs.q.shape[1]
+            if inputs.positions is not None:
+                offset = inputs.positions
+            return self._topk(call, inputs, offset, pool, within)
+        outs: list[Tensor] = []
+        for span in visible.spans:
+            rows, keys = span.rows, span.keys
+            part = IndexInputs(
+                inputs.q[rows, span.queries],
+                inputs.w[rows, span.queries],
+                inputs.k[rows, keys],
+                None if inputs.k_scale is None else inputs.k_scale[rows, keys],
+                None,
+            )
+            pools = None
+            if within is not None:
+                pools = Selection(_among(keys, within.ids[rows, span.queries], inputs.k.shape[1]))
+            found = self._topk(call, part, span.offset, pool, pools)
+            found_ids = [found.ids] if found.pool is None else [found.ids, found.pool]
+            if not outs:
+                shape = inputs.q.shape[:2]
+                outs = [ids.new_full((*shape, ids.shape[-1]), -1) for ids in found_ids]
+            for out, ids in zip(outs, found_ids, strict=True):
+                out[rows, span.queries] = _of_all(keys, ids)
+        return Selection(outs[0], outs[1] if len(outs) > 1 else None)
 
-    def clear(self) -> None:
-        self._rope = None
+    def _topk(
+        self,
+        call: IndexerCall,
+        inputs: IndexInputs,
+        offset: int | Tensor,
+        pool: int,
+        within: Selection | None,
+    ) -> Selection:
+        with timed("index_topk"), without_autocast(inputs.q):
+            return ops.index_topk(
+                inputs.q,
+                inputs.k,
+                inputs.w,
+                inputs.k_scale,
+                call.indexer.index_topk,
+                offset,
+                None if within is None else within.ids,
+                pool=pool,
+                groups=None if within is None else within.groups,
+            )
 
     def _inputs(self, call: IndexerCall) -> IndexInputs:
         """Project queries and keys, and store the keys in the dtype in which they are compared."""
@@ -129,13 +147,16 @@ class FastSelector(Selector):
     def _quantiser_rope(self, call: IndexerCall) -> tuple[Tensor, Tensor]:
         """Return cos and sin [B, S, r] as the quantisation takes them.
 
-        All layers of a forward pass use the same two tensors.
+        All layers of a forward pass on one device use the same two tensors.
         """
-        if self._rope is None or self._rope[0] is not call.rope[0]:
+        memory = call.mask.memory
+        # The pass keeps the cos that it remembers, so that no other tensor gets its identity.
+        known = memory.get("rope")
+        if known is None or known[0] is not call.rope[0]:
             half = call.indexer.qk_rope_head_dim // 2
             cos, sin = (t[..., :half].float().contiguous() for t in call.rope)
-            self._rope = call.rope[0], cos, sin
-        return self._rope[1:]
+            memory["rope"] = known = call.rope[0], cos, sin
+        return known[1:]
 
     def _stored(
         self, call: IndexerCall, q: Tensor, k: Tensor, w: Tensor, rope: Rope | None
@@ -144,7 +165,8 @@ class FastSelector(Selector):
         fast = isinstance(call.cache, FastCache)
         if call.cache is not None and not fast:
             # A cache of transformers has no place for scales, so it keeps unquantised keys.
-            k = call.cache.update_indexer(k, call.layer)
+            # A static one returns its whole capacity, whose end holds nothing.
+            k = call.cache.update_indexer(k, call.layer)[:, : call.mask.total]
         scale = None
         if self.index_dtype == "fp8":
             cos, sin = rope or (None, None)
@@ -173,9 +195,20 @@ def _in_groups(ids: Tensor, group: int) -> Selection:
         return Selection(ids, groups=ops.group_queries(ids, group))
 
 
-def _shifted(selection: Selection, by: int) -> Selection:
-    pool = selection.pool
-    return Selection(_shift(selection.ids, by), None if pool is None else _shift(pool, by))
+def _among(keys: Ids, ids: Tensor, total: int) -> Tensor:
+    """Convert ids of all `total` keys to positions among `keys`, which hold them all."""
+    if isinstance(keys, slice):
+        return _shift(ids, -keys.start)
+    positions = torch.full((total + 1,), -1, dtype=ids.dtype, device=ids.device)
+    positions[keys] = torch.arange(len(keys), dtype=ids.dtype, device=ids.device)
+    return positions[ids.long()]  # -1 reads the last entry.
+
+
+def _of_all(keys: Ids, ids: Tensor) -> Tensor:
+    """Convert positions among `keys` to ids of all keys."""
+    if isinstance(keys, slice):
+        return _shift(ids, keys.start)
+    return torch.where(ids < 0, -1, keys.to(ids.dtype)[ids.clamp(min=0).long()])
 
 
 def _shift(ids: Tensor, by: int) -> Tensor:

@@ -1,0 +1,174 @@
+"""Test that the fast path honours or refuses what forwards do beside their product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from indexcache.models.fast.accelerate import accelerate
+from tests.support import FAMILIES, logits, make_model, refused, relative
+
+SHORT = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+KV = "model.layers.1.self_attn.kv_b_proj"
+ROUTER = "model.layers.1.mlp.gate"
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+class QuantisedInput(nn.Linear):
+    def forward(self, x):
+        step = x.abs().amax(-1, keepdim=True) / 127 + 1e-9
+        return super().forward((x / step).round() * step)
+
+
+class Int8(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().amax(1, keepdim=True) / 20
+        self.qweight = (linear.weight / self.scale).round().to(torch.int8)
+
+    def forward(self, x):
+        return x @ (self.qweight.float() * self.scale).T
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def linear(kind, old, bias=False):
+    new = kind(old.in_features, old.out_features, bias=bias)
+    new.weight = old.weight
+    return new
+
+
+def put(make):
+    def change(model):
+        parent, _, name = KV.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(model.get_submodule(KV)))
+
+    return change
+
+
+def raw_fp8(module):
+    module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return module
+
+
+def times(name, factor):
+    def change(model):
+        module = model.get_submodule(name)
+        stock = module.forward
+        module.forward = lambda x: _times(stock(x), factor)
+
+    return change
+
+
+def _times(out, factor):
+    return (out[0], out[1] * factor, out[2]) if isinstance(out, tuple) else out * factor
+
+
+def hooked(name, hook, pre=False):
+    def change(model):
+        module = model.get_submodule(name)
+        (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook)
+
+    return change
+
+
+def another_class(model):
+    router = model.get_submodule(ROUTER)
+
+    class Router(type(router)):
+        def forward(self, x):
+            return _times(super().forward(x), 3)
+
+    router.__class__ = Router
+
+
+def weight_norm(model):
+    torch.nn.utils.weight_norm(model.get_submodule(KV)).weight_g.data.mul_(2)
+
+
+HONOURED = {
+    "bias": put(lambda old: linear(nn.Linear, old, bias=True)),
+    "subclass": put(lambda old: linear(Scaled, old)),
+    "int8 weights": put(Int8),
+    "parametrized": lambda m: parametrize.register_parametrization(
+        m.get_submodule(KV), "weight", Doubled()
+    ),
+    "parametrized router": lambda m: parametrize.register_parametrization(
+        m.get_submodule(ROUTER), "weight", Doubled()
+    ),
+    "orthogonal": lambda m: parametrizations.orthogonal(m.get_submodule(KV)),
+    "weight norm": weight_norm,
+    "pruned": lambda m: torch.nn.utils.prune.l1_unstructured(m.get_submodule(KV), "weight", 0.5),
+    "replaced forward": times(KV, 3),
+    "replaced forward of a router": times(ROUTER, 3),
+    "another class of router": another_class,
+    "hook on a router": hooked(ROUTER, lambda _m, _a, out: _times(out, 2)),
+    "hook on a norm": hooked("model.layers.0.self_attn.kv_a_layernorm", lambda _m, _a, out: -out),
+    "hook on attention": hooked(
+        "model.layers.0.self_attn", lambda _m, _a, out: (out[0] * 2, *out[1:])
+    ),
+    "hook on experts": hooked("model.layers.1.mlp.experts", lambda _m, _a, out: out * 2),
+}
+REFUSED = {
+    "quantised input": (put(lambda old: linear(QuantisedInput, old)), "QuantisedInput"),
+    "raw fp8": (put(raw_fp8), "float8_e4m3fn"),
+    "hook": (hooked(KV, lambda _m, _a, out: out * 2), "hook"),
+    "hook before": (hooked(KV, lambda _m, args: (args[0] * 2,), pre=True), "hook"),
+    "on the meta device": (put(lambda old: old.to("meta")), "weights"),
+    "tanh": (times(KV, lambda x: x.tanh()), "TypeError"),
+}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_honoured(family, later, ids):
+    for name, change in HONOURED.items():
+        model = make_model(family, **SHORT)
+        plain = logits(model, ids)
+        handle = accelerate(model) if later else None
+        change(model)
+        handle = handle or accelerate(model)
+        got = logits(model, ids)
+        other = make_model(family, **SHORT)
+        change(other)
+        stock = logits(other, ids)
+        assert relative(got, stock) < 1e-5, name
+        assert relative(stock, plain) > 0.01, name
+        handle.undo()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_by_name(name, ids):
+    change, part = REFUSED[name]
+    model = make_model("glm_moe_dsa", **SHORT)
+    with accelerate(model):
+        change(model)
+        refused(lambda: logits(model, ids), KV, part)
+    refused(lambda: accelerate(model), KV, part)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.indexer"])
+def test_parts_that_are_not_stock_are_refused(part, ids):
+    model = make_model("deepseek_v32", **SHORT)
+    module = model.get_submodule(f"model.layers.1.{part}")
+    stock = module.forward
+    module.forward = lambda *args, **kwargs: stock(*args, **kwargs)  # type: ignore[method-assign]
+    refused(lambda: accelerate(model), f"model.layers.1.{part}")
+    del module.forward
+    module.__class__ = type("Mine", (type(module),), {"forward": lambda self, *a, **k: None})
+    refused(lambda: accelerate(model), f"model.layers.1.{part}", "Mine")
