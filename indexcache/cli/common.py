@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from indexcache.data import text_for
+from indexcache.pattern import Pattern
 from indexcache.vacuity import check_length, pools_of, sentence, share_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class TextSettings:
     batch: int = 1
     "Number of sequences that go through the model at once."
     seed: int = 0
-    "Random seed for which sequences are taken, and for the resamples of the bootstrap."
+    "Random seed for which sequences are taken."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,13 @@ def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPa
     for p in patterns:
         p.pattern.check(layers=layers, without_indexer=facts["layers_without_indexer"])
     return patterns
+
+
+def native_pattern(facts: dict[str, Any]) -> Pattern:
+    """Return the pattern that a described checkpoint has by itself; see `models.family`."""
+    missing = set(facts["layers_without_indexer"])
+    layers = facts["num_hidden_layers"]
+    return Pattern("".join("S" if layer in missing else "F" for layer in range(layers)))
 
 
 def check_text(

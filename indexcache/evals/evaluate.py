@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indexcache.data import ALL, Batch
-from indexcache.evals.statistics import bootstrap_interval
+from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
 from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
@@ -41,13 +41,14 @@ class Measurement:
             fractions (from, to) of the sequence.
         loss: mean loss, nats per token.
         delta_loss: the pattern's loss minus the baseline's.
-        ci_low: lower end of the 95 % paired bootstrap interval over documents; None for one
-            document.
+        ci_low: lower end of the 95 % interval over documents (`statistics.bootstrap_interval`);
+            None for fewer documents than it needs.
         ci_high: its upper end.
         kl: KL(baseline || pattern), nats per token.
         agreement: share of tokens with the same most likely next token.
         tokens: number of tokens.
         documents: number of documents.
+        by_document: per document, the sum of the loss difference and the number of tokens.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Measurement:
     agreement: float
     tokens: int
     documents: int
+    by_document: tuple[tuple[float, int], ...] = field(repr=False)
 
     @property
     def full(self) -> int:
@@ -116,17 +118,22 @@ class Evidence:
     def table(self, baseline: str = "full") -> str:
         """Format three tables: the patterns overall, by domain and by position.
 
+        Where documents are too few for an interval, the last line says so.
+
         Args:
             baseline: what the heads of the tables call the baseline.
         """
         by_domain = [row for row in self.rows if row.where != ALL]
-        return "\n\n".join(
-            (
-                self._overall_table(baseline),
-                _table_by_place(f"vs {baseline}, by domain", by_domain, _domain_cell),
-                _table_by_place(f"vs {baseline}, by position", self.positions, _position_cell),
-            )
-        )
+        parts = [
+            self._overall_table(baseline),
+            _table_by_place(f"vs {baseline}, by domain", by_domain, _domain_cell),
+            _table_by_place(f"vs {baseline}, by position", self.positions, _position_cell),
+        ]
+        few = {str(r.where): r.documents for r in self.rows if r.ci_low is None}
+        if few:
+            places = ", ".join(f"{where} ({count})" for where, count in few.items())
+            parts.append(f"No interval and no verdict for {places}: {TOO_FEW}.")
+        return "\n\n".join(parts)
 
     def _overall_table(self, baseline: str) -> str:
         pools = [self._pool_share(r.pattern) for r in self.overall]
@@ -210,7 +217,7 @@ def evaluate(
         batches: held-out batches (`indexcache.data.batches`).
         against: the baseline; None is what the model does by itself, all F unless it has layers
             without an indexer.
-        seed: random seed of the bootstrap.
+        seed: random seed that the batches were taken with, for the record; nothing here is random.
         origin: where the batches come from, for the record in `conditions`.
         progress: show a progress bar on stderr.
 
@@ -251,7 +258,7 @@ def evaluate(
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
     places += [(i / BUCKETS, (i + 1) / BUCKETS) for i in range(BUCKETS)]
     measured = [
-        _measure(name, pattern, where, sums[name], seed)
+        _measure(name, pattern, where, sums[name], same=pattern == base)
         for name, pattern in named.items()
         for where in places
     ]
@@ -312,16 +319,21 @@ def _measure(
     pattern: Pattern,
     where: str | tuple[float, float],
     sums: Mapping[Key, np.ndarray],
-    seed: int,
+    *,
+    same: bool,
 ) -> Measurement:
-    """Add up a pattern's sums at one place by document, and make means and an interval of them."""
+    """Add up a pattern's sums at one place by document, and make means and an interval of them.
+
+    Args:
+        same: the pattern is the baseline, which differs from itself by nothing on any document.
+    """
     units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
     for (domain, unit, bucket), value in sums.items():
         if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
             units[domain, unit] += value
     by_unit = np.stack([units[k] for k in sorted(units)])
     loss, delta, kl, agree, tokens = by_unit.sum(0)
-    low, high = bootstrap_interval(by_unit[:, 1].tolist(), by_unit[:, 4].tolist(), seed=seed)
+    low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, 4])
     return Measurement(
         name=name,
         pattern=pattern,
@@ -334,4 +346,5 @@ def _measure(
         agreement=agree / tokens,
         tokens=int(tokens),
         documents=len(by_unit),
+        by_document=tuple((float(unit[1]), int(unit[4])) for unit in by_unit),
     )

@@ -52,7 +52,7 @@ class Conditions:
         k: number of tokens that a query selects.
         pools: number of tokens in the pools of the patterns that have R layers.
         sparsity: the share of the context that k and each pool are, in this order.
-        seed: random seed of the sequences and of the bootstrap.
+        seed: random seed of the sequences.
         dtype: dtype of the weights.
         device: the device, and the threads of a CPU.
         path: "stock" or "fast", the code that ran.

@@ -14,7 +14,7 @@ from tests.support import SHAPE, documents, make_model, stock_loss
 
 @pytest.fixture(scope="module")
 def batches():
-    return make_batches(documents(8, 150), length=64, sequences=8, batch=2)
+    return make_batches(documents(40, 150), length=64, sequences=40, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_kl_and_agreement_against_whole_logits(glm, batches, evidence):
     row = rows(evidence, "quarter")["all"]
     assert row.kl == pytest.approx(kl / count, rel=1e-4)
     assert row.agreement == pytest.approx(agree / count)
-    assert row.tokens == count == 8 * 63
+    assert row.tokens == count == 40 * 63
 
 
 def test_domains_and_positions_add_up_to_all(evidence):
@@ -70,7 +70,7 @@ def test_domains_and_positions_add_up_to_all(evidence):
         for key in ("delta_loss", "kl", "agreement"):
             total = sum(getattr(p, key) * p.tokens for p in parts) / by["all"].tokens
             assert total == pytest.approx(getattr(by["all"], key), rel=1e-9)
-    assert by["all"].documents == by["d0"].documents + by["d1"].documents == 8
+    assert by["all"].documents == by["d0"].documents + by["d1"].documents == 40
 
 
 def test_evidence_is_read_as_a_table_and_as_json(evidence):
@@ -78,7 +78,8 @@ def test_evidence_is_read_as_a_table_and_as_json(evidence):
     assert set(json) == {"rows", "positions", "baseline", "path", "conditions"}
     assert [r["domain"] for r in json["rows"]] == ["all", "d0", "d1"] * 4
     assert [(p["from"], p["to"]) for p in json["positions"][:2]] == [(0, 0.25), (0.25, 0.5)]
-    overall, domains, positions = evidence.table("half").split("\n\n")
+    overall, domains, positions, few = evidence.table("half").split("\n\n")
+    assert "d0 (20), d1 (20)" in few
     assert overall.splitlines()[0].split()[:5] == ["pattern", "full", "loss", "vs", "half"]
     assert overall.splitlines()[0].endswith("pool of context  roles (64 tokens, k = 8)")
     assert domains.splitlines()[0].split() == ["vs", "half,", "by", "domain", "d0", "d1"]
@@ -86,8 +87,8 @@ def test_evidence_is_read_as_a_table_and_as_json(evidence):
     assert all(len(t.splitlines()) == 6 for t in (overall, domains, positions))
 
 
-def test_interval_resamples_documents(glm, batches, evidence):
-    """Resample the per-document losses of stock passes by other code, with other random numbers."""
+def test_interval_is_that_of_the_documents(glm, batches, evidence):
+    """Weigh the per-document losses of stock passes at random, with one more document."""
     sums = []
     for batch in batches:
         for row in batch.ids:
@@ -99,13 +100,17 @@ def test_interval_resamples_documents(glm, batches, evidence):
                             F.cross_entropy(glm(row[None]).logits[0, :-1], row[1:], reduction="sum")
                         )
                     )
-            sums.append(losses[0] - losses[1])
-    rng = np.random.default_rng(9)
-    means = [np.mean(rng.choice(sums, len(sums))) / 63 for _ in range(20000)]
+            sums.append((losses[0] - losses[1]) / 63)
     row = rows(evidence, "quarter")["all"]
-    width = row.ci_high - row.ci_low
-    assert row.ci_low == pytest.approx(np.quantile(means, 0.025), abs=0.05 * width)
-    assert row.ci_high == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
+    assert sorted(d / n for d, n in row.by_document) == pytest.approx(sorted(sums), abs=1e-5)
+    rng = np.random.default_rng(9)
+    for end, values in ((row.ci_high, np.sort(sums)), (-row.ci_low, np.sort(-np.array(sums)))):
+        unseen = values[-1] + 3 * (values[-1] - values[-4])
+        weights = rng.exponential(size=(20000, len(sums) + 1))
+        means = weights @ np.append(values, unseen) / weights.sum(1)
+        assert end == pytest.approx(
+            np.quantile(means, 0.975), abs=0.05 * (row.ci_high - row.ci_low)
+        )
 
 
 def test_another_pattern_as_the_baseline(glm, batches, evidence):
@@ -121,11 +126,15 @@ def test_another_pattern_as_the_baseline(glm, batches, evidence):
     assert str(against.baseline) == "FSSSSS"
 
 
-def test_one_document_has_no_interval(glm):
-    one = make_batches(documents(1), length=64, sequences=1)
-    row = evaluate(glm, ["FSSSSS"], one).rows[0]
-    assert row.ci_low is None
-    assert row.ci_high is None
+@pytest.mark.parametrize("count", [1, 2, 35, 36])
+def test_few_documents_have_no_interval_and_the_table_says_so(glm, count):
+    few = make_batches(documents(count), length=64, sequences=count, batch=9)
+    found = evaluate(glm, ["FSSSSS", "FFFFFF"], few)
+    row = rows(found, "FSSSSS")["all"]
+    assert (row.ci_low is None) == (row.ci_high is None) == (count < 36)
+    assert (f"all ({count})" in found.table()) == (count < 36)
+    assert "No interval and no verdict" in found.table()  # of the two domains, at the least.
+    assert rows(found, "FFFFFF")["all"].ci_high == 0  # It is equal, whatever their number.
 
 
 def test_evaluate_refuses_vacuous_text_and_nothing(glm):
