@@ -7,7 +7,15 @@ import sys
 from tqdm import tqdm
 
 
-def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqdm:
+def progress(
+    total: int,
+    unit: str,
+    done: int = 0,
+    *,
+    shown: bool = True,
+    delay: float = 0.0,
+    scaled: bool = False,
+) -> tqdm:
     """Return a progress bar to use as a context manager, which closes it also when the work fails.
 
     Where stderr is a file, the bar is written every 15 seconds only.
@@ -17,6 +25,8 @@ def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqd
         unit: the name of a unit.
         done: units that an earlier run has done.
         shown: False prints nothing.
+        delay: seconds before the bar is shown.
+        scaled: write numbers as 1.2M.
     """
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(
@@ -27,4 +37,6 @@ def progress(total: int, unit: str, done: int = 0, *, shown: bool = True) -> tqd
         mininterval=interval,
         smoothing=0.1,
         disable=not shown,
+        delay=delay,
+        unit_scale=scaled,
     )

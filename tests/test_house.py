@@ -23,7 +23,7 @@ PACKAGE = Path(indexcache.__file__).parent
 # one of its own level.
 LEVELS = (
     {"configs", "overrides", "reading"},
-    {"pattern", "process", "records", "memory", "progress"},
+    {"pattern", "process", "records", "memory", "progress", "seen"},
     {"vacuity"},
     {"checkpoint", "data", "ops", "report"},
     {"shapes", "spec", "engines"},

@@ -1,0 +1,122 @@
+"""Find text on both sides: the same documents, and sequences that share long passages.
+
+A passage is `PASSAGE` words, or token ids, in a row. Two texts share one only if one was copied
+from the other, or both quote a third. Words are those of the text without case, punctuation, white
+space and Unicode form, so a copy with other line breaks has the same ones; token ids find copies
+where one side is given as ids, and copies within a longer document.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from indexcache.data.batch import Batch
+from indexcache.data.documents import Document
+from indexcache.seen import Seen
+
+PASSAGE = 32
+MAX_SHARE = 0.2
+"""A sequence of whose passages at least this share was seen is no held-out text. Licence headers
+and quotations of unrelated documents stay below it."""
+
+# Scripts that put no space between words are taken character by character.
+UNSPACED = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
+ODD = np.uint64(0x9E3779B97F4A7C15)
+WORDS, IDS = np.uint64(1), np.uint64(2)
+
+
+def text_shingles(text: str) -> np.ndarray:
+    """Return a hash of every passage of `PASSAGE` words of a text, uint64 [words - 31]."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    words = WORD.findall(text.casefold())
+    hashes = {w: zlib.crc32(w.encode()) + 1 for w in set(words)}
+    return _passages(np.array([hashes[w] for w in words], np.uint64), WORDS)
+
+
+def ids_shingles(ids: np.ndarray) -> np.ndarray:
+    """Return a hash of every passage of `PASSAGE` of the token ids, int64 [n], uint64 [n - 31]."""
+    return _passages(ids.astype(np.uint64) + np.uint64(1), IDS)
+
+
+def _passages(values: np.ndarray, kind: np.uint64) -> np.ndarray:
+    """Hash every window of `PASSAGE` values, uint64 [n]; sums wrap modulo 2^64."""
+    count = len(values) - PASSAGE + 1
+    if count < 1:
+        return np.empty(0, np.uint64)
+    values = _mixed(values * ODD + kind)
+    total = np.zeros(count, np.uint64)
+    for i in range(PASSAGE):
+        total = total * ODD + values[i : i + count]
+    return _mixed(total)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spread values evenly over 64 bits (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def seen_in(batches: Sequence[Batch]) -> Seen:
+    """Return what a search on these batches sees."""
+    digests = {d for b in batches for d in (*b.digests, *b.text_digests)}
+    hashes = [h for b in batches for h in b.shingles]
+    hashes += [ids_shingles(row) for b in batches for row in b.ids.numpy()]
+    return Seen.of(digests, np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
+
+
+def seen_in_documents(documents: Iterable[Document]) -> Seen:
+    """Return what a training on these documents sees."""
+    documents = list(documents)
+    hashes = [d.shingles for d in documents] + [ids_shingles(d.ids) for d in documents]
+    digests = {d for document in documents for d in (document.digest, document.text_digest)}
+    return Seen.of(digests, np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
+
+
+def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:
+    """Raise ValueError when text of these batches was calibration text of a search.
+
+    Args:
+        seen: what the search saw; digests alone find whole documents only.
+    """
+    if not isinstance(seen, Seen):
+        seen = Seen(frozenset(seen))
+    shared = 0
+    for b in batches:
+        texts = b.text_digests or ("",) * len(b.digests)
+        shared += sum(
+            d in seen.digests or t in seen.digests for d, t in zip(b.digests, texts, strict=True)
+        )
+    if shared:
+        raise ValueError(
+            f"{shared} of the held-out documents were calibration text of the search, so this "
+            "would not be evidence; give other text, or use the split 'heldout' of the text the "
+            "search took its 'calibration' from."
+        )
+    close = near_copies(batches, seen)
+    if close:
+        share, unit = close[0]
+        raise ValueError(
+            f"{len(close)} of the held-out sequences share long passages with the calibration "
+            f"text of the search ({share:.0%} of the passages of {unit:.200}), so this would not "
+            "be evidence; take such near copies out, or give other text."
+        )
+
+
+def near_copies(batches: Sequence[Batch], seen: Seen) -> list[tuple[float, str]]:
+    """Return (share seen, unit) of sequences with `MAX_SHARE` or more, the closest first."""
+    close = []
+    for b in batches:
+        shingles = b.shingles or (np.empty(0, np.uint64),) * len(b.units)
+        for row, hashes, unit in zip(b.ids.numpy(), shingles, b.units, strict=True):
+            share = max(seen.share(hashes), seen.share(ids_shingles(row)))
+            if share >= MAX_SHARE:
+                close.append((share, unit))
+    return sorted(close, reverse=True)
