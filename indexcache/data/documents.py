@@ -15,6 +15,9 @@ SPLITS = ("calibration", "heldout", "all")
 INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060\u00ad]")
 """Byte order marks, and characters without a width."""
 
+TEXT_PREFIX = b"text\0"
+"""What is hashed before a text, so that no text has the digest of token ids."""
+
 
 @dataclass(frozen=True, eq=False)
 class Document:
@@ -56,7 +59,7 @@ def normal_text(text: str) -> str:
 def text_digest(text: str) -> str:
     """Return the sha256 of a text as `normal_text` has it; "" if nothing visible is in it."""
     normal = normal_text(text)
-    return hashlib.sha256(normal.encode()).hexdigest() if normal else ""
+    return hashlib.sha256(TEXT_PREFIX + normal.encode()).hexdigest() if normal else ""
 
 
 def ids_digest(ids: np.ndarray) -> str:
