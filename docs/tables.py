@@ -199,10 +199,11 @@ def tiny() -> str:
                     f"[{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]",
                     f"{r['kl']:.4f}",
                     f"{100 * r['agreement']:.1f}%",
+                    f"{100 * r['pool_share']:.3g}%" if r.get("pool_share") else "",
                 ]
             )
     header = ["pattern", "full layers", "loss", "vs full", "95 % interval", "KL", "same top-1"]
-    return markdown(header, rows)
+    return markdown([*header, "pool of the context"], rows)
 
 
 @table("tiny-third-layer")
@@ -314,6 +315,22 @@ def smollm2_early() -> str:
             for title, way in named
         ],
     )
+
+
+@table("smollm2-pool")
+def smollm2_pool() -> str:
+    result = read("smollm2_pool_share.json")
+    shares = (None, "1/32", "1/16", "1/8", "1/4")
+    rows = []
+    for full in (8, 4):
+        of = {r["pool_share"]: r for r in result["rows"] if r["full"] == full}
+        rows.append([f"{full} of {result['layers']}", *(_loss_and_kl(of[s]) for s in shares)])
+    header = ["full layers", "S", *(f"R, pool {s} of the context" for s in shares[1:])]
+    return markdown(header, rows)
+
+
+def _loss_and_kl(r: dict[str, Any]) -> str:
+    return f"{r['delta_loss']:+.3f}, KL {r['kl']:.3f}"
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ def main() -> None:
         f"searched 1/2={search}:1/2",
         f"searched 1/4={search}:1/4",
         f"searched 1/8={search}:1/8",
+        f"searched 1/4, rest R, pool 1/16={search}:1/4+R2",
+        f"searched 1/4, rest R, pool 1/8={search}:1/4+R4",
         f"searched 1/4, rest R={search}:1/4+R8",
         f"searched 1/8, rest R={search}:1/8+R8",
     ]

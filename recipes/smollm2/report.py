@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ class Report:
             (p["method"], p["against"], p["kept"], p["domain"]): p for p in result["pairs"]
         }
 
+    def pool(self, method: str) -> int:
+        """Return the number of tokens in the pool of a method's R layers; 0 without them."""
+        return int(method.partition("+R")[2] or 0) * int(self.result["overlap"]["topk"])
+
+    def label(self, method: str) -> str:
+        """Return a method's name, with the share of the longest context that a pool is."""
+        share = Fraction(self.pool(method), self.result["settings"]["length"])
+        return f"{method}, pool {share} of the context" if share else method
+
+    def answer(self, method: str, length: int, accuracy: float) -> str:
+        """Format the share of right answers, in brackets where R layers are nearly full ones."""
+        return f"({accuracy:.2f})" if 2 * self.pool(method) > length else f"{accuracy:.2f}"
+
     def losses(self) -> list[str]:
         """Compare every method with all indexers."""
         full = self.rows["full", 1, "all"]
@@ -68,7 +82,10 @@ class Report:
         oracle = self.rows["oracle", 1, "all"]
         seeds = f"{full['seeds']} seed" + "s" * (full["seeds"] > 1)
         above = 100 * (full["loss"] / dense["loss"] - 1)
-        rows = [[m, *(interval(self.rows.get((m, k, "all"))) for k in KEPT)] for m in self.methods]
+        rows = [
+            [self.label(m), *(interval(self.rows.get((m, k, "all"))) for k in KEPT)]
+            for m in self.methods
+        ]
         return [
             f"{self.result['device']}, {self.result['date']}, {seeds}. Loss with dense attention "
             f"{dense['loss']:.4f}, with all indexers {full['loss']:.4f} ({above:+.2f} %), with an "
@@ -82,7 +99,7 @@ class Report:
         names = dict.fromkeys((a, b, p["seeds"]) for (a, b, *_), p in self.pairs.items())
         rows = [
             [
-                f"{a} - {b}",
+                f"{self.label(a)} - {self.label(b)}",
                 str(seeds),
                 *(interval(self.pairs.get((a, b, k, "all"))) for k in (1, *KEPT)),
             ]
@@ -118,7 +135,7 @@ class Report:
         lines = []
         for k in KEPT:
             rows = [
-                [m, *(interval(self.rows.get((m, k, d))) for d in self.domains)]
+                [self.label(m), *(interval(self.rows.get((m, k, d))) for d in self.domains)]
                 for m in self.methods
             ]
             lines += [f"At 1/{k}, by domain:", table(["", *self.domains], rows)]
@@ -156,7 +173,10 @@ class Report:
 
         def cells(key: str, form: str) -> list[list[str]]:
             return [
-                [m, *(by_seed(self.rows.get((m, k, "all"), {}).get(key, {}), form) for k in KEPT)]
+                [
+                    self.label(m),
+                    *(by_seed(self.rows.get((m, k, "all"), {}).get(key, {}), form) for k in KEPT),
+                ]
                 for m in self.methods
                 if m != "oracle"
             ]
@@ -164,7 +184,8 @@ class Report:
         return [
             "Seed by seed, loss above all indexers:",
             table(["", *FRACTIONS], cells("of_seeds", "+.4f")),
-            "Seed by seed, answers found:",
+            "Seed by seed, answers found, a mean over all lengths. Shorter ones flatter R, whose "
+            "pool is a larger share of them (the table of answers by length is below):",
             table(["", *FRACTIONS], cells("retrieval_of_seeds", ".3f")),
         ]
 
@@ -175,16 +196,20 @@ class Report:
         grid = [*REFERENCES, *((m, k) for k in KEPT for m in self.methods)]
         rows = [
             [
-                m,
+                self.label(m),
                 f"1/{k}",
                 str(tasks[m, k, *kinds[0]]["seeds"]),
-                *(f"{tasks[m, k, *kind]['accuracy']:.2f}" for kind in kinds),
+                *(self.answer(m, n, tasks[m, k, task, n]["accuracy"]) for task, n in kinds),
             ]
             for m, k in grid
             if (m, k, *kinds[0]) in tasks
         ]
         head = ["", "kept", "seeds", *(f"{task} {length}" for task, length in kinds)]
-        return ["Answers found:", table(head, rows)]
+        return [
+            "Answers found. In brackets: the pool is more than half of that context, so R layers "
+            "are nearly full ones, and the figure says nothing of R:",
+            table(head, rows),
+        ]
 
     def layers(self) -> list[str]:
         """Show how much attention each layer's selection keeps, and what sharing it alone costs."""
