@@ -40,6 +40,16 @@ _BITS = {
 }
 
 
+def resolve_config(model: str | Path) -> Path:
+    """Return what `read_config` reads: a checkpoint's folder, or a config.json by itself.
+
+    Raises:
+        ValueError: there is neither; see `resolve`.
+    """
+    path = Path(model)
+    return path if path.is_file() else resolve(model)
+
+
 def resolve(model: str | Path) -> Path:
     """Return the folder of a checkpoint: the path itself, or the packaged model's for `tiny`.
 
@@ -98,15 +108,15 @@ class Header(NamedTuple):
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read the checkpoint's config.json.
+    """Read the config.json of a checkpoint's folder, or the file itself.
 
     Raises:
         ValueError: there is no such folder or config.json, it is not a JSON object, or it has no
             num_hidden_layers, neither at the top nor in text_config.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
+    path = folder if folder.is_file() else folder / "config.json"
+    if not folder.exists():
         raise ValueError(
             f"{folder}: there is no such checkpoint folder; give a local folder with config.json "
             "and weights."
@@ -290,6 +300,35 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
                 "is not."
             )
     return headers
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Say whether a folder has weights, or an index of them, and not a config alone."""
+    folder = Path(folder)
+    return folder.is_dir() and (
+        (folder / INDEX_NAME).is_file() or any(folder.glob("*.safetensors"))
+    )
+
+
+def is_bare_config(model: str | Path) -> bool:
+    """Say whether a model is a config.json, or a folder that has one and no weights of any kind."""
+    path = Path(model)
+    if path.is_dir():
+        other = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        return (path / "config.json").is_file() and not (has_weights(path) or other)
+    return path.is_file() and path.suffix == ".json"
+
+
+def listed_names(folder: str | Path) -> set[str]:
+    """Return the names of a checkpoint's tensors; those of its index where no weight file is there.
+
+    Raises:
+        ValueError: see `read_headers`.
+    """
+    folder = Path(folder)
+    if not any(folder.glob("*.safetensors")) and (index := read_index(folder)) is not None:
+        return set(index["weight_map"])
+    return set(tensor_names(folder))
 
 
 def tensor_names(folder: str | Path) -> dict[str, str]:

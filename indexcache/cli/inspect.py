@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from indexcache.cli.common import FLAT, Checkpoint, Output
+from cyclopts import Parameter
+
+from indexcache.cli.common import FLAT, Output
 from indexcache.cli.results import deliver
 
 
-def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) -> None:
+def inspect(
+    model: Annotated[
+        str, Parameter(help="Checkpoint folder, tiny, or a config.json without its weights.")
+    ],
+    *,
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
     """Say what a checkpoint is: shape, indexers, pattern, and what a search would cost."""
-    from indexcache.models.loading import describe
+    from indexcache.checkpoint import is_bare_config
+    from indexcache.models.loading import describe, describe_config
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations
 
-    facts = describe(model)
+    bare = is_bare_config(model)
+    facts = describe_config(model) if bare else describe(model)
     native = Pattern(facts["native_pattern"])
     layers = len(native)
     shown = {
@@ -34,6 +44,8 @@ def inspect(model: Checkpoint, *, output: Annotated[Output, FLAT] = Output()) ->
         shown["next-token layers"] = (
             f"{facts['next_token_layers']} outside the pattern, which keep their own indexer"
         )
+    if bare:
+        shown["weights"] = "none here, so what the config says of them is unchecked"
     if facts["layers_without_indexer"]:
         shown["search"] = "pointless, because layers without indexer weights can never be full"
     else:

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from indexcache.checkpoint import read_config
+from indexcache.checkpoint import has_weights, read_config, resolve_config
 from indexcache.exporting import transformers
-from indexcache.exporting.checks import ENGINES, check_engines, check_export
+from indexcache.exporting.checks import ENGINES, check_engines, check_export, check_model_type
 from indexcache.exporting.engines import FLAGS, write_flag
 from indexcache.pattern import Pattern
 from indexcache.records import atomic_folder
@@ -52,48 +52,51 @@ def export(
     pattern: Pattern | str,
     out: str | Path,
     *,
-    engines: Sequence[str] = ENGINES,
+    engines: Sequence[str] | None = ENGINES,
     stages: int = 1,
-    prune: bool = True,
+    prune: bool | None = None,
 ) -> ExportResult:
     """Check `pattern` against `checkpoint`, and write what each engine needs into a new folder.
 
     `out` gets pattern.json. For "transformers" it gets the folder `transformers/`, a complete
     checkpoint that TensorRT-LLM reads too; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
-    the shell, and `<engine>.json`, its value. Everything is written beside `out` and renamed at the
-    end, so `out` is complete or absent. Weight files that do not change are hard links to the
-    checkpoint's where the disk allows it.
+    the shell, and `<engine>.json`, its value. With `prune` and no "transformers" it gets
+    `checkpoint/`, a pruned checkpoint for vLLM and SGLang. Everything is written beside `out` and
+    renamed at the end, so `out` is complete or absent. Weight files that do not change are hard
+    links to the checkpoint's where the disk allows it.
 
     Args:
-        checkpoint: a local folder with config.json and safetensors; never changed.
+        checkpoint: a local folder with config.json and safetensors, which is never changed, or
+            `tiny`. For flags alone, a config.json is enough.
         pattern: F and S for every decoder layer.
         out: a folder that does not exist or is empty.
-        engines: some of `ENGINES`.
+        engines: some of `ENGINES`; None is all that can serve the pattern.
         stages: number of pipeline stages that will serve it; each must begin with F.
-        prune: leave the indexers of S layers out of the transformers checkpoint.
+        prune: leave the indexers of S layers out of a checkpoint, and write one also for vLLM and
+            SGLang alone. None writes one where `engines` has "transformers" or is None.
 
     Raises:
-        ValueError: see `check_export`; or `out` is in use or not empty; or the disk is too small,
-            full or not writable.
+        ValueError: see `check_export`; or `out` is in use or not empty; or there are no weights to
+            prune; or the disk is too small, full or not writable.
     """
-    checkpoint = Path(checkpoint)
     out = Path(out).resolve()
-    engines = check_engines(engines)
     pattern = Pattern.of(pattern)
-    _check_free(out)
-    warnings = check_export(checkpoint, pattern, engines, stages)
+    checkpoint = resolve_config(checkpoint)
     config = read_config(checkpoint)
+    check_model_type(config, checkpoint)
+    names = check_engines(engines, config, pattern, checkpoint)
+    _check_free(out)
+    warnings = check_export(checkpoint, pattern, names, stages)
+    target = _checkpoint_name(checkpoint, pattern, names, engines, prune, warnings)
     files: dict[str, list[str]] = {}
     try:
         with atomic_folder(out) as tmp:
             pattern.to_file(tmp / "pattern.json")
-            if "transformers" in engines:
-                shards = transformers.shard_layout(checkpoint, pattern, prune=prune)
+            if target is not None:
+                shards = transformers.shard_layout(checkpoint, pattern, prune=prune is not False)
                 _check_space(out, transformers.bytes_needed(checkpoint, shards, tmp) + SMALL_FILES)
-                links = transformers.write(
-                    checkpoint, config, pattern, shards, tmp / "transformers"
-                )
-                files["transformers"] = [str(out / "transformers")]
+                links = transformers.write(checkpoint, config, pattern, shards, tmp / target)
+                files[target] = [str(out / target)]
                 if links:
                     warnings.append(
                         f"{links} of the exported weight files did not change and are hard links "
@@ -101,7 +104,7 @@ def export(
                         "place."
                     )
             for name in FLAGS:
-                if name in engines:
+                if name in names:
                     paths = write_flag(name, config, pattern, tmp)
                     files[name] = [str(out / path.name) for path in paths]
     except OSError as error:
@@ -111,6 +114,42 @@ def export(
             f"{out}: the export could not be written ({why}); nothing was left behind."
         ) from error
     return ExportResult(files, warnings, str(pattern))
+
+
+def _checkpoint_name(
+    checkpoint: Path,
+    pattern: Pattern,
+    names: tuple[str, ...],
+    engines: Sequence[str] | None,
+    prune: bool | None,
+    warnings: list[str],
+) -> str | None:
+    """Return the folder of the checkpoint to write; None where flags are enough."""
+    if "transformers" in names:
+        return "transformers"
+    if engines is None:
+        why = (
+            "it has no sharing for this family"
+            if has_weights(checkpoint)
+            else "without weights no checkpoint can be written"
+        )
+        warnings.append(f"Nothing was written for transformers: {why}.")
+    wanted = has_weights(checkpoint) if prune is None and engines is None else bool(prune)
+    if not wanted:
+        return None
+    if not has_weights(checkpoint):
+        raise ValueError(
+            f"{checkpoint}: there are no weights to prune; leave --prune out, and give the engine "
+            "a pruned checkpoint."
+        )
+    if "S" not in pattern.roles:
+        warnings.append("The pattern shares nothing, so there was nothing to prune.")
+        return None
+    warnings.append(
+        "checkpoint/ is for vLLM and SGLang alone: stock transformers would make up the indexers "
+        "that were pruned."
+    )
+    return "checkpoint"
 
 
 def _check_free(out: Path) -> None:

@@ -9,8 +9,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from indexcache.checkpoint import INDEXER_PARTS, indexer_part, read_config, tensor_names
-from indexcache.configs import text_section
+from indexcache.checkpoint import (
+    INDEX_NAME,
+    INDEXER_PARTS,
+    config_facts,
+    has_weights,
+    indexer_part,
+    listed_names,
+    read_config,
+    resolve_config,
+)
+from indexcache.configs import model_type_of, text_section
+from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern, stage_starts
 
 ENGINES = ("transformers", "vllm", "sglang")
@@ -21,10 +31,12 @@ NATIVE_SHARING = ("glm_moe_dsa",)  # those on which stock transformers shares in
 def check_export(
     checkpoint: str | Path,
     pattern: Pattern | str,
-    engines: Sequence[str] = ENGINES,
+    engines: Sequence[str] | None = ENGINES,
     stages: int = 1,
 ) -> list[str]:
     """Check that `engines` can serve `pattern` from `checkpoint` in `stages` pipeline stages.
+
+    Where only config.json is there, the pattern is checked against it alone, and a warning says so.
 
     Returns:
         Warnings, one sentence each: true things to know that do not make the export wrong.
@@ -35,39 +47,71 @@ def check_export(
             not begin with F; an F layer whose indexer is not in the checkpoint; or an engine that
             cannot share on this model.
     """
-    engines = check_engines(engines)
     pattern = Pattern.of(pattern)
-    config = read_config(checkpoint)
+    path = resolve_config(checkpoint)
+    config = read_config(path)
     section = text_section(config)
-    model_type = section.get("model_type") or config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{checkpoint}: the model_type {model_type!r:.60} is not known to have a DSA indexer "
-            f"that can be shared; known are {', '.join(MODEL_TYPES)}."
-        )
+    model_type = check_model_type(config, path)
     starts = stage_starts(section["num_hidden_layers"], stages)
     pattern.check(layers=section["num_hidden_layers"], stages=starts, reindex=False)
-    if "transformers" in engines and model_type not in NATIVE_SHARING and "S" in pattern.roles:
+    engines = check_engines(engines, config, pattern, path)
+    if "transformers" in engines and not transformers_shares(model_type, pattern):
         raise ValueError(
             f"The transformers library has no index sharing for {model_type}: its config keys "
             "would be ignored and every layer stay full; run the pattern with indexcache's "
-            "use_pattern, or export it for vllm or sglang."
+            "use_pattern, or export it for vllm or sglang (--engine vllm sglang)."
         )
-    without_indexer = _check_indexers(Path(checkpoint), pattern)
+    facts = config_facts(path, config)
+    native = native_in(section)
+    if has_weights(path) or "transformers" in engines:
+        without_indexer = _check_indexers(_folder_with_weights(path), pattern)
+        warnings = _weight_warnings(path, without_indexer)
+    else:
+        warnings = [_unchecked(path, native, pattern)]
     return [
-        *_pattern_warnings(section, pattern, without_indexer),
+        *warnings,
+        *_pattern_warnings(section, pattern, native),
+        *_mtp_warnings(facts["mtp_layers"]),
+        *_noop_warnings(section, pattern),
         *_engine_warnings(config, pattern, engines),
         *_stage_warnings(len(pattern), starts),
-        *_code_warnings(Path(checkpoint), engines),
+        *_code_warnings(path, engines),
     ]
 
 
-def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
+def check_model_type(config: dict[str, Any], where: str | Path) -> str:
+    """Return the model type of a config.
+
+    Raises:
+        ValueError: it is not known to have an indexer that can be shared.
+    """
+    model_type = model_type_of(config)
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{where}: the model_type {model_type!r:.60} is not known to have a DSA indexer "
+            f"that can be shared; known are {', '.join(MODEL_TYPES)}."
+        )
+    return str(model_type)
+
+
+def transformers_shares(model_type: str, pattern: Pattern) -> bool:
+    """Say whether stock transformers obeys the pattern on a model of this type."""
+    return model_type in NATIVE_SHARING or "S" not in pattern.roles
+
+
+def check_engines(
+    engines: Sequence[str] | None, config: dict[str, Any], pattern: Pattern, path: Path
+) -> tuple[str, ...]:
     """Return the engines without repetition; a single name may be given as a string.
+
+    None stands for all that can serve the pattern from what lies at `path`.
 
     Raises:
         ValueError: no engine, or an unknown one.
     """
+    if engines is None:
+        able = has_weights(path) and transformers_shares(model_type_of(config), pattern)
+        return ENGINES if able else tuple(name for name in ENGINES if name != "transformers")
     names = tuple(dict.fromkeys([engines] if isinstance(engines, str) else engines))
     for name in names:
         if name not in ENGINES:
@@ -79,13 +123,46 @@ def check_engines(engines: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def _folder_with_weights(path: Path) -> Path:
+    """Return the folder of a checkpoint that is to be written anew.
+
+    Raises:
+        ValueError: it is a config.json, or holds nothing else.
+    """
+    if path.is_file() or not (has_weights(path) or any(path.glob("*.bin"))):
+        raise ValueError(
+            f"{path}: there are no weights, so no checkpoint can be written; --engine vllm sglang "
+            "without --prune writes flags, which need none."
+        )
+    return path
+
+
+def _unchecked(path: Path, native: Pattern | None, pattern: Pattern) -> str:
+    """Say that no weights were there to check, and what the config alone says about them."""
+    said = (
+        f"{path}: there are no weights, so the pattern was checked against the config alone; "
+        "whether every full layer has an indexer is unchecked."
+    )
+    risky = [i for i in pattern.full_layers if native is not None and native[i] == "S"]
+    if not risky:
+        return said
+    return said[:-1] + (
+        f", and the config shares layers {_numbers(risky)}, which have none if it was trained so."
+    )
+
+
 def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
     """Check that every F layer has a complete indexer, and return the layers without any."""
     present: dict[int, set[str]] = {}
-    for name in tensor_names(checkpoint):
+    for name in listed_names(checkpoint):
         if (match := indexer_part(name)) is not None:
             layer, tensor = match
             present.setdefault(layer, set()).add(tensor)
+    if not present:
+        raise ValueError(
+            f"{checkpoint}: there is no indexer in any layer, so this is a dense checkpoint: there "
+            "is no selection to share."
+        )
     absent = [layer for layer in pattern.full_layers if layer not in present]
     if absent:
         raise ValueError(
@@ -102,9 +179,7 @@ def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
     return tuple(layer for layer in range(len(pattern)) if layer not in present)
 
 
-def _pattern_warnings(
-    section: dict[str, Any], pattern: Pattern, without_indexer: tuple[int, ...]
-) -> list[str]:
+def _weight_warnings(path: Path, without_indexer: tuple[int, ...]) -> list[str]:
     warnings = []
     if without_indexer:
         warnings.append(
@@ -112,33 +187,54 @@ def _pattern_warnings(
             "shared, or pruned by an export. These layers can only be S, and a search is pointless "
             "for a model that was trained shared."
         )
-    replaced = _pattern_of(section)
-    if replaced is not None and "S" in replaced.roles:
-        sharing = f"{replaced}, which the export replaces"
-        if replaced == pattern:
-            sharing = "this same pattern"
-        warnings.append(f"The checkpoint's config already shares: it gives {sharing}.")
-    mtp_layers = section.get("num_nextn_predict_layers")
-    if isinstance(mtp_layers, int) and mtp_layers > 0:
+    if not any(path.glob("*.safetensors")):
         warnings.append(
-            f"The checkpoint's {mtp_layers} multi-token-prediction (MTP) layers are outside the "
-            "pattern and keep their own indexer."
+            f"{path}: the indexers were checked by the names in {INDEX_NAME}; the weight files are "
+            "not there."
         )
+    return warnings
+
+
+def _pattern_warnings(
+    section: dict[str, Any], pattern: Pattern, native: Pattern | None
+) -> list[str]:
+    if native is None:
+        keys = [key for key in SHARING_KEYS if section.get(key) is not None]
+        return [
+            f"The checkpoint's config.json has a pattern that cannot be ({', '.join(keys)}), which "
+            "the export replaces."
+        ]
+    if "S" not in native.roles:
+        return []
+    sharing = "this same pattern" if native == pattern else f"{native}, which the export replaces"
+    return [f"The checkpoint's config already shares: it gives {sharing}."]
+
+
+def _mtp_warnings(mtp_layers: int) -> list[str]:
+    if not mtp_layers:
+        return []
+    return [
+        f"The checkpoint's {mtp_layers} multi-token-prediction (MTP) layers are outside the "
+        "pattern and keep their own indexer."
+    ]
+
+
+def _noop_warnings(section: dict[str, Any], pattern: Pattern) -> list[str]:
     k = section.get("index_topk")
     context = section.get("max_position_embeddings")
     if "S" not in pattern.roles or not isinstance(k, int):
-        return warnings
+        return []
     if isinstance(context, int) and context <= k:
-        warnings.append(
+        warning = (
             f"Sharing is a no-op here: the context of at most {context} tokens never exceeds "
             f"index_topk = {k}."
         )
     else:
-        warnings.append(
+        warning = (
             f"Sharing is a no-op in contexts of up to index_topk = {k} tokens: check quality on "
             "much longer ones."
         )
-    return warnings
+    return [warning]
 
 
 def _engine_warnings(
@@ -149,8 +245,8 @@ def _engine_warnings(
     warnings = []
     if "vllm" in engines:
         warnings.append(
-            "Some versions of vLLM fail to load a checkpoint that still has the indexers of S "
-            "layers: give vLLM the pruned checkpoint where there is one."
+            "Some versions of vLLM (0.29 to 0.33) fail to load a checkpoint that still has the "
+            "indexers of S layers: give vLLM a pruned one, which --prune writes."
         )
     if "sglang" in engines:
         warnings.append(
@@ -193,7 +289,7 @@ def _code_warnings(checkpoint: Path, engines: tuple[str, ...]) -> list[str]:
     return [warning]
 
 
-def _pattern_of(section: dict[str, Any]) -> Pattern | None:
+def native_in(section: dict[str, Any]) -> Pattern | None:
     """Return the config's pattern, or None where it has no valid one: it is replaced anyway."""
     try:
         return Pattern.from_config(section)
