@@ -33,6 +33,7 @@ from indexcache.models.family import (
 )
 from indexcache.models.fp8 import block_of
 from indexcache.models.soundness import check_weights
+from indexcache.models.tokenizer import load_tokenizer
 from indexcache.models.weights import Weights
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
@@ -374,18 +375,6 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"The device {device!r} cannot be used here ({str(error).splitlines()[0]})."
-        ) from None
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a checkpoint; raise ValueError if transformers can read none there."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no tokenizer can be read there ({str(error).splitlines()[0]:.200})."
         ) from None
 
 
