@@ -84,12 +84,13 @@ def test_exported_pruned_checkpoint_is_bitwise_use_pattern(tiny, held_out, tmp_p
     assert set(result.files) == {"transformers", "vllm", "sglang"}
 
 
-def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny, held_out):
-    patterns = {"uniform": "FSSSFSSSFSSS", "searched": SEARCHED, "reindex": "FFRRRRRRRFRR@8"}
-    rows = {r.name: r for r in evaluate(tiny.module, patterns, held_out).overall}
+def test_sharing_hurts_where_it_should_and_the_searched_pattern_helps(tiny):
+    """36 documents are the least for an interval."""
+    text = tiny.batches("heldout", length=192, sequences=36, batch=6)
+    patterns = {"uniform": "FSSSFSSSFSSS", "reindex": "FFRRRRRRRFRR@2"}
+    rows = {r.name: r for r in evaluate(tiny.module, patterns, text, against=SEARCHED).overall}
     assert rows["uniform"].ci_low > 0
-    assert rows["searched"].ci_high < rows["uniform"].ci_low
-    assert rows["reindex"].ci_high < rows["searched"].ci_low
+    assert rows["reindex"].ci_high < 0
 
 
 def test_the_shipped_text_is_split_by_document(tiny):
