@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from indexcache.models.family import module_of
 from indexcache.models.fast.selector import FastSelector, IndexInputs
 from indexcache.models.patch import state_of
-from indexcache.models.seam import IndexerCall
+from indexcache.models.selector import IndexerCall
 from indexcache.ops import Selection
 
 

@@ -10,6 +10,7 @@ model (norms, MLPs, experts, embedding) is stock.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -27,6 +28,7 @@ from indexcache.distilling.rows import Row
 from indexcache.models.family import DsaModule, decoder_layers, family_of
 from indexcache.models.mla import Rope, head_weights, project, stock_norm
 from indexcache.models.patch import Patches
+from indexcache.models.regions import in_backward
 from indexcache.ops import AttentionTarget
 from indexcache.pattern import Pattern
 
@@ -236,11 +238,17 @@ def run_decoder(model: DsaModule, row: Row, device: torch.device | str) -> Tenso
 def _attention_forward(
     attention: Any, layer: int, forward: DistillForward, rotate: Any, returns_ids: bool
 ) -> Any:
-    """Make the function that replaces the forward of a layer's attention."""
+    """Make the function that replaces the forward of a layer's attention, for this thread."""
+    owner = threading.get_ident()
 
     def attention_forward(
         hidden_states: Tensor, position_embeddings: Rope, *_: Any, **__: Any
     ) -> tuple[Tensor | None, ...]:
+        # A backward pass recomputes layers in a thread of autograd's where there is a GPU.
+        if threading.get_ident() != owner and not in_backward():
+            raise ValueError(
+                "This model is being distilled in another thread; run it after that, or a copy."
+            )
         x = hidden_states
         q_latent, q_nope, q_rot, latent, k_rot = project(
             rotate, stock_norm, attention, x, position_embeddings

@@ -151,9 +151,14 @@ def module_of(model: AnyModel) -> DsaModule:
     return cast(DsaModule, module)
 
 
+def decoder_of(model: AnyModel) -> Any:
+    """Return the decoder, the module that has the decoder layers in `.layers`."""
+    return module_of(model).model
+
+
 def decoder_layers(model: AnyModel) -> Sequence[Any]:
     """Return the decoder layers, without multi-token-prediction layers."""
-    return module_of(model).model.layers
+    return decoder_of(model).layers
 
 
 def indexers(model: AnyModel) -> list[Any]:

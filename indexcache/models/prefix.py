@@ -8,13 +8,14 @@ result is bitwise that of a complete pass.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from indexcache.models.family import AnyModel, decoder_layers, module_of
 from indexcache.models.lm import hidden_states
-from indexcache.models.patch import Patches
+from indexcache.models.patch import Patches, Replaced
 from indexcache.models.seam import Seam, use_pattern
 from indexcache.ops import Selection
 from indexcache.pattern import Pattern
@@ -80,17 +81,27 @@ class PrefixCache:
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
         """Let layers up to `start` return saved outputs, and save later ones if `keep` is set."""
 
-        def skip(*_, **__):
-            return saved[start][0]
-
-        def resume(*_, **__):
-            output, ids, pool = saved[start]
-            seam.resume(ids, pool)
-            return output
-
-        def record(i: int, forward):
+        def skip(node: Replaced):
             def run(*args, **kwargs):
-                output = forward(*args, **kwargs)
+                return saved[start][0] if seam.runs_here() else node.below(*args, **kwargs)
+
+            return run
+
+        def resume(node: Replaced):
+            def run(*args, **kwargs):
+                if not seam.runs_here():  # Another thread runs this model too.
+                    return node.below(*args, **kwargs)
+                output, ids, pool = saved[start]
+                seam.resume(ids, pool)
+                return output
+
+            return run
+
+        def record(i: int, node: Replaced):
+            def run(*args, **kwargs):
+                output = node.below(*args, **kwargs)
+                if not seam.runs_here():
+                    return output
                 current = seam.current()
                 saved[i] = (_without_groups(output), _ids(current.selection), _ids(current.pool))
                 return output
@@ -100,9 +111,9 @@ class PrefixCache:
         with Patches() as patches:
             for i, layer in enumerate(decoder_layers(self.model)):
                 if i <= start:
-                    patches.replace(layer, resume if i == start else skip)
+                    patches.wrap(layer, resume if i == start else skip)
                 elif keep and (i + 1) % self.stride == 0:
-                    patches.replace(layer, record(i, layer.forward))
+                    patches.wrap(layer, partial(record, i))
             yield
 
 

@@ -8,6 +8,7 @@ latents; a `FastCache` is made for this path. `use_pattern` and `model.generate`
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -52,8 +53,9 @@ from indexcache.models.mla import (
     project,
     stock_norm,
 )
-from indexcache.models.patch import ModelState, Patches, state_of
-from indexcache.models.seam import IndexerCall, in_force, indexer_forward
+from indexcache.models.patch import ModelState, Patches, Replaced, state_of
+from indexcache.models.seam import in_force
+from indexcache.models.selector import IndexerCall, indexer_forward
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
 
@@ -151,6 +153,13 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
         raise ValueError(
             "Call accelerate outside of use_pattern; patterns then apply to the accelerated model."
         )
+    if state.recorded:
+        gc.collect()  # A cycle may be all that keeps the graph alive.
+    if state.recorded:
+        raise ValueError(
+            "A forward pass under a pattern waits for its backward pass (gradient checkpointing); "
+            "run that, or drop its outputs, before accelerate."
+        )
     check_latent_queries(module, "The fast path")
     layers = decoder_layers(module)
     for i, layer in enumerate(layers):
@@ -176,7 +185,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
     selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
     fast = FastModel(module)
     try:
-        fast.patches.replace(module.model, _model_forward(module, fast))
+        fast.patches.wrap(module.model, partial(_model_forward, module, fast))
         for i, (layer, indexer) in enumerate(zip(layers, indexers(module), strict=True)):
             fast.replace(
                 layer.self_attn,
@@ -262,9 +271,8 @@ def _full(state: ModelState, call: IndexerCall) -> Selection:
     return state.selector.full(call)
 
 
-def _model_forward(model: DsaModule, fast: FastModel):
+def _model_forward(model: DsaModule, fast: FastModel, node: Replaced):
     """Make the decoder's forward, which replaces the dense causal mask by a `Visible`."""
-    stock = model.model.forward
     names = set(model.config.layer_types) | {"indexed_attention"}
 
     @torch.compiler.disable(reason=NOT_TRACED)
@@ -291,7 +299,7 @@ def _model_forward(model: DsaModule, fast: FastModel):
         visible = _visible(
             model, attention_mask, position_ids, cache, input_ids, inputs_embeds, use_cache, kwargs
         )
-        return stock(
+        return node.below(
             input_ids,
             dict.fromkeys(names, visible),
             position_ids,

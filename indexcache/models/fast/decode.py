@@ -16,6 +16,8 @@ from torch import Tensor
 from indexcache.models.family import AnyModel, indexers, input_device, module_of
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.frozen import Frozen
+from indexcache.models.patch import state_of
+from indexcache.models.scopes import seam_here
 from indexcache.models.timing import timed
 
 CAPTURE_STEPS = 3
@@ -151,8 +153,10 @@ class Decoder:
     def _current_inputs(self) -> list[Any]:
         """Return the objects that a graph depends on by identity: roles and tensors of layers."""
         roles = [m.__dict__.get("forward") for m in indexers(self.module) if m is not None]
-        return roles + [
-            tensor for layer in self.cache.layers for tensor in (layer.latents, layer.indexer_keys)
+        return [
+            seam_here(state_of(self.module)),
+            *roles,
+            *(x for layer in self.cache.layers for x in (layer.latents, layer.indexer_keys)),
         ]
 
     def _changed(self) -> str | None:

@@ -27,7 +27,7 @@ from indexcache.models.family import either
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.visible import Visible
 from indexcache.models.mla import Norm, Projections, Rope, head_weights, project, split_heads
-from indexcache.models.seam import on_device
+from indexcache.models.selector import on_device
 from indexcache.models.timing import timed
 
 INFERENCE_ONLY = "The fast path is for inference: call model.eval() and use torch.no_grad()."

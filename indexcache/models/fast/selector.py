@@ -13,7 +13,7 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import without_autocast
 from indexcache.models.fast.visible import Ids
 from indexcache.models.mla import Rope
-from indexcache.models.seam import IndexerCall, Selector
+from indexcache.models.selector import IndexerCall, Selector
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
 
