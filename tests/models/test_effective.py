@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.utils.prune
+from accelerate import dispatch_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from indexcache.models.fast.accelerate import accelerate
+from indexcache.models.fast.cache import FastCache
+from indexcache.models.fast.decode import Decoder
+from indexcache.models.fast.frozen import Frozen
+from indexcache.models.fast.prefill import prefill
+from indexcache.models.lm import hidden_states, logit_chunks
+from indexcache.models.seam import use_pattern
 from tests.support import FAMILIES, logits, make_model, refused, relative
 
 SHORT = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
@@ -172,3 +180,93 @@ def test_parts_that_are_not_stock_are_refused(part, ids):
     del module.forward
     module.__class__ = type("Mine", (type(module),), {"forward": lambda self, *a, **k: None})
     refused(lambda: accelerate(model), f"model.layers.1.{part}", "Mine")
+
+
+def device_map(model, **parts):
+    """Return a map of devices for the library accelerate, which force_hooks obeys on a CPU."""
+    names = ["embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(2))]
+    devices = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu"}
+    for name, device in parts.items():
+        for i in range(2) if name != "layers" else ():
+            del devices[f"model.layers.{i}"]
+            for child, _ in model.model.layers[i].named_children():
+                devices[f"model.layers.{i}.{child}"] = device if child == name else "cpu"
+        if name == "layers":
+            devices |= {f"model.layers.{i}": device for i in range(2)}
+        if name in devices:
+            devices[name] = device
+    return devices
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "layers", "lm_head", "all on the CPU"])
+def test_offloaded_weights_are_loaded(part, later, ids, tmp_path):
+    model = make_model("glm_moe_dsa", **SHORT)
+    stock = logits(model, ids)
+    parts = {} if part == "all on the CPU" else {part: "disk"}
+    if part == "lm_head":
+        parts = {}
+    devices = device_map(model, **parts)
+    if part == "lm_head":
+        devices |= {"lm_head": "disk", "model.embed_tokens": "disk"}
+    handle = accelerate(model) if later else None
+    dispatch_model(model, devices, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert any(p.is_meta for p in model.parameters()) == (part != "all on the CPU")
+    handle = handle or accelerate(model)
+    assert relative(logits(model, ids), stock) < 1e-5
+    cache = FastCache(model, 32, 2)
+    last = prefill(model, ids, cache, chunk=20)
+    assert relative(last, stock[:, -1]) < 1e-5
+    assert Decoder(model, cache).generate(last, 3).shape == (2, 3)
+    (_, (first,)) = next(logit_chunks(model, hidden_states(model, ids)))
+    assert relative(first, stock[:, :-1]) < 1e-5
+    handle.undo()
+    assert torch.equal(logits(model, ids), stock)
+
+
+def test_changes_under_compiled_code_are_noticed():
+    """A hook, an adapter, a module, a class, a forward and, where asked for, other weights."""
+    model = make_model("glm_moe_dsa", **SHORT)
+    layer = model.model.layers[1]
+    gate = layer.mlp.gate
+    changes = {
+        "model.layers.0.mlp.up_proj": lambda m: m.register_forward_hook(lambda *_: None),
+        "model.layers.1.self_attn.o_proj": lambda m: setattr(m, "forward", lambda x: x),
+        "model.layers.1.mlp.gate": lambda m: parametrize.register_parametrization(
+            m, "weight", Doubled()
+        ),
+        "model.layers.0.self_attn": lambda m: setattr(m, "q_b_proj", linear(Scaled, m.q_b_proj)),
+        "model.layers.0.input_layernorm": lambda m: setattr(
+            m, "weight", nn.Parameter(m.weight.detach().clone())
+        ),
+    }
+    for name, change in changes.items():
+        frozen = Frozen(model.named_modules(), weights=True)
+        without = Frozen(model.named_modules(), weights=False)
+        with torch.no_grad():
+            gate.e_score_correction_bias.add_(1)  # A change in place is seen by such code itself.
+        assert frozen.changed() is None
+        change(model.get_submodule(name))
+        assert frozen.changed() == name
+        assert without.changed() == (None if "norm" in name else name)
+    peft = get_peft_model(make_model("glm_moe_dsa", **SHORT), LoraConfig(target_modules=["wk"]))
+    peft.add_adapter("other", LoraConfig(target_modules=["wk"]))
+    for act in (
+        lambda: peft.set_adapter("other"),
+        peft.base_model.disable_adapter_layers,
+        lambda: next(m for m in peft.modules() if hasattr(m, "scale_layer")).scale_layer(2.0),
+        lambda: next(m for m in peft.modules() if hasattr(m, "merge")).merge(),
+    ):
+        frozen = Frozen(peft.named_modules(), weights=False)
+        act()
+        assert frozen.changed().endswith("wk")
+
+
+def test_compiled_functions_refuse_later_changes(monkeypatch, ids):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = make_model("glm_moe_dsa", **SHORT)
+    with accelerate(model, compile=True):
+        with use_pattern(model, "FS"):
+            logits(model, ids)
+        model.model.layers[1].mlp.shared_experts.up_proj.register_forward_hook(lambda *_: None)
+        refused(lambda: logits(model, ids), "model.layers.1.mlp.shared_experts.up_proj", "undo")

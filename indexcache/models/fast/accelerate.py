@@ -62,7 +62,7 @@ from indexcache.ops import Selection
 INDEX_DTYPES = ("auto", "bf16", "fp8")
 NOT_TRACED = (
     "The fast path cannot be traced into one graph (torch.compile with fullgraph=True, "
-    "torch.export): use accelerate(model, compile=True), or undo it first."
+    "torch.export, torch.jit.trace): use accelerate(model, compile=True), or undo it first."
 )
 
 
@@ -276,7 +276,7 @@ def _model_forward(model: DsaModule, fast: FastModel, node: Replaced):
     names = set(model.config.layer_types) | {"indexed_attention"}
 
     @torch.compiler.disable(reason=NOT_TRACED)
-    def forward(
+    def run(
         input_ids=None,
         attention_mask=None,
         position_ids=None,
@@ -288,7 +288,7 @@ def _model_forward(model: DsaModule, fast: FastModel, node: Replaced):
         **kwargs: Any,
     ):
         cache = either(cache, past_key_values)
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise ValueError(NOT_TRACED)
         if fast.compiled is not None and (name := fast.compiled.changed()):
             raise ValueError(
@@ -308,6 +308,9 @@ def _model_forward(model: DsaModule, fast: FastModel, node: Replaced):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)  # torch.compile names the reason where a traced frame calls it.
 
     return forward
 
@@ -331,7 +334,8 @@ def _visible(
     if past is None:
         return Visible()
     caching = cache is not None or (model.config.use_cache if use_cache is None else use_cache)
-    check_packing(positions, mask, bool(caching), kwargs)
+    if mask is None or isinstance(mask, Tensor):
+        check_packing(positions, mask, bool(caching), kwargs)
     visible = visible_of(
         mask, queries, past + queries, batch, None if caching or mask is not None else positions
     )

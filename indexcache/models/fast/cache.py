@@ -24,6 +24,10 @@ GROWTH = 1.5
 """A cache without a capacity grows by at least this factor."""
 BLOCK = 256
 """A cache without a capacity has room for a multiple of this number of tokens."""
+HALFWAY = (
+    "The layers of this cache hold different numbers of tokens, as after a pass that failed "
+    "halfway; start a new one."
+)
 
 
 class FastLayer(CacheLayerMixin):
@@ -338,7 +342,8 @@ class FastCache(Cache):
         """Check, before a forward pass of all sequences, that `tokens` more can be written.
 
         Raises:
-            ValueError: the cache has too small a capacity, or its sequences differ in length.
+            ValueError: the cache has too small a capacity, its sequences differ in length, or an
+                earlier pass failed after it had filled some layers.
         """
         if self.layers[0].positions is not None:
             return
@@ -347,6 +352,8 @@ class FastCache(Cache):
                 "The sequences of this cache have different lengths: continue it with a Decoder, "
                 "or start a new one."
             )
+        if len({layer.length for layer in self.layers}) > 1:
+            raise ValueError(HALFWAY)
         self.layers[0].check_capacity(self.layers[0].length + tokens)
 
     @contextmanager

@@ -35,7 +35,8 @@ class Decoder:
         model: an accelerated model, on one device.
         cache: a filled cache with a capacity, filled without padding. Its sequences may differ in
             length (`prefill(.., lengths=..)`).
-        graph: whether to replay a CUDA graph; None means yes for a model on a GPU.
+        graph: whether to replay a CUDA graph; None means yes for a model that lies on
+            one GPU as a whole.
 
     Raises:
         ValueError: the cache is of another kind, empty, padded, or has no capacity; a graph is
@@ -58,10 +59,11 @@ class Decoder:
             raise ValueError("This cache is empty: fill it with prefill first.")
         if graph and device.type != "cuda":
             raise ValueError(f"A CUDA graph needs a GPU, the model is on {device.type}.")
-        if graph is not False and len({p.device for p in module.parameters()}) > 1:
+        whole = all(p.device == device for p in module.parameters())
+        if graph and not whole:
             raise ValueError("A CUDA graph needs the model on one device; use graph=False.")
         self.module, self.cache = module, cache
-        self.graph = device.type == "cuda" if graph is None else graph
+        self.graph = (device.type == "cuda" and whole) if graph is None else graph
         batch = len(cache.lengths)
         self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.positions_B = torch.tensor(cache.lengths, dtype=torch.int64, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticIndexedLayer
 
 from indexcache.models.family import DsaModule, indexers
-from indexcache.models.fast.cache import FastCache
+from indexcache.models.fast.cache import HALFWAY, FastCache
 from indexcache.models.fast.layer import INFERENCE_ONLY
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -75,6 +75,8 @@ def check_cache(model: DsaModule, cache: Any, batch: int, queries: int) -> int |
             raise ValueError(
                 f"This {kind} holds {entry.keys.shape[0]} sequences, got {batch}; start a new one."
             )
+    if len({entry.get_seq_length() for entry in entries if not entry.is_compileable}) > 1:
+        raise ValueError(HALFWAY)
     past = int(cache.get_seq_length())
     room = int(cache.get_max_length())
     if 0 <= room < past + queries:
@@ -85,7 +87,7 @@ def check_cache(model: DsaModule, cache: Any, batch: int, queries: int) -> int |
 
 
 def check_packing(
-    positions: Tensor | None, mask: Any, caching: bool, kwargs: dict[str, Any]
+    positions: Tensor | None, mask: Tensor | None, caching: bool, kwargs: dict[str, Any]
 ) -> None:
     """Refuse packed documents that stock would not keep apart either.
 
@@ -105,13 +107,9 @@ def check_packing(
     queries = positions.shape[-1]
     if queries == 1 or (mask is None and not caching):
         return
-    seen = torch.ones_like(positions, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        seen = mask[:, -queries:].to(positions.device).bool()
-    elif mask is not None:
-        return  # A mask of all pairs says itself what is visible.
-    highest = torch.where(seen, positions, -1).cummax(-1).values
-    if bool((seen[:, 1:] & (positions[:, 1:] <= highest[:, :-1])).any()):
+    if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        return  # Such a mask says what is visible; generation restarts after padding at the right.
+    if bool((positions.diff(dim=-1) <= 0).any()):
         what = "a cache is filled" if mask is None else "an attention mask is given"
         raise ValueError(
             f"position_ids restart, which means packed documents, but they are not told apart "
