@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from indexcache.overrides import PATTERN_KEYS, flag_values, levels_of, sharing_keys, unwrapped
 from indexcache.reading import parse_json, read_text
+from indexcache.seen import Seen
 
 ROLES = "FRS"
 DEFAULT_POOL_FACTOR = 8
@@ -39,6 +40,8 @@ class Pattern:
             A string that has R may end in `@c`, the pool factor.
         pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. It is only for
             patterns with R, where the default is 8; else it is None.
+        seen: the text that a search chose it on, which travels with it into files; two patterns
+            that differ in nothing else are equal.
 
     Raises:
         ValueError: anything but F, R and S (lower case included), an empty pattern, a first layer
@@ -47,8 +50,11 @@ class Pattern:
 
     roles: str
     pool_factor: int | None
+    seen: Seen = field(compare=False, repr=False)
 
-    def __init__(self, roles: str | Sequence[str], pool_factor: int | None = None):
+    def __init__(
+        self, roles: str | Sequence[str], pool_factor: int | None = None, seen: Seen = Seen()
+    ):
         if not isinstance(roles, str):
             roles = _roles_of_types(roles)
         roles, pool_factor = _split_pool(roles, pool_factor)
@@ -76,6 +82,7 @@ class Pattern:
             )
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "pool_factor", pool_factor)
+        object.__setattr__(self, "seen", seen)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -190,6 +197,9 @@ class Pattern:
         The file holds the string itself, JSON `{"pattern": ..}`, a JSON list of types, the
         overrides of vLLM or SGLang as JSON or in a script that starts them, or it is a config.json.
 
+        What text a search chose it on comes from the file too, or from a pattern.json beside it,
+        as an export writes it beside the flags of engines.
+
         Args:
             path: the file.
             layers: number of layers of the model, for overrides that give a frequency alone.
@@ -200,9 +210,10 @@ class Pattern:
         path = Path(path)
         text = read_text(path, most=MAX_FILE).strip()
         try:
-            return cls._from_text(text, layers)
+            pattern = cls._from_text(text, layers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        return pattern.chosen_on(_seen_in(text) or _seen_beside(path, pattern))
 
     @classmethod
     def _from_text(cls, text: str, layers: int | None) -> Pattern:
@@ -267,8 +278,9 @@ class Pattern:
         return keys
 
     def to_file(self, path: str | Path) -> None:
-        """Write `facts()` as JSON."""
-        Path(path).write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
+        """Write `facts()`, and the text that a search chose the pattern on, as JSON."""
+        value = self.facts() | self.seen.to_pattern_file()
+        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
     def facts(self) -> dict[str, Any]:
         """Return what a file holds: "pattern", "layers", "full" (their number), "indexer_types".
@@ -358,7 +370,11 @@ class Pattern:
         if len(role) != 1:
             raise ValueError(f"A layer has one role, F, R or S, not {role!r:.60}.")
         roles = self.roles[:layer] + role + self.roles[layer + 1 :]
-        return Pattern(roles, self.pool_factor if "R" in roles else None)
+        return Pattern(roles, self.pool_factor if "R" in roles else None, self.seen)
+
+    def chosen_on(self, seen: Seen) -> Pattern:
+        """Return the same pattern, which a search chose on this text, perhaps beside another."""
+        return Pattern(self.roles, self.pool_factor, self.seen | seen) if seen else self
 
     def with_rest(self, role: str, pool_factor: int | None = None) -> Pattern:
         """Return the pattern with the same full layers and every other layer in `role` (S or R).
@@ -366,7 +382,8 @@ class Pattern:
         Raises:
             ValueError: another role, or a pool factor that no layer uses.
         """
-        return _filled([r == "F" for r in self.roles], role, pool_factor)
+        filled = _filled([r == "F" for r in self.roles], role, pool_factor)
+        return filled.chosen_on(self.seen)
 
     def check(
         self,
@@ -495,3 +512,22 @@ def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
                 f"The pool factor of a pattern is at most {MAX_POOL_FACTOR}, not {pool_factor}."
             )
     return roles, pool_factor
+
+
+def _seen_in(text: str) -> Seen:
+    try:
+        return Seen.from_json(parse_json(text))
+    except ValueError:
+        return Seen()
+
+
+def _seen_beside(path: Path, pattern: Pattern) -> Seen:
+    """Return what the pattern.json beside a file of the same pattern says was seen."""
+    beside = path.with_name("pattern.json")
+    if path.name == beside.name or not beside.is_file():
+        return Seen()
+    try:
+        other = Pattern.from_file(beside, len(pattern))
+    except ValueError:
+        return Seen()
+    return other.seen if other == pattern else Seen()

@@ -15,6 +15,7 @@ from typing import Any
 from indexcache.checkpoint import read_header
 from indexcache.pattern import MAX_FILE, Pattern, full_count
 from indexcache.records import read_json
+from indexcache.seen import Seen
 
 SYNTAX = """one of
   FSSF..          a pattern, one character per layer; FRRF..@8 gives R layers
@@ -40,14 +41,22 @@ NUMBER = r"-?[0-9]{1,9}(\.[0-9]{1,9}|/[0-9]{1,9})?"
 
 @dataclass(frozen=True)
 class NamedPattern:
-    """A pattern, its name, and the digests of the calibration documents that a search saw.
-
-    `seen` is empty for a pattern that no search found.
-    """
+    """A pattern and its name."""
 
     name: str
     pattern: Pattern
-    seen: frozenset[str] = frozenset()
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The digests of the calibration documents that a search saw; empty if none found it."""
+        return self.pattern.seen.digests
+
+    @property
+    def origin_known(self) -> bool:
+        """Whether it is known which text chose the pattern, or that none did: a rule made it."""
+        p = self.pattern
+        made = Pattern(p.roles.replace("R", "S")).frequency() is not None
+        return made or bool(p.seen)
 
 
 def parse_pattern(spec: str, layers: int) -> NamedPattern:
@@ -61,10 +70,10 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
         body = spec
         name = spec
     suffix = re.fullmatch(r"(.*)\+R([0-9]{0,9})", body, re.DOTALL)
-    pattern, seen = _parse(suffix[1] if suffix else body, layers)
+    pattern = _parse(suffix[1] if suffix else body, layers)
     if suffix:
         pattern = pattern.with_rest("R", int(suffix[2]) if suffix[2] else None)
-    return NamedPattern(name, pattern.check(layers=layers), seen)
+    return NamedPattern(name, pattern.check(layers=layers))
 
 
 def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...]:
@@ -83,21 +92,21 @@ def parse_patterns(specs: Iterable[str], layers: int) -> tuple[NamedPattern, ...
     return patterns
 
 
-def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
-    """Parse a specification without NAME= and +R; return the pattern and the digests seen."""
+def _parse(spec: str, layers: int) -> Pattern:
+    """Parse a specification without NAME= and +R; return the pattern."""
     if not spec.strip():
         raise ValueError(
             "The pattern is empty: name one, e.g. FSSF, 1/4, a file or the folder of a search."
         )
     if spec in ("full", "all"):
-        return Pattern.full(layers), frozenset()
+        return Pattern.full(layers)
     if re.fullmatch(r"1/[0-9]+", spec):
         spec = f"uniform:{spec}"
     kind, *values = spec.split(":")
     if kind == "uniform" and 1 <= len(values) <= 2:
-        return _uniform(spec, values, layers), frozenset()
+        return _uniform(spec, values, layers)
     if spec.startswith(("{", "[")):
-        return _of_json(spec, layers), frozenset()
+        return _of_json(spec, layers)
     head, colon, tail = spec.rpartition(":")
     if os.path.isdir(spec):
         return _of_folder(Path(spec), layers)
@@ -112,7 +121,7 @@ def _parse(spec: str, layers: int) -> tuple[Pattern, frozenset[str]]:
         raise ValueError(f"{spec}: is neither a file nor a folder, so no pattern can be read.")
     if "/" in spec or "." in spec or colon:
         raise ValueError(f"{spec}: is no pattern, and there is no such file or run folder.")
-    return Pattern(spec), frozenset()
+    return Pattern(spec)
 
 
 def _is_source(spec: str) -> bool:
@@ -129,24 +138,25 @@ def _of_json(spec: str, layers: int) -> Pattern:
     return Pattern.of(value) if isinstance(value, list) else Pattern.from_overrides(value, layers)
 
 
-def _of_file(file: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
-    """Read the pattern of a file, and the digests that it carries."""
+def _of_file(file: Path, layers: int) -> Pattern:
+    """Read the pattern of a file, with the text it was chosen on where the file says so."""
     if file.suffix == ".safetensors":
-        pattern = read_header(file).metadata.get("pattern")
+        metadata = read_header(file).metadata
+        pattern = metadata.get("pattern")
         if pattern is None:
             raise ValueError(f"{file}: this is no delta, so it has no pattern.")
-        return _named_in(file, pattern), frozenset()
+        return _named_in(file, pattern).chosen_on(Seen.from_metadata(metadata))
     if file.suffix == ".toml":
         return _of_settings(file, layers)
     value = _json_object(file)
     if "frontier" in value:
         return _frontier_point(file, None, layers)
     if isinstance(value.get("rows"), list):
-        return _of_rows(file, value["rows"]), frozenset()
-    return Pattern.from_file(file, layers), _digests(value)
+        return _of_rows(file, value["rows"]).chosen_on(Seen.from_json(value))
+    return Pattern.from_file(file, layers)
 
 
-def _of_folder(folder: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
+def _of_folder(folder: Path, layers: int) -> Pattern:
     """Read the pattern of a run's, an export's or a checkpoint's folder."""
     result = folder / "result.json"
     if result.is_file():
@@ -160,7 +170,7 @@ def _of_folder(folder: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
     return _frontier_point(folder, None, layers)  # It says that there is none.
 
 
-def _of_settings(file: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
+def _of_settings(file: Path, layers: int) -> Pattern:
     """Read the pattern of a TOML file of settings, as --config takes it."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -172,8 +182,7 @@ def _of_settings(file: Path, layers: int) -> tuple[Pattern, frozenset[str]]:
         raise ValueError(f"{file}: must have one pattern, under the key pattern.")
     if specs[0].endswith(".toml"):
         raise ValueError(f"{file}: its pattern is another file of settings; name that one.")
-    named = parse_pattern(specs[0], layers)
-    return named.pattern, named.seen
+    return parse_pattern(specs[0], layers).pattern
 
 
 def _of_rows(file: Path, rows: list[Any]) -> Pattern:
@@ -241,14 +250,7 @@ def _positive(text: str, spec: str) -> Fraction:
     return value
 
 
-def _digests(value: dict[str, Any]) -> frozenset[str]:
-    """Read which documents a search saw, from the object of its pattern.json."""
-    digests = value.get("calibration_digests")
-    digests = digests if isinstance(digests, list) else []
-    return frozenset(d for d in digests if isinstance(d, str))
-
-
-def _frontier_point(source: Path, full: int | None, layers: int) -> tuple[Pattern, frozenset[str]]:
+def _frontier_point(source: Path, full: int | None, layers: int) -> Pattern:
     """Read the pattern with `full` full layers from a search; None is the last one.
 
     `source` is its folder or its result.json.
@@ -262,7 +264,7 @@ def _frontier_point(source: Path, full: int | None, layers: int) -> tuple[Patter
     result = read_json(file)
     try:
         frontier = {int(point["full"]): Pattern(point["pattern"]) for point in result["frontier"]}
-        seen = frozenset(result["calibration"]["digests"])
+        seen = Seen.from_json(result) | Seen(frozenset(result["calibration"]["digests"]))
         min(frontier)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{source}: {file.name} is not the result of a search.") from None
@@ -272,4 +274,4 @@ def _frontier_point(source: Path, full: int | None, layers: int) -> tuple[Patter
             f"{source}: the search has no pattern with {full} full layers, only {min(frontier)} to "
             f"{max(frontier)}; search further, with a smaller --keep and a new --out."
         )
-    return frontier[full].check(layers=layers), seen
+    return frontier[full].check(layers=layers).chosen_on(seen)

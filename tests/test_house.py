@@ -22,8 +22,8 @@ PACKAGE = Path(indexcache.__file__).parent
 # Modules and folders of the package by level. One imports those of lower levels only, and no other
 # one of its own level.
 LEVELS = (
-    {"configs", "overrides", "reading"},
-    {"pattern", "process", "records", "memory", "progress", "seen"},
+    {"configs", "overrides", "reading", "seen"},
+    {"pattern", "process", "records", "memory", "progress"},
     {"vacuity"},
     {"checkpoint", "data", "ops", "report"},
     {"shapes", "spec", "engines"},

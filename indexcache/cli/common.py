@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from indexcache.data import text_for
 from indexcache.pattern import Pattern
+from indexcache.seen import Seen
 from indexcache.vacuity import check_length, pools_of, sentence, share_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class TextSettings:
     """Which text becomes which batches; the defaults are for calibration."""
 
     data: str | None = None
-    """Text: a .jsonl, .txt, .md or .npy file, or a folder of them. The default for tiny is the
-    shipped text."""
+    """Text: a .jsonl, .parquet, .txt or .npy file, chats included, or a folder, e.g. a data set as
+    it was downloaded. The default for tiny is the shipped text."""
     split: Split = "calibration"
     "Which documents of --data to take. The two halves never share a document."
     length: int | None = None
@@ -119,6 +120,17 @@ def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPa
     return patterns
 
 
+def unknown_origins(patterns: Iterable[NamedPattern]) -> list[str]:
+    """Say of which patterns it is not known what text chose them, in at most one sentence."""
+    names = [p.name for p in patterns if not p.origin_known]
+    if not names:
+        return []
+    return [
+        f"it is not known what text chose {', '.join(names)[:200]}, so nobody can say that this "
+        "text was not among it; a search's folder, and what export writes, carry that along."
+    ]
+
+
 def native_pattern(facts: dict[str, Any]) -> Pattern:
     """Return the pattern that a described checkpoint has by itself; see `models.family`."""
     missing = set(facts["layers_without_indexer"])
@@ -144,13 +156,48 @@ def check_text(
 def open_model(
     model: str, text: TextSettings, settings: ModelSettings, patterns: Sequence[Pattern] = ()
 ) -> tuple[Model, list[Batch]]:
-    """Load a model and the batches of its text for some patterns; say on stderr what they are."""
+    """Load the batches of a model's text for some patterns, and say on stderr what they are.
+
+    Then load the model. A text that cannot be used is refused before that.
+
+    Raises:
+        ValueError: the text cannot be read or has too little in it; it is text that one of the
+            patterns, or the checkpoint, was chosen or trained on; or `load` refuses.
+    """
+    from indexcache.checkpoint import read_config
+    from indexcache.data import check_unseen
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load
+    from indexcache.models.loading import describe, load
+    from indexcache.models.reader import Reader
 
     if settings.device == "cpu":
         keep_freed_memory()
+    facts = describe(model)
     source, split = text_for(model, text.data, text.split)
+    batches = Reader(Path(facts["path"])).batches(
+        source,
+        facts,
+        split=split,
+        length=text.length,
+        sequences=text.sequences,
+        batch=text.batch,
+        seed=text.seed,
+        patterns=patterns,
+        progress=True,
+    )
+    if patterns:  # The text is to be evidence.
+        own = Seen.from_json(read_config(facts["path"]))
+        for seen in (own, *(p.seen for p in patterns)):
+            check_unseen(batches, seen)
+    topk = int(facts["index_topk"])
+    sizes = (topk, *pools_of(patterns, topk))
+    length = batches[0].ids.shape[1]
+    domains = ", ".join(sorted({b.domain for b in batches}))
+    print(
+        f"{text.sequences} sequences of {length} tokens ({domains}); "
+        f"{sentence({size: share_of(batches, size) for size in sizes})}",
+        file=sys.stderr,
+    )
     loaded = load(
         model,
         dtype=settings.dtype,
@@ -162,23 +209,6 @@ def open_model(
             accelerate(loaded.module)
         except ValueError as error:
             print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
-    batches = loaded.batches(
-        source,
-        split=split,
-        length=text.length,
-        sequences=text.sequences,
-        batch=text.batch,
-        seed=text.seed,
-        patterns=patterns,
-    )
-    sizes = (loaded.topk, *pools_of(patterns, loaded.topk))
-    length = batches[0].ids.shape[1]
-    domains = ", ".join(sorted({b.domain for b in batches}))
-    print(
-        f"{text.sequences} sequences of {length} tokens ({domains}); "
-        f"{sentence({size: share_of(batches, size) for size in sizes})}",
-        file=sys.stderr,
-    )
     return loaded, batches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -18,6 +19,7 @@ from indexcache.cli.common import (
     open_model,
     origin_of,
     parse_patterns,
+    unknown_origins,
 )
 from indexcache.cli.results import claim_folder, deliver
 
@@ -47,7 +49,6 @@ def evaluate(
     The verb prints the difference in loss with its interval, the KL divergence, and how often the
     two agree on the next token.
     """
-    from indexcache.data import check_unseen
     from indexcache.evals.evaluate import evaluate as run_evaluation
     from indexcache.evals.gate import check_gate, check_margin, judge
     from indexcache.models.loading import describe
@@ -67,8 +68,8 @@ def evaluate(
     check_text(facts, model, text, [p.pattern for p in measured])
     folder = claim_folder(out, model)
     loaded, batches = open_model(model, text, running, [p.pattern for p in measured])
-    for one in measured:
-        check_unseen(batches, one.seen)
+    for line in unknown_origins(measured):
+        print(f"indexcache: note: {line}", file=sys.stderr)
     if most is not None:
         longest = max(int(batch.own_context.max()) for batch in batches)
         check_gate(most, named, base_pattern, topk=topk, longest=longest)

@@ -19,7 +19,13 @@ from indexcache.data.batch import Batch, digest_of
 from indexcache.data.batches import SHIPPED, batches, make_batches, shipped_text, text_for
 from indexcache.data.documents import SPLITS, Document, split_documents
 from indexcache.data.folders import SUFFIXES, TEXT_SUFFIXES
-from indexcache.data.leaks import check_unseen, near_copies, seen_in, seen_in_documents
+from indexcache.data.leaks import (
+    check_unseen,
+    close_documents,
+    near_copies,
+    seen_in,
+    seen_in_documents,
+)
 from indexcache.data.records import ALL, Chat, Encode
 from indexcache.data.sources import Source, Tokenizing, load_documents, scan
 from indexcache.vacuity import check_context, check_length, default_length
@@ -40,6 +46,7 @@ __all__ = [
     "check_context",
     "check_length",
     "check_unseen",
+    "close_documents",
     "default_length",
     "digest_of",
     "load_documents",

@@ -80,6 +80,24 @@ def seen_in_documents(documents: Iterable[Document]) -> Seen:
     return Seen.of(digests, np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
 
 
+def close_documents(documents: Sequence[Document], others: Iterable[Document]) -> list[Document]:
+    """Return the documents of which `MAX_SHARE` or more of the passages are in the others."""
+    parts: list[np.ndarray] = []
+    for d in others:
+        parts += [d.shingles, ids_shingles(d.ids)]
+    known = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+    return [
+        d
+        for d in documents
+        for shares in [[_share(h, known) for h in (d.shingles, ids_shingles(d.ids))]]
+        if max(shares) >= MAX_SHARE
+    ]
+
+
+def _share(hashes: np.ndarray, known: np.ndarray) -> float:
+    return float(np.isin(hashes, known).mean()) if len(hashes) else 0.0
+
+
 def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:
     """Raise ValueError when text of these batches was calibration text of a search.
 

@@ -17,6 +17,7 @@ from indexcache.models.family import AnyModel, indexers
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
 from indexcache.records import atomic, writing
+from indexcache.seen import Seen
 
 FORMAT = "indexcache-delta-1"
 COPIED = (".json", ".jinja", ".txt", ".model")
@@ -67,7 +68,7 @@ def apply_delta(model: AnyModel, path: str | Path, *, base: str | Path | None = 
             delta belongs to.
 
     Returns:
-        The pattern that the indexers were trained for.
+        The pattern that the indexers were trained for, with the text they were trained on.
 
     Raises:
         ValueError: there is no such delta, it has another base, its tensors are not the indexers
@@ -112,7 +113,7 @@ def apply_delta(model: AnyModel, path: str | Path, *, base: str | Path | None = 
         )
     for name, value in tensors.items():
         targets[name].copy_(value)
-    return pattern
+    return pattern.chosen_on(Seen.from_metadata(metadata))
 
 
 def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -129,7 +130,9 @@ def _read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def save_checkpoint(model: Any, weights: dict[str, Tensor], folder: Path, source: Path) -> None:
+def save_checkpoint(
+    model: Any, weights: dict[str, Tensor], folder: Path, source: Path, seen: Seen = Seen()
+) -> None:
     """Write a complete checkpoint.
 
     Args:
@@ -137,6 +140,7 @@ def save_checkpoint(model: Any, weights: dict[str, Tensor], folder: Path, source
         folder: the checkpoint to write.
         source: the checkpoint that the model was loaded from; its tokenizer and the like are
             copied.
+        seen: the text that the weights were trained on, which the config carries along.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
@@ -148,4 +152,5 @@ def save_checkpoint(model: Any, weights: dict[str, Tensor], folder: Path, source
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # transformers 5.17 and 5.23 name the same layer type differently; both derive it.
     config.pop("layer_types", None)
+    config |= seen.to_config()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -78,6 +78,7 @@ class DistillResult:
             "held_out": None if self.held_out is None else asdict(self.held_out),
             "queries_beyond_k": self.queries_beyond_k,
             "delta": self.delta,
+            **({"calibration": self.pattern.seen.to_json()} if self.pattern.seen else {}),
         }
 
     def table(self) -> str:

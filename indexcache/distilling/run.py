@@ -14,8 +14,10 @@ import torch
 from indexcache.data import (
     Batch,
     Document,
-    load_documents,
+    check_unseen,
+    close_documents,
     make_batches,
+    seen_in_documents,
     shipped_text,
     split_documents,
     text_for,
@@ -32,6 +34,7 @@ from indexcache.models.family import family_of
 from indexcache.models.loading import Model, check_device, describe, fingerprint, load
 from indexcache.pattern import Pattern
 from indexcache.records import publish
+from indexcache.seen import Seen
 from indexcache.vacuity import check_length
 
 FP32_WEIGHTS = ("weights_proj.weight", "e_score_correction_bias")
@@ -95,13 +98,16 @@ def distill_checkpoint(
         trust_remote_code=run.trust_remote_code,
     )
     if run.delta is not None:
-        _begin_with(loaded, run.delta, pattern)
+        pattern = pattern.chosen_on(_begin_with(loaded, run.delta, pattern))
     training, evaluation = _documents(model, run, loaded, evaluate=settings.eval_every > 0)
     held_out: list[Batch] = []
     if settings.eval_every:
         held_out = make_batches(
             evaluation, length=length, sequences=run.eval_sequences, seed=settings.seed
         )
+    pattern = pattern.chosen_on(Seen.from_json(vars(loaded.config)))
+    check_unseen(held_out, pattern.seen)
+    seen = seen_in_documents(training)
     result = distill(
         loaded.module,
         pattern,
@@ -110,13 +116,18 @@ def distill_checkpoint(
         settings,
         held_out=held_out,
         base={"base": loaded.path.name, "base_digest": digest},
+        seen=pattern.seen | seen,
         device=device,
         progress=progress,
     )
     if not first_process() or (settings.frozen and not run.whole):
         return result, None
     checkpoint = _write_checkpoint(
-        folder / "checkpoint", loaded, pattern, result.weights, settings.compute_dtype
+        folder / "checkpoint",
+        loaded,
+        pattern.chosen_on(seen),
+        result.weights,
+        settings.compute_dtype,
     )
     return result, checkpoint
 
@@ -137,8 +148,12 @@ def _rows(batch_tokens: int | None, length: int) -> int:
     return tokens // length
 
 
-def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> None:
-    """Put the indexers of a delta into the model, and note those that it lacks."""
+def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> Seen:
+    """Put the indexers of a delta into the model, and note those that it lacks.
+
+    Returns:
+        The text that the delta was trained on.
+    """
     trained_for = apply_delta(loaded.module, delta, base=loaded.path)
     missing = [
         str(i) for i, role in enumerate(pattern.roles) if role != "S" and trained_for[i] == "S"
@@ -149,6 +164,7 @@ def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> None:
             delta,
             ", ".join(missing),
         )
+    return trained_for.seen
 
 
 def _sources(model: str, run: RunSettings) -> tuple[Path, str, Path | None]:
@@ -169,18 +185,49 @@ def _documents(
     """Return the training documents and the held-out documents, which share none."""
     source, split, held_out_source = _sources(model, run)
     vocabulary = int(loaded.config.vocab_size)
-    documents = load_documents(source, loaded.encode, vocabulary)
+    shown = first_process()
+    documents = loaded.reader.documents(source, vocabulary, progress=shown)
     if held_out_source is None:
         training = split_documents(documents, split)
-        return training, split_documents(documents, "heldout") if evaluate else []
-    held_out = load_documents(held_out_source, loaded.encode, vocabulary) if evaluate else []
-    shared = {d.digest for d in documents} & {d.digest for d in held_out}
+        if not evaluate:
+            return training, []
+        evaluation = split_documents(documents, "heldout")
+        return training, _without_copies(evaluation, training)
+    if not evaluate:
+        return documents, []
+    held_out = loaded.reader.documents(held_out_source, vocabulary, progress=shown)
+    known = {d for one in documents for d in (one.digest, one.text_digest) if d}
+    shared = sum(d.digest in known or d.text_digest in known for d in held_out)
     if shared:
         raise ValueError(
-            f"{len(shared)} of the held-out documents are training text too, so the evaluation "
+            f"{shared} of the held-out documents are training text too, so the evaluation "
             "would be no evidence; give other text with --held-out, or none."
         )
-    return documents, held_out
+    return documents, _without_copies(held_out, documents)
+
+
+def _without_copies(held_out: list[Document], training: list[Document]) -> list[Document]:
+    """Leave out held-out documents that share long passages with training ones, and say so.
+
+    Raises:
+        ValueError: none is left.
+    """
+    close = close_documents(held_out, training)
+    if close and first_process():
+        log.warning(
+            "%d of %d held-out documents share long passages with training text, and were left "
+            "out of the evaluation: %s.",
+            len(close),
+            len(held_out),
+            ", ".join(d.name for d in close[:3]) + (", .." if len(close) > 3 else ""),
+        )
+    kept = [d for d in held_out if d not in close]
+    if not kept:
+        raise ValueError(
+            "All held-out documents share long passages with training text, so the evaluation "
+            "would be no evidence; give other text with --held-out."
+        )
+    return kept
 
 
 def _write_checkpoint(
@@ -203,7 +250,7 @@ def _write_checkpoint(
             else weight.to(torch.bfloat16)
             for name, weight in weights.items()
         }
-    save_checkpoint(loaded.module, weights, temporary, loaded.path)
+    save_checkpoint(loaded.module, weights, temporary, loaded.path, pattern.seen)
     if "R" not in pattern.roles and family_of(loaded.module).native_sharing:
         export(temporary, pattern, target, engines=("transformers",))
         shutil.rmtree(temporary)

@@ -46,6 +46,7 @@ from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, open_run
+from indexcache.seen import Seen
 from indexcache.shapes import Shape
 from indexcache.vacuity import pools_of, share_of
 
@@ -61,6 +62,7 @@ def distill(
     *,
     held_out: Sequence[Batch] = (),
     base: dict[str, str] | None = None,
+    seen: Seen = Seen(),
     device: str | None = None,
     progress: bool = False,
 ) -> DistillResult:
@@ -82,6 +84,8 @@ def distill(
             there; without batches, the last ones.
         base: {"base", "base_digest"}: which checkpoint a delta belongs to; part of what a resumed
             run must share.
+        seen: the text that the rows are made of and that chose the pattern, which the delta and
+            the result carry along.
         device: where full mode runs; only its shards go there (default: the model's device).
         progress: show a progress bar on stderr.
 
@@ -116,7 +120,7 @@ def distill(
         trainer = Trainer(module, pattern, rows, Path(out), settings, held_out, world, run)
         trainer.resume()
         trainer.fit(progress)
-        return trainer.finish(base or {}, beyond)
+        return trainer.finish(base or {}, beyond, seen)
 
 
 class Trainer:
@@ -453,7 +457,7 @@ class Trainer:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def finish(self, base: dict[str, str], beyond: float) -> DistillResult:
+    def finish(self, base: dict[str, str], beyond: float, seen: Seen) -> DistillResult:
         """Put the best indexers into the model, write the delta and the result, and return it."""
         s = self.settings
         if s.eval_every:
@@ -469,8 +473,10 @@ class Trainer:
         result = None
         if self.run is not None:
             if s.frozen:
-                save_delta(self.model, self.pattern, self.out / DELTA, base)
+                carried = base | seen.to_metadata()
+                save_delta(self.model, self.pattern, self.out / DELTA, carried)
             result = self._result(self.run, beyond)
+            result = replace(result, pattern=result.pattern.chosen_on(seen))
             self.run.save("result.json", result.to_json())
         self.world.wait()
         return replace(self.world.first(result), weights=weights)

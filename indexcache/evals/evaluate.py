@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexcache.data import ALL, Batch
+from indexcache.data import ALL, Batch, check_unseen
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
 from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
@@ -22,6 +22,7 @@ from indexcache.models.seam import check_pattern, use_pattern
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
+from indexcache.seen import Seen
 from indexcache.vacuity import check_batches, pool_of
 
 BUCKETS = 4  # number of equal parts of a sequence
@@ -232,6 +233,8 @@ def evaluate(
     base = native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
         check_pattern(module, pattern)
+        check_unseen(batches, pattern.seen)
+    check_unseen(batches, Seen.from_json(vars(module.config)))
     shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
     conditions = conditions_of(model, batches, shares, origin, seed=seed)
     sums: dict[str, dict[Key, np.ndarray]] = {

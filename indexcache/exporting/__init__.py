@@ -15,6 +15,7 @@ from indexcache.exporting.checks import ENGINES, check_engines, check_export, ch
 from indexcache.exporting.engines import FLAGS, write_flag
 from indexcache.pattern import Pattern
 from indexcache.records import atomic_folder
+from indexcache.seen import Seen
 
 __all__ = ["ENGINES", "ExportResult", "check_export", "export"]
 
@@ -58,7 +59,8 @@ def export(
 ) -> ExportResult:
     """Check `pattern` against `checkpoint`, and write what each engine needs into a new folder.
 
-    `out` gets pattern.json. For "transformers" it gets the folder `transformers/`, a complete
+    `out` gets pattern.json, which also says what text a search chose the pattern on, as the
+    config of the checkpoint does. For "transformers" it gets the folder `transformers/`, a complete
     checkpoint that TensorRT-LLM reads too; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
     the shell, and `<engine>.json`, its value. With `prune` and no "transformers" it gets
     `checkpoint/`, a pruned checkpoint for vLLM and SGLang. Everything is written beside `out` and
@@ -83,6 +85,7 @@ def export(
     pattern = Pattern.of(pattern)
     checkpoint = resolve_config(checkpoint)
     config = read_config(checkpoint)
+    pattern = pattern.chosen_on(Seen.from_json(config))
     check_model_type(config, checkpoint)
     names = check_engines(engines, config, pattern, checkpoint)
     _check_free(out)

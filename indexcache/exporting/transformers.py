@@ -18,6 +18,7 @@ from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers
 from indexcache.configs import text_section
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
+from indexcache.seen import CONFIG_KEY
 
 BLOCK = 1 << 24  # bytes
 
@@ -94,7 +95,8 @@ def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
         for key in (*SHARING_KEYS, "layer_types", "auto_map"):
             level.pop(key, None)
     section.update(pattern.to_config())
-    return config
+    config.pop(CONFIG_KEY, None)
+    return config | pattern.seen.to_config()
 
 
 def write(

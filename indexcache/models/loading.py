@@ -21,7 +21,7 @@ from indexcache.checkpoint import (
     tensor_names,
 )
 from indexcache.configs import model_type_of, quantization_section, text_section
-from indexcache.data import Batch, batches
+from indexcache.data import Batch
 from indexcache.models.contradictions import check_config
 from indexcache.models.family import (
     AnyModel,
@@ -32,6 +32,7 @@ from indexcache.models.family import (
     module_of,
 )
 from indexcache.models.fp8 import block_of
+from indexcache.models.reader import Reader
 from indexcache.models.soundness import check_weights
 from indexcache.models.tokenizer import load_tokenizer
 from indexcache.models.weights import Weights
@@ -78,7 +79,12 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.reader.encode(text)
+
+    @property
+    def reader(self) -> Reader:
+        """What reads text and chats with the tokenizer."""
+        return Reader(self.path, self.tokenizer)
 
     def batches(
         self,
@@ -94,8 +100,8 @@ class Model:
         """Cut text into batches of token sequences for this model.
 
         Args:
-            source: "heldout" or "calibration" for the text that the package ships, or a .jsonl,
-                .txt, .md, .rst or .npy file, or a folder of such files.
+            source: "heldout" or "calibration" for the text that the package ships, or a file or
+                a folder (see `indexcache.data`).
             split: the documents to take: "calibration", "heldout" or "all", which is the default.
             length: tokens of a sequence. The default is 4 k, or 4 pools if one of the patterns has
                 R layers, at least 1024, and at most the model's context.
@@ -108,9 +114,8 @@ class Model:
             ValueError: the source cannot be read or has too little text, or the sequences are
                 longer than the context, or too short for k or for the pool of a pattern.
         """
-        return batches(
+        return self.reader.batches(
             source,
-            self.encode,
             self.config,
             split=split,
             length=length,

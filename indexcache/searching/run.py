@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from indexcache.data import Batch, digest_of
+from indexcache.data import Batch, digest_of, seen_in
 from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
 from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
 from indexcache.pattern import Pattern, full_count, stage_starts
@@ -27,7 +27,8 @@ class SearchResult:
     Attributes:
         frontier: the searched patterns, from all full down to the fewest full layers.
         uniform: uniform patterns of the same budgets, for comparison.
-        calibration: the text: sequences, tokens, share of queries beyond k, domains, digests.
+        calibration: the text: sequences, tokens, share of queries beyond k, domains, digests,
+            shingles (see `indexcache.seen`).
         notes: what was left out of the comparison, and why, in sentences.
         conditions: what the losses hold for.
     """
@@ -132,11 +133,12 @@ def search(
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
                 objective.rebase(point.pattern)
             uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
-        calibration = _calibration(batches, shares[topk].beyond)
+        seen = seen_in(batches)
+        frontier = [replace(p, pattern=p.pattern.chosen_on(seen)) for p in frontier]
+        calibration = _calibration(batches, shares[topk].beyond) | seen.to_json()
         result = SearchResult(tuple(frontier), tuple(uniform), calibration, notes, conditions)
         run.save("result.json", result.to_json())
-        digests = {"calibration_digests": result.calibration["digests"]}
-        run.save("pattern.json", result.pattern.facts() | digests)
+        run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     return result
 
 
@@ -146,7 +148,6 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
         "tokens": sum(b.ids.numel() for b in batches),
         "queries_beyond_k": beyond,
         "domains": sorted({b.domain for b in batches}),
-        "digests": sorted({d for b in batches for d in b.digests}),
     }
 
 
