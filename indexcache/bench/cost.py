@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from indexcache.bench.floors import INDEX_PARTS, PARTS, decode_floor, prefill_floor
+from indexcache.bench.storage import BF16, Storage
 from indexcache.pattern import Pattern
 from indexcache.shapes import Rates, Shape
 
@@ -68,8 +69,10 @@ def point(
     chunk: int,
     batch: int = 1,
     index_dtype: str = "fp8",
+    storage: Storage = BF16,
 ) -> Row:
     """Make a row of `bench` that has all that a prediction needs, and no measurements."""
+    settings: dict[str, Any] = {"batch": batch, "index_dtype": index_dtype, "storage": storage}
     return {
         "context": context,
         "pattern": str(pattern),
@@ -77,12 +80,8 @@ def point(
         "layers": len(pattern),
         "chunk": chunk,
         "batch": batch,
-        "floor_ms": prefill_floor(
-            shape, context, pattern, rates, batch=batch, index_dtype=index_dtype
-        ),
-        "decode_floor_ms": decode_floor(
-            shape, context, pattern, rates, batch=batch, index_dtype=index_dtype
-        ),
+        "floor_ms": prefill_floor(shape, context, pattern, rates, **settings),
+        "decode_floor_ms": decode_floor(shape, context, pattern, rates, **settings),
     }
 
 

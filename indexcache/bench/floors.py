@@ -12,6 +12,7 @@ bytes of a bf16 weight. `shapes.count_pairs(L, m)` is the sum over t = 1..L of m
 
 from __future__ import annotations
 
+from indexcache.bench.storage import BF16, Storage
 from indexcache.pattern import Pattern
 from indexcache.shapes import Rates, Shape, count_pairs
 
@@ -20,7 +21,7 @@ from indexcache.shapes import Rates, Shape, count_pairs
 # attention, "mlp" MLPs and experts. "plan" has no floor, because no result depends on it.
 PARTS = ("indexer", "index_topk", "plan", "attention", "linears", "mlp", "head", "rest")
 INDEX_PARTS = ("indexer", "index_topk")
-WEIGHT = 2  # bytes of a weight, of a latent's element and of an activation
+ELEMENT = 2  # bytes of a latent's element and of an activation
 
 
 def prefill_floor(
@@ -31,6 +32,7 @@ def prefill_floor(
     *,
     batch: int = 1,
     index_dtype: str = "fp8",
+    storage: Storage = BF16,
 ) -> dict[str, float]:
     """Compute the floor of each part in milliseconds, for B prompts of L tokens.
 
@@ -51,6 +53,8 @@ def prefill_floor(
         rates: the rates of the device.
         batch: B.
         index_dtype: "fp8", or anything else for bf16.
+        storage: bytes of the weights of each part, W in bf16 by default; where weights and
+            activations have 8 bits, the operations of that part take the rate of fp8.
     """
     k = shape.topk
     tokens = length * batch
@@ -65,10 +69,10 @@ def prefill_floor(
         ids = tokens * (k + (pool if role == "R" or layer in publishers else 0))
         compute = shape.index_pair_operations * pairs / _index_rate(rates, index_dtype)
         seconds["index_topk"] += max(compute, 4 * ids / rates.hbm)
-        seconds["indexer"] += _product(shape.indexer_weights, tokens, rates)
+        seconds["indexer"] += storage.indexer.seconds(shape.indexer_weights, tokens, rates)
     pairs = count_pairs(length, k) * batch
     seconds["attention"] = shape.layers * shape.latent_pair_operations * pairs / rates.bf16
-    return _milliseconds(seconds, shape, tokens, batch, rates)
+    return _milliseconds(seconds, shape, tokens, batch, rates, storage)
 
 
 def decode_floor(
@@ -79,6 +83,7 @@ def decode_floor(
     *,
     batch: int = 1,
     index_dtype: str = "fp8",
+    storage: Storage = BF16,
 ) -> dict[str, float]:
     """Compute the floor of each part in milliseconds, for one step of B sequences of n tokens each.
 
@@ -104,19 +109,25 @@ def decode_floor(
             keys = batch * (cached if role == "F" else pool)
         compute = shape.index_pair_operations * keys / _index_rate(rates, index_dtype)
         seconds["index_topk"] += max(compute, keys * shape.index_bytes(index_dtype) / rates.hbm)
-        seconds["indexer"] += _product(shape.indexer_weights, batch, rates)
+        seconds["indexer"] += storage.indexer.seconds(shape.indexer_weights, batch, rates)
     latents = shape.layers * batch * min(cached, k)
-    seconds["attention"] = latents * WEIGHT * shape.latent_width / rates.hbm
-    return _milliseconds(seconds, shape, batch, batch, rates)
+    seconds["attention"] = latents * ELEMENT * shape.latent_width / rates.hbm
+    return _milliseconds(seconds, shape, batch, batch, rates, storage)
 
 
 def _milliseconds(
-    seconds: dict[str, float], shape: Shape, tokens: int, sequences: int, rates: Rates
+    seconds: dict[str, float],
+    shape: Shape,
+    tokens: int,
+    sequences: int,
+    rates: Rates,
+    storage: Storage,
 ) -> dict[str, float]:
     """Add the parts that prefill and decoding share, and convert to milliseconds."""
-    seconds["linears"] = shape.layers * _product(shape.attention_weights, tokens, rates)
-    seconds["mlp"] = _mlp(shape, tokens, rates)
-    seconds["head"] = _product(shape.head_weights, sequences, rates)
+    linears = storage.attention.seconds(shape.attention_weights, tokens, rates)
+    seconds["linears"] = shape.layers * linears
+    seconds["mlp"] = _mlp(shape, tokens, rates, storage)
+    seconds["head"] = storage.head.seconds(shape.head_weights, sequences, rates)
     seconds["rest"] = shape.layers * 16 * shape.hidden * tokens / rates.hbm
     return {name: 1e3 * value for name, value in seconds.items()}
 
@@ -125,17 +136,25 @@ def _index_rate(rates: Rates, index_dtype: str) -> float:
     return rates.fp8 if index_dtype == "fp8" else rates.bf16
 
 
-def _product(weights: int, tokens: int, rates: Rates) -> float:
-    """Compute the seconds of a product of `tokens` rows with a bf16 matrix of so many weights."""
-    return max(2 * weights * tokens / rates.bf16, WEIGHT * weights / rates.hbm)
+def _mlp(shape: Shape, tokens: int, rates: Rates, storage: Storage) -> float:
+    """Compute the seconds of the MLPs of all layers, MoE or dense.
 
-
-def _mlp(shape: Shape, tokens: int, rates: Rates) -> float:
-    """Compute the seconds of the MLPs of all layers, MoE or dense."""
-    active = shape.active_moe_weights
+    A layer of experts takes the larger of its operations and of the bytes of the experts that the
+    tokens meet.
+    """
     met = shape.experts * (1 - (1 - shape.active_experts / shape.experts) ** tokens)
-    read = (met + shape.shared_experts) * shape.expert_weights + shape.router_weights
-    moe = max(2 * active * tokens / rates.bf16, WEIGHT * read / rates.hbm)
-    return shape.moe_layers * moe + shape.dense_layers * _product(
-        shape.dense_weights, tokens, rates
+    active = shape.active_experts * shape.expert_weights
+    shared = shape.shared_experts * shape.expert_weights
+    router = shape.router_weights
+    operations = (
+        storage.experts.products(active, tokens, rates)
+        + storage.shared.products(shared, tokens, rates)
+        + storage.router.products(router, tokens, rates)
     )
+    read = (
+        storage.experts.bytes * met * shape.expert_weights
+        + storage.shared.bytes * shared
+        + storage.router.bytes * router
+    ) / rates.hbm
+    dense = storage.dense.seconds(shape.dense_weights, tokens, rates)
+    return shape.moe_layers * max(operations, read) + shape.dense_layers * dense

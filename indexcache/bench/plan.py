@@ -14,6 +14,9 @@ from typing import Any
 from indexcache.bench import CHUNK
 from indexcache.bench.cost import FLOOR_ONLY, CostModel, Row, errors_left_out, fit, point, usable
 from indexcache.bench.results import BenchResult
+from indexcache.bench.storage import BF16, Storage
+from indexcache.checkpoint import config_facts
+from indexcache.configs import text_section
 from indexcache.pattern import Pattern
 from indexcache.report.speed import prediction_table
 from indexcache.shapes import Rates, Shape, rates_named, read_shape
@@ -70,6 +73,8 @@ class Plan:
         advice: whether sharing pays, in a sentence.
         left_out: see `cost.errors_left_out`.
         notes: sentences about where the prediction exceeds the measurements.
+        weights: {"bytes" of all weights, "quantization" of the config or None, "assumed": what was
+            taken for granted about dtypes, in a sentence}.
     """
 
     model: str
@@ -81,6 +86,7 @@ class Plan:
     advice: str
     left_out: list[dict[str, Any]]
     notes: list[str]
+    weights: dict[str, Any]
 
     def table(self) -> str:
         """Render the predictions, one line per pattern."""
@@ -100,6 +106,8 @@ class Plan:
             "",
             self.advice,
             accuracy,
+            f"Weights take {self.weights['bytes'] / 1e9:.0f} GB. Assumed: "
+            f"{self.weights['assumed']}.",
             *(f"Note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -118,6 +126,7 @@ class Plan:
             "advice": self.advice,
             "left_out": self.left_out,
             "notes": self.notes,
+            "weights": self.weights,
         }
 
 
@@ -144,10 +153,15 @@ def make_plan(
     """
     name, config = read_shape(model)
     shape = Shape.of(config)
+    facts = config_facts(model, config)
+    try:
+        storage = Storage.of(shape, facts["quantization"])
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
     traffic.check(shape)
     result = None if bench is None else BenchResult.read(bench)
     rates = _rates_of_bench(result) if gpu == "bench" else rates_named(gpu)
-    notes = _memory_notes(shape, rates, traffic, index_dtype)
+    notes = _memory_notes(shape, storage, rates, traffic, index_dtype)
     cost = FLOOR_ONLY
     errors: list[dict[str, Any]] = []
     chunk = CHUNK
@@ -173,8 +187,16 @@ def make_plan(
         index_dtype = result.settings.get("index_dtype", index_dtype)
         source = f"fitted to {len(rows)} rows of {bench} ({result.device}, {result.date})"
         notes += _extrapolation_notes(result, rows, shape, rates, traffic)
+        if storage.quantization is not None:
+            notes.append(
+                f"measured with {result.settings.get('dtype', 'bf16')} weights: carried over to "
+                f"{storage.name} by the floors alone."
+            )
+    patterns = {name: Pattern.uniform(shape.layers, freq) for name, freq in PATTERNS}
 
-    def predict_at(context: int) -> list[dict[str, Any]]:
+    def predict_at(
+        context: int, patterns: Mapping[str, Pattern] = patterns
+    ) -> list[dict[str, Any]]:
         return predict(
             shape,
             cost,
@@ -182,9 +204,21 @@ def make_plan(
             replace(traffic, context=context),
             chunk=chunk,
             index_dtype=index_dtype,
+            storage=storage,
+            patterns=patterns,
         )
 
     predictions = predict_at(traffic.context)
+    advice = _advice(predictions, worth_from(shape, WORTH, predict_at), shape.topk, traffic.context)
+    native, native_notes = _native(model, config)
+    notes += native_notes
+    if native is not None and "S" in native.roles:
+        predictions = predict_at(traffic.context, patterns | {"config": native})
+    if facts["mtp_layers"]:
+        notes.append(
+            f"the {facts['mtp_layers']} multi-token-prediction (MTP) layers of the config are not "
+            "counted."
+        )
     return Plan(
         model=name,
         gpu=rates.name,
@@ -192,12 +226,31 @@ def make_plan(
         basis="floor" if bench is None else "bench",
         source=source,
         rows=predictions,
-        advice=_advice(
-            predictions, worth_from(shape, WORTH, predict_at), shape.topk, traffic.context
-        ),
+        advice=advice,
         left_out=errors,
         notes=notes,
+        weights={
+            "bytes": round(storage.weight_bytes(shape)),
+            "quantization": None
+            if storage.quantization is None
+            else storage.quantization.to_json(),
+            "assumed": storage.assumed(index_dtype),
+        },
     )
+
+
+def _native(model: str | Path, config: dict[str, Any]) -> tuple[Pattern | None, list[str]]:
+    """Return the pattern that the config asks for, and a note where it shares or is none."""
+    try:
+        native = Pattern.from_config(text_section(config))
+    except ValueError as error:
+        return None, [f"{model}: the config has no valid pattern ({error})"]
+    if "S" not in native.roles:
+        return native, []
+    return native, [
+        f"the config shares already: {native}, the row 'config'; layers without indexer weights "
+        "can never be full."
+    ]
 
 
 def predict(
@@ -208,8 +261,10 @@ def predict(
     *,
     chunk: int = CHUNK,
     index_dtype: str = "fp8",
+    storage: Storage = BF16,
+    patterns: Mapping[str, Pattern] | None = None,
 ) -> list[dict[str, Any]]:
-    """Predict the time and cost of a request under uniform patterns: all, 1/2 and 1/4 full layers.
+    """Predict the time and cost of a request under patterns, by default all, 1/2 and 1/4 full.
 
     A request takes its TTFT and 1 / batch of `output_tokens` steps, which `batch` requests share. A
     step is predicted at the length where half of the output is decoded.
@@ -224,12 +279,20 @@ def predict(
     """
     rows: list[dict[str, Any]] = []
     t = traffic
-    for name, freq in PATTERNS:
-        pattern = Pattern.uniform(shape.layers, freq)
+    if patterns is None:
+        patterns = {name: Pattern.uniform(shape.layers, freq) for name, freq in PATTERNS}
+    for name, pattern in patterns.items():
 
         def row_at(context: int, batch: int, pattern: Pattern = pattern) -> Row:
             return point(
-                shape, context, pattern, rates, chunk=chunk, batch=batch, index_dtype=index_dtype
+                shape,
+                context,
+                pattern,
+                rates,
+                chunk=chunk,
+                batch=batch,
+                index_dtype=index_dtype,
+                storage=storage,
             )
 
         ttft = cost.ttft_s(row_at(t.context, 1))
@@ -334,18 +397,20 @@ def _rates_of_bench(result: BenchResult | None) -> Rates:
         ) from None
 
 
-def _memory_notes(shape: Shape, rates: Rates, traffic: Traffic, index_dtype: str) -> list[str]:
+def _memory_notes(
+    shape: Shape, storage: Storage, rates: Rates, traffic: Traffic, index_dtype: str
+) -> list[str]:
     if not rates.memory:
         return []
-    weights = 2 * shape.weights
+    weights = storage.weight_bytes(shape)
     tokens = traffic.batch * (traffic.context + traffic.output_tokens)
     cache = tokens * shape.cache_bytes(shape.layers, index_dtype=index_dtype)
     if weights + cache <= rates.memory:
         return []
     return [
-        f"bf16 weights ({weights / 1e9:.0f} GB) and cache ({cache / 1e9:.0f} GB) are more than the "
-        f"{rates.memory / 1e9:.0f} GB of one {rates.name}; the figures count the work as if one "
-        "did it all."
+        f"{storage.name} weights ({weights / 1e9:.0f} GB) and cache ({cache / 1e9:.0f} GB) are "
+        f"more than the {rates.memory / 1e9:.0f} GB of one {rates.name}; the figures count the "
+        "work as if one did it all."
     ]
 
 
