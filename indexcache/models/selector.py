@@ -29,7 +29,7 @@ class IndexerCall:
         x: hidden states [B, S, E].
         q_latent: latents of the queries [B, S, Q].
         rope: cos and sin [B, S, r].
-        mask: the dense causal mask; on the fast path a `Padding`.
+        mask: the dense causal mask; on the fast path a `Visible`.
         positions: int64 [B, S] or None.
         cache: the cache in use or None.
         below: the forward that would run without this package; None: that of its class.

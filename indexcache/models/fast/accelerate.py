@@ -69,8 +69,9 @@ NOT_TRACED = (
 class FastModel:
     """A model on the fast path. `undo()`, or leaving it as a context, restores stock."""
 
-    def __init__(self, model: DsaModule):
+    def __init__(self, model: DsaModule, *, compiles: bool = False):
         self.model = model
+        self.compiles = compiles
         self.patches = Patches()
         # The implementation of experts that `group_experts` replaced.
         self._experts: Any = None
@@ -80,10 +81,16 @@ class FastModel:
     def replace(self, module: nn.Module, forward: Any) -> None:
         """Replace a module's forward, inside of a hook of the library accelerate on the module.
 
-        Such a hook moves inputs to the module's device and loads its weights.
+        Such a hook moves inputs to the module's device and loads its weights. A hook that comes
+        later lies around `forward`, and around stock once this is undone.
         """
         hook = module.__dict__.get("_hf_hook")
-        self.patches.replace(module, forward if hook is None else _hooked(module, hook, forward))
+        if hook is not None:
+            forward = _hooked(module, hook, forward)
+        if self.compiles:
+            self.patches.replace(module, forward)
+        else:
+            self.patches.wrap(module, partial(_always, forward))
 
     def undo(self) -> None:
         """Restore the stock model. Calling it twice changes nothing.
@@ -183,7 +190,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
         )
     wrap_one = wrap_step() if compile else wrap
     selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
-    fast = FastModel(module)
+    fast = FastModel(module, compiles=compile)
     try:
         fast.patches.wrap(module.model, partial(_model_forward, module, fast))
         for i, (layer, indexer) in enumerate(zip(layers, indexers(module), strict=True)):
@@ -191,7 +198,9 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
                 layer.self_attn,
                 attention_forward(layer.self_attn, family.native_sharing, projection),
             )
-            fast.patches.replace(layer.mlp, _timed("mlp", wrap(layer.mlp.forward)))
+            # The forward contains the hook of the library accelerate.
+            mlp = _timed("mlp", wrap(layer.mlp.forward))
+            fast.patches.wrap(layer.mlp, partial(_always, mlp))
             if indexer is not None:
                 fast.replace(indexer, indexer_forward(i, indexer, partial(_full, state)))
             if step is not None and in_pieces[i]:
@@ -247,6 +256,10 @@ def _compiled_modules(layers: Iterable[Any]) -> list[tuple[str, nn.Module]]:
         for name, m in layer.named_modules()
         if m is not layer and m is not layer.self_attn.indexer
     ]
+
+
+def _always(forward: Any, _node: Replaced) -> Any:
+    return forward
 
 
 def _hooked(module: nn.Module, hook: Any, forward: Any):
