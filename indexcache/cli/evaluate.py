@@ -40,6 +40,13 @@ def evaluate(
             "difference ends at or below this, on all text and on every domain."
         ),
     ] = None,
+    allow_blind: Annotated[
+        bool,
+        Parameter(
+            help="Let the gate judge a model whose own loss is no better than a blind guess, "
+            "e.g. random weights."
+        ),
+    ] = False,
     text: Annotated[HeldOutText, FLAT] = HeldOutText(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
     output: Annotated[Output, FLAT] = Output(),
@@ -82,7 +89,7 @@ def evaluate(
         origin=origin_of(model, text),
         progress=True,
     )
-    gate = None if most is None else judge(result, most)
+    gate = None if most is None else judge(result, most, allow_blind=allow_blind)
     base = baseline.name if baseline else "full"
     lines = [result.table(base), "", str(result.conditions)]
     if not baseline and "S" in result.baseline.roles:

@@ -17,6 +17,7 @@ from indexcache.models.family import (
     missing_indexers,
 )
 from indexcache.models.seam import in_force
+from indexcache.models.soundness import check_weights
 from indexcache.pattern import Pattern
 from indexcache.vacuity import check_batches, check_context, pool_of
 
@@ -35,9 +36,10 @@ def check_run(
         ValueError: see `DistillSettings.check`, `check_model`, `check_beyond`, `check_trainable`
             and, for the held-out text, `vacuity.check_batches`; or there are no rows, or of
             several lengths; there is no held-out text for the evaluations; or the processes cannot
-            share the rows evenly.
+            share the rows evenly; or an indexer's weights are not finite.
     """
     settings.check()
+    check_weights(model, selecting=True)
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):
         raise ValueError("The training rows are all of one length, and there is at least one.")

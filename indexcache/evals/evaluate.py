@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,14 @@ from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import check_pattern, use_pattern
+from indexcache.models.soundness import blind_loss, blindness, check_scores, check_weights
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.seen import Seen
 from indexcache.vacuity import check_batches, pool_of
+
+log = logging.getLogger(__name__)
 
 BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens")
@@ -103,6 +109,7 @@ class Evidence:
         baseline: the pattern that all others are compared with.
         path: "stock" or "fast", the code that ran.
         conditions: what all of it holds for.
+        blind_loss: the loss of a blind guess among all tokens of the vocabulary, nats per token.
     """
 
     rows: tuple[Measurement, ...]
@@ -110,6 +117,12 @@ class Evidence:
     baseline: Pattern
     path: str
     conditions: Conditions
+    blind_loss: float = math.inf
+
+    @property
+    def baseline_loss(self) -> float:
+        """The baseline's loss on all text, nats per token; NaN where nothing was measured."""
+        return next((row.loss - row.delta_loss for row in self.overall), math.nan)
 
     @property
     def overall(self) -> tuple[Measurement, ...]:
@@ -168,6 +181,8 @@ class Evidence:
             "positions": [self._row(row) for row in self.positions],
             "baseline": str(self.baseline),
             "path": self.path,
+            "baseline_loss": self.baseline_loss,
+            "blind_loss": self.blind_loss,
             "conditions": self.conditions.to_json(),
         }
 
@@ -224,8 +239,10 @@ def evaluate(
 
     Raises:
         ValueError: sequences or documents on which a role has too little to lose
-            (`vacuity.check_batches`), a pattern the model cannot take, or a loss that is not
-            finite.
+            (`vacuity.check_batches`), a pattern the model cannot take, or weights, indexer scores
+            or a loss that are not finite.
+
+    A baseline that is no better than a blind guess is logged as a warning.
     """
     named = _named(patterns)
     module = module_of(model)
@@ -235,6 +252,7 @@ def evaluate(
         check_pattern(module, pattern)
         check_unseen(batches, pattern.seen)
     check_unseen(batches, Seen.from_json(vars(module.config)))
+    check_weights(module, selecting=True)
     shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
     conditions = conditions_of(model, batches, shares, origin, seed=seed)
     sums: dict[str, dict[Key, np.ndarray]] = {
@@ -242,7 +260,10 @@ def evaluate(
     }
     with progress_bar(len(batches) * (len(named) + 1), "pass", shown=progress) as bar:
         for batch in batches:
-            base_hidden = _base_hidden(module, base, native, batch)
+            # One batch shows whether the scores of an indexer are finite.
+            watch = partial(check_scores, module) if batch is batches[0] else nullcontext
+            with watch():
+                base_hidden = _base_hidden(module, base, native, batch)
             bar.update()
             for name, pattern in named.items():
                 # The baseline's own pass is repeated once, to show that two passes are bitwise
@@ -250,7 +271,7 @@ def evaluate(
                 if pattern == base and batch is not batches[0]:
                     hidden = base_hidden
                 else:
-                    with use_pattern(module, pattern):
+                    with watch(), use_pattern(module, pattern):
                         hidden = hidden_states(module, batch.ids)
                     assert pattern != base or torch.equal(hidden, base_hidden), (
                         "two passes under one pattern differ"
@@ -267,7 +288,10 @@ def evaluate(
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
-    return Evidence(rows, positions, base, conditions.path, conditions)
+    evidence = Evidence(rows, positions, base, conditions.path, conditions, blind_loss(module))
+    if note := blindness(evidence.baseline_loss, evidence.blind_loss):
+        log.warning("%s", note)
+    return evidence
 
 
 def _named(

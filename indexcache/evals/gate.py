@@ -24,6 +24,7 @@ from indexcache.evals.statistics import (
     per_document,
     upper_end,
 )
+from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
 
@@ -180,16 +181,19 @@ def selects(pattern: Pattern, topk: int, longest: int) -> str:
     return pattern.roles.replace("R", "S") if pattern.pool_factor == 1 else str(pattern)
 
 
-def judge(evidence: Evidence, most: float) -> Gate:
+def judge(evidence: Evidence, most: float, *, allow_blind: bool = False) -> Gate:
     """Judge every pattern of an evaluation by a margin.
 
     Args:
         evidence: the result of `evaluate`.
         most: the margin: the largest loss difference to accept, in nats per token.
+        allow_blind: judge also a model whose own loss is no better than a blind guess, as random
+            weights in a test are.
 
     Raises:
         ValueError: a margin that `check_margin` refuses; nothing measured; or a pattern that is the
-            baseline or computed what it computes at every token of a domain.
+            baseline or computed what it computes at every token of a domain; or a baseline that is
+            no better than a blind guess.
     """
     most = check_margin(most)
     rows: dict[str, list[Measurement]] = {}
@@ -204,6 +208,9 @@ def judge(evidence: Evidence, most: float) -> Gate:
             _refuse_same(row.name, f"computes what the baseline does at every token of {where}")
     if not rows:
         raise ValueError("Nothing was measured, so there is nothing for the gate to judge.")
+    note = blindness(evidence.baseline_loss, evidence.blind_loss)
+    if note is not None and not allow_blind:
+        raise ValueError(f"{note} The gate does not judge it (allow_blind).")
     return Gate(most, tuple(v for own in rows.values() for v in _judge_pattern(own, most)))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, module_of, native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
+from indexcache.models.soundness import check_scores, check_weights
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.vacuity import check_batches
@@ -80,10 +83,12 @@ def overlap(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences or documents too short for k (`vacuity.check_batches`).
+        ValueError: sequences or documents too short for k (`vacuity.check_batches`), or weights or
+            scores of an indexer that are not finite.
     """
     module = module_of(model)
     topk = int(module.config.index_topk)
+    check_weights(module, selecting=True)
     pattern = native_pattern(module)
     conditions = conditions_of(model, batches, check_batches(batches, topk), origin)
     total = np.zeros((len(pattern), len(pattern)))
@@ -91,7 +96,9 @@ def overlap(
     chance = 0.0
     with progress_bar(len(batches), "batch", shown=progress) as bar:
         for batch in batches:
-            with use_pattern(module, pattern, capture=True) as seam:
+            # One batch shows whether the scores of an indexer are finite.
+            watch = partial(check_scores, module) if batch is batches[0] else nullcontext
+            with use_pattern(module, pattern, capture=True) as seam, watch():
                 hidden_states(module, batch.ids)
                 selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
             sequences, length = batch.ids.shape

@@ -40,7 +40,8 @@ def check_weights(model: AnyModel, where: str = "", *, selecting: bool = False) 
             continue
         low, high = extremes(tensor)
         if not (math.isfinite(low) and math.isfinite(high)):
-            wrong = tensor[~torch.isfinite(tensor)]
+            wrong = tensor.detach().float()
+            wrong = wrong[~torch.isfinite(wrong)]
             raise ValueError(
                 f"{where}{'the' if where else 'The'} weight {name} is not finite: {len(wrong)} of "
                 f"{tensor.numel()} values, the first of which is {float(wrong[0])}"
@@ -61,8 +62,8 @@ def _overflow(tensor: Tensor) -> str:
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
     """Return the least and the largest value of a tensor; NaN if it holds one."""
-    flat = tensor.detach()
-    low, high = torch.aminmax(flat)
+    tensor = tensor.detach()
+    low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
     return float(low), float(high)
 
 
@@ -113,6 +114,22 @@ def _terms(indexer: nn.Module) -> int:
     return int(getattr(indexer, "n_heads", 1)) * int(getattr(indexer, "head_dim", 1))
 
 
-def blind_loss(vocabulary: int) -> float:
-    """Return the loss of a model that gives every token the same probability, in nats."""
-    return math.log(vocabulary)
+def blind_loss(model: AnyModel) -> float:
+    """Return the loss of a model that gives every token the same probability: ln(vocabulary)."""
+    return math.log(max(int(module_of(model).config.vocab_size), 1))
+
+
+def blindness(loss: float, blind: float) -> str | None:
+    """Say that a loss is no better than a blind guess; None where it is better.
+
+    Args:
+        loss: the model's loss on the text, nats per token.
+        blind: `blind_loss` of the model.
+    """
+    if loss < blind:
+        return None
+    return (
+        f"The model's own loss on this text is {loss:.2f} nats, no better than a blind guess among "
+        f"all tokens ({blind:.2f}): its weights are random or were read wrongly, or its tokenizer "
+        "is another's, so no difference between patterns means anything."
+    )

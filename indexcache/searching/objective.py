@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
 from indexcache.data import Batch
 from indexcache.models.lm import token_losses
 from indexcache.models.prefix import PrefixCache
+from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
 
 
@@ -35,6 +37,7 @@ class Objective:
         self.evaluated = dict(evaluated or {})
         self.record = record
         self.base: Pattern | None = None
+        self.watched = False  # whether the indexers' scores have been looked at
         self.prefix = PrefixCache(model, [b.ids for b in batches])
 
     def rebase(self, pattern: Pattern) -> None:
@@ -48,7 +51,7 @@ class Objective:
         """Return the loss of a pattern.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss is not finite, or in the first batch an indexer's scores are not.
         """
         key = str(pattern)
         if key not in self.evaluated:
@@ -56,7 +59,10 @@ class Objective:
                 self.prefix.rebase(self.base)
             total, count = 0.0, 0
             for i, batch in enumerate(self.batches):
-                losses = token_losses(self.model, self.prefix.hidden(i, pattern), batch.ids)
+                with nullcontext() if self.watched else check_scores(self.model):
+                    hidden = self.prefix.hidden(i, pattern)
+                self.watched = True
+                losses = token_losses(self.model, hidden, batch.ids)
                 total += float(losses.double().sum())
                 count += losses.numel()
             loss = total / count

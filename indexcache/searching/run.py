@@ -10,6 +10,7 @@ from typing import Any
 from indexcache.data import Batch, digest_of, seen_in
 from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
 from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
+from indexcache.models.soundness import blind_loss, blindness, check_weights
 from indexcache.pattern import Pattern, full_count, stage_starts
 from indexcache.progress import progress as progress_bar
 from indexcache.records import open_run
@@ -102,11 +103,12 @@ def search(
 
     Raises:
         ValueError: a model trained with sharing, sequences or documents that are too short, a
-            folder of another run, or a loss that is not finite.
+            folder of another run, or weights, indexer scores or a loss that are not finite.
     """
     family_of(model)  # It refuses an unknown family.
     module = module_of(model)
     _refuse_trained_sharing(module)
+    check_weights(module, selecting=True)
     layers = module.config.num_hidden_layers
     topk = int(module.config.index_topk)
     check_batches(batches, topk)
@@ -133,6 +135,8 @@ def search(
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
                 objective.rebase(point.pattern)
             uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
+        if note := blindness(frontier[0].loss, blind_loss(module)):
+            notes = (*notes, note)
         seen = seen_in(batches)
         frontier = [replace(p, pattern=p.pattern.chosen_on(seen)) for p in frontier]
         calibration = _calibration(batches, shares[topk].beyond) | seen.to_json()

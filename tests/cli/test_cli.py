@@ -89,7 +89,7 @@ def test_every_verb_on_one_checkpoint(checkpoint, text, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "vs uniform:1/3" in shown
     assert json.loads(shown.splitlines()[-1])["baseline"] == "FSSFSS"
-    assert run(f"{evaluate} --most 1000") == 1  # Four documents are no evidence.
+    assert run(f"{evaluate} --most 1000 --allow-blind") == 1  # Four documents are no evidence.
     assert "inconclusive" in capsys.readouterr().out
     overlap = tmp_path / "overlap"
     command = f"overlap {checkpoint} --data {text} --pattern {search} --out {overlap} {COMMON}"

@@ -37,6 +37,7 @@ def run(checkpoint, text, rest: str, sequences: int = 80) -> int:
     return main(
         shlex.split(
             f"evaluate {checkpoint} --data {text} --split all --sequences {sequences} {LENGTH} "
+            "--allow-blind "
             f"{rest}"
         )
     )

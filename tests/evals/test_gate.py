@@ -182,9 +182,10 @@ def test_judge_reads_what_evaluate_measured(glm):
     batches = make_batches(documents(80, 70), length=64, sequences=80, batch=8)
     measured = evaluate(glm, {"p": "FSSSSS"}, batches)
     for most, word in ((100.0, "safe"), (-100.0, "not safe")):
-        assert words(judge(measured, most)) == [word] * 3
+        assert words(judge(measured, most, allow_blind=True)) == [word] * 3
     high = measured.rows[0].ci_high
     assert high is not None
-    assert judge(measured, high).verdicts[0].verdict == "safe"
-    assert judge(measured, high - 1e-6).verdicts[0].verdict == "inconclusive"
+    gates = [judge(measured, most, allow_blind=True) for most in (high, high - 1e-6)]
+    assert [gate.verdicts[0].verdict for gate in gates] == ["safe", "inconclusive"]
+    refused(lambda: judge(measured, 1.0), "no better than a blind guess", "4.85", "allow_blind")
     refused(lambda: judge(evaluate(glm, ["FSSSSS", "FFFFFF"], batches), 1.0), "is the baseline")

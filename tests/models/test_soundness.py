@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from indexcache.data import make_batches
+from indexcache.distilling.rows import pack_rows
+from indexcache.distilling.settings import DistillSettings
+from indexcache.distilling.trainer import distill
+from indexcache.evals.evaluate import evaluate
+from indexcache.evals.gate import judge
+from indexcache.evals.overlap import overlap
 from indexcache.models.family import indexers
+from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import load
 from indexcache.models.soundness import check_scores, check_weights
+from indexcache.searching.run import search
 from tests.fp8_support import write_tokenizer
-from tests.support import FAMILIES, logits, make_model, refused
+from tests.support import FAMILIES, documents, logits, make_model, refused
 
 SMALL = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
 BROKEN = [
@@ -42,7 +53,7 @@ def changed(small):
             tensor.view(-1)[tensor.numel() // 2] = value
 
     yield change
-    for tensor, before in saved:
+    for tensor, before in reversed(saved):
         tensor.copy_(before)
 
 
@@ -111,8 +122,6 @@ def test_scores_that_are_not_finite_are_found(small, changed, ids):
 
 
 def test_fast_path_shows_its_scores_too(ids):
-    from indexcache.models.fast.accelerate import accelerate
-
     model = make_model("glm_moe_dsa", **SMALL)
     accelerate(model)
     with torch.no_grad():
@@ -123,3 +132,71 @@ def test_fast_path_shows_its_scores_too(ids):
             logits(model, ids)
 
     refused(run, "layer 1", "wq_b gives NaN or infinities")
+
+
+@pytest.fixture
+def text():
+    return make_batches(documents(4, 80), length=64, sequences=4)
+
+
+CALLS = {
+    "evaluate": lambda model, text, out: evaluate(model, "FSS", text),
+    "overlap": lambda model, text, out: overlap(model, text),
+    "search": lambda model, text, out: search(model, text, out),
+    "accelerate": lambda model, text, out: accelerate(model),
+    "distill": lambda model, text, out: distill(
+        model,
+        "FSS",
+        pack_rows(documents(4, 80), 64, 0),
+        out,
+        DistillSettings(steps=1, eval_every=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_weights_that_changed_after_loading_are_found(small, changed, name, text, tmp_path):
+    changed(BROKEN[0], float("nan"))
+    refused(lambda: CALLS[name](small, text, tmp_path / "out"), BROKEN[0], "not finite")
+    assert not (tmp_path / "out" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", ["evaluate", "overlap", "search"])
+def test_scores_that_overflow_are_found_while_running(name, fast, text, tmp_path):
+    """The weights are finite, so only the scores show it; the loss stays finite."""
+    model = make_model("glm_moe_dsa", **SMALL)
+    with torch.no_grad():
+        for part in (BROKEN[0], BROKEN[2]):
+            model.state_dict()[part].mul_(1e20)
+    if fast:
+        accelerate(model)
+    refused(lambda: CALLS[name](model, text, tmp_path / "out"), "layer 1", "no finite scores")
+
+
+def test_a_model_no_better_than_a_blind_guess_is_said(small, text, tmp_path, caplog):
+    evidence = evaluate(small, "FSS", text)
+    assert evidence.blind_loss == pytest.approx(math.log(128))
+    assert evidence.baseline_loss > evidence.blind_loss
+    assert "no better than a blind guess" in caplog.text
+    assert evidence.to_json()["blind_loss"] == evidence.blind_loss
+    refused(lambda: judge(evidence, 0.1), "blind guess")
+    found = search(small, text, tmp_path)
+    assert "no better than a blind guess" in found.notes[-1]
+
+
+def test_a_trained_model_is_not_called_blind(tiny, caplog):
+    evidence = evaluate(tiny, "F" * 11 + "S", tiny.batches(length=256, sequences=3))
+    assert evidence.baseline_loss < 4
+    assert "blind" not in caplog.text
+    with torch.no_grad():
+        head = tiny.module.lm_head.weight
+        before = head.clone()
+        head.copy_(head[torch.randperm(len(head), generator=torch.Generator().manual_seed(0))])
+    try:
+        evidence = evaluate(tiny, "F" * 11 + "S", tiny.batches(length=256, sequences=3))
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+    assert evidence.baseline_loss > evidence.blind_loss == pytest.approx(math.log(4096))
+    refused(lambda: judge(evidence, 0.5), "no better than a blind guess")

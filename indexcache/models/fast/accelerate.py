@@ -56,6 +56,7 @@ from indexcache.models.mla import (
 from indexcache.models.patch import ModelState, Patches, Replaced, state_of
 from indexcache.models.seam import in_force
 from indexcache.models.selector import IndexerCall, indexer_forward
+from indexcache.models.soundness import check_weights
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
 
@@ -147,7 +148,8 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
 
     Raises:
         ValueError: unknown family, a model that is accelerated already or under a pattern, one
-            without latent queries, an unknown index_dtype.
+            without latent queries or with weights of an indexer that are not finite, an unknown
+            index_dtype.
     """
     module = module_of(model)
     family = family_of(module)
@@ -168,6 +170,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             "run that, or drop its outputs, before accelerate."
         )
     check_latent_queries(module, "The fast path")
+    check_weights(module, selecting=True)
     layers = decoder_layers(module)
     for i, layer in enumerate(layers):
         _check_layer(i, layer, module)
