@@ -4,8 +4,7 @@
 
 The searched patterns with 3 and 2 of 12 full layers are evaluated on the shipped held-out text, at
 several lengths, with S in the other layers and with R at pools of 1/16 to 1/2 of the length. The
-rows go to benchmarks/results/tiny_pool_share.json; with the sums of every document, from which an
-interval can be computed anew.
+rows go to benchmarks/results/tiny_pool_share.json.
 """
 
 from __future__ import annotations
@@ -13,21 +12,19 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 from pathlib import Path
 
-import torch
-
 from indexcache import Pattern, accelerate, evaluate, load
+from indexcache.models.conditions import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "tiny_pool_share.json"
 
 PATTERNS = (Pattern("FFSSSSSSSFSS"), Pattern("FFSSSSSSSSSS"))  # the demo's at 1/4 and at 1/8
-LENGTHS = {1024: 24, 2048: 12}
-"""Number of sequences by their length; each is cut from documents of its own."""
-SHARES = (16, 8, 4, 2)
-"""The length over the pool."""
+SHARES = {1024: (16, 8, 4, 2), 2048: (16, 8, 4, 2), 4096: (16, 8, 4)}
+"""By length, the length over the pool. Too few documents are long enough for 1/2 of 4,096."""
+SEQUENCES = 36
+"""The least number of documents for an interval; each sequence is cut from its own."""
 
 
 def main() -> None:
@@ -38,32 +35,20 @@ def main() -> None:
     model = load("tiny", device=o.device)
     accelerate(model.module)
     rows = []
-    for length, sequences in LENGTHS.items():
-        batches = model.batches("heldout", length=length, sequences=sequences)
-        factors = [length // (share * model.topk) for share in SHARES]
+    conditions = []
+    for length, shares in SHARES.items():
+        factors = [length // (share * model.topk) for share in shares]
         patterns = [p for s in PATTERNS for p in (s, *(s.with_rest("R", c) for c in factors))]
-        for row in evaluate(model, patterns, batches, progress=True).overall:
-            pool = (row.pattern.pool_factor or 0) * model.topk
-            rows.append(
-                {
-                    "pattern": str(row.pattern),
-                    "full": row.full,
-                    "length": length,
-                    "sequences": sequences,
-                    "pool": pool or None,
-                    "pool_share": pool / length or None,
-                    "delta_loss": row.delta_loss,
-                    "ci_low": row.ci_low,
-                    "ci_high": row.ci_high,
-                    "kl": row.kl,
-                    "by_document": row.by_document,
-                }
-            )
-            print(json.dumps({k: v for k, v in rows[-1].items() if k != "by_document"}))
+        batches = model.batches("heldout", length=length, sequences=SEQUENCES, batch=2)
+        evidence = evaluate(model, patterns, batches, origin=Origin(text="heldout"), progress=True)
+        print(evidence.table())
+        found = evidence.to_json()
+        conditions.append(found["conditions"] | {"model": "tiny"})
+        rows += [row | {"length": length} for row in found["rows"] if row["domain"] == "all"]
     result = {
         "command": "python -m benchmarks.pool_share",
-        "device": f"{platform.machine()}, {o.device}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
+        "conditions": conditions,
         "rows": rows,
     }
     o.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -206,6 +206,23 @@ def tiny() -> str:
     return markdown([*header, "pool of the context"], rows)
 
 
+@table("tiny-pool")
+def tiny_pool() -> str:
+    rows: dict[tuple[int, int], dict[str, str]] = {}
+    for r in read("tiny_pool_share.json")["rows"]:
+        cells = rows.setdefault((r["full"], r["length"]), {})
+        share = "S" if r["pool"] is None else f"R, pool 1/{round(1 / r['pool_share'])}"
+        cells[share] = f"{r['delta_loss']:+.3f} [{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
+    shares = next(iter(rows.values()))
+    return markdown(
+        ["full layers", "length", *shares],
+        [
+            [f"{full} of 12", f"{n:,}", *(cells.get(share, "") for share in shares)]
+            for (full, n), cells in sorted(rows.items(), key=lambda row: (-row[0][0], row[0][1]))
+        ],
+    )
+
+
 @table("tiny-third-layer")
 def tiny_third_layer() -> str:
     rows = read("tiny_third_layer.json")["rows"]

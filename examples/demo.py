@@ -47,7 +47,8 @@ def main() -> None:
         f"searched 1/4, rest R={search}:1/4+R8",
         f"searched 1/8, rest R={search}:1/8+R8",
     ]
-    step("evaluate", "tiny", "--out", str(out / "evidence"), "--pattern", *patterns)
+    evidence = str(out / "evidence")
+    step("evaluate", "tiny", "--out", evidence, "--sequences", "36", "--pattern", *patterns)
     shutil.rmtree(out / "export", ignore_errors=True)
     step("export", "tiny", "--pattern", f"{search}:1/4", "--out", str(out / "export"))
     print(

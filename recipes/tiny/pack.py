@@ -142,6 +142,16 @@ sparse stage:
 Layer 0 attends broadly, so 32 ids keep little of its attention. The sparse stage has
 trained the model to work with that.
 
+What R (re-index) layers lose depends on the share of the context that their pool is.
+With 3 of 12 layers full (`FFSSSSSSSFSS`), on 36 sequences of 1,024 tokens of the
+shipped held-out text, loss above all full:
+
+| S | R, pool 1/16 of the context | R, pool 1/8 | R, pool 1/4 | R, pool 1/2 |
+|---|---|---|---|---|
+| +0.289 | +0.191 | +0.118 | +0.058 | +0.013 |
+
+Figures at a quarter or half flatter R: at 200K tokens a pool of 8 k, k = 2,048, is 8 %.
+
 ## Corpus
 
 One training sequence in five has a synthetic retrieval task: copying, key-value recall
