@@ -62,7 +62,8 @@ _ORIGINS = (
 class Weights:
     """The tensors of a checkpoint that its decoder reads.
 
-    Tensors of multi-token-prediction layers, behind the decoder's layers, are passed over.
+    Tensors of multi-token-prediction layers, behind the decoder's layers, are passed over: `mtp`
+    lists them for those who carry them along, and `read` reads them.
 
     Args:
         folder: the checkpoint folder.
@@ -91,6 +92,10 @@ class Weights:
         self._check_layers(entries)
         read = {n: e for n, e in entries.items() if n not in self.passed_over}
         self.scales = {} if block is None else self._scales(read)
+        behind = {n: entries[n] for n in entries if self._is_mtp(n)}
+        found = {n: n + SCALE_SUFFIX for n in behind if n + SCALE_SUFFIX in behind}
+        self._mtp_scales = {} if block is None else found
+        self.mtp = tuple(n for n in behind if n not in self._mtp_scales.values())
         self.entries = {n: e for n, e in read.items() if n not in self.scales.values()}
         self._check_types()
         self._files: dict[str, Any] = {}
@@ -250,7 +255,7 @@ class Weights:
             ValueError: a scale is negative or not finite, or 0 in a block whose weights are not.
         """
         weight = self._stored(name).to(device)
-        scale_name = self.scales.get(name)
+        scale_name = self.scales.get(name) or self._mtp_scales.get(name)
         if scale_name is None:
             return weight if dtype is None else weight.to(dtype)
         assert self.block is not None

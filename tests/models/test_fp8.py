@@ -145,6 +145,9 @@ def test_tensors_can_be_read_layer_by_layer(fp8_folder):
     for name in names:
         got = weights.read(name, dtype=torch.bfloat16)
         assert torch.equal(got, torch.from_numpy(expected[name].copy()).bfloat16())
+    assert set(weights.mtp) == {n for n in expected if "layers.3." in n}
+    for name in weights.mtp:
+        assert torch.equal(weights.read(name).float(), torch.from_numpy(expected[name].copy()))
 
 
 def write_text(folder):
