@@ -10,11 +10,12 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from indexcache.models.wrappers import AnyModel, unwrapped
 from indexcache.pattern import Pattern
 
 Projection = Callable[
@@ -40,16 +41,6 @@ class DsaModule(nn.Module):
     get_input_embeddings: Callable[[], nn.Embedding]
     get_output_embeddings: Callable[[], nn.Linear]
     set_experts_implementation: Callable[[str], None]
-
-
-class Handle(Protocol):
-    """An object that carries a model in `.module`, as `indexcache.load` returns it."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-
-AnyModel: TypeAlias = nn.Module | Handle
 
 
 @dataclass(frozen=True)
@@ -132,28 +123,40 @@ def family_of(model: Any) -> Family:
     Raises:
         ValueError: the package knows no family of its model_type.
     """
-    model = getattr(model, "module", model)
-    return family_named(getattr(getattr(model, "config", model), "model_type", None))
+    if isinstance(model, nn.Module) or isinstance(getattr(model, "module", None), nn.Module):
+        model = unwrapped(model).config
+    return family_named(getattr(model, "model_type", None))
 
 
 def module_of(model: AnyModel) -> DsaModule:
-    """Return the transformers module of a model that is one, or that carries one in `.module`.
+    """Return the causal language model of transformers that a model is, carries or wraps.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it has none, or it is a decoder without the output head.
     """
-    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if not isinstance(module, nn.Module):
+    module = unwrapped(model)
+    decoder = getattr(module, "model", None)
+    if hasattr(module, "layers") or not hasattr(module, "get_output_embeddings"):
+        name = type(module).__name__
         raise ValueError(
-            f"Expected a model, as indexcache.load or transformers return it; got "
-            f"{type(model).__name__}."
+            f"{name} has no output head, which is needed here; pass the causal language model that "
+            f"contains it ({name.removesuffix('Model')}ForCausalLM), or use use_pattern alone."
+        )
+    if hasattr(decoder, "layers") and module.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(module).__name__} has no output head for tokens; pass a causal language model."
         )
     return cast(DsaModule, module)
 
 
 def decoder_of(model: AnyModel) -> Any:
-    """Return the decoder, the module that has the decoder layers in `.layers`."""
-    return module_of(model).model
+    """Return the decoder, the module that has the decoder layers in `.layers`.
+
+    Raises:
+        ValueError: there is none, as in `unwrapped`.
+    """
+    module = unwrapped(model)
+    return module if hasattr(module, "layers") else module.model
 
 
 def decoder_layers(model: AnyModel) -> Sequence[Any]:

@@ -8,7 +8,9 @@ what was replaced.
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 LOCK = threading.RLock()
 """Held while methods are replaced or restored. It is re-entrant, because the garbage collector may
 leave a context at any place."""
+
+# A process that was forked while another thread held the lock would wait for that thread for ever.
+os.register_at_fork(after_in_child=lambda: LOCK._at_fork_reinit())  # type: ignore[attr-defined]
 
 _ABSENT = object()
 
@@ -175,15 +180,19 @@ class CleanState:
 
     Attributes:
         nodes: the replaced methods of the module, the oldest first.
+        note: returns what the copy lacks, as a warning, or None.
     """
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
         self.nodes: list[Replaced] = []
+        self.note: Callable[[], str | None] = lambda: None
 
     def __call__(self) -> Any:
         module = self.module()
         assert module is not None
+        if lacking := self.note():
+            warnings.warn(lacking, stacklevel=2)
         state: Any = dict(module.__dict__)
         del state["__getstate__"]
         for node in reversed(self.nodes):

@@ -18,10 +18,15 @@ import torch
 from indexcache.models.family import AnyModel, decoder_of, indexers
 from indexcache.models.guard import cache_of, refuse_guarded
 from indexcache.models.passes import Pass, pop, push, record_of, recording, running
-from indexcache.models.patch import LOCK, ModelState, Replaced
+from indexcache.models.patch import LOCK, ModelState, Replaced, keep_clean
 from indexcache.models.regions import in_backward, regions
 from indexcache.models.scopes import seam_here
 from indexcache.models.selector import IndexerCall, indexer_forward
+
+COPIED = (
+    "A model was copied or pickled while a pattern is in force on it: the copy has none, so enter "
+    "use_pattern on the copy as well."
+)
 
 
 def route(model: AnyModel, state: ModelState) -> None:
@@ -32,6 +37,7 @@ def route(model: AnyModel, state: ModelState) -> None:
         return
     state.router.undo()
     state.router.wrap(decoder, partial(_decoder, state))
+    keep_clean(decoder).note = lambda: COPIED if state.patterns else None
     for layer, indexer in enumerate(indexers(model)):
         if indexer is not None:  # Else it is natively shared: stock passes ids on, as S does.
             state.router.wrap(indexer, partial(_indexer, state, layer, indexer))
@@ -44,6 +50,12 @@ def _decoder(state: ModelState, node: Replaced) -> Callable[..., Any]:
         return run_decoder(state, node, args, kwargs)
 
     return forward
+
+
+NOT_TRACED = (
+    "A pattern's bookkeeping cannot be traced into one graph (fullgraph=True, torch.export); use "
+    "torch.compile without fullgraph."
+)
 
 
 def run_decoder(state: ModelState, node: Replaced, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -62,6 +74,10 @@ def run_decoder(state: ModelState, node: Replaced, args: Any, kwargs: dict[str, 
         state.settle()
 
 
+_RUN_DECODER = run_decoder.__code__
+
+
+@torch.compiler.disable(reason=NOT_TRACED)
 def _begin(state: ModelState, cache: Any) -> Pass:
     """Begin a pass under the pattern in force here, or that of the pass that is recomputed."""
     watched = torch.is_grad_enabled() or in_backward()
@@ -94,11 +110,12 @@ def _indexer(state: ModelState, layer: int, indexer: Any, node: Replaced) -> Cal
     return indexer_forward(layer, indexer, partial(_answer, state, node), node)
 
 
+@torch.compiler.disable(reason=NOT_TRACED)
 def _answer(state: ModelState, node: Replaced, call: IndexerCall) -> Any:
     one = running(state)
     if one is not None and not one.watched:
         return _run(node, one, call)[0]
-    inside = regions(run_decoder.__code__, state)
+    inside = regions(_RUN_DECODER, state)
     for i, region in enumerate(inside):
         if region.again:
             record = record_of(region, state)

@@ -27,8 +27,9 @@ from torch import Tensor
 from indexcache.models.family import AnyModel, family_of, indexers, missing_indexers
 from indexcache.models.guard import guard, refuse_lacking
 from indexcache.models.passes import Pass, running
-from indexcache.models.patch import LOCK, state_of
+from indexcache.models.patch import LOCK, Patches, state_of
 from indexcache.models.router import route
+from indexcache.models.saving import write_patterns
 from indexcache.models.scopes import Scope, enter, leave
 from indexcache.models.selector import IndexerCall, Selector, StockSelector, on_device
 from indexcache.ops import Selection
@@ -52,6 +53,7 @@ class Seam:
         selector: computes the selections.
         state: the state of the model.
         scope: where it was entered.
+        saving: what lets the model's `save_pretrained` write the pattern.
         open: whether the context has not been left.
     """
 
@@ -62,6 +64,7 @@ class Seam:
         self.scope = Scope(self.state)
         self.selector = selector_of(model)
         self.open = True
+        self.saving = Patches()
         self._publishers = pattern.publishers()
         self._captured: dict[int, Tensor] = {}
         self._roles = {"F": self._full, "R": self._reindex, "S": self._shared}
@@ -113,6 +116,7 @@ class Seam:
         with LOCK:
             if self in self.state.patterns:
                 self.state.patterns.remove(self)
+            self.saving.undo()
         leave()
         self.state.settle()
         if self._filled:
@@ -233,6 +237,7 @@ def use_pattern(
         with LOCK:
             seam.state.patterns.append(seam)
             route(model, seam.state)
+            write_patterns(model, seam.state, seam.saving)
         enter(seam)
         yield seam
     finally:

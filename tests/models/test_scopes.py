@@ -34,8 +34,12 @@ def under(model, pattern, text):
 
 
 def clean(model):
-    gc.collect()
-    touched = any({"forward", "__getstate__"} & set(m.__dict__) for m in model.modules())
+    """Return whether nothing of the package is on a model."""
+    if model.model._forward_pre_hooks:  # A cache of an earlier test may keep the guard in place.
+        gc.collect()
+        logits(model, torch.zeros(1, 1, dtype=torch.int64))
+    names = {"forward", "save_pretrained", "__getstate__"}
+    touched = any(names & set(m.__dict__) for m in model.modules())
     return not touched and not model.model._forward_pre_hooks
 
 
@@ -172,6 +176,7 @@ def test_generators(four, text):
     c = generator(four, "FSSS", text)
     assert torch.equal(next(c), right)
     del c
+    gc.collect()
     assert torch.equal(logits(four, text), stock)
     assert clean(four)
 

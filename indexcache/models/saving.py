@@ -1,0 +1,96 @@
+"""Save a model under a pattern so that what is loaded again is the model that ran.
+
+transformers writes a model's config as it is, which knows nothing of `use_pattern`. While a pattern
+is open, `save_pretrained` (and with it `Trainer.save_model` and `push_to_hub`) writes the pattern
+in force into the config, says so where stock transformers does not read it, and refuses where no
+config can say it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from indexcache.models.family import AnyModel, family_of, native_pattern
+from indexcache.models.patch import ModelState, Patches, Replaced
+from indexcache.models.scopes import seam_here
+from indexcache.models.wrappers import is_adapted, wrapping
+from indexcache.overrides import SHARING_KEYS
+from indexcache.pattern import Pattern
+
+PATTERN_FILE = "pattern.json"
+"""Where the pattern of an adapter lies in its folder."""
+
+
+def write_patterns(model: AnyModel, state: ModelState, patches: Patches) -> None:
+    """Let every `save_pretrained` of a model and its wrappers write the pattern in force."""
+    native = native_pattern(model)
+    *wrappers, module = wrapping(model)
+    patches.wrap(module, partial(_whole, state, native), "save_pretrained")
+    for wrapper in filter(is_adapted, wrappers):
+        patches.wrap(wrapper, partial(_adapter, state, native), "save_pretrained")
+
+
+def _whole(state: ModelState, native: Pattern, node: Replaced) -> Callable[..., Any]:
+    """Make the method that saves a model."""
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        seam = seam_here(state)
+        if seam is None or seam.pattern == native:
+            return node.below(*args, **kwargs)
+        pattern, model = seam.pattern, node.module()
+        if "R" in pattern.roles:
+            raise ValueError(
+                f"The pattern in force, {pattern}, has R layers, which no config can say, and "
+                "without it another model would be loaded: leave use_pattern to save the weights, "
+                "and keep the pattern with Pattern.to_file."
+            )
+        if not family_of(model).native_sharing:
+            warnings.warn(
+                f"The config gets the pattern {pattern}, but transformers does not read it for "
+                f"{family_of(model).model_type}: enter use_pattern again on what is loaded.",
+                stacklevel=2,
+            )
+        with _in_config(model, pattern):
+            return node.below(*args, **kwargs)
+
+    return save_pretrained
+
+
+def _adapter(state: ModelState, native: Pattern, node: Replaced) -> Callable[..., Any]:
+    """Make the method that saves an adapter, which has no config of its model."""
+
+    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = seam_here(state)
+        result = node.below(save_directory, *args, **kwargs)
+        if seam is not None and seam.pattern != native:
+            file = Path(save_directory) / PATTERN_FILE
+            seam.pattern.to_file(file)
+            warnings.warn(
+                f"The adapter was saved under the pattern {seam.pattern}, which is no part of it: "
+                f"{file} has it; enter use_pattern with it where the adapter is loaded.",
+                stacklevel=2,
+            )
+        return result
+
+    return save_pretrained
+
+
+@contextmanager
+def _in_config(model: Any, pattern: Pattern) -> Iterator[None]:
+    """Let the config of a model say the pattern, and no other."""
+    fields = model.config.__dict__
+    before = {key: fields[key] for key in SHARING_KEYS if key in fields}
+    try:
+        for key in before:
+            del fields[key]
+        fields.update(pattern.to_config())
+        yield
+    finally:
+        for key in SHARING_KEYS:
+            fields.pop(key, None)
+        fields.update(before)
