@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.bench.recorded import read_selections, record_selections
-from indexcache.data import load_documents
+from indexcache.checkpoint import resolve
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import DTYPES, fingerprint, load
 from indexcache.models.random import random_model
+from indexcache.models.reader import Reader
 from indexcache.pattern import Pattern
 from indexcache.shapes import SHAPES, Rates, Shape, reachable_of, shape_config, shape_of
 
@@ -107,11 +108,11 @@ def open_subject(
         module = random_model(config, dtype=dtype, device=device, seed=seed)
         identity = f"random, seed {seed}, {config['num_hidden_layers']} layers"
     else:
+        if data is not None:
+            documents = Reader(resolve(model)).documents(data, shape.vocab)
+            text = tuple(i for document in documents for i in document.ids.tolist())
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         module, identity = loaded.module, fingerprint(loaded.path)
-        if data is not None:
-            documents = load_documents(data, loaded.encode, shape.vocab)
-            text = tuple(i for document in documents for i in document.ids.tolist())
     on_gpu = torch.device(device).type == "cuda"
     compiled = compile and on_gpu
     accelerate(module, index_dtype=index_dtype, compile=compiled)

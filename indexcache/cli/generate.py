@@ -66,11 +66,14 @@ def generate(
     from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.fast.generate import end_tokens, stream_text, stream_tokens
     from indexcache.models.loading import describe, load
+    from indexcache.models.reader import Reader
     from indexcache.models.seam import use_pattern
 
     prompt = _read(Path(prompt_file))
     facts = describe(model)
     parsed = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    reader = Reader(Path(facts["path"]))
+    ids = reader.encode(prompt)  # Without a tokenizer the model is not loaded.
     loaded = load(
         model,
         dtype=settings.dtype,
@@ -78,7 +81,6 @@ def generate(
         trust_remote_code=settings.trust_remote_code,
     )
     accelerate(loaded.module, index_dtype=settings.index_dtype)
-    ids = loaded.encode(prompt)
     tokens: list[int] = []
     times = [time.perf_counter()]
 
@@ -100,7 +102,7 @@ def generate(
             chunk=settings.chunk,
             ends=end_tokens(loaded.module),
         )
-        for piece in stream_text(loaded.tokenizer, timed(stream)):
+        for piece in stream_text(reader.tokenizer, timed(stream)):
             text += piece
             failed = _show(piece) or failed
     failed = _show("\n") or failed

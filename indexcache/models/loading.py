@@ -34,7 +34,6 @@ from indexcache.models.family import (
 from indexcache.models.fp8 import block_of
 from indexcache.models.reader import Reader
 from indexcache.models.soundness import check_weights
-from indexcache.models.tokenizer import load_tokenizer
 from indexcache.models.weights import Weights
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
@@ -52,15 +51,25 @@ class Model:
 
     Attributes:
         module: the transformers model, in eval mode.
-        tokenizer: transformers' tokenizer of the checkpoint.
+        reader: what reads text and chats with the tokenizer, which is loaded at the first text:
+            token ids need none.
         path: the checkpoint folder.
         native: the pattern that the checkpoint's config asks for.
     """
 
     module: DsaModule = field(repr=False)
-    tokenizer: Any = field(repr=False)
+    reader: Reader = field(repr=False)
     path: Path
     native: Pattern
+
+    @property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer of the checkpoint.
+
+        Raises:
+            ValueError: none can be read.
+        """
+        return self.reader.tokenizer
 
     @property
     def config(self) -> Any:
@@ -80,11 +89,6 @@ class Model:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without special tokens."""
         return self.reader.encode(text)
-
-    @property
-    def reader(self) -> Reader:
-        """What reads text and chats with the tokenizer."""
-        return Reader(self.path, self.tokenizer)
 
     def batches(
         self,
@@ -263,7 +267,7 @@ def load(
 
     Raises:
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
-            the checkpoint lacks weights that the model needs, or it has no tokenizer.
+            or the checkpoint lacks weights that the model needs.
     """
     facts = describe(path)
     folder = Path(facts["path"])
@@ -274,7 +278,7 @@ def load(
     module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
     check_weights(module, f"{folder}: ")
     module.to(device).eval()
-    return Model(module, load_tokenizer(folder), folder, Pattern(facts["native_pattern"]))
+    return Model(module, Reader(folder), folder, Pattern(facts["native_pattern"]))
 
 
 def open_weights(facts: dict[str, Any]) -> Weights:
