@@ -22,11 +22,16 @@ class FrontierPoint:
         pattern: the pattern after a flip.
         loss: its loss, nats per token.
         flipped: the layer that was flipped to S; None for all full.
+        tied: the other layers whose flip costs the same up to the noise of an evaluation.
+        margin: how much more the best of the other layers would have cost, nats per token; None
+            where there was no other.
     """
 
     pattern: Pattern
     loss: float
     flipped: int | None = None
+    tied: tuple[int, ...] = ()
+    margin: float | None = None
 
     @property
     def full(self) -> int:
@@ -35,7 +40,7 @@ class FrontierPoint:
 
 
 def greedy(
-    loss: Loss, layers: int, full: int, starts: Sequence[int] = (0,)
+    loss: Loss, layers: int, full: int, starts: Sequence[int] = (0,), noise: float = 0.0
 ) -> Iterator[FrontierPoint]:
     """Yield the nested family of patterns from all full down to `full` full layers.
 
@@ -43,7 +48,8 @@ def greedy(
         l* = argmin over l in candidates of loss(pattern with l -> S)
         pattern[l*] = S;  candidates -= {l*}
 
-    Of equal losses the lowest layer wins.
+    Of losses that are equal up to `noise`, nats per token, the lowest layer wins. The noise is 0
+    where an evaluation repeats bit for bit.
 
     `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and
     each round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P
@@ -66,10 +72,14 @@ def greedy(
             if not candidates or len(pattern.full_layers) <= full:
                 continue
             losses = {layer: loss(pattern.replace(layer, "S")) for layer in candidates}
-            best = min(candidates, key=lambda layer: (losses[layer], layer))
+            smallest = min(losses.values())
+            equal = [layer for layer in sorted(candidates) if losses[layer] <= smallest + noise]
+            best, *tied = equal
+            others = [losses[layer] for layer in candidates if layer != best]
+            margin = min(others) - losses[best] if others else None
             pattern = pattern.replace(best, "S")
             candidates.remove(best)
-            yield FrontierPoint(pattern, losses[best], best)
+            yield FrontierPoint(pattern, losses[best], best, tuple(tied), margin)
 
 
 def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:

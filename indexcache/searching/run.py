@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.data import Batch, digest_of, seen_in
-from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
-from indexcache.models.family import AnyModel, DsaModule, family_of, missing_indexers, module_of
-from indexcache.models.soundness import blind_loss, blindness, check_weights
-from indexcache.pattern import Pattern, full_count, stage_starts
+from indexcache.engines.vllm.engine import VllmEngine
+from indexcache.models.conditions import Conditions, Origin
+from indexcache.models.family import AnyModel
+from indexcache.models.soundness import blindness
+from indexcache.pattern import Pattern, full_count
 from indexcache.progress import progress as progress_bar
-from indexcache.records import open_run
+from indexcache.records import Run, open_run
 from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
-from indexcache.searching.objective import Objective
 from indexcache.searching.settings import SearchSettings
+from indexcache.searching.source import Entry, LossSource, ModelSource, VllmSource
 from indexcache.vacuity import check_batches, pool_of
 
 
@@ -32,6 +33,8 @@ class SearchResult:
             shingles (see `indexcache.seen`).
         notes: what was left out of the comparison, and why, in sentences.
         conditions: what the losses hold for.
+        noise: how far two evaluations of one pattern lie apart, nats per token; flips that differ
+            by less are ties.
     """
 
     frontier: tuple[FrontierPoint, ...]
@@ -39,6 +42,7 @@ class SearchResult:
     calibration: dict[str, Any]
     notes: tuple[str, ...]
     conditions: Conditions
+    noise: float = 0.0
 
     @property
     def pattern(self) -> Pattern:
@@ -69,17 +73,25 @@ class SearchResult:
         def facts(point: FrontierPoint) -> dict[str, Any]:
             return {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
 
+        def choice(point: FrontierPoint) -> dict[str, Any]:
+            if not self.noise:
+                return {"flipped": point.flipped}
+            tied = list(point.tied)
+            return {"flipped": point.flipped, "tied": tied, "margin": point.margin}
+
+        noise = {"noise": self.noise} if self.noise else {}
         return {
-            "frontier": [facts(point) | {"flipped": point.flipped} for point in self.frontier],
+            "frontier": [facts(point) | choice(point) for point in self.frontier],
             "uniform": [facts(point) for point in self.uniform],
             "calibration": self.calibration,
             "notes": list(self.notes),
             "conditions": self.conditions.to_json(),
+            **noise,
         }
 
 
 def search(
-    model: AnyModel,
+    model: AnyModel | VllmEngine,
     batches: Sequence[Batch],
     out: str | Path,
     settings: SearchSettings = SearchSettings(),
@@ -93,7 +105,8 @@ def search(
     `out` gets settings.json, journal.jsonl (one line per evaluation), result.json and pattern.json.
 
     Args:
-        model: a model of a known family whose layers all have an indexer.
+        model: a model of a known family whose layers all have an indexer, or a running vLLM that
+            holds one (`engines.vllm.engine.start`).
         batches: calibration batches (`indexcache.data.batches`).
         out: run folder; an interrupted run with the same settings continues, to the same result.
         settings: see `SearchSettings`.
@@ -105,42 +118,43 @@ def search(
         ValueError: a model trained with sharing, sequences or documents that are too short, a
             folder of another run, or weights, indexer scores or a loss that are not finite.
     """
-    family_of(model)  # It refuses an unknown family.
-    module = module_of(model)
-    _refuse_trained_sharing(module)
-    check_weights(module, selecting=True)
-    layers = module.config.num_hidden_layers
-    topk = int(module.config.index_topk)
-    check_batches(batches, topk)
-    starts = stage_starts(layers, settings.stages)
-    full = settings.full_layers(layers)
-    comparisons, notes = _comparisons(batches, topk, layers, full, settings)
-    shares = check_batches(batches, topk, comparisons)
-    conditions = conditions_of(model, batches, shares, origin)
-    facts = {**asdict(settings), "data": digest_of(batches), **environment(module)}
+    source = VllmSource(model) if isinstance(model, VllmEngine) else ModelSource(model)
+    _refuse_trained_sharing(source.without_indexer)
+    source.check()
+    layers = source.layers
+    check_batches(batches, source.topk)
+    starts = source.starts(settings)
+    full = settings.full_layers(layers, len(starts))
+    comparisons, notes = _comparisons(batches, source, starts, full, settings)
+    shares = check_batches(batches, source.topk, comparisons)
+    conditions = source.conditions(batches, shares, origin)
+    facts = {**asdict(settings), "data": digest_of(batches), **source.facts()}
     facts |= identity or {}
     with open_run(Path(out), facts) as run:
-        evaluated = {e["pattern"]: e["loss"] for e in run.journal}
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
-        with progress_bar(total, "eval", len(evaluated), shown=progress) as bar:
+        done = sum("pattern" in entry for entry in run.journal)
+        with progress_bar(total, "eval", done, shown=progress) as bar:
 
-            def record(pattern: Pattern, loss: float) -> None:
-                run.append({"pattern": str(pattern), "loss": loss})
-                bar.update()
+            def record(entry: Entry) -> None:
+                run.append(entry)
+                bar.update("pattern" in entry)
 
-            objective = Objective(module, batches, evaluated, record)
+            loss = source.objective(batches, run.journal, record)
             frontier = []
-            for point in greedy(objective, layers, full, starts):
+            for point in greedy(loss, layers, full, starts, source.noise):
                 frontier.append(point)
+                _record_tie(run, point)
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
-                objective.rebase(point.pattern)
-            uniform = [FrontierPoint(p, objective(p)) for p in comparisons]
-        if note := blindness(frontier[0].loss, blind_loss(module)):
+                source.rebase(loss, point.pattern)
+            uniform = [FrontierPoint(p, loss(p)) for p in comparisons]
+        if note := blindness(frontier[0].loss, source.blind_loss()):
             notes = (*notes, note)
         seen = seen_in(batches)
         frontier = [replace(p, pattern=p.pattern.chosen_on(seen)) for p in frontier]
-        calibration = _calibration(batches, shares[topk].beyond) | seen.to_json()
-        result = SearchResult(tuple(frontier), tuple(uniform), calibration, notes, conditions)
+        calibration = _calibration(batches, shares[source.topk].beyond) | seen.to_json()
+        result = SearchResult(
+            tuple(frontier), tuple(uniform), calibration, notes, conditions, source.noise
+        )
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     return result
@@ -155,9 +169,15 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
     }
 
 
-def _refuse_trained_sharing(module: DsaModule) -> None:
+def _record_tie(run: Run, point: FrontierPoint) -> None:
+    """Write into the journal, once, that the noise did not let a flip be told from others."""
+    entry = {"flipped": point.flipped, "tied": list(point.tied), "full": point.full}
+    if point.tied and entry not in run.journal:
+        run.append(entry)
+
+
+def _refuse_trained_sharing(shared: Sequence[int]) -> None:
     """Raise ValueError if layers of the model have no indexer: it was trained shared, or pruned."""
-    shared = missing_indexers(module)
     if shared:
         listed = ", ".join(map(str, shared[:8])) + (", .." if len(shared) > 8 else "")
         raise ValueError(
@@ -169,7 +189,11 @@ def _refuse_trained_sharing(module: DsaModule) -> None:
 
 
 def _comparisons(
-    batches: Sequence[Batch], topk: int, layers: int, full: int, settings: SearchSettings
+    batches: Sequence[Batch],
+    source: LossSource,
+    starts: Sequence[int],
+    full: int,
+    settings: SearchSettings,
 ) -> tuple[list[Pattern], tuple[str, ...]]:
     """Return the uniform patterns to evaluate beside the search, and what is left out of them.
 
@@ -179,11 +203,11 @@ def _comparisons(
         return [], ()
     notes: tuple[str, ...] = ()
     factor = settings.pool_factor
-    reindexed = _uniform(layers, full, settings.stages, "R", factor)
-    while reindexed and (problem := _refusal(batches, topk, reindexed)):
+    reindexed = _uniform(source.layers, full, starts, "R", factor) if "R" in source.roles else []
+    while reindexed and (problem := _refusal(batches, source.topk, reindexed)):
         if factor > 2:
             factor = max(factor // 2, 2)
-            reindexed = _uniform(layers, full, settings.stages, "R", factor)
+            reindexed = _uniform(source.layers, full, starts, "R", factor)
             notes = (
                 f"The uniform R patterns have a pool of {factor} k, because the text is too short "
                 f"for one of {settings.pool_factor} k.",
@@ -191,7 +215,7 @@ def _comparisons(
         else:
             reindexed = []
             notes = (f"No uniform pattern with R layers was evaluated. {problem}",)
-    shared = _uniform(layers, full, settings.stages, "S")
+    shared = _uniform(source.layers, full, starts, "S")
     both = sorted([*shared, *reindexed], key=lambda p: (-len(p.full_layers), "R" in p.roles))
     return both, notes
 
@@ -206,14 +230,14 @@ def _refusal(batches: Sequence[Batch], topk: int, patterns: list[Pattern]) -> st
 
 
 def _uniform(
-    layers: int, full: int, stages: int, rest: str, pool_factor: int | None = None
+    layers: int, full: int, starts: Sequence[int], rest: str, pool_factor: int | None = None
 ) -> list[Pattern]:
     """List the uniform patterns 1/2, 1/4, .. down to the budget that fit the stages."""
     patterns = []
     freq = 2
     while full_count(layers, 1 / freq) >= full and freq < layers:
         p = Pattern.uniform(layers, freq, rest=rest, pool_factor=pool_factor)
-        if all(p[s] == "F" for s in stage_starts(layers, stages)):
+        if all(p[start] == "F" for start in starts):
             patterns.append(p)
         freq *= 2
     return patterns

@@ -21,17 +21,21 @@ class SearchSettings:
     """Size of the pool of the uniform R patterns, in units of k. It is halved where the sequences
     are too short for it; what is evaluated is said."""
 
-    def full_layers(self, layers: int) -> int:
+    def full_layers(self, layers: int, stages: int | None = None) -> int:
         """Return how many of `layers` layers stay full at the end.
+
+        Args:
+            stages: the number of pipeline stages; None is that of the settings.
 
         Raises:
             ValueError: `keep` or `stages` does not fit the number of layers.
         """
-        stage_starts(layers, self.stages)
+        stages = stages or self.stages
+        stage_starts(layers, stages)
         full = full_count(layers, self.keep)
-        if full < self.stages:
+        if full < stages:
             raise ValueError(
-                f"{self.stages} pipeline stages need at least {self.stages} full layers, but keep "
+                f"{stages} pipeline stages need at least {stages} full layers, but keep "
                 f"= {self.keep} of {layers} layers leaves {full}."
             )
         return full

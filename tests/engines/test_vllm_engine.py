@@ -16,38 +16,11 @@ from indexcache.engines.vllm.engine import (
     VllmSettings,
     check_read_back,
     engine_arguments,
-    engine_of,
     noise_of,
 )
-from indexcache.engines.vllm.worker import WorkerExtension, sorted_topk
+from indexcache.engines.vllm.worker import sorted_topk
 from indexcache.pattern import Pattern
-
-LAYERS = 6
-
-
-def layer(indexer=True, old=False):
-    switch = SimpleNamespace(skip_topk=False)
-    attention = SimpleNamespace(indexer=object() if indexer else None)
-    if old:
-        attention.mla_attn = switch
-    else:
-        attention.skip_topk = False
-    return SimpleNamespace(self_attn=attention)
-
-
-def worker(rank=0, first=0, end=LAYERS, without=(), old=False, nested=False):
-    missing = SimpleNamespace()  # vLLM's stand-in for a layer of another stage
-    layers = [layer(i not in without, old) if first <= i < end else missing for i in range(LAYERS)]
-    model = SimpleNamespace(model=SimpleNamespace(layers=layers))
-    if nested:
-        model = SimpleNamespace(language_model=model)
-    config = SimpleNamespace(hf_config=SimpleNamespace(num_hidden_layers=LAYERS))
-    extension = WorkerExtension()
-    extension.rank = rank
-    extension.model_runner = SimpleNamespace(
-        model=model, vllm_config=SimpleNamespace(model_config=config)
-    )
-    return extension
+from tests.stand_ins import FakeLlm, engine, engine_around, worker
 
 
 @pytest.mark.parametrize("kind", [{}, {"old": True}, {"nested": True}], ids=str)
@@ -96,35 +69,6 @@ def test_sorting_puts_ids_in_order_and_fillers_last():
     assert out.tolist() == [[2, 5, 9, -1], [1, 3, -1, -1]]
 
 
-class FakeLlm:
-    """A stand-in for vLLM: its loss is known for every pattern, and repeats up to a noise."""
-
-    def __init__(self, workers, noise=0.0, effect=True):
-        self.workers = workers
-        self.noise = noise
-        self.effect = effect
-        self.calls = 0
-
-    def collective_rpc(self, method, args=()):
-        return [getattr(w, method)(*args) for w in self.workers]
-
-    def generate(self, prompts, sampling, use_tqdm):
-        roles = "".join(w.indexcache_layers()["roles"] for w in self.workers)
-        shared = roles.count("S") if self.effect else 0
-        self.calls += 1
-        outputs = []
-        for prompt in prompts:
-            ids = prompt["prompt_token_ids"]
-            value = -2.0 - 0.1 * shared - self.noise * self.calls
-            flat = SimpleNamespace(
-                start_indices=[0, *range(len(ids) - 1)],
-                token_ids=ids[1:],
-                logprobs=[value] * (len(ids) - 1),
-            )
-            outputs.append(SimpleNamespace(prompt_logprobs=flat))
-        return outputs
-
-
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch):
     stand_in = SimpleNamespace(SamplingParams=lambda **kw: kw)
@@ -134,12 +78,6 @@ def vllm(monkeypatch):
 def batches(sequences=3, length=9):
     ids = torch.arange(sequences * length).view(sequences, length)
     return [Batch(ids, "text", tuple("abc"[:sequences]), ())]
-
-
-def engine(**kind):
-    workers = [worker(0, 0, 3), worker(1, 3, 6)]
-    llm = FakeLlm(workers, **kind)
-    return engine_of(llm.collective_rpc("indexcache_layers"), llm)
 
 
 def test_losses_are_added_up_by_document():
@@ -196,12 +134,12 @@ def test_r_layers_are_refused():
 def test_ranks_must_be_one_model():
     llm = FakeLlm([worker(0, 0, 2), worker(1, 3, 6)])
     with pytest.raises(ValueError, match="not one model"):
-        engine_of(llm.collective_rpc("indexcache_layers"), llm)
+        engine_around(llm)
 
 
 def test_tensor_parallel_ranks_hold_the_same_layers():
     llm = FakeLlm([worker(0), worker(1)])
-    e = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    e = engine_around(llm)
     assert (e.layers, e.stages, e.facts["ranks"]) == (6, (0,), 2)
 
 
@@ -249,8 +187,8 @@ def test_without_vllm_a_sentence_says_how_to_get_it(monkeypatch):
 
 RANK = """
 import json, sys
-sys.path.insert(0, {tests!r})
-from test_vllm_engine import worker
+sys.path.insert(0, {root!r})
+from tests.stand_ins import worker
 rank = int(sys.argv[1])
 w = worker(rank, 3 * rank, 3 * rank + 3)
 for line in sys.stdin:
@@ -262,7 +200,7 @@ for line in sys.stdin:
 
 
 def test_two_processes_read_the_same_pattern_back(request):
-    code = RANK.format(tests=str(request.path.parent))
+    code = RANK.format(root=str(request.config.rootpath))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(i)],
@@ -286,7 +224,7 @@ def test_two_processes_read_the_same_pattern_back(request):
             return answers
 
     llm = Llm([worker(0, 0, 3), worker(1, 3, 6)])
-    e = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    e = engine_around(llm)
     try:
         e.set_pattern(Pattern("FSFFSS"))
         with pytest.raises(ValueError, match="Layer 3 is the first on rank 1"):

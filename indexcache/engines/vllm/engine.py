@@ -12,10 +12,13 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from indexcache.checkpoint import read_config, resolve
+from indexcache.configs import text_section
 from indexcache.data import Batch
 from indexcache.engines.vllm.plugin import untested
 from indexcache.engines.vllm.worker import EXTENSION
@@ -80,6 +83,9 @@ class VllmEngine:
 
     Attributes:
         llm: vLLM's `LLM`.
+        path: the checkpoint folder.
+        topk: the number of tokens that a query selects.
+        vocabulary: the number of different tokens.
         layers: number of decoder layers.
         stages: the first layer of every pipeline stage.
         without_indexer: layers that can never be full.
@@ -87,6 +93,9 @@ class VllmEngine:
     """
 
     llm: Any
+    path: Path
+    topk: int
+    vocabulary: int
     layers: int
     stages: tuple[int, ...]
     without_indexer: tuple[int, ...]
@@ -183,10 +192,12 @@ def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> 
         "seed": seed,
         **engine_arguments(settings.engine_arg),
     }
+    path = resolve(model)
+    config = text_section(read_config(path))
     vllm = importlib.import_module("vllm")
-    llm = vllm.LLM(model=model, **arguments, **FIXED)
+    llm = vllm.LLM(model=str(path), **arguments, **FIXED)
     version = importlib.metadata.version("vllm")
-    engine = engine_of(llm.collective_rpc("indexcache_layers"), llm)
+    engine = engine_of(llm.collective_rpc("indexcache_layers"), llm, path, config)
     sorting = settings.sort_ids and all(llm.collective_rpc("indexcache_sort_ids", args=(True,)))
     engine.facts |= {
         "vllm": version,
@@ -232,7 +243,9 @@ def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def engine_of(ranks: Sequence[Mapping[str, Any]], llm: Any) -> VllmEngine:
+def engine_of(
+    ranks: Sequence[Mapping[str, Any]], llm: Any, path: Path, config: Mapping[str, Any]
+) -> VllmEngine:
     """Make an engine of what all ranks say of their layers.
 
     Raises:
@@ -245,10 +258,18 @@ def engine_of(ranks: Sequence[Mapping[str, Any]], llm: Any) -> VllmEngine:
     without = tuple(sorted({i for r in ranks for i in r["without_indexer"]}))
     return VllmEngine(
         llm,
+        path,
+        topk=int(config["index_topk"]),
+        vocabulary=int(config["vocab_size"]),
         layers=ends[-1],
         stages=tuple(first for first, _ in spans),
         without_indexer=without,
-        facts={"ranks": len(ranks), "model_class": ranks[0]["model"]},
+        facts={
+            "ranks": len(ranks),
+            "model_class": ranks[0]["model"],
+            "device": ranks[0]["device"],
+            "dtype": ranks[0]["dtype"],
+        },
     )
 
 

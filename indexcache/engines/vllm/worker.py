@@ -29,7 +29,7 @@ class WorkerExtension:
         Returns:
             `rank`; `first` and `end`, its decoder layers; `roles`, one of F and S for each of
             them; `without_indexer`, those that have no indexer and can never be full; `model`, the
-            class of the decoder.
+            class of the decoder; `device` and `dtype`, where and in what it computes.
         """
         model = self.model_runner.model
         layers = decoder_layers(model)
@@ -44,6 +44,8 @@ class WorkerExtension:
             ),
             "without_indexer": [i for i in sorted(layers) if not has_indexer(layers[i])],
             "model": _decoder_class(model),
+            "device": _device_name(),
+            "dtype": str(self.model_runner.vllm_config.model_config.dtype).removeprefix("torch."),
         }
 
     def indexcache_set_pattern(self, roles: str) -> dict[str, Any]:
@@ -147,6 +149,12 @@ def _decoders(model: Any) -> list[Any]:
 def _decoder_class(model: Any) -> str:
     decoder = type(_decoders(model)[0])
     return f"{decoder.__module__}.{decoder.__qualname__}"
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _text_config(runner: Any) -> Any:

@@ -1,0 +1,205 @@
+"""Where a search gets losses from: a model in this process, or an engine that serves it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from indexcache import __version__
+from indexcache.data import Batch, digest_of
+from indexcache.engines.vllm.engine import VllmEngine
+from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
+from indexcache.models.family import AnyModel, family_of, missing_indexers, module_of
+from indexcache.models.loading import fingerprint
+from indexcache.models.soundness import blind_loss, check_weights
+from indexcache.pattern import Pattern, stage_starts
+from indexcache.searching.objective import Objective
+from indexcache.searching.settings import SearchSettings
+from indexcache.vacuity import Share
+
+Entry = dict[str, Any]  # one line of a journal
+EvaluationObjective = Callable[[Pattern], float]
+
+
+class LossSource(ABC):
+    """The losses of patterns, and what they hold for.
+
+    Attributes:
+        layers: number of decoder layers.
+        topk: the number of tokens that a query selects.
+        without_indexer: layers that can never be full.
+        roles: the roles that it can run.
+        noise: how far two evaluations of one pattern lie apart, nats per token.
+    """
+
+    layers: int
+    topk: int
+    without_indexer: tuple[int, ...]
+    roles: str
+    noise: float = 0.0
+
+    def check(self) -> None:  # noqa: B027
+        """Refuse a model whose weights cannot give a loss that means anything.
+
+        Raises:
+            ValueError: weights that are not finite, or indexers that select nothing.
+        """
+
+    @abstractmethod
+    def blind_loss(self) -> float:
+        """Return the loss of a model that gives every token the same probability."""
+
+    @abstractmethod
+    def starts(self, settings: SearchSettings) -> tuple[int, ...]:
+        """Return the first layer of every pipeline stage, which stays full."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what a resumed run must share."""
+
+    @abstractmethod
+    def conditions(
+        self, batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
+    ) -> Conditions:
+        """Return what the losses hold for."""
+
+    @abstractmethod
+    def objective(
+        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+    ) -> EvaluationObjective:
+        """Return the loss of a pattern as a function, which computes each pattern once.
+
+        Args:
+            batches: the calibration batches.
+            journal: the entries of an interrupted run, none of which is computed again.
+            record: gets an entry {"pattern", "loss", ..} after each new evaluation.
+        """
+
+    def rebase(self, objective: EvaluationObjective, pattern: Pattern) -> None:  # noqa: B027
+        """Announce that the next patterns differ little from this one."""
+
+
+class ModelSource(LossSource):
+    """The losses of a model that lies in this process; they repeat bit for bit."""
+
+    roles = "FRS"
+
+    def __init__(self, model: AnyModel):
+        family_of(model)  # It refuses an unknown family.
+        self.model = model
+        self.module = module_of(model)
+        self.layers = self.module.config.num_hidden_layers
+        self.topk = int(self.module.config.index_topk)
+        self.without_indexer = tuple(missing_indexers(self.module))
+
+    def check(self) -> None:
+        check_weights(self.module, selecting=True)
+
+    def blind_loss(self) -> float:
+        return blind_loss(self.module)
+
+    def starts(self, settings: SearchSettings) -> tuple[int, ...]:
+        return stage_starts(self.layers, settings.stages)
+
+    def facts(self) -> dict[str, Any]:
+        return environment(self.module)
+
+    def conditions(
+        self, batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
+    ) -> Conditions:
+        return conditions_of(self.model, batches, shares, origin)
+
+    def objective(
+        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+    ) -> Objective:
+        evaluated = {e["pattern"]: e["loss"] for e in journal}
+        return Objective(
+            self.module,
+            batches,
+            evaluated,
+            lambda pattern, loss: record({"pattern": str(pattern), "loss": loss}),
+        )
+
+    def rebase(self, objective: EvaluationObjective, pattern: Pattern) -> None:
+        if isinstance(objective, Objective):
+            objective.rebase(pattern)
+
+
+class VllmSource(LossSource):
+    """The losses of a model inside vLLM, on as many GPUs as that runs on.
+
+    The first evaluation of a run is a gate: all layers full twice gives the noise, and a pattern
+    with the fewest full layers must change the losses beyond it. A journal keeps the noise, and the
+    losses of every sequence beside those of a pattern.
+    """
+
+    roles = "FS"
+
+    def __init__(self, engine: VllmEngine):
+        self.engine = engine
+        self.layers = engine.layers
+        self.topk = engine.topk
+        self.without_indexer = engine.without_indexer
+
+    def blind_loss(self) -> float:
+        return math.log(self.engine.vocabulary)
+
+    def starts(self, settings: SearchSettings) -> tuple[int, ...]:
+        if settings.stages not in (1, len(self.engine.stages)):
+            raise ValueError(
+                f"--stages {settings.stages} does not fit vLLM, which runs "
+                f"{len(self.engine.stages)} pipeline stages; leave it out."
+            )
+        return self.engine.stages
+
+    def facts(self) -> dict[str, Any]:
+        return {"engine": "vllm", **self.engine.facts}
+
+    def conditions(
+        self, batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
+    ) -> Conditions:
+        digest = fingerprint(self.engine.path)
+        topk, *pools = shares
+        return Conditions(
+            model=str(self.engine.path),
+            model_digest=digest,
+            weights_digest=digest,
+            text=origin.text,
+            text_digest=digest_of(batches),
+            split=origin.split,
+            lengths=tuple(sorted({int(b.ids.shape[1]) for b in batches})),
+            sequences=sum(len(b.units) for b in batches),
+            documents=len({d for b in batches for d in b.digests}),
+            k=topk,
+            pools=tuple(pools),
+            sparsity=tuple(shares.values()),
+            seed=origin.seed,
+            dtype=str(self.engine.facts["dtype"]),
+            device=str(self.engine.facts["device"]),
+            path="vllm",
+            versions={"indexcache": __version__, "vllm": str(self.engine.facts["vllm"])},
+        )
+
+    def objective(
+        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+    ) -> EvaluationObjective:
+        evaluated = {e["pattern"]: float(e["loss"]) for e in journal if "pattern" in e}
+        measured = [float(e["noise"]) for e in journal if "noise" in e]
+        if measured:
+            self.noise = measured[0]
+        else:
+            self.noise = self.engine.noise(batches)
+            self.engine.check_effect(batches, self.noise)
+            record({"noise": self.noise})
+
+        def loss(pattern: Pattern) -> float:
+            key = str(pattern)
+            if key not in evaluated:
+                losses = self.engine.losses(pattern, batches)
+                record({"pattern": key, "loss": losses.mean, "sums": losses.sums.tolist()})
+                evaluated[key] = losses.mean
+            return evaluated[key]
+
+        return loss
