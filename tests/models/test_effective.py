@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.utils.prune
 from accelerate import dispatch_model
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from indexcache.models.fast import accelerate as fast_path
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder
@@ -270,3 +273,65 @@ def test_compiled_functions_refuse_later_changes(monkeypatch, ids):
             logits(model, ids)
         model.model.layers[1].mlp.shared_experts.up_proj.register_forward_hook(lambda *_: None)
         refused(lambda: logits(model, ids), "model.layers.1.mlp.shared_experts.up_proj", "undo")
+
+
+def test_a_graph_is_captured_again_after_a_change(monkeypatch, ids):
+    """A replay does nothing here, and captures are counted."""
+    captures = []
+
+    def capture(decoder):
+        captures.append(1)
+        decoder._graph = SimpleNamespace(replay=lambda: None)
+        decoder._graph_logits = torch.zeros(2, 128)
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    model = make_model("glm_moe_dsa", **SHORT)
+    with accelerate(model):
+        cache = FastCache(model, 64, 2)
+        last = prefill(model, ids, cache)
+        decoder = Decoder(model, cache)
+        decoder.graph = True
+        cache.layers[1].indexed = cache.layers[1].length  # Steps that write nothing.
+        decoder.generate(last, 4)
+        assert len(captures) == 1
+        handle = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: None)
+        decoder.step(last.argmax(-1))
+        nn.Linear(1, 1).register_forward_hook(lambda *_: None)  # Of another module.
+        decoder.step(last.argmax(-1))
+        assert len(captures) == 2
+        handle.remove()
+        decoder.step(last.argmax(-1))
+        assert len(captures) == 3
+        get_peft_model(model, LoraConfig(target_modules=["q_b_proj"]))
+        decoder.step(last.argmax(-1))
+        decoder.step(last.argmax(-1))
+        assert len(captures) == 4
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_fused_norms_keep_hooks_and_adapters(monkeypatch, later, ids):
+    """On a GPU norms are fused, which this test forces."""
+    monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+
+    def change(model):
+        attention = model.model.layers[0].self_attn
+        attention.q_a_layernorm.register_forward_hook(lambda _m, _a, out: out * 2)
+        attention.kv_a_layernorm.register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+        norm = model.model.layers[1].input_layernorm
+        norm.__class__ = type("Mine", (type(norm),), {"forward": lambda self, x: x * 0.7})
+        get_peft_model(model, LNTuningConfig(target_modules=["layers.1.self_attn.q_a_layernorm"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "ln_tuning" in name:
+                    parameter.mul_(1.5)
+
+    model, other = (make_model("deepseek_v32", **SHORT) for _ in range(2))
+    plain = logits(other, ids)
+    change(other)
+    stock = logits(other, ids)
+    handle = accelerate(model) if later else None
+    change(model)
+    handle = handle or accelerate(model)
+    assert relative(logits(model, ids), stock) < 1e-5
+    assert relative(stock, plain) > 0.05
+    handle.undo()

@@ -45,14 +45,7 @@ from indexcache.models.fast.layer import (
 from indexcache.models.fast.requests import check_cache, check_packing, check_request
 from indexcache.models.fast.selector import FastSelector
 from indexcache.models.fast.visible import Visible, visible_of
-from indexcache.models.mla import (
-    fused_norm,
-    head_weights,
-    is_stock_norm,
-    plain_fused_norm,
-    project,
-    stock_norm,
-)
+from indexcache.models.mla import fused_norm, head_weights, is_stock_norm, project, stock_norm
 from indexcache.models.patch import ModelState, Patches, Replaced, state_of
 from indexcache.models.seam import in_force
 from indexcache.models.selector import IndexerCall, indexer_forward
@@ -176,13 +169,11 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
         _check_layer(i, layer, module)
     wrap: Wrap = partial(torch.compile, dynamic=True) if compile else lambda f: f
     gpu = on_gpu(module)
-    norm = stock_norm
-    if gpu:
-        norms = [m for m in module.model.modules() if hasattr(m, "variance_epsilon")]
-        plain = all(is_plain(m) for m in norms)
-        norm = (plain_fused_norm if plain else stock_norm) if compile else fused_norm
+    norm = stock_norm  # It runs hooks, and on a GPU the fused forward that is put below.
+    if gpu and compile and all(map(is_plain, filter(is_stock_norm, module.model.modules()))):
+        norm = fused_norm
     projection = wrap(partial(project, family.rotate, norm))
-    wrapped_norm = wrap(plain_fused_norm)
+    wrapped_norm = wrap(fused_norm)
     step = CompiledStep.of(family.rotate, norm) if compile else None
     in_pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
     if step is not None and not all(in_pieces):

@@ -109,6 +109,7 @@ class Decoder:
             ):
                 self._capture()
                 self._graph_inputs = inputs
+                self._graph_modules = Frozen(self.module.named_modules(), weights=True)
             self._graph.replay()
             logits = self._graph_logits
         self.positions_B.add_(1)
@@ -194,7 +195,6 @@ class Decoder:
             with torch.cuda.graph(graph):
                 logits = self._forward()
         self._graph, self._graph_logits = graph, logits
-        self._graph_modules = Frozen(self.module.named_modules(), weights=True)
 
 
 def on_host(tokens: Iterator[Tensor]) -> Iterator[list[int]]:
