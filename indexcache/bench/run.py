@@ -142,6 +142,9 @@ def run_bench(
     grid.check(subject.shape, subject.on_gpu)
     pools = any(named.pattern.pool_factor for named in grid.patterns)
     recorded = subject.selections[: 2 if pools else 1]
+    text = subject.text_digest
+    if subject.text and text is None:
+        text = _digest(str(list(subject.text)).encode())
     settings = {
         "model": subject.name,
         "identity": subject.identity,
@@ -155,7 +158,7 @@ def run_bench(
         "selections": (
             _digest(b"".join(t.numpy().tobytes() for t in recorded)) if recorded else None
         ),
-        "text": _digest(str(list(subject.text)).encode()) if subject.text else None,
+        "text": text,
         **library_versions(),
     }
 

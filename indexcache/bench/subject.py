@@ -37,6 +37,7 @@ class Subject:
         compiled: whether the model runs through torch.compile; see `accelerate`.
         selections: recorded ids, then recorded pools, that a prefill reads; see `bench.recorded`.
         text: token ids to prefill with, repeated to the length; random ones where it is empty.
+        text_digest: a digest of all documents of the text; None takes one of `text`.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Subject:
     compiled: bool = False
     selections: tuple[Tensor, ...] = ()
     text: tuple[int, ...] = ()
+    text_digest: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +77,7 @@ def open_subject(
     selections: str | None = None,
     patterns: tuple[Pattern, ...] = (),
     data: str | None = None,
+    tokens: int | None = None,
 ) -> Subject:
     """Open and accelerate a model to time.
 
@@ -90,10 +93,11 @@ def open_subject(
         selections: FILE:NAME[,POOL], see `read_selections`.
         patterns: the patterns to time; the width of recorded selections must fit their pools.
         data: a file or folder of text to prefill with, repeated to the length.
+        tokens: number of tokens of the text that are needed; None takes all.
 
     Raises:
         ValueError: as `shape_of`, `read_selections`, `random_model`, `load`, `accelerate` and
-            `load_documents`; or a text for a named shape, which has no tokenizer.
+            `Reader.tokens`; or a text for a named shape, which has no tokenizer.
     """
     shape = shape_of(model, layers)
     if data is not None and model in SHAPES:
@@ -103,14 +107,15 @@ def open_subject(
     recorded = () if selections is None else read_selections(selections)
     _check_widths(f"{selections}", recorded, shape, patterns)
     text: tuple[int, ...] = ()
+    text_digest = None
     if model in SHAPES:
         config = shape_config(model, layers)
         module = random_model(config, dtype=dtype, device=device, seed=seed)
         identity = f"random, seed {seed}, {config['num_hidden_layers']} layers"
     else:
         if data is not None:
-            documents = Reader(resolve(model)).documents(data, shape.vocab)
-            text = tuple(i for document in documents for i in document.ids.tolist())
+            ids, text_digest = Reader(resolve(model)).tokens(data, shape.vocab, tokens)
+            text = tuple(ids.tolist())
         loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         module, identity = loaded.module, fingerprint(loaded.path)
     on_gpu = torch.device(device).type == "cuda"
@@ -134,6 +139,7 @@ def open_subject(
         compiled=compiled,
         selections=recorded,
         text=text,
+        text_digest=text_digest,
     )
 
 

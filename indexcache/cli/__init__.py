@@ -27,6 +27,7 @@ from indexcache.cli import (
     profile,
     search,
 )
+from indexcache.cli.numbers import SHORT, number
 from indexcache.cli.results import CLAIMS
 from indexcache.memory import out_of_memory
 from indexcache.process import BAD_INPUT, NO_READER, drop_stdout, end_of, say, was_interrupted
@@ -147,8 +148,13 @@ def build_app() -> App:
 
 
 def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
-    """Convert a flag's value; refuse a point in an integer, and read fractions such as 1/4."""
+    """Convert a flag's value; refuse a point in an integer, and read fractions such as 1/4.
+
+    A whole number may be written 60K, 1.5K or 1M.
+    """
     text = tokens[0].value if tokens else ""
+    if type_ in (int, int | None) and SHORT.fullmatch(text):
+        return number(text)
     if type_ is int and "." in text:
         raise CoercionError(token=tokens[0], target_type=int)
     if type_ is float and "/" in text:

@@ -69,7 +69,8 @@ def evaluate(
     base_pattern = baseline.pattern if baseline else native_pattern(facts)
     topk = int(facts["index_topk"])
     if most is not None:
-        longest = text.length or int(facts["max_position_embeddings"])
+        context = int(facts["max_position_embeddings"])
+        longest = context if text.length is None else text.length
         check_gate(most, named, base_pattern, topk=topk, longest=longest)
     measured = (*patterns, *([baseline] if baseline else []))
     check_text(facts, model, text, [p.pattern for p in measured])

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from indexcache.cli.common import FLAT, Output
+from indexcache.cli.numbers import number
 from indexcache.cli.results import deliver
-from indexcache.cli.timing import number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from cyclopts import Parameter
 
 from indexcache.bench import CHUNK
 from indexcache.cli.common import Dtype, IndexDtype
+from indexcache.cli.numbers import number
 
 if TYPE_CHECKING:
     from indexcache.bench.run import Grid
@@ -91,6 +91,7 @@ def open_model(
         selections=s.selections,
         patterns=tuple(named.pattern for named in grid.patterns),
         data=s.data,
+        tokens=max(grid.contexts),
     )
     return subject, grid
 
@@ -98,23 +99,6 @@ def open_model(
 def contexts(words: tuple[str, ...]) -> tuple[int, ...]:
     """Read lengths: ("10K,60K", "5000") gives (10000, 60000, 5000)."""
     return tuple(dict.fromkeys(number(word) for word in split(words)))
-
-
-def number(word: str) -> int:
-    """Read a number of tokens, in which K is a thousand and M a million.
-
-    Raises:
-        ValueError: the word is no whole number of tokens.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([KkM]?)", word)
-    value = (
-        float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()] if match else 0.0
-    )
-    if value < 1 or value != int(value):
-        raise ValueError(
-            f"{word!r:.80} is no number of tokens; write e.g. 8192, 60K or 1M (K is a thousand)."
-        )
-    return int(value)
 
 
 def batches(word: str) -> tuple[int | str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from indexcache.checkpoint import read_config
 from indexcache.data import (
     Batch,
     Document,
@@ -32,6 +33,7 @@ from indexcache.distilling.trainer import distill
 from indexcache.exporting import export
 from indexcache.models.family import family_of
 from indexcache.models.loading import Model, check_device, describe, fingerprint, load
+from indexcache.models.reader import Reader
 from indexcache.pattern import Pattern
 from indexcache.records import publish
 from indexcache.seen import Seen
@@ -89,7 +91,20 @@ def distill_checkpoint(
         weights = layer_weights(run.layer_weights, len(pattern), digest)
         settings = replace(settings, layer_weights=tuple(weights))
     settings.check()
-    _sources(model, run)  # It refuses a missing text before the model is loaded.
+    # What is wrong with the text is said before the model is loaded.
+    reader = Reader(Path(facts["path"]))
+    vocabulary = int(facts["vocab_size"])
+    training, evaluation = _documents(
+        model, run, reader, vocabulary, evaluate=settings.eval_every > 0
+    )
+    rows = pack_rows(training, length, settings.seed)
+    held_out: list[Batch] = []
+    if settings.eval_every:
+        held_out = make_batches(
+            evaluation, length=length, sequences=run.eval_sequences, seed=settings.seed
+        )
+    pattern = pattern.chosen_on(Seen.from_json(read_config(facts["path"])))
+    check_unseen(held_out, pattern.seen)
 
     loaded = load(
         model,
@@ -99,19 +114,12 @@ def distill_checkpoint(
     )
     if run.delta is not None:
         pattern = pattern.chosen_on(_begin_with(loaded, run.delta, pattern))
-    training, evaluation = _documents(model, run, loaded, evaluate=settings.eval_every > 0)
-    held_out: list[Batch] = []
-    if settings.eval_every:
-        held_out = make_batches(
-            evaluation, length=length, sequences=run.eval_sequences, seed=settings.seed
-        )
-    pattern = pattern.chosen_on(Seen.from_json(vars(loaded.config)))
     check_unseen(held_out, pattern.seen)
     seen = seen_in_documents(training)
     result = distill(
         loaded.module,
         pattern,
-        pack_rows(training, length, settings.seed),
+        rows,
         folder,
         settings,
         held_out=held_out,
@@ -180,13 +188,12 @@ def _sources(model: str, run: RunSettings) -> tuple[Path, str, Path | None]:
 
 
 def _documents(
-    model: str, run: RunSettings, loaded: Model, *, evaluate: bool
+    model: str, run: RunSettings, reader: Reader, vocabulary: int, *, evaluate: bool
 ) -> tuple[list[Document], list[Document]]:
     """Return the training documents and the held-out documents, which share none."""
     source, split, held_out_source = _sources(model, run)
-    vocabulary = int(loaded.config.vocab_size)
     shown = first_process()
-    documents = loaded.reader.documents(source, vocabulary, progress=shown)
+    documents = reader.documents(source, vocabulary, progress=shown)
     if held_out_source is None:
         training = split_documents(documents, split)
         if not evaluate:
@@ -195,7 +202,7 @@ def _documents(
         return training, _without_copies(evaluation, training)
     if not evaluate:
         return documents, []
-    held_out = loaded.reader.documents(held_out_source, vocabulary, progress=shown)
+    held_out = reader.documents(held_out_source, vocabulary, progress=shown)
     known = {d for one in documents for d in (one.digest, one.text_digest) if d}
     shared = sum(d.digest in known or d.text_digest in known for d in held_out)
     if shared:

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from indexcache.checkpoint import read_config
-from indexcache.data import Batch, batches, load_documents
+from indexcache.data import Batch, Tokenizing, batches, load_documents, scan
 from indexcache.data.documents import Document
 from indexcache.data.records import Message
 from indexcache.models.tokenizer import load_tokenizer
@@ -130,3 +132,23 @@ class Reader:
             tokenizer=self.digest,
             progress=progress,
         )
+
+    def tokens(
+        self, source: str | Path, vocabulary: int, count: int | None = None
+    ) -> tuple[np.ndarray, str]:
+        """Return the first `count` token ids of a text, or all, int64 [n], and a digest of all.
+
+        Documents follow each other in their order; only as many are tokenised as are needed.
+        """
+        found = scan(source, vocabulary, progress=True)
+        how = Tokenizing(self.encode, vocabulary, self.chat, self.digest)
+        parts: list[np.ndarray] = []
+        have = place = 0
+        while place < len(found.documents) and (count is None or have < count):
+            more = len(found.documents) if count is None else max(place, 1)
+            for document in found.read(found.documents[place : place + more], how):
+                parts.append(document.ids)
+                have += len(document.ids)
+                place += 1
+        keys = "".join(d.key for d in found.documents)
+        return np.concatenate(parts)[:count], hashlib.sha256(keys.encode()).hexdigest()
