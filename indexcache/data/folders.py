@@ -15,7 +15,7 @@ SUFFIXES = (*RECORD_SUFFIXES, ".npy", *TEXT_SUFFIXES)
 PACKED = ".gz"  # Every format but .npy, .parquet and .arrow is read from gzip files too.
 NOT_PACKED = (".npy", ".parquet", ".arrow")
 
-CARD = re.compile(r"(readme|dataset_?card|datasheet|licen[cs]e|notice|copying|citation)\b.*", re.I)
+CARD = re.compile(r"(readme|dataset_?card|datasheet|licen[cs]e|notice|copying|citation)([^a-z].*)?", re.I)
 METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|config|croissant|metadata|package|tokenizer.*"
     r"|special_tokens_map|generation_config|.*\.index)\.json|(requirements|merges|vocab).*\.txt",
