@@ -15,7 +15,9 @@ SUFFIXES = (*RECORD_SUFFIXES, ".npy", *TEXT_SUFFIXES)
 PACKED = ".gz"  # Every format but .npy, .parquet and .arrow is read from gzip files too.
 NOT_PACKED = (".npy", ".parquet", ".arrow")
 
-CARD = re.compile(r"(readme|dataset_?card|datasheet|licen[cs]e|notice|copying|citation)([^a-z].*)?", re.I)
+CARD = re.compile(
+    r"(readme|dataset_?card|datasheet|licen[cs]e|notice|copying|citation)([^a-z].*)?", re.I
+)
 METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|config|croissant|metadata|package|tokenizer.*"
     r"|special_tokens_map|generation_config|.*\.index)\.json|(requirements|merges|vocab).*\.txt",
@@ -112,7 +114,7 @@ def _why_not(path: Path, relative: Path, home: Path) -> str | None:
     if suffix is None:
         return f"{''.join(path.suffixes[-2:]) or 'suffixless'} files, which are not read"
     if CARD.fullmatch(name):
-        return f"the card {relative}, which describes a data set or a program"
+        return f"the card {relative}"
     if METADATA.fullmatch(name) or (suffix == ".arrow" and name.startswith(("cache-", "tmp"))):
         return f"the metadata {relative}"
     try:
@@ -150,7 +152,7 @@ def _closed(error: OSError) -> str:
     return f"the folder {error.filename}, which cannot be read"
 
 
-def _short(reasons: tuple[str, ...], most: int = 8) -> list[str]:
+def _short(reasons: tuple[str, ...], most: int = 16) -> list[str]:
     more = len(reasons) - most
     return [*reasons[:most], *([f"and {more} more"] if more > 0 else [])]
 
