@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: shape, indexers, pattern, and what a search would cost."""
     from indexcache.checkpoint import is_bare_config
-    from indexcache.models.loading import describe, describe_config
+    from indexcache.models.loading import describe, describe_config, refusal
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations
 
@@ -44,6 +44,9 @@ def inspect(
         shown["next-token layers"] = (
             f"{facts['next_token_layers']} outside the pattern, which keep their own indexer"
         )
+    problem = None if bare else refusal(facts)
+    if problem:
+        shown["loading"] = f"refused: {problem}"
     if bare:
         shown["weights"] = "none here, so what the config says of them is unchecked"
     if facts["layers_without_indexer"]:
@@ -56,4 +59,5 @@ def inspect(
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items())
     quantization = facts["quantization"]
     found = facts | {"quantization": quantization.to_json() if quantization else None}
+    found["refusal"] = problem
     deliver(text, found, output)

@@ -295,6 +295,19 @@ def open_weights(facts: dict[str, Any]) -> Weights:
     return Weights(folder, facts["num_hidden_layers"], block, facts["nested"])
 
 
+def refusal(facts: dict[str, Any]) -> str | None:
+    """Say why `load` refuses a checkpoint that `describe` has described; None if nothing is known.
+
+    Config and headers are looked at, and no weight is read.
+    """
+    try:
+        weights = open_weights(facts)
+        _checked_class(_transformers_config(facts, False), weights, False)
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        return " ".join((str(error) or type(error).__name__).split())
+    return None
+
+
 def _module_of_weights(
     facts: dict[str, Any], weights: Weights, dtype: torch.dtype, trust_remote_code: bool
 ) -> DsaModule:
@@ -306,11 +319,7 @@ def _module_of_weights(
     logging.disable_progress_bar()
     try:
         config = _transformers_config(facts, trust_remote_code)
-        kind, own_code = _model_class(config, folder, trust_remote_code)
-        with torch.device("meta"):
-            empty = kind._from_config(config)
-        if not own_code:
-            weights.check(empty)
+        kind = _checked_class(config, weights, trust_remote_code)
         result: Any = kind.from_pretrained(
             None,
             config=config,
@@ -366,15 +375,21 @@ def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
     return config
 
 
-def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, bool]:
-    """Return the class of the model, and whether it is code that lies in the checkpoint."""
+def _checked_class(config: Any, weights: Weights, trust_remote_code: bool) -> Any:
+    """Return the class of the model after a comparison of its tensors with the checkpoint's.
+
+    A class of code that lies in the checkpoint may name its tensors otherwise.
+    """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if trust_remote_code and own:
-        return get_class_from_dynamic_module(own, folder, local_files_only=True), True
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], False
+        return get_class_from_dynamic_module(own, weights.folder, local_files_only=True)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        weights.check(kind._from_config(config))
+    return kind
 
 
 def check_device(device: str) -> None:

@@ -84,6 +84,12 @@ class Weights:
         entries: dict[str, TensorEntry] = {}
         self._shards: dict[str, str] = {}
         for shard, header in read_headers(folder).items():
+            for name in header.tensors:
+                if name in entries:
+                    raise ValueError(
+                        f"{folder}: the tensor {name} lies in two files, {self._shards[name]} and "
+                        f"{shard}, so it is unclear which counts; remove the stale file."
+                    )
             entries |= header.tensors
             self._shards |= dict.fromkeys(header.tensors, shard)
         self.passed_over = frozenset(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from indexcache.cli import main
 from indexcache.models.loading import load
-from tests.fp8_support import edit_config, write_tokenizer
+from tests.fp8_support import edit_config, save_sharded, write_tokenizer
 from tests.support import FAMILIES, make_model, refused
 
 SMALL = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
@@ -132,6 +134,27 @@ def test_shapes_that_contradict_the_config_are_refused(copied):
     ):
         refused(lambda k=key, v=value: load(copied(**{k: v})), name, "has the shape")
     refused(lambda: load(copied(n_routed_experts=2)), "experts.2", "by nobody")
+
+
+def test_a_tensor_in_two_files_is_refused(copied):
+    folder = copied()
+    weights = load_file(folder / "model.safetensors")
+    save_sharded(folder, weights, 2)
+    (folder / "model.safetensors").unlink()
+    assert load(folder).layers == 3
+    first, second = sorted(folder.glob("*.safetensors"))
+    name = "lm_head.weight"
+    for file in (first, second):
+        save_file(load_file(file) | {name: weights[name]}, file, {"format": "pt"})
+    refused(lambda: load(folder), name, "lies in two files", first.name, second.name)
+
+
+def test_inspect_says_what_loading_would_refuse(copied, capsys):
+    assert main(["inspect", str(copied()), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["refusal"] is None
+    assert main(["inspect", str(copied(v_head_dim=16))]) == 0
+    assert "refused: " in (shown := capsys.readouterr().out)
+    assert "has the shape" in shown
 
 
 def test_missing_weights_are_refused(copied):

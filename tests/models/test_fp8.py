@@ -218,7 +218,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_other_quantisation_is_refused_by_name_before_loading(
-    fp8_folder, name, tmp_path, monkeypatch
+    fp8_folder, name, tmp_path, monkeypatch, capsys
 ):
     import shutil
 
@@ -227,6 +227,7 @@ def test_every_other_quantisation_is_refused_by_name_before_loading(
     monkeypatch.setattr("indexcache.models.loading.Weights", None)  # Nothing may be opened.
     refused(lambda: load(folder), str(folder), name, "not read here")
     assert main(["inspect", str(folder)]) == 0
+    assert "not read here" in capsys.readouterr().out
 
 
 def test_fp8_that_nobody_would_scale_is_refused(damaged):
