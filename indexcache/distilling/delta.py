@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from indexcache.checkpoint import MODELOPT_NAME
 from indexcache.distilling.indexers import indexer_names
-from indexcache.models.family import AnyModel, indexers
+from indexcache.models.family import AnyModel, indexers, native_pattern
 from indexcache.models.loading import fingerprint
+from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 from indexcache.records import atomic, writing
 from indexcache.seen import Seen
@@ -146,11 +148,15 @@ def save_checkpoint(
     with writing(folder):
         model.save_pretrained(folder, state_dict=weights)
     for path in source.iterdir():
-        copied = path.suffix in COPIED and not path.name.endswith(".index.json")
+        left_out = path.name == MODELOPT_NAME or path.name.endswith(".index.json")
+        copied = path.suffix in COPIED and not left_out
         if path.is_file() and copied and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # transformers 5.17 and 5.23 name the same layer type differently; both derive it.
-    config.pop("layer_types", None)
+    for key in ("layer_types", *SHARING_KEYS):
+        config.pop(key, None)
+    if "S" in (native := native_pattern(model)).roles:  # Those layers have no indexer to write.
+        config |= native.to_config()
     config |= seen.to_config()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

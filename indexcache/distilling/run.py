@@ -23,6 +23,7 @@ from indexcache.data import (
     split_documents,
     text_for,
 )
+from indexcache.distilling.carried import carry_over
 from indexcache.distilling.delta import apply_delta, save_checkpoint
 from indexcache.distilling.layer_weights import layer_weights
 from indexcache.distilling.parallel import local_device
@@ -258,6 +259,8 @@ def _write_checkpoint(
             for name, weight in weights.items()
         }
     save_checkpoint(loaded.module, weights, temporary, loaded.path, pattern.seen)
+    for line in carry_over(describe(loaded.path), temporary):
+        log.warning("%s", line)
     if "R" not in pattern.roles and family_of(loaded.module).native_sharing:
         export(temporary, pattern, target, engines=("transformers",))
         shutil.rmtree(temporary)

@@ -280,6 +280,10 @@ class Weights:
                 )
         return dequantize(weight, scale, self.block, dtype or torch.float32)
 
+    def is_quantised(self, name: str) -> bool:
+        """Say whether a tensor is stored in FP8 with scales."""
+        return name in self.scales or name in self._mtp_scales
+
     def _stored(self, name: str) -> Tensor:
         from safetensors import safe_open
 
