@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,22 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
         return json.loads(text, parse_float=number, parse_constant=number, parse_int=whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ValueError: it cannot be read or is not TOML; the message names the file.
+    """
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        why = "it is nested too deeply"
+    except (ValueError, OverflowError) as error:
+        why = str(error)
+    raise ValueError(f"{path}: is not TOML ({why}).")
 
 
 def read_json(path: Path, *, finite: bool = False) -> Any:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "claim",
     "finished_journal",
     "locked",
+    "number_of",
     "open_run",
     "publish",
     "read_journal",
@@ -157,11 +158,12 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.path = folder / "journal.jsonl"
         self.journal = self._recover()
-        self._file = open(folder / "journal.jsonl", "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")
 
     def _recover(self) -> list[dict[str, Any]]:
-        path = self.folder / "journal.jsonl"
+        path = self.path
         check_regular(path)
         raw = path.read_bytes() if path.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
@@ -198,6 +200,19 @@ def _entries(path: Path, lines: bytes) -> list[dict[str, Any]]:
             raise changed(path, number, "it is not a JSON object")
         entries.append(entry)
     return entries
+
+
+def number_of(entry: Mapping[str, Any], key: str) -> float:
+    """Return a number of a journal's line.
+
+    Raises:
+        KeyError: there is none.
+        TypeError: it is something else; a truth value is no number.
+    """
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{key} is {value!r:.60}, which is no number")
+    return value
 
 
 def changed(path: Path, number: int, why: str) -> ValueError:
@@ -239,18 +254,34 @@ def _read(path: Path) -> bytes:
 
 
 @contextmanager
-def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(
+    folder: Path,
+    settings: Mapping[str, Any],
+    check: Callable[[dict[str, Any]], object] | None = None,
+) -> Iterator[Run]:
     """Open a run's folder, new or interrupted.
+
+    Args:
+        check: is called with every line of the journal, and raises ValueError, KeyError or
+            TypeError for one that the run would not have written.
 
     Raises:
         ValueError: the folder belongs to a run with other settings (each difference is named), or
-            to one that is running now.
+            to one that is running now; or a line of the journal is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"{folder}: another process is writing this run"):
         _claim(folder, settings)
         run = Run(folder)
         try:
+            for number, entry in enumerate(run.journal, 1):
+                try:
+                    if check is not None:
+                        check(entry)
+                except KeyError as error:
+                    raise changed(run.path, number, f"it has no {error}") from None
+                except (ValueError, TypeError) as error:
+                    raise changed(run.path, number, str(error).rstrip(".")) from None
             yield run
         finally:
             run.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +12,7 @@ from typing import Any
 
 from indexcache.checkpoint import read_header
 from indexcache.pattern import MAX_FILE, Pattern, full_count
+from indexcache.reading import parse_json, read_toml
 from indexcache.records import read_json
 from indexcache.seen import Seen
 
@@ -132,7 +131,7 @@ def _is_source(spec: str) -> bool:
 def _of_json(spec: str, layers: int) -> Pattern:
     """Read overrides or a list of types that were given instead of a file."""
     try:
-        value = json.loads(spec)
+        value = parse_json(spec)
     except ValueError as error:
         raise ValueError(f"{spec:.60}: begins like JSON, but is none ({error}).") from None
     return Pattern.of(value) if isinstance(value, list) else Pattern.from_overrides(value, layers)
@@ -172,10 +171,7 @@ def _of_folder(folder: Path, layers: int) -> Pattern:
 
 def _of_settings(file: Path, layers: int) -> Pattern:
     """Read the pattern of a TOML file of settings, as --config takes it."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as TOML ({error}).") from None
+    values = read_toml(file)
     given = values.get("pattern", values.get("patterns"))
     specs = [given] if isinstance(given, str) else given
     if not isinstance(specs, list) or len(specs) != 1 or not isinstance(specs[0], str):
@@ -213,8 +209,8 @@ def _json_object(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_FILE:
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

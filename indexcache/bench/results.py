@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.bench.floors import INDEX_PARTS
-from indexcache.records import read_json
+from indexcache.pattern import Pattern
+from indexcache.records import number_of, read_json
 from indexcache.report.plots import draw_share, draw_speedups
 from indexcache.report.speed import parts_table, speed_table
 
@@ -124,6 +125,32 @@ class BenchResult:
         draw_speedups(self.rows, gains, title, self.published)
         draw_share(self.rows, share, title, self.published)
         return gains, share
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError for a line of a journal that no bench has written."""
+    counts = ["context", "full", "layers"]
+    if row["asked"] != FILL:
+        counts.append("asked")
+    for key in counts:
+        if type(row[key]) is not int or row[key] < 1:
+            raise ValueError(f"its {key} is {row[key]!r:.60}")
+    for key in ("name", "pattern"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"its {key} is {row[key]!r:.60}")
+    Pattern(row["pattern"]).check(layers=row["layers"])
+    if row.get("error"):
+        return
+    for key in ("cache_gb", "weights_gb"):
+        number_of(row, key)
+    for key in ("batch", "chunk", "decode_tok_s", "decode_total_tok_s"):
+        if number_of(row, key) <= 0:
+            raise ValueError(f"its {key} is {row[key]!r:.60}")
+    if row["batch"] == 1 or row["ttft_s"] is not None:
+        number_of(row, "ttft_s")
+    for key in ("parts_ms", "decode_parts_ms", "floor_ms", "decode_floor_ms"):
+        for name in row[key]:
+            number_of(row[key], name)
 
 
 def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:

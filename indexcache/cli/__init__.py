@@ -6,7 +6,6 @@ import errno
 import logging
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from indexcache.cli.numbers import SHORT, number
 from indexcache.cli.results import CLAIMS
 from indexcache.memory import out_of_memory
 from indexcache.process import BAD_INPUT, NO_READER, drop_stdout, end_of, say, was_interrupted
-from indexcache.reading import read_text
+from indexcache.reading import read_toml
 from indexcache.spec import SYNTAX
 
 VERBS: dict[str, Callable[..., int | None]] = {
@@ -46,6 +45,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "generate": generate.generate,
     "plan": plan.plan,
 }
+LARGEST = 2**53
 SPEC_HELP = f"```text\nSPEC is {SYNTAX}\n```"
 
 UNREACHABLE = (
@@ -148,9 +148,9 @@ def build_app() -> App:
 
 
 def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
-    """Convert a flag's value; refuse a point in an integer, and read fractions such as 1/4.
+    """Convert a flag's value; read fractions such as 1/4, and 60K, 1.5K or 1M in whole numbers.
 
-    A whole number may be written 60K, 1.5K or 1M.
+    A point in an integer is refused, and an integer that no tensor could count.
     """
     text = tokens[0].value if tokens else ""
     if type_ in (int, int | None) and SHORT.fullmatch(text):
@@ -163,7 +163,13 @@ def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
             return float(numerator) / float(denominator)
         except (ValueError, ZeroDivisionError):
             raise CoercionError(token=tokens[0], target_type=float) from None
-    return convert(type_, tokens)
+    value = convert(type_, tokens)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        where = "" if tokens[0].source in ("", "cli") else f" (in {tokens[0].source})"
+        raise CoercionError(
+            f'"{text:.40}" is larger than {LARGEST}{where}', token=tokens[0], target_type=int
+        )
+    return value
 
 
 def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -178,12 +184,7 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
     file = Path(path)
     if not file.exists():
         raise ValueError(f"{path}: there is no such settings file.")
-    text = read_text(file)
-    try:
-        values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: is not TOML ({error}).") from None
-    nested: dict[str, Any] = values
+    nested: dict[str, Any] = read_toml(file)
     for command in reversed(commands):
         nested = {command: nested}
     Dict(nested, source=path)(app, commands, arguments)
@@ -232,6 +233,8 @@ def explained(error: BaseException) -> str | None:
             "There is not enough memory for this; use fewer or shorter sequences, a smaller "
             "--batch or --chunk, or another --device."
         )
+    if isinstance(error, OverflowError):
+        return f"A number is too large ({error})."
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return (

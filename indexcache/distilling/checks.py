@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from indexcache.models.family import (
 from indexcache.models.seam import in_force
 from indexcache.models.soundness import check_weights
 from indexcache.pattern import Pattern
+from indexcache.records import number_of
 from indexcache.vacuity import check_batches, check_context, pool_of
 
 
@@ -113,3 +115,27 @@ def check_trainable(model: DsaModule) -> None:
             "The model has attention dropout, which this trainer does not support; set "
             "attention_dropout to 0."
         )
+
+
+def check_entry(entry: dict[str, Any], pattern: Pattern) -> None:
+    """Raise ValueError, KeyError or TypeError for a line of a journal that no trainer has written.
+
+    Args:
+        entry: the line.
+        pattern: the pattern that is trained for, whose F and R layers have a loss each.
+    """
+    if "step" not in entry:
+        return  # The trainer refuses it with a better sentence.
+    step = entry["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r:.60}")
+    if "held_out" in entry:
+        number_of(entry, "held_out")
+    if "loss" in entry:
+        for key in ("loss", "tokens", *([] if entry["lm_loss"] is None else ["lm_loss"])):
+            number_of(entry, key)
+        losses = entry["kl"]
+        if not isinstance(losses, list) or len(losses) != len(pattern) - pattern.roles.count("S"):
+            raise ValueError("kl is no list with a loss for every layer that is trained")
+        for loss in losses:
+            number_of({"kl": loss}, "kl")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from indexcache.data import Batch
-from indexcache.distilling.checks import check_run
+from indexcache.distilling.checks import check_entry, check_run
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.flops import flops_of_rows, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
@@ -113,7 +114,8 @@ def distill(
         refusal = None
         if world.rank == 0:
             try:
-                run = stack.enter_context(open_run(Path(out), identity))
+                check = partial(check_entry, pattern=pattern)
+                run = stack.enter_context(open_run(Path(out), identity, check))
             except (ValueError, OSError) as error:
                 refusal = error
         world.agree(refusal)

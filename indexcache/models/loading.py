@@ -395,10 +395,13 @@ def _checked_class(config: Any, weights: Weights, trust_remote_code: bool) -> An
 def check_device(device: str) -> None:
     """Raise ValueError if `device` is no torch device, or is one that cannot be used here."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # A device such as `meta` makes tensors, but has no numbers in them.
+        if torch.ones(1, device=device).tolist() != [1.0]:
+            raise ValueError("it loses what is written to it")
+    except Exception as error:  # Each backend raises what it likes, an ImportError too.
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"The device {device!r} cannot be used here ({str(error).splitlines()[0]})."
+            f"The device {device!r} cannot be used here ({why:.200}); use cpu or cuda."
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from indexcache.models.family import AnyModel
 from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern, full_count
 from indexcache.progress import progress as progress_bar
-from indexcache.records import Run, open_run
+from indexcache.records import Run, number_of, open_run
 from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
 from indexcache.searching.settings import SearchSettings
@@ -130,7 +131,8 @@ def search(
     conditions = source.conditions(batches, shares, origin)
     facts = {**asdict(settings), "data": digest_of(batches), **source.facts()}
     facts |= identity or {}
-    with open_run(Path(out), facts) as run:
+    check = partial(_check_entry, layers=layers, noisy=isinstance(source, VllmSource), losses={})
+    with open_run(Path(out), facts, check) as run:
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
         done = sum("pattern" in entry for entry in run.journal)
         with progress_bar(total, "eval", done, shown=progress) as bar:
@@ -158,6 +160,28 @@ def search(
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     return result
+
+
+def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float]) -> None:
+    """Raise ValueError, KeyError or TypeError for a line of a journal that no search has written.
+
+    Args:
+        layers: number of layers of the model.
+        noisy: whether the losses have noise, about which there are lines too.
+        losses: the losses of the lines before, by pattern; this adds the line's.
+    """
+    if noisy and "pattern" not in entry:
+        if "noise" in entry:
+            number_of(entry, "noise")
+        else:
+            for layer in (entry["flipped"], entry["full"], *entry["tied"]):
+                number_of({"layer": layer}, "layer")
+        return
+    pattern, loss = entry["pattern"], number_of(entry, "loss")
+    if not isinstance(pattern, str) or str(Pattern(pattern).check(layers=layers)) != pattern:
+        raise ValueError(f"its pattern is {pattern!r:.60}")
+    if losses.setdefault(pattern, loss) != loss:
+        raise ValueError(f"it gives {pattern:.60} another loss than a line before it")
 
 
 def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:

@@ -102,6 +102,12 @@ def _check_request(
     context = int(module.config.max_position_embeddings)
     if not ids:
         raise ValueError("The prompt is empty; generation needs at least one token.")
+    size = module.get_input_embeddings().weight.shape[0]
+    if not 0 <= min(ids) <= max(ids) < size:
+        raise ValueError(
+            f"The prompt has a token {max(ids)}, but the model has {size} tokens: the tokenizer "
+            "belongs to another model."
+        )
     if max_new_tokens < 1:
         raise ValueError(f"At least one new token is generated, not {max_new_tokens}.")
     if not temperature >= 0:
