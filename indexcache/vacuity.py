@@ -74,6 +74,15 @@ def pool_of(pattern: Pattern, topk: int) -> int | None:
     return pattern.pool_factor * topk if "R" in pattern.roles and pattern.pool_factor else None
 
 
+def choosing_size(patterns: Sequence[Pattern], topk: int) -> int | None:
+    """Return up to how many tokens of context the patterns are all the same.
+
+    It is k if one has S layers, else the smallest pool; None if all of them are full everywhere.
+    """
+    sizes = [topk for p in patterns if "S" in p.roles]
+    return min([*sizes, *pools_of(patterns, topk)], default=None)
+
+
 def pools_of(patterns: Iterable[Pattern], topk: int) -> dict[int, Pattern]:
     """Return the pools of some patterns in ascending order, each with a pattern that has it."""
     pools: dict[int, Pattern] = {}

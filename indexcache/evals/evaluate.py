@@ -27,12 +27,12 @@ from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.seen import Seen
-from indexcache.vacuity import check_batches, pool_of
+from indexcache.vacuity import check_batches, choosing_size, pool_of
 
 log = logging.getLogger(__name__)
 
 BUCKETS = 4  # number of equal parts of a sequence
-FIELDS = ("loss", "delta", "kl", "agree", "tokens")
+FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond")
 
 Key = tuple[str, str, int]  # (domain, unit, position bucket)
 
@@ -56,6 +56,9 @@ class Measurement:
         tokens: number of tokens.
         documents: number of documents.
         by_document: per document, the sum of the loss difference and the number of tokens.
+        beyond: share of the tokens at which the pattern and the baseline can differ: those that see
+            more of their own document than k, or than the pool where all other layers are R. None
+            where nobody counted.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Measurement:
     tokens: int
     documents: int
     by_document: tuple[tuple[float, int], ...] = field(repr=False)
+    beyond: float | None = None
 
     @property
     def full(self) -> int:
@@ -96,6 +100,7 @@ class Measurement:
             "agreement": self.agreement,
             "tokens": self.tokens,
             "documents": self.documents,
+            "beyond": self.beyond,
         }
 
 
@@ -131,6 +136,8 @@ class Evidence:
 
     def table(self, baseline: str = "full") -> str:
         """Format three tables: the patterns overall, by domain and by position.
+
+        A dash stands where no query sees more than the roles choose from, so nothing can differ.
 
         Where documents are too few for an interval, the last line says so.
 
@@ -212,7 +219,8 @@ def _domain_cell(row: Measurement) -> str:
 
 
 def _position_cell(row: Measurement) -> str:
-    return f"{row.delta_loss:+.4f}"
+    """Format a difference; where the context is too short for any, there is a dash."""
+    return "-" if row.beyond == 0 and row.delta_loss == 0 else f"{row.delta_loss:+.4f}"
 
 
 def evaluate(
@@ -276,7 +284,8 @@ def evaluate(
                     assert pattern != base or torch.equal(hidden, base_hidden), (
                         "two passes under one pattern differ"
                     )
-                for key, value in _compare(module, base_hidden, hidden, batch):
+                size = choosing_size([pattern, base], conditions.k)
+                for key, value in _compare(module, base_hidden, hidden, batch, size):
                     sums[name][key] += value
                 bar.update()
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
@@ -315,9 +324,13 @@ def _base_hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch
 
 
 def _compare(
-    module: DsaModule, base_hidden: Tensor, hidden: Tensor, batch: Batch
+    module: DsaModule, base_hidden: Tensor, hidden: Tensor, batch: Batch, size: int | None
 ) -> Iterator[tuple[Key, np.ndarray]]:
-    """Yield the sums of FIELDS for each sequence and position bucket."""
+    """Yield the sums of FIELDS for each sequence and position bucket.
+
+    Args:
+        size: up to this many tokens of context nothing can differ; None: nothing ever differs.
+    """
     length = batch.ids.shape[1]
     fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
     for chunk, (base_logits, logits) in logit_chunks(module, base_hidden, hidden):
@@ -328,7 +341,9 @@ def _compare(
         loss = -log_p.gather(-1, target)[..., 0]
         kl = (base_log_p.exp() * (base_log_p - log_p)).sum(-1)
         agree = (base_log_p.argmax(-1) == log_p.argmax(-1)).float()
-        values = (loss, loss.double() - base_loss.double(), kl, agree, torch.ones_like(kl))
+        beyond = _beyond(batch, chunk, size).to(kl)
+        delta = loss.double() - base_loss.double()
+        values = (loss, delta, kl, agree, torch.ones_like(kl), beyond)
         fields[..., chunk] = torch.stack([v.double() for v in values]).cpu()
     if not math.isfinite(float(fields.sum())):
         raise ValueError(
@@ -339,6 +354,12 @@ def _compare(
     for row, unit in enumerate(batch.units):
         for i in range(BUCKETS):
             yield (batch.domain, unit, i), fields[:, row, bucket == i].sum(-1).numpy()
+
+
+def _beyond(batch: Batch, chunk: slice, size: int | None) -> Tensor:
+    """Say which tokens see more than `size` tokens of their own document, bool [B, chunk]."""
+    own = batch.own_context[:, chunk]
+    return torch.zeros_like(own, dtype=torch.bool) if size is None else own > size
 
 
 def _measure(
@@ -359,7 +380,7 @@ def _measure(
         if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
             units[domain, unit] += value
     by_unit = np.stack([units[k] for k in sorted(units)])
-    loss, delta, kl, agree, tokens = by_unit.sum(0)
+    loss, delta, kl, agree, tokens, beyond = by_unit.sum(0)
     low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, 4])
     return Measurement(
         name=name,
@@ -374,4 +395,5 @@ def _measure(
         tokens=int(tokens),
         documents=len(by_unit),
         by_document=tuple((float(unit[1]), int(unit[4])) for unit in by_unit),
+        beyond=float(beyond / tokens),
     )

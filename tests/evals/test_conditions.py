@@ -106,3 +106,25 @@ def test_evaluate_prints_and_writes_them(checkpoint, tmp_path, capsys):
     for value in (written["model_digest"][:12], written["text_digest"][:12], str(text), "bfloat16"):
         assert value in printed
     assert (written["split"], written["seed"], written["path"]) == ("all", 5, "fast")
+
+
+def test_every_row_says_at_how_many_of_its_tokens_something_can_differ(glm):
+    """Tokens are those that predict: 63 of 64, where token t sees t + 1."""
+    patterns = ["FSSSSS", "FRRRRR@2", "FRSRRR@2", "FFFFFF"]
+    evidence = ic.evaluate(glm, patterns, cut())
+    rows = {r.name: r for r in evidence.overall}
+    expected = ((63 - 8) / 63, (63 - 16) / 63, (63 - 8) / 63, 0)
+    for name, beyond in zip(patterns, expected, strict=True):
+        assert rows[name].beyond == pytest.approx(beyond), name
+    assert (
+        ic.evaluate(glm, "FFFFFF", cut(), against="FSSSSS").rows[0].beyond == rows["FSSSSS"].beyond
+    )
+    first = {r.name: r for r in evidence.positions if r.where == (0.0, 0.25)}
+    assert first["FRRRRR@2"].beyond == first["FRRRRR@2"].delta_loss == 0
+    assert first["FSSSSS"].beyond == pytest.approx(8 / 16)
+    table = evidence.table().split("\n\n")[2].splitlines()
+    assert table[0].split()[-1] == "100%"
+    cells = {line.split()[0]: line.split()[1] for line in table[2:]}
+    assert cells["FRRRRR@2"] == cells["FFFFFF"] == "-"
+    assert cells["FSSSSS"][0] in "+-"
+    assert len(cells["FSSSSS"]) > 1

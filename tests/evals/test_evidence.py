@@ -75,7 +75,9 @@ def test_domains_and_positions_add_up_to_all(evidence):
 
 def test_evidence_is_read_as_a_table_and_as_json(evidence):
     json = evidence.to_json()
-    assert set(json) == {"rows", "positions", "baseline", "path", "conditions"}
+    assert set(json) == {
+        *("rows", "positions", "baseline", "path", "conditions", "blind_loss", "baseline_loss")
+    }
     assert [r["domain"] for r in json["rows"]] == ["all", "d0", "d1"] * 4
     assert [(p["from"], p["to"]) for p in json["positions"][:2]] == [(0, 0.25), (0.25, 0.5)]
     overall, domains, positions, few = evidence.table("half").split("\n\n")
