@@ -6,13 +6,14 @@ import ctypes
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from indexcache.data import text_for
+from indexcache.engines.vllm.settings import VllmSettings, check_installed
 from indexcache.pattern import Pattern
 from indexcache.seen import Seen
 from indexcache.vacuity import check_length, pools_of, sentence, share_of
@@ -105,6 +106,38 @@ class ModelSettings:
     "Run Python code that lies in the checkpoint."
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(VllmSettings):
+    """Which engine runs the model, and how."""
+
+    engine: Literal["vllm"] | None = None
+    """Engine that runs the model, for models that need several GPUs. The default is this package's
+    own path."""
+
+    def check(self, running: ModelSettings) -> None:
+        """Refuse settings of an engine without it, and settings that an engine does not take.
+
+        Raises:
+            ValueError: the message names the flag, or says that the engine is not installed.
+        """
+        if self.engine is None:
+            chosen = [f.name for f in fields(VllmSettings) if getattr(self, f.name) != f.default]
+            if chosen:
+                raise ValueError(f"{_flag(chosen[0])} is a setting of vLLM; add --engine vllm.")
+            return
+        check_installed()
+        own = [f.name for f in fields(running) if getattr(running, f.name) != f.default]
+        if own:
+            raise ValueError(
+                f"{_flag(own[0])} is a setting of this package's own path; give vLLM its own by "
+                "--engine-arg, e.g. dtype=bfloat16."
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPattern, ...]:
     """Parse the patterns of a checkpoint that `models.loading.describe` has described.
 
@@ -164,14 +197,38 @@ def open_model(
         ValueError: the text cannot be read or has too little in it; it is text that one of the
             patterns, or the checkpoint, was chosen or trained on; or `load` refuses.
     """
-    from indexcache.checkpoint import read_config
-    from indexcache.data import check_unseen
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import describe, load
-    from indexcache.models.reader import Reader
+    from indexcache.models.loading import load
 
     if settings.device == "cpu":
         keep_freed_memory()
+    batches = open_text(model, text, patterns)
+    loaded = load(
+        model,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.fast:
+        try:
+            accelerate(loaded.module)
+        except ValueError as error:
+            print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
+    return loaded, batches
+
+
+def open_text(model: str, text: TextSettings, patterns: Sequence[Pattern] = ()) -> list[Batch]:
+    """Load the batches of a model's text for some patterns, and say on stderr what they are.
+
+    Raises:
+        ValueError: the text cannot be read or has too little in it; or it is text that one of the
+            patterns, or the checkpoint, was chosen or trained on.
+    """
+    from indexcache.checkpoint import read_config
+    from indexcache.data import check_unseen
+    from indexcache.models.loading import describe
+    from indexcache.models.reader import Reader
+
     facts = describe(model)
     source, split = text_for(model, text.data, text.split)
     batches = Reader(Path(facts["path"])).batches(
@@ -198,18 +255,7 @@ def open_model(
         f"{sentence({size: share_of(batches, size) for size in sizes})}",
         file=sys.stderr,
     )
-    loaded = load(
-        model,
-        dtype=settings.dtype,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.fast:
-        try:
-            accelerate(loaded.module)
-        except ValueError as error:
-            print(f"indexcache: note: stock transformers runs this model. {error}", file=sys.stderr)
-    return loaded, batches
+    return batches
 
 
 def origin_of(model: str, text: TextSettings) -> Origin:

@@ -7,12 +7,14 @@ from typing import Annotated
 from indexcache.cli.common import (
     FLAT,
     Checkpoint,
+    EngineSettings,
     ModelSettings,
     Output,
     RunFolder,
     TextSettings,
     check_text,
     open_model,
+    open_text,
     origin_of,
 )
 from indexcache.cli.results import claim_folder, deliver
@@ -26,6 +28,7 @@ def search(
     settings: Annotated[SearchSettings, FLAT] = SearchSettings(),
     text: Annotated[TextSettings, FLAT] = TextSettings(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
+    engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Find a sharing pattern by the paper's greedy search, for every budget down to --keep.
@@ -33,18 +36,27 @@ def search(
     Nothing is trained. The run folder holds settings.json, journal.jsonl (one line per evaluation),
     result.json and pattern.json. A killed run goes on with the same command.
     """
-    from indexcache.models.loading import describe, fingerprint
+    from indexcache.engines.vllm.engine import VllmEngine, start
+    from indexcache.models.loading import Model, describe, fingerprint
     from indexcache.searching.run import search as run_search
 
     facts = describe(model)
-    settings.full_layers(facts["num_hidden_layers"])
+    engine.check(running)
+    stages = engine.pipeline_parallel_size if engine.engine else None
+    settings.full_layers(facts["num_hidden_layers"], stages)
     check_text(facts, model, text)
     claim_folder(out, model)
-    loaded, batches = open_model(model, text, running)
-    identity = {"model": fingerprint(loaded.path), "seed": text.seed}
+    subject: Model | VllmEngine
+    if engine.engine:
+        batches = open_text(model, text)
+        subject = start(model, engine, length=batches[0].ids.shape[1])
+        subject.report()
+    else:
+        subject, batches = open_model(model, text, running)
+    identity = {"model": fingerprint(subject.path), "seed": text.seed}
     origin = origin_of(model, text)
     result = run_search(
-        loaded, batches, out, settings, identity=identity, origin=origin, progress=True
+        subject, batches, out, settings, identity=identity, origin=origin, progress=True
     )
     lines = [
         result.table(),

@@ -1,5 +1,6 @@
 """Check evaluations inside vLLM over stand-ins: layers of each rank, and losses by formula."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from indexcache.data import Batch
 from indexcache.engines.vllm import engine as module
 from indexcache.engines.vllm.engine import (
     DocumentLosses,
-    VllmSettings,
     check_read_back,
     engine_arguments,
     noise_of,
 )
+from indexcache.engines.vllm.settings import VllmSettings
 from indexcache.engines.vllm.worker import sorted_topk
 from indexcache.pattern import Pattern
 from tests.stand_ins import FakeLlm, engine, engine_around, worker
@@ -180,8 +181,8 @@ def test_engine_arguments_that_would_make_a_wrong_number_are_refused(given, mess
 
 def test_without_vllm_a_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="vLLM is not installed here: `pip install vllm`"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"vLLM is not installed here: run `pip install"):
         module.start("folder", VllmSettings(), length=64)
 
 

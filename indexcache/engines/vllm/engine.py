@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from indexcache.checkpoint import read_config, resolve
 from indexcache.configs import text_section
 from indexcache.data import Batch
 from indexcache.engines.vllm.plugin import untested
+from indexcache.engines.vllm.settings import VllmSettings, check_installed
 from indexcache.engines.vllm.worker import EXTENSION
 from indexcache.pattern import Pattern
 
@@ -40,23 +41,6 @@ FIXED = {
 CUDA graphs freeze a layer's role, cached prefixes hold keys of another pattern, and a batch of
 several sequences changes the order of sums.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmSettings:
-    """How vLLM runs the model."""
-
-    tensor_parallel_size: int = 1
-    "Number of GPUs that share every layer."
-    pipeline_parallel_size: int = 1
-    "Number of groups of GPUs that hold consecutive layers. The first layer of each stays full."
-    enable_expert_parallel: bool = False
-    "Lay whole experts on the GPUs instead of splitting each."
-    engine_arg: tuple[str, ...] = ()
-    "Further arguments of vLLM's engine, NAME=VALUE, where the value is JSON or a plain word."
-    sort_ids: bool = True
-    """Sort the ids that vLLM's prefill selects, which it writes in an order that changes from run
-    to run. Sorted, evaluations repeat; unsorted they cost a little less."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +84,19 @@ class VllmEngine:
     stages: tuple[int, ...]
     without_indexer: tuple[int, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def report(self) -> None:
+        """Say on stderr which vLLM runs the model, on how many GPUs, and how it is divided."""
+        facts = self.facts
+        stages = ", ".join(map(str, self.stages))
+        print(
+            f"vLLM {facts['vllm']} ({facts['model_class']}) runs {self.layers} layers on "
+            f"{facts['ranks']} x {facts['device']}; pipeline stages begin at layers {stages}; ids "
+            f"are {'sorted' if facts['ids_sorted'] else 'not sorted'}",
+            file=sys.stderr,
+        )
+        if "warning" in facts:
+            print(f"indexcache: note: {facts['warning']}", file=sys.stderr)
 
     def set_pattern(self, pattern: Pattern) -> None:
         """Put a pattern in force on every rank, and check that every rank reads it back.
@@ -178,11 +175,7 @@ def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> 
         ValueError: vLLM is not installed, an engine argument is not NAME=VALUE or one of those that
             an evaluation needs, or vLLM cannot start with them.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "vLLM is not installed here: `pip install vllm`, in the environment that serves the "
-            "model, and install indexcache beside it."
-        )
+    check_installed()
     arguments: dict[str, Any] = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
@@ -195,7 +188,11 @@ def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> 
     path = resolve(model)
     config = text_section(read_config(path))
     vllm = importlib.import_module("vllm")
-    llm = vllm.LLM(model=str(path), **arguments, **FIXED)
+    try:
+        llm = vllm.LLM(model=str(path), **arguments, **FIXED)
+    except Exception as error:  # vLLM raises what its many parts raise; its log has the details.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"vLLM could not start with {path} ({reason:.400}).") from error
     version = importlib.metadata.version("vllm")
     engine = engine_of(llm.collective_rpc("indexcache_layers"), llm, path, config)
     sorting = settings.sort_ids and all(llm.collective_rpc("indexcache_sort_ids", args=(True,)))

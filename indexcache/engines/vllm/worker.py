@@ -84,7 +84,10 @@ class WorkerExtension:
         The kernel of vLLM writes the ids of a prefill in an order that changes from run to run, and
         attention adds up in that order. Sorted, an evaluation repeats.
         """
-        operations: Any = importlib.import_module("vllm._custom_ops")
+        try:
+            operations: Any = importlib.import_module("vllm._custom_ops")
+        except ImportError:
+            return False
         kernel = getattr(operations, "top_k_per_row_prefill", None)
         if kernel is None:
             return False

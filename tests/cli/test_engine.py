@@ -1,0 +1,99 @@
+"""Check `search --engine vllm` over a stand-in for vLLM, and what it says where it cannot run."""
+
+import importlib.util
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from indexcache.cli import main
+from indexcache.engines.vllm import engine as module
+from tests.stand_ins import FakeLlm, worker
+from tests.support import make_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("glm_moe_dsa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    lines = [json.dumps({"ids": [(7 * i + j) % 128 for j in range(1100)]}) for i in range(3)]
+    path = tmp_path / "ids.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    started = []
+
+    def llm(model, **arguments):
+        started.append(arguments)
+        if arguments.get("quantization") == "nonsense":
+            raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+        return FakeLlm([worker()])
+
+    stand_in = SimpleNamespace(LLM=llm, SamplingParams=lambda **kw: kw, __spec__=object())
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.33.0")
+    return started
+
+
+def run(checkpoint, text, out, *flags):
+    base = ["search", str(checkpoint), "--data", str(text), "--split", "all", "--sequences", "2"]
+    return main([*base, "--out", str(out), "--engine", "vllm", *flags])
+
+
+def test_a_search_runs_in_the_engine(checkpoint, text, vllm, tmp_path, capsys):
+    flags = ["--keep", "1/2", "--engine-arg", "gpu_memory_utilization=0.8"]
+    assert run(checkpoint, text, tmp_path / "run", *flags) == 0
+    arguments = vllm[0]
+    assert arguments["enforce_eager"]
+    assert not arguments["enable_prefix_caching"]
+    assert (arguments["max_num_seqs"], arguments["gpu_memory_utilization"]) == (1, 0.8)
+    assert arguments["max_model_len"] == 513
+    said = capsys.readouterr()
+    assert "vLLM 0.33.0" in said.err
+    assert "bfloat16 on cpu, vllm path" in said.out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["frontier"][-1]["full"] == 3
+    assert result["conditions"]["versions"]["vllm"] == "0.33.0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtype", "bfloat16"], "--dtype is a setting of this package's own path"),
+        (["--no-fast"], "--fast is a setting of this package's own path"),
+        (["--engine-arg", "enforce_eager=false"], "enforce_eager cannot be chosen"),
+        (["--engine-arg", "quantization=nonsense"], "vLLM could not start"),
+        (["--stages", "2"], "--stages 2 does not fit vLLM"),
+    ],
+)
+def test_what_does_not_fit_the_engine_is_refused(
+    checkpoint, text, vllm, tmp_path, capsys, flags, message
+):
+    assert run(checkpoint, text, tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_an_engine_need_it(checkpoint, text, tmp_path, capsys):
+    base = ["search", str(checkpoint), "--data", str(text), "--out", str(tmp_path / "run")]
+    assert main([*base, "--tensor-parallel-size", "8"]) == 2
+    assert "--tensor-parallel-size is a setting of vLLM; add --engine vllm" in (
+        capsys.readouterr().err
+    )
+
+
+def test_without_vllm_the_verb_says_how_to_get_it(checkpoint, text, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
+    assert run(checkpoint, text, tmp_path / "run") == 2
+    assert "pip install indexcache[vllm]" in capsys.readouterr().err
