@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
@@ -158,25 +159,35 @@ def test_forms_of_masks():
 
 
 def test_every_cache_continues_what_stock_filled(model, ids):
+    """Also the other way round. Where stock caches expanded keys (5.17), both refuse."""
     stock = logits(model, ids)
+    logits(model, ids, past_key_values=(cache := CACHES["dynamic"](model)))
+    latents = cache.layers[0].keys.shape[1] == 1
     for name, make in CACHES.items():
         for fast in ((True, False, True), (False, True, False)):
             handle = accelerate(model)
             cache = make(model)
             handle.undo()
-            parts = []
-            for (a, b), accelerated in zip(PIECES, fast, strict=True):
-                handle = accelerate(model) if accelerated else None
-                parts.append(logits(model, ids[:, a:b], past_key_values=cache))
-                if handle is not None:
-                    handle.undo()
-            assert relative(torch.cat(parts, 1), stock) < 1e-5, (name, fast)
+
+            def run(cache=cache, fast=fast):
+                parts = []
+                for (a, b), accelerated in zip(PIECES, fast, strict=True):
+                    with accelerate(model) if accelerated else nullcontext():
+                        parts.append(logits(model, ids[:, a:b], past_key_values=cache))
+                return torch.cat(parts, 1)
+
+            if latents:
+                assert relative(run(), stock) < 1e-5, (name, fast)
+            elif name == "fast" or fast[1]:
+                refused(run)
 
 
 def test_caches_that_are_changed_between_passes(glm, ids):
     stock = logits(glm, ids)
     with accelerate(glm):
         for name, make in CACHES.items():
+            if name == "static" and not hasattr(StaticLayer, "crop"):
+                continue  # Transformers 5.17.
             logits(glm, ids[:, :30], past_key_values=(cache := make(glm)))
             cache.crop(-10)
             got = logits(glm, ids[:, 20:], past_key_values=cache)
@@ -279,7 +290,10 @@ def test_outputs_beside_logits(model, ids):
         stock = model(ids, **asked)
         with accelerate(model):
             fast = model(ids, **asked)
+    assert fast.keys() == stock.keys()
     for name, length in (("hidden_states", 4), ("router_logits", 1)):
+        if name not in stock:
+            continue  # Transformers 5.17 has no logits of routers.
         assert len(fast[name]) == len(stock[name]) == length
         for a, b in zip(fast[name], stock[name], strict=True):
             assert relative(a, b) < 1e-5

@@ -2,8 +2,9 @@
 
 Stock transformers computes the scores [B, S, H, T] of every index head, and scatters the ids into a
 mask over all keys. Here the same weights run with the indexer's scores in chunks, exact top-k, and
-attention in MQA form over the gathered latents. Any cache of transformers works, filled with
-latents; a `FastCache` is made for this path. `use_pattern` and `model.generate` work as before.
+attention in MQA form over the gathered latents. Dynamic and static caches of transformers work,
+filled with latents; a `FastCache` is made for this path. `use_pattern` and `model.generate` work as
+before. docs/fast-path.md lists what is honoured and what is refused.
 """
 
 from __future__ import annotations
@@ -136,13 +137,13 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             memory and time and may change the last of the k selected ids.
         compile: run MLPs, experts, projections and norms through torch.compile, which fuses the
             operations between matrix products. A step of one sequence with a `FastCache` runs as
-            three compiled functions a layer, which skip hooks that are added to its submodules
-            later. The first calls are slow, because they compile.
+            three compiled functions a layer. A change of a layer afterwards is refused. The first
+            calls are slow, because they compile.
 
     Raises:
         ValueError: unknown family, a model that is accelerated already or under a pattern, one
-            without latent queries or with weights of an indexer that are not finite, an unknown
-            index_dtype.
+            without latent queries, with a part that does more than can be honoured or with weights
+            of an indexer that are not finite, an unknown index_dtype.
     """
     module = module_of(model)
     family = family_of(module)
