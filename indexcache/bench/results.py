@@ -13,7 +13,8 @@ from indexcache.bench.floors import INDEX_PARTS
 from indexcache.pattern import Pattern
 from indexcache.records import number_of, read_json
 from indexcache.report.plots import draw_share, draw_speedups
-from indexcache.report.speed import parts_table, speed_table
+from indexcache.report.speed import format_length, parts_table, speed_table
+from indexcache.vacuity import choosing_size
 
 GAINS, SHARE = "speedup.png", "indexer_share.png"  # the pictures of a bench
 FILL = "fill"  # This batch means as many requests as fit.
@@ -101,6 +102,7 @@ class BenchResult:
         measured = not self.ceilings.get("memory")
         source = "measured here" if measured else f"of an {self.ceilings['name']}"
         note = f"Floors: rates {source}. Parts are timed in a pass of their own. {self.note}"
+        note += "".join(f"\n{sentence}" for sentence in self._same_as_full())
         if self.published:
             note += f"\nPublished: {self.published['source']}"
         return "\n\n".join(
@@ -112,6 +114,23 @@ class BenchResult:
                 note,
             ]
         )
+
+    def _same_as_full(self) -> list[str]:
+        """Say at which contexts the roles of a row select what full layers select."""
+        topk = int(self.shape.get("topk") or 0)
+        same: dict[str, list[int]] = {}
+        for row in self.rows:
+            pattern = Pattern.of(row["pattern"])
+            size = choosing_size([pattern], topk)
+            if size is not None and row["context"] <= size:
+                same.setdefault(f"{row.get('name', pattern)} ({size} tokens)", []).append(
+                    row["context"]
+                )
+        return [
+            f"At {' and '.join(map(format_length, sorted(set(contexts))))} the layers of {what} "
+            "choose from all there is and select what full layers select."
+            for what, contexts in same.items()
+        ]
 
     def draw(self, folder: Path) -> tuple[Path, Path]:
         """Write speedup.png and indexer_share.png into the folder, and return their paths.

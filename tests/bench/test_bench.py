@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from indexcache.bench import run as bench_module
 from indexcache.bench.floors import PARTS
-from indexcache.bench.results import published_figures
+from indexcache.bench.results import BenchResult, published_figures
 from indexcache.bench.run import Grid, run_bench
 from indexcache.bench.subject import open_subject
 from indexcache.cli import main
@@ -24,6 +25,7 @@ from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FLASH = shape_of("glm-4.7-flash-dsa")
 KEYS = {"context", "full", "layers", "ttft_s", "decode_tok_s", "peak_gb", "parts_ms", "floor_ms"}
 RUN = [
@@ -358,3 +360,26 @@ def test_bad_input_gets_one_sentence(tmp_path, capsys, monkeypatch):
 def _written(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_rows_whose_roles_choose_from_all_there_is_are_named():
+    """Such a row is timed rightly, but it says nothing of what its pattern saves or costs."""
+    result = BenchResult.read(RESULTS / "glm-4.7-flash-dsa_h200_one_request.json")
+    assert "choose from all" not in result.report()
+    first = result.rows[0] | {"context": 10_000}
+    roles = "F" + "R" * (first["layers"] - 1)
+    rows = [
+        first | {"name": name, "pattern": pattern, "context": context}
+        for name, pattern, context in (
+            ("R", f"{roles}@8", 10_000),
+            ("R", f"{roles}@8", 16_384),
+            ("R", f"{roles}@8", 16_385),
+            ("R4", f"{roles}@4", 10_000),
+            ("S", roles.replace("R", "S"), 2_000),
+            ("full", roles.replace("R", "F"), 2_000),
+        )
+    ]
+    said = [x for x in replace(result, rows=rows).report().splitlines() if "choose from all" in x]
+    assert len(said) == 2
+    assert said[0].startswith("At 10K and 16384 the layers of R (16384 tokens) choose from all")
+    assert said[1].startswith("At 2K the layers of S (2048 tokens)")
