@@ -8,6 +8,7 @@ sentence: what, where, what was found, what to do.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -46,6 +47,11 @@ def resolve_config(model: str | Path) -> Path:
     Raises:
         ValueError: there is neither; see `resolve`.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"Expected the path of a checkpoint, got {type(model).__name__}; save the model first "
+            "(save_pretrained), and give its folder."
+        )
     path = Path(model)
     return path if path.is_file() else resolve(model)
 

@@ -72,8 +72,9 @@ def check_model(
 
     Raises:
         ValueError: an unknown family; no latent queries; a pattern of another length, or with F or
-            R on a layer that has no indexer; a model under a pattern or on the fast path; another
-            number of layer weights; rows that are too short for k or longer than the context.
+            R on a layer that has no indexer; a model under a pattern or on the fast path, or with
+            adapters; another number of layer weights; rows that are too short for k or longer than
+            the context.
     """
     family_of(model)
     attentions = [layer.self_attn for layer in decoder_layers(model)]
@@ -81,6 +82,11 @@ def check_model(
     check_latent_queries(model, "Distillation")
     if in_force(model) or any("forward" in attention.__dict__ for attention in attentions):
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ValueError(
+            "Distillation trains and saves weights by their names in the checkpoint, and this "
+            "model has adapters: merge them first (merge_and_unload)."
+        )
     if weights is not None and len(weights) != len(pattern):
         raise ValueError(f"There are {len(weights)} layer weights for {len(pattern)} layers.")
     if weights is not None and "S" not in pattern.roles:

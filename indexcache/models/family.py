@@ -123,9 +123,10 @@ def family_of(model: Any) -> Family:
     Raises:
         ValueError: the package knows no family of its model_type.
     """
-    if isinstance(model, nn.Module) or isinstance(getattr(model, "module", None), nn.Module):
+    carried = isinstance(getattr(model, "module", model), nn.Module)
+    if carried or not hasattr(model, "model_type"):
         model = unwrapped(model).config
-    return family_named(getattr(model, "model_type", None))
+    return family_named(model.model_type)
 
 
 def module_of(model: AnyModel) -> DsaModule:

@@ -31,22 +31,23 @@ COPIED = (
 
 def route(model: AnyModel, state: ModelState) -> None:
     """Put the router in place, over everything else that has replaced these forwards."""
-    decoder = decoder_of(model)
-    modules = [m for m in indexers(model) if m is not None]
+    decoder, found = decoder_of(model), indexers(model)
+    modules = [m for m in found if m is not None]
     if state.router and all(state.router.holds(m) for m in (decoder, *modules)):
         return
     state.router.undo()
-    state.router.wrap(decoder, partial(_decoder, state))
+    state.router.wrap(decoder, partial(_decoder, state, found))
     keep_clean(decoder).note = lambda: COPIED if state.patterns else None
-    for layer, indexer in enumerate(indexers(model)):
+    for layer, indexer in enumerate(found):
         if indexer is not None:  # Else it is natively shared: stock passes ids on, as S does.
             state.router.wrap(indexer, partial(_indexer, state, layer, indexer))
 
 
-def _decoder(state: ModelState, node: Replaced) -> Callable[..., Any]:
-    """Make the forward of the decoder."""
+def _decoder(state: ModelState, routed: list[Any], node: Replaced) -> Callable[..., Any]:
+    """Make the forward of the decoder, whose layers have these indexers."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        _check_indexers(node.module(), routed)
         return run_decoder(state, node, args, kwargs)
 
     return forward
@@ -75,6 +76,17 @@ def run_decoder(state: ModelState, node: Replaced, args: Any, kwargs: dict[str, 
 
 
 _RUN_DECODER = run_decoder.__code__
+
+
+@torch.compiler.disable(reason=NOT_TRACED)
+def _check_indexers(decoder: Any, routed: list[Any]) -> None:
+    """Refuse a model whose indexers were replaced meanwhile: their calls would not come here."""
+    for i, (now, before) in enumerate(zip(indexers(decoder), routed, strict=False)):
+        if now is not before:
+            raise ValueError(
+                f"The indexer of layer {i} was replaced while a pattern is open on this model "
+                "(adapters do that); enter use_pattern after such changes."
+            )
 
 
 @torch.compiler.disable(reason=NOT_TRACED)

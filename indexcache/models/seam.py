@@ -24,7 +24,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from indexcache.models.family import AnyModel, family_of, indexers, missing_indexers
+from indexcache.models.family import AnyModel, decoder_of, family_of, indexers, missing_indexers
 from indexcache.models.guard import guard, refuse_lacking
 from indexcache.models.passes import Pass, running
 from indexcache.models.patch import LOCK, Patches, state_of
@@ -210,7 +210,7 @@ def check_pattern(model: AnyModel, pattern: Pattern | str) -> Pattern:
     Raises:
         ValueError: unknown family, wrong length, F or R on a layer without indexer weights.
     """
-    family_of(model)  # It refuses an unknown family.
+    family_of(decoder_of(model))  # It refuses an unknown family.
     layers = len(indexers(model))
     return Pattern.of(pattern).check(layers=layers, without_indexer=missing_indexers(model))
 
