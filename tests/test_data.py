@@ -536,3 +536,20 @@ def test_digest_changes_with_any_change():
         digest = digest_of(other)
         assert digest not in seen
         seen.add(digest)
+
+
+def test_by_default_every_domain_has_as_many_sequences_as_a_verdict_needs():
+    from indexcache.data.batches import OF_A_DOMAIN
+    from indexcache.evals.statistics import LEAST_DOCUMENTS
+
+    assert OF_A_DOMAIN == LEAST_DOCUMENTS
+    sizes = {"a": [16] * 50, "b": [16] * 36, "c": [40, 16, 9, 9]}
+    batches = make_batches(corpus(sizes), length=16, sequences=None, batch=100)
+    assert [b.domain for b in batches] == ["a", "b", "c"]
+    assert [len(b.units) for b in batches] == [36, 36, 3]  # A document gives one sequence,
+    assert [len(set(b.units)) for b in batches] == [36, 36, 3]  # and two short ones give one.
+    refused(
+        lambda: make_batches(corpus({"a": [16], "b": [3]}), length=16, sequences=None),
+        "'b'",
+        "0 sequences",
+    )

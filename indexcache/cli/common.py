@@ -68,7 +68,7 @@ class TextSettings:
     length: int | None = None
     """Number of tokens of a sequence. The default is 4 k, or 4 pools with R layers, at least 1024,
     and at most the model's context."""
-    sequences: int = 9
+    sequences: int | None = 9
     "Number of sequences, spread over the domains."
     batch: int = 1
     "Number of sequences that go through the model at once."
@@ -81,14 +81,17 @@ class HeldOutText(TextSettings):
     """Which text becomes which batches, for an evaluation."""
 
     split: Split = "heldout"
-    sequences: int = 24
+    sequences: int | None = None
+    """Number of sequences, spread over the domains. The default is one of each document, 36 of a
+    domain at most, which is the least number for a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapText(HeldOutText):
     """Which text becomes which batches, for a measurement of the overlap."""
 
-    sequences: int = 6
+    sequences: int | None = 6
+    "Number of sequences, spread over the domains."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +254,7 @@ def open_text(model: str, text: TextSettings, patterns: Sequence[Pattern] = ()) 
     length = batches[0].ids.shape[1]
     domains = ", ".join(sorted({b.domain for b in batches}))
     print(
-        f"{text.sequences} sequences of {length} tokens ({domains}); "
+        f"{sum(len(b.units) for b in batches)} sequences of {length} tokens ({domains}); "
         f"{sentence({size: share_of(batches, size) for size in sizes})}",
         file=sys.stderr,
     )

@@ -18,6 +18,9 @@ from indexcache.pattern import Pattern
 from indexcache.vacuity import check_length
 
 SHIPPED = ("calibration", "heldout")  # names of the two shipped texts
+OF_A_DOMAIN = 36
+"""Number of sequences of a domain where none is given: the least number of documents for a verdict
+(`indexcache.evals.statistics`)."""
 
 
 def batches(
@@ -27,7 +30,7 @@ def batches(
     *,
     split: str | None = None,
     length: int | None = None,
-    sequences: int = 24,
+    sequences: int | None = None,
     batch: int = 1,
     seed: int = 0,
     patterns: Iterable[Pattern | str] = (),
@@ -93,7 +96,12 @@ def text_for(model: str, source: str | Path | None, split: str) -> tuple[Path, s
 
 
 def make_batches(
-    documents: Sequence[Document], *, length: int, sequences: int, batch: int = 1, seed: int = 0
+    documents: Sequence[Document],
+    *,
+    length: int,
+    sequences: int | None,
+    batch: int = 1,
+    seed: int = 0,
 ) -> list[Batch]:
     """Cut documents into `sequences` sequences of `length` tokens, in batches of one domain each.
 
@@ -102,6 +110,7 @@ def make_batches(
     until the sequence is full.
 
     Args:
+        sequences: their number; None is one of each document, OF_A_DOMAIN of a domain at most.
         batch: max number of sequences per batch.
         seed: random seed of the order in which documents are taken.
 
@@ -116,7 +125,7 @@ def _batches(
     read: Callable[[Sequence[Any]], list[Document]],
     *,
     length: int,
-    sequences: int,
+    sequences: int | None,
     batch: int,
     seed: int,
 ) -> list[Batch]:
@@ -126,7 +135,7 @@ def _batches(
     """
     for name, value, minimum in (
         ("length", length, 1),
-        ("sequences", sequences, 1),
+        ("sequences", OF_A_DOMAIN if sequences is None else sequences, 1),
         ("batch", batch, 1),
         ("seed", seed, 0),
     ):
@@ -135,7 +144,7 @@ def _batches(
     domains = sorted({d.domain for d in documents})
     if not domains:
         raise ValueError("There is no document to make sequences from.")
-    if sequences < len(domains):
+    if sequences is not None and sequences < len(domains):
         raise ValueError(
             f"{sequences} sequences cannot cover {len(domains)} domains ({', '.join(domains)}); "
             "ask for more."
@@ -144,10 +153,14 @@ def _batches(
 
     result = []
     for i, domain in enumerate(domains):
-        count = sequences // len(domains) + (i < sequences % len(domains))
+        count = OF_A_DOMAIN
+        if sequences is not None:
+            count = sequences // len(domains) + (i < sequences % len(domains))
         rng = np.random.default_rng([seed, *domain.encode()])
         own = [d for d in documents if d.domain == domain]
         windows = _windows([own[i] for i in rng.permutation(len(own))], read, length, count)
+        if sequences is None and windows:
+            count = min(count, sum(w.order[0] == 0 for w in windows))
         if len(windows) < count:
             raise ValueError(
                 f"The domain {domain!r} has text for {len(windows)} sequences of {length} tokens, "

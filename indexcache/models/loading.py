@@ -96,7 +96,7 @@ class Model:
         *,
         split: str | None = None,
         length: int | None = None,
-        sequences: int = 24,
+        sequences: int | None = None,
         batch: int = 1,
         seed: int = 0,
         patterns: Iterable[Pattern | str] = (),
@@ -109,7 +109,8 @@ class Model:
             split: the documents to take: "calibration", "heldout" or "all", which is the default.
             length: tokens of a sequence. The default is 4 k, or 4 pools if one of the patterns has
                 R layers, at least 1024, and at most the model's context.
-            sequences: number of sequences in all batches together.
+            sequences: number of sequences in all batches together; the default is one
+                of each document, 36 of a domain at most, the least for a verdict.
             batch: max number of sequences in a batch.
             seed: random seed for the order in which documents are taken.
             patterns: what is to be measured on the batches.

@@ -94,7 +94,7 @@ class Reader:
         *,
         split: str | None = None,
         length: int | None = None,
-        sequences: int = 24,
+        sequences: int | None = None,
         batch: int = 1,
         seed: int = 0,
         patterns: Iterable[Pattern | str] = (),
