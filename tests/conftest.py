@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("INDEXCACHE_CACHE", "off")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Every worker has a core of its own, and so have the processes that its tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
