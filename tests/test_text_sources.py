@@ -350,6 +350,15 @@ def test_the_cache_holds_what_the_tokenizer_gave(tmp_path, monkeypatch):
     assert read("a") == expected and len(calls) == 3
     with TokenCache.open("a") as cache:
         assert cache.ids("x" * 5000, lambda: np.array([1])).tolist() == [1]
+    monkeypatch.setenv("INDEXCACHE_CACHE", str(tmp_path / "shared"))
+    text = ["x" * 5000, "y" * 5000]
+    with TokenCache.open("a") as one, TokenCache.open("a") as two:
+        assert one.ids(text[0], lambda: np.array([1])).tolist() == [1]
+        assert two.ids(text[1], lambda: np.array([2])).tolist() == [2]
+        one._write()
+        two._write()
+        for cache in (one, two):
+            assert [cache.ids(t, lambda: np.array([3])).tolist() for t in text] == [[1], [2]]
     for off in ("off", "", "0"):
         monkeypatch.setenv("INDEXCACHE_CACHE", off)
         assert cache_folder() is None

@@ -22,6 +22,7 @@ from indexcache.cli.common import (
     unknown_origins,
 )
 from indexcache.cli.results import claim_folder, deliver
+from indexcache.seen import Seen
 
 
 def evaluate(
@@ -100,6 +101,11 @@ def evaluate(
     if gate is not None:
         found["gate"] = gate.to_json()
         lines += ["", gate.table()]
+    seen = Seen()
+    for one in measured:
+        seen |= one.pattern.seen
+    if seen:  # evidence.json names a pattern too, so what chose it goes along.
+        found["calibration"] = seen.to_json()
     files = {folder / "evidence.json": found} if folder else None
     deliver("\n".join(lines), found, output, files)
     return int(gate is not None and not gate.passed)

@@ -127,7 +127,7 @@ def _connect(path: Path) -> sqlite3.Connection | None:
     """Open the file, and begin a new one where the old one is damaged; None if that fails."""
     for attempt in range(2):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             database = sqlite3.connect(path, timeout=WAIT)
             try:
                 database.execute(

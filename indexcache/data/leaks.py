@@ -120,11 +120,12 @@ def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:
         )
     close = near_copies(batches, seen)
     if close:
-        share, unit = close[0]
+        named = ", ".join(f"{share:.0%} of {unit:.200}" for share, unit in close[:5])
+        more = f" and {len(close) - 5} more" if len(close) > 5 else ""
         raise ValueError(
             f"{len(close)} of the held-out sequences share long passages with the calibration "
-            f"text of the search ({share:.0%} of the passages of {unit:.200}), so this would not "
-            "be evidence; take such near copies out, or give other text."
+            f"text of the search ({named}{more}), so this would not be evidence; take such near "
+            "copies out, or give other text."
         )
 
 

@@ -13,7 +13,7 @@ from indexcache.data.documents import ids_digest, text_digest
 ALL = "all"  # In results, this name stands for all domains together.
 IDS_FIELDS = ("ids", "input_ids")
 TEXT_FIELDS = ("text", "content")
-CHAT_FIELDS = ("messages", "conversations")
+CHAT_FIELDS = ("messages", "conversations", "conversation")
 FIELDS = (*IDS_FIELDS, *TEXT_FIELDS, *CHAT_FIELDS)
 SPEAKERS = {
     "human": "user",

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 from indexcache.cli import main
+from indexcache.data import make_batches
+from indexcache.evals.evaluate import evaluate
 from indexcache.pattern import Pattern
+from indexcache.searching.run import search
+from indexcache.searching.settings import SearchSettings
+from tests.support import documents
 
 COMMON = "--length 64 --sequences 4"
 WORDS = (
@@ -99,6 +104,17 @@ def test_an_exported_checkpoint_knows_its_text(checkpoint, searched, tmp_path, c
     leaks(capsys, tmp_path / "moved", native, searched / "calibration.jsonl")
 
 
+def test_the_library_refuses_too(glm, tmp_path):
+    batches = make_batches(documents(4), length=64, sequences=4)
+    result = search(glm, batches, tmp_path / "run", SearchSettings(keep=0.8, uniform=False))
+    other = make_batches(documents(8)[4:], length=64, sequences=4)
+    for pattern in (result.pattern, result.pattern.with_rest("R", 2)):
+        with pytest.raises(ValueError, match="4 of the held-out documents were calibration text"):
+            evaluate(glm, pattern, batches)
+        evaluate(glm, pattern, other)
+    evaluate(glm, str(result.pattern), batches)  # A literal carries nothing.
+
+
 def windows(text: str) -> str:
     return text.replace("\n", "\r\n")
 
@@ -151,8 +167,11 @@ def test_other_text_is_no_leak(checkpoint, searched, tmp_path, capsys):
     text = jsonl(tmp_path / "other.jsonl", *(header + prose(i) for i in range(50, 54)))
     for pattern in (searched / "run", searched / "out" / "vllm.json"):
         command = f"evaluate {checkpoint} --pattern {pattern} --data {text} --split all {COMMON}"
+        command += f" --out {tmp_path / 'evidence'}"
         assert run(command) == 0
         assert "not known what text" not in capsys.readouterr().err
+        evidence = tmp_path / "evidence" / "evidence.json"
+        leaks(capsys, checkpoint, evidence, searched / "calibration.jsonl")
 
 
 def test_literals_cannot_carry(checkpoint, tmp_path, capsys):
