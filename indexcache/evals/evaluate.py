@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.seen import Seen
 from indexcache.vacuity import check_batches, choosing_size, pool_of
-
-log = logging.getLogger(__name__)
 
 BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond")
@@ -130,6 +127,11 @@ class Evidence:
         return next((row.loss - row.delta_loss for row in self.overall), math.nan)
 
     @property
+    def blindness(self) -> str | None:
+        """The sentence that the baseline is no better than a blind guess; None where it is."""
+        return blindness(self.baseline_loss, self.blind_loss)
+
+    @property
     def overall(self) -> tuple[Measurement, ...]:
         """Every pattern on all domains together."""
         return tuple(row for row in self.rows if row.where == ALL)
@@ -139,7 +141,8 @@ class Evidence:
 
         A dash stands where no query sees more than the roles choose from, so nothing can differ.
 
-        Where documents are too few for an interval, the last line says so.
+        Where documents are too few for an interval, or the baseline is no better than a blind
+        guess, the last lines say so.
 
         Args:
             baseline: what the heads of the tables call the baseline.
@@ -154,6 +157,8 @@ class Evidence:
         if few:
             places = ", ".join(f"{where} ({count})" for where, count in few.items())
             parts.append(f"No interval and no verdict for {places}: {TOO_FEW}.")
+        if self.blindness:
+            parts.append(self.blindness)
         return "\n\n".join(parts)
 
     def _overall_table(self, baseline: str) -> str:
@@ -250,7 +255,7 @@ def evaluate(
             (`vacuity.check_batches`), a pattern the model cannot take, or weights, indexer scores
             or a loss that are not finite.
 
-    A baseline that is no better than a blind guess is logged as a warning.
+    The table says where the baseline is no better than a blind guess.
     """
     named = _named(patterns)
     module = module_of(model)
@@ -297,10 +302,7 @@ def evaluate(
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
-    evidence = Evidence(rows, positions, base, conditions.path, conditions, blind_loss(module))
-    if note := blindness(evidence.baseline_loss, evidence.blind_loss):
-        log.warning("%s", note)
-    return evidence
+    return Evidence(rows, positions, base, conditions.path, conditions, blind_loss(module))
 
 
 def _named(

@@ -24,7 +24,6 @@ from indexcache.evals.statistics import (
     per_document,
     upper_end,
 )
-from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
 
@@ -208,9 +207,8 @@ def judge(evidence: Evidence, most: float, *, allow_blind: bool = False) -> Gate
             _refuse_same(row.name, f"computes what the baseline does at every token of {where}")
     if not rows:
         raise ValueError("Nothing was measured, so there is nothing for the gate to judge.")
-    note = blindness(evidence.baseline_loss, evidence.blind_loss)
-    if note is not None and not allow_blind:
-        raise ValueError(f"{note} The gate does not judge it (allow_blind).")
+    if evidence.blindness and not allow_blind:
+        raise ValueError(f"{evidence.blindness} The gate judges it only if told to (allow_blind).")
     return Gate(most, tuple(v for own in rows.values() for v in _judge_pattern(own, most)))
 
 

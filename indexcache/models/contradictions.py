@@ -55,9 +55,7 @@ def _contradictions(config: Mapping[str, Any], family: Family) -> list[tuple[str
     found: list[tuple[str, Any, str, str]] = []
     interleaved = config.get("indexer_rope_interleave")
     if interleaved is not None and bool(interleaved) != family.interleaved:
-        meaning = (
-            "neighbouring dims" if family.interleaved else "dims half of the rotary dims apart"
-        )
+        meaning = "neighbouring dims" if family.interleaved else "dims of the two halves"
         expected = str(family.interleaved).lower()
         text = f"its indexer rotates {meaning} together"
         found.append(("indexer_rope_interleave", interleaved, expected, text))
