@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -98,8 +100,15 @@ def test_checkpointed_gradients_are_those_without(four, texts, pattern, reentran
             loss_of(four, texts[1])
             loss.backward()
 
+    def in_another_thread():  # As autograd does on a GPU.
+        with use_pattern(four, pattern):
+            loss = loss_of(four, texts[0])
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+
     with checkpointing(four, reentrant):
-        for backward in (inside, after, within_another):
+        for backward in (inside, after, within_another, in_another_thread):
             assert same(gradients(four, backward), expected), backward.__name__
     gc.collect()
     assert all("forward" not in m.__dict__ for m in (four.model, *indexers(four)))
@@ -286,3 +295,19 @@ def test_an_unknown_recomputation_is_refused(four, texts):
         y.register_hook(hook)
         y.sum().backward()
     assert len(errors) == 2 and all("backward pass" in e for e in errors)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_of_the_packaged_model(tiny, reentrant):
+    model = copy.deepcopy(tiny.module)
+    text = torch.randint(0, 512, (1, 96), generator=torch.Generator().manual_seed(4))
+    pattern = "FSRSSFRSSSFS@2"
+    expected = plain(model, pattern, text)
+
+    def backward():
+        with use_pattern(model, pattern):
+            loss = loss_of(model, text)
+        loss.backward()
+
+    with checkpointing(model, reentrant):
+        assert same(gradients(model, backward), expected)

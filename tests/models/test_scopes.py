@@ -60,9 +60,15 @@ def in_threads(count, work):
 def test_threads_with_patterns_of_their_own(four, text, count, fast):
     with accelerate(four, index_dtype="fp8") if fast else contextlib.nullcontext():
         expected = [under(four, pattern, text) for pattern in FOUR]
+        entered = threading.Barrier(count)
 
         def work(i):
-            return [torch.equal(under(four, FOUR[i], text), expected[i]) for _ in range(4)]
+            right = []
+            for _ in range(3):
+                with use_pattern(four, FOUR[i]):
+                    entered.wait(60)  # All patterns are open now.
+                    right += [torch.equal(logits(four, text), expected[i]) for _ in range(2)]
+            return right
 
         assert all(all(results) for results in in_threads(count, work))
     assert clean(four)
@@ -285,3 +291,15 @@ def test_forwards_of_other_libraries_stay(four, text):
         layer.__dict__.pop("__getstate__", None)
     assert torch.equal(logits(four, text), stock)
     assert torch.equal(under(four, "FRSF@2", text), wrapped)
+
+
+def test_a_model_that_is_distilled_in_another_thread(four, text):
+    from indexcache.distilling.forward import DistillForward, attention_replaced
+    from indexcache.distilling.indexers import trainable_indexers
+
+    forward = DistillForward(
+        four, Pattern("FSSF"), trainable_indexers(four, Pattern("FSSF")), sparse=False
+    )
+    with attention_replaced(four, forward):
+        refused(lambda: in_threads(1, lambda _: logits(four, text)), "distilled in another thread")
+    assert clean(four)
