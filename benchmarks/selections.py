@@ -5,7 +5,8 @@
 In text, neighbouring queries share many ids, and the cost of attention depends on how many. This
 runs the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the
 last 1,024 queries. There k is at least 1.6 % of the keys, as 2,048 is of 131,072. It writes int16
-tensors to a safetensors file: `topk.LAYER` [1024, 32] and `pool.LAYER` [1024, 256].
+tensors to a safetensors file and packs that by xz (FILE.xz): `topk.LAYER` [1024, 32] and
+`pool.LAYER` [1024, 256].
 
 `tile` makes ids for long contexts from them: it copies the text, and each id appears in every copy.
 """
@@ -13,14 +14,16 @@ tensors to a safetensors file: `topk.LAYER` [1024, 32] and `pool.LAYER` [1024, 2
 from __future__ import annotations
 
 import argparse
+import lzma
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from indexcache.bench.recorded import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "data" / "tiny_selections.safetensors"
@@ -57,8 +60,7 @@ def tile(ids_SK: Tensor, k: int, keys: int, queries: int) -> Tensor:
 
 def load(name: str) -> Tensor:
     """Read a recorded tensor, `topk.LAYER` or `pool.LAYER`."""
-    with safe_open(FILE, "pt") as file:
-        return file.get_tensor(name)
+    return read_tensors(FILE)[name]
 
 
 def record() -> dict[str, Tensor]:
@@ -100,7 +102,7 @@ def main() -> None:
     out = parser.parse_args().out
     recorded = record()
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(recorded, out)
+    out.with_name(f"{out.name}.xz").write_bytes(lzma.compress(save(recorded)))
     for name, ids in recorded.items():
         sizes = " ".join(f"{union(ids, group):.2f}" for group in (2, 3, 4, 8))
         print(f"{name} {tuple(ids.shape)} union of 2, 3, 4, 8: {sizes}")

@@ -6,6 +6,7 @@ share too few.
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ def read_selections(word: str) -> tuple[Tensor, ...]:
     """Read recorded ids, and pools if they are named, from a safetensors file.
 
     Args:
-        word: "FILE:NAME" or "FILE:NAME,POOL", the names of the file's tensors.
+        word: "FILE:NAME" or "FILE:NAME,POOL", the names of the file's tensors. Where only FILE.xz
+            is there, it is unpacked in memory.
 
     Returns:
         int32 [R, K] tensors whose row r holds ascending ids of at most R + r.
@@ -36,22 +38,38 @@ def read_selections(word: str) -> tuple[Tensor, ...]:
             "--selections takes FILE:NAME[,POOL], one or two tensors of a safetensors file, not "
             f"{word!r}."
         )
-    if not Path(file).is_file():
+    if not Path(file).is_file() and not _packed(Path(file)).is_file():
         raise ValueError(f"There is no file {file} (--selections FILE:NAME).")
-    return tuple(_read(Path(file), name) for name in names.split(","))
+    tensors = read_tensors(Path(file))
+    return tuple(_selection(Path(file), tensors, name) for name in names.split(","))
 
 
-def _read(path: Path, name: str) -> Tensor:
-    from safetensors import SafetensorError, safe_open
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, or of the same file packed by xz.
 
+    Raises:
+        ValueError: it is not one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    packed = _packed(path)
     try:
-        with safe_open(path, "pt") as tensors:
-            names = sorted(tensors.keys())
-            if name not in names:
-                raise ValueError(f"{path}: has no tensor {name!r}, it has {', '.join(names)}.")
-            ids = tensors.get_tensor(name)
-    except SafetensorError as error:
+        if path.is_file():
+            return load(path.read_bytes())
+        return load(lzma.decompress(packed.read_bytes()))
+    except (SafetensorError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: is no safetensors file ({error}).") from None
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xz")
+
+
+def _selection(path: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"{path}: has no tensor {name!r}, it has {', '.join(sorted(tensors))}.")
+    ids = tensors[name]
     if not _are_selections(ids):
         raise ValueError(
             f"{path}: {name} holds no selections: whole numbers [rows, k], ascending, in row r up "
