@@ -58,7 +58,7 @@ def evaluate(
     two agree on the next token.
     """
     from indexcache.evals.evaluate import evaluate as run_evaluation
-    from indexcache.evals.gate import check_gate, check_margin, judge
+    from indexcache.evals.gate import check_gate, check_margin, few_documents, judge
     from indexcache.models.loading import describe
 
     if most is not None:
@@ -82,6 +82,13 @@ def evaluate(
     if most is not None:
         longest = max(int(batch.own_context.max()) for batch in batches)
         check_gate(most, named, base_pattern, topk=topk, longest=longest)
+        if few := few_documents(batches):
+            print(
+                "indexcache: note: the gate will be inconclusive: too few documents in "
+                f"{', '.join(f'{domain} ({count})' for domain, count in few.items())}; give more "
+                "text, or more --sequences.",
+                file=sys.stderr,
+            )
     result = run_evaluation(
         loaded,
         named,

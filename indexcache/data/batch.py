@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         ids: token ids, int64 [B, T].
         domain: the domain of all of them.
-        units: per sequence, the document(s) it is cut from; a bootstrap over documents resamples
+        units: per sequence, the document(s) it is cut from; an interval over documents counts
             these.
         digests: the digests of the token ids of all documents in the batch.
         own_context: for each token, the number of tokens of its own document in the sequence up to

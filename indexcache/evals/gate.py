@@ -8,13 +8,13 @@ verdict, and no verdict is no pass. What no pattern could fail is no gate: it is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from indexcache.data import ALL
+from indexcache.data import ALL, Batch
 from indexcache.evals.evaluate import Evidence, Measurement
 from indexcache.evals.statistics import (
     LEAST_DOCUMENTS,
@@ -63,10 +63,12 @@ class Gate:
     Attributes:
         most: the margin in nats per token.
         verdicts: for every pattern, on all domains and on each.
+        note: why the margin says little, if it does.
     """
 
     most: float
     verdicts: tuple[Verdict, ...]
+    note: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -74,7 +76,7 @@ class Gate:
         return all(v.verdict == "safe" for v in self.verdicts)
 
     def table(self) -> str:
-        """Format the verdicts, and the decision as the last line."""
+        """Format the verdicts, then the note if there is one, and the decision as the last line."""
         lines = [
             [
                 v.name,
@@ -87,7 +89,7 @@ class Gate:
             for v in self.verdicts
         ]
         head = [f"gate of {self.most:g} nats", "domain", "verdict", "upper end", "documents", "why"]
-        return f"{table(head, lines)}\n\n{self.sentence()}"
+        return "\n\n".join([table(head, lines), *filter(None, [self.note]), self.sentence()])
 
     def sentence(self) -> str:
         """Say whether the gate is passed, and if not, what is missing."""
@@ -105,6 +107,7 @@ class Gate:
         return {
             "most": self.most,
             "passed": self.passed,
+            "note": self.note,
             "level": LEVEL,
             "least_documents": LEAST_DOCUMENTS,
             "verdicts": [asdict(v) for v in self.verdicts],
@@ -209,7 +212,27 @@ def judge(evidence: Evidence, most: float, *, allow_blind: bool = False) -> Gate
         raise ValueError("Nothing was measured, so there is nothing for the gate to judge.")
     if evidence.blindness and not allow_blind:
         raise ValueError(f"{evidence.blindness} The gate judges it only if told to (allow_blind).")
-    return Gate(most, tuple(v for own in rows.values() for v in _judge_pattern(own, most)))
+    verdicts = tuple(v for own in rows.values() for v in _judge_pattern(own, most))
+    return Gate(most, verdicts, _generous(most, evidence))
+
+
+def _generous(most: float, evidence: Evidence) -> str | None:
+    """Say that a margin would pass a model that guesses blindly, where it would."""
+    room = evidence.blind_loss - evidence.baseline_loss
+    if most < room or room <= 0:  # A baseline that is blind itself is refused or allowed above.
+        return None
+    return (
+        f"This gate decides little: a blind guess among all tokens loses {room:.2f} nats more than "
+        "the baseline and would pass it; give a loss that you would accept, such as 0.01."
+    )
+
+
+def few_documents(batches: Iterable[Batch]) -> dict[str, int]:
+    """Return the number of documents of each domain that has too few of them for a verdict."""
+    units: dict[str, set[str]] = {}
+    for batch in batches:
+        units.setdefault(batch.domain, set()).update(batch.units)
+    return {d: len(names) for d, names in sorted(units.items()) if len(names) < LEAST_DOCUMENTS}
 
 
 def _judge_pattern(rows: list[Measurement], most: float) -> list[Verdict]:

@@ -63,7 +63,10 @@ def test_enough_documents_decide(checkpoint, text, tmp_path, capsys, most, code,
 def test_few_documents_are_inconclusive(checkpoint, text, capsys, sequences):
     """Of 40 documents each domain has 20: all of the text is safe, and the domains are unknown."""
     assert run(checkpoint, text, "--pattern FSSFSS --most 100", sequences) == 1
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    count = sequences // 2
+    assert f"the gate will be inconclusive: too few documents in a ({count}), b" in captured.err
     assert "inconclusive: FSSFSS on " in printed
     assert "fewer than 36 documents" in printed
     assert "No interval and no verdict for" in printed

@@ -11,7 +11,7 @@ import pytest
 from indexcache import Pattern, evaluate
 from indexcache.data import make_batches
 from indexcache.evals.evaluate import Evidence, Measurement
-from indexcache.evals.gate import check_gate, check_margin, judge
+from indexcache.evals.gate import check_gate, check_margin, few_documents, judge
 from indexcache.evals.statistics import per_document, upper_end
 from tests.support import documents, refused
 
@@ -189,3 +189,24 @@ def test_judge_reads_what_evaluate_measured(glm):
     assert [gate.verdicts[0].verdict for gate in gates] == ["safe", "inconclusive"]
     refused(lambda: judge(measured, 1.0), "no better than a blind guess", "4.85", "allow_blind")
     refused(lambda: judge(evaluate(glm, ["FSSSSS", "FFFFFF"], batches), 1.0), "is the baseline")
+
+
+def test_a_margin_that_a_blind_guess_would_pass_is_named():
+    some = replace(evidence(SAFE), blind_loss=8.3)  # The baseline loses 3 nats.
+    room = 8.3 - some.baseline_loss
+    for most, named in ((room - 0.01, False), (room, True), (100.0, True)):
+        gate = judge(some, most)
+        assert gate.passed
+        assert ("blind guess" in gate.table()) == (gate.note is not None) == named
+        assert gate.to_json()["note"] == gate.note
+
+
+def test_domains_of_few_documents_are_counted():
+    """Two sequences of one document are one document."""
+    batches = make_batches(documents(76, 70) + documents(2, 700), length=64, sequences=96)
+    units = {d: {u for b in batches if b.domain == d for u in b.units} for d in ("d0", "d1")}
+    assert len(units["d0"]) == 38
+    assert few_documents(batches) == {}
+    few = make_batches(documents(4, 700), length=64, sequences=36)
+    assert sum(len(b.units) for b in few) == 36
+    assert few_documents(few) == {"d0": 2, "d1": 2}
