@@ -143,6 +143,19 @@ def check_possible(topk: int, context: int, patterns: Iterable[Pattern] = ()) ->
             )
 
 
+def lengths_needed(topk: int, context: int, pool_factor: int = 8) -> str:
+    """Say how long the sequences of a model must be for something to be lost."""
+    try:
+        check_possible(topk, context)
+    except ValueError as error:
+        return str(error)
+    pool = pool_factor * topk
+    least = f"sequences of at least {4 * topk} tokens"
+    if 2 * pool > context:
+        return f"{least}; R layers need a pool of at most {context // 2} tokens"
+    return f"{least}, {2 * pool} for R layers with a pool of {pool_factor} k"
+
+
 def check_context(length: int, topk: int) -> float:
     """Return the share of queries that see more than k tokens, and so have something to select.
 

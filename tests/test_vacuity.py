@@ -16,7 +16,14 @@ from indexcache.distilling.checks import check_run
 from indexcache.distilling.rows import pack_rows
 from indexcache.distilling.settings import DistillSettings
 from indexcache.models.lm import hidden_states
-from indexcache.vacuity import check_batches, check_length, check_pools, default_length, share_of
+from indexcache.vacuity import (
+    check_batches,
+    check_length,
+    check_pools,
+    default_length,
+    lengths_needed,
+    share_of,
+)
 from tests.support import SHAPE, documents, make_model, refused
 
 K = SHAPE["index_topk"]
@@ -76,6 +83,21 @@ def test_default_lengths_have_room_for_the_roles_asked_for():
     assert check_length(None, 2048, 40_000, pooled) == 40_000
     refused(lambda: check_length(None, 2048, 32_000, pooled), "context of 32000", "at most 7")
     refused(lambda: check_length(None, 2048, 8000), "context of 8000", "index_topk = 2048")
+
+
+def test_inspect_says_what_length_text_needs(checkpoint, capsys):
+    assert run(f"inspect {checkpoint}") == 0
+    assert "at least 32 tokens, 128 for R layers with a pool of 8 k" in capsys.readouterr().out
+    assert "too short for its index_topk = 8" in lengths_needed(8, 31)
+    assert lengths_needed(2048, 20_000).endswith("a pool of at most 10000 tokens")
+
+
+def test_python_chooses_the_same_default_lengths(tiny):
+    pooled = "FRRRRRRRRRRR"
+    for patterns, length in (((), 1024), (["FFSSSSSSSFSS"], 1024), ([f"{pooled}@16"], 2048)):
+        batches = tiny.batches(sequences=3, patterns=patterns)
+        assert {b.ids.shape[1] for b in batches} == {length}
+    refused(lambda: tiny.batches(length=511, patterns=[pooled]), "pool of 256")
 
 
 # -- text in which documents are joined ------------------------------------------------------------

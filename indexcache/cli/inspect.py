@@ -22,6 +22,7 @@ def inspect(
     from indexcache.models.loading import describe, describe_config, refusal
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations
+    from indexcache.vacuity import lengths_needed
 
     bare = is_bare_config(model)
     facts = describe_config(model) if bare else describe(model)
@@ -55,6 +56,7 @@ def inspect(
         budgets = {f"1/{n}": evaluations(layers, full_count(layers, 1 / n)) for n in (2, 4, 8)}
         shown["search"] = ", ".join(f"{n} evaluations to keep {b}" for b, n in budgets.items())
         facts["search_evaluations"] = budgets
+    shown["text"] = lengths_needed(facts["index_topk"], facts["max_position_embeddings"])
     width = max(map(len, shown))
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown.items())
     quantization = facts["quantization"]
