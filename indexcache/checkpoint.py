@@ -7,6 +7,7 @@ sentence: what, where, what was found, what to do.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MODELOPT_NAME = "hf_quant_config.json"
 INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj")
+MAX_BYTES_READ = 1 << 30
+"""Weights of at most this many bytes enter the fingerprint completely; larger ones are sampled."""
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 # It is matched from the start of a name, because `mtp.layers.0.self_attn.indexer..` belongs to a
@@ -363,3 +366,27 @@ def layers_without_indexer(folder: str | Path) -> tuple[int, ...]:
         part[0] for name in tensor_names(folder) if (part := indexer_part(name)) is not None
     }
     return tuple(layer for layer in range(layers) if layer not in with_indexer)
+
+
+def fingerprint(path: Path) -> str:
+    """Return a digest, 64 hex digits, that changes with the config or the weights of a checkpoint.
+
+    It covers config.json, and the weights completely if they are at most `MAX_BYTES_READ` together.
+    Larger files are sampled, 64 blocks of 64 KiB of each, because reading all of a large checkpoint
+    takes longer than a step of a search.
+    """
+    h = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
+    files = sorted(path.glob("*.safetensors"))
+    complete = sum(file.stat().st_size for file in files) <= MAX_BYTES_READ
+    for file in files:
+        size = file.stat().st_size
+        h.update(f"{file.name}|{size}|".encode())
+        with open(file, "rb") as f:
+            if complete:
+                while block := f.read(1 << 24):
+                    h.update(block)
+            else:
+                for i in range(64):
+                    f.seek(i * max(size - (1 << 16), 0) // 63)
+                    h.update(f.read(1 << 16))
+    return h.hexdigest()

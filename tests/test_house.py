@@ -26,7 +26,7 @@ LEVELS = (
     {"pattern", "process", "records", "memory", "progress"},
     {"vacuity"},
     {"checkpoint", "data", "ops", "report"},
-    {"shapes", "spec", "engines"},
+    {"shapes", "spec", "engines", "delta"},
     {"models"},
     {"searching", "evals", "exporting", "bench"},
     {"distilling"},

@@ -78,6 +78,7 @@ def open_subject(
     patterns: tuple[Pattern, ...] = (),
     data: str | None = None,
     tokens: int | None = None,
+    delta: str | None = None,
 ) -> Subject:
     """Open and accelerate a model to time.
 
@@ -94,6 +95,7 @@ def open_subject(
         patterns: the patterns to time; the width of recorded selections must fit their pools.
         data: a file or folder of text to prefill with, repeated to the length.
         tokens: number of tokens of the text that are needed; None takes all.
+        delta: the file of trained indexers to put into a checkpoint.
 
     Raises:
         ValueError: as `shape_of`, `read_selections`, `random_model`, `load`, `accelerate` and
@@ -104,6 +106,8 @@ def open_subject(
         raise ValueError(
             "A named shape has no tokenizer, so it is timed with random tokens; leave --data out."
         )
+    if delta is not None and model in SHAPES:
+        raise ValueError("A named shape has random weights, into which no delta belongs.")
     recorded = () if selections is None else read_selections(selections)
     _check_widths(f"{selections}", recorded, shape, patterns)
     text: tuple[int, ...] = ()
@@ -116,8 +120,12 @@ def open_subject(
         if data is not None:
             ids, text_digest = Reader(resolve(model)).tokens(data, shape.vocab, tokens)
             text = tuple(ids.tolist())
-        loaded = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = load(
+            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, delta=delta
+        )
         module, identity = loaded.module, fingerprint(loaded.path)
+        if loaded.delta is not None:
+            identity += f" delta {loaded.delta.digest}"
     on_gpu = torch.device(device).type == "cuda"
     compiled = compile and on_gpu
     accelerate(module, index_dtype=index_dtype, compile=compiled)

@@ -40,6 +40,12 @@ RunFolder = Annotated[
 ]
 
 
+DeltaFile = Annotated[
+    str | None,
+    Parameter(metavar="FILE", help="Trained indexers (delta.safetensors) to put into the model."),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """The settings of a verb's output, and the file that may hold all its settings."""
@@ -107,6 +113,7 @@ class ModelSettings:
     is equal up to rounding."""
     trust_remote_code: bool = False
     "Run Python code that lies in the checkpoint."
+    delta: DeltaFile = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,32 @@ def parse_patterns(facts: dict[str, Any], specs: Iterable[str]) -> tuple[NamedPa
     return patterns
 
 
+def check_delta(
+    facts: dict[str, Any], delta: str | None, patterns: Iterable[NamedPattern] = ()
+) -> Seen:
+    """Check that a delta belongs to a checkpoint, and say which layers of patterns it lacks.
+
+    Returns:
+        The text that it was trained on.
+
+    Raises:
+        ValueError: see `delta.check_delta`.
+    """
+    from indexcache import delta as deltas
+
+    if delta is None:
+        return Seen()
+    trained = deltas.check_delta(delta, facts["path"], facts["num_hidden_layers"])
+    for named in patterns:
+        if missing := deltas.untrained(trained, named.pattern):
+            print(
+                f"indexcache: note: {delta} has no indexer for the layers "
+                f"{', '.join(map(str, missing))} of {named.name}, which keep the checkpoint's.",
+                file=sys.stderr,
+            )
+    return trained.seen
+
+
 def unknown_origins(patterns: Iterable[NamedPattern]) -> list[str]:
     """Say of which patterns it is not known what text chose them, in at most one sentence."""
     names = [p.name for p in patterns if not p.origin_known]
@@ -200,17 +233,21 @@ def open_model(
         ValueError: the text cannot be read or has too little in it; it is text that one of the
             patterns, or the checkpoint, was chosen or trained on; or `load` refuses.
     """
+    from indexcache.data import check_unseen
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import load
+    from indexcache.models.loading import describe, load
 
     if settings.device == "cpu":
         keep_freed_memory()
     batches = open_text(model, text, patterns)
+    if patterns and settings.delta:
+        check_unseen(batches, check_delta(describe(model), settings.delta))
     loaded = load(
         model,
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        delta=settings.delta,
     )
     if settings.fast:
         try:

@@ -14,6 +14,7 @@ from indexcache.cli.common import (
     ModelSettings,
     Output,
     Spec,
+    check_delta,
     check_text,
     native_pattern,
     open_model,
@@ -75,6 +76,7 @@ def evaluate(
         check_gate(most, named, base_pattern, topk=topk, longest=longest)
     measured = (*patterns, *([baseline] if baseline else []))
     check_text(facts, model, text, [p.pattern for p in measured])
+    check_delta(facts, running.delta, patterns)
     folder = claim_folder(out, model)
     loaded, batches = open_model(model, text, running, [p.pattern for p in measured])
     for line in unknown_origins(measured):
@@ -101,6 +103,8 @@ def evaluate(
     gate = None if most is None else judge(result, most, allow_blind=allow_blind)
     base = baseline.name if baseline else "full"
     lines = [result.table(base), "", str(result.conditions)]
+    if running.delta:
+        lines.append(f"The baseline is the checkpoint without {running.delta}.")
     if not baseline and "S" in result.baseline.roles:
         note = "The model has layers without an indexer; 'full' below is what it does by itself: "
         lines = [f"{note}{result.baseline}", "", *lines]

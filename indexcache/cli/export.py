@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from indexcache.cli.common import FLAT, Output, Spec
+from indexcache.cli.common import FLAT, DeltaFile, Output, Spec
 from indexcache.cli.results import deliver, named_folder
 
 Engine = Literal["transformers", "vllm", "sglang"]
@@ -46,6 +46,7 @@ def export(
             "there is one unless --engine names only engines that take flags."
         ),
     ] = None,
+    delta: DeltaFile = None,
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Write the files that engines accept.
@@ -63,7 +64,9 @@ def export(
     config = read_config(path)
     check_model_type(config, path)
     named = parse_pattern(pattern, text_section(config)["num_hidden_layers"])
-    result = write_export(path, named.pattern, out, engines=engine, stages=stages, prune=prune)
+    result = write_export(
+        path, named.pattern, out, engines=engine, stages=stages, prune=prune, delta=delta
+    )
     for warning in result.warnings:
         print(f"indexcache: note: {warning}", file=sys.stderr)
     deliver(result.table(), result.to_json(), output)

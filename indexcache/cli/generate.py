@@ -12,7 +12,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from indexcache.cli.common import FLAT, Checkpoint, Dtype, IndexDtype, Output, Spec, parse_patterns
+from indexcache.cli.common import (
+    FLAT,
+    Checkpoint,
+    DeltaFile,
+    Dtype,
+    IndexDtype,
+    Output,
+    Spec,
+    check_delta,
+    parse_patterns,
+)
 from indexcache.cli.results import deliver, reason, rescue
 from indexcache.process import drop_stdout
 from indexcache.reading import read_text
@@ -39,6 +49,7 @@ class GenerateSettings:
     "Where the model runs, e.g. cpu or cuda:0."
     trust_remote_code: bool = False
     "Run Python code that lies in the checkpoint."
+    delta: DeltaFile = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -71,7 +82,9 @@ def generate(
 
     prompt = _read(Path(prompt_file))
     facts = describe(model)
-    parsed = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    named = parse_patterns(facts, [pattern]) if pattern else ()
+    parsed = named[0].pattern if named else None
+    check_delta(facts, settings.delta, named)
     reader = Reader(Path(facts["path"]))
     ids = reader.encode(prompt)  # Without a tokenizer the model is not loaded.
     loaded = load(
@@ -79,6 +92,7 @@ def generate(
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        delta=settings.delta,
     )
     accelerate(loaded.module, index_dtype=settings.index_dtype)
     tokens: list[int] = []

@@ -14,6 +14,7 @@ from indexcache.cli.common import (
     Output,
     OverlapText,
     Spec,
+    check_delta,
     check_text,
     open_model,
     origin_of,
@@ -44,6 +45,7 @@ def overlap(
     facts = describe(model)
     shown = parse_patterns(facts, [pattern])[0].pattern if pattern else None
     check_text(facts, model, text)
+    check_delta(facts, running.delta)
     claim_folder(out, model)
     check_plots()
     loaded, batches = open_model(model, text, running)

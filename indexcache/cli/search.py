@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from indexcache.cli.common import (
     FLAT,
@@ -12,6 +12,7 @@ from indexcache.cli.common import (
     Output,
     RunFolder,
     TextSettings,
+    check_delta,
     check_text,
     open_model,
     open_text,
@@ -36,6 +37,7 @@ def search(
     Nothing is trained. The run folder holds settings.json, journal.jsonl (one line per evaluation),
     result.json and pattern.json. A killed run goes on with the same command.
     """
+    from indexcache.delta import delta_digest
     from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.models.loading import Model, describe, fingerprint
     from indexcache.searching.run import search as run_search
@@ -45,6 +47,7 @@ def search(
     stages = engine.pipeline_parallel_size if engine.engine else None
     settings.full_layers(facts["num_hidden_layers"], stages)
     check_text(facts, model, text)
+    check_delta(facts, running.delta)
     claim_folder(out, model)
     subject: Model | VllmEngine
     if engine.engine:
@@ -53,7 +56,9 @@ def search(
         subject.report()
     else:
         subject, batches = open_model(model, text, running)
-    identity = {"model": fingerprint(subject.path), "seed": text.seed}
+    identity: dict[str, Any] = {"model": fingerprint(subject.path), "seed": text.seed}
+    if running.delta is not None:
+        identity["delta"] = delta_digest(running.delta)
     origin = origin_of(model, text)
     result = run_search(
         subject, batches, out, settings, identity=identity, origin=origin, progress=True

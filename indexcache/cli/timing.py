@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from indexcache.bench import CHUNK
-from indexcache.cli.common import Dtype, IndexDtype
+from indexcache.cli.common import DeltaFile, Dtype, IndexDtype
 from indexcache.cli.numbers import number
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class TimingSettings:
     "Random seed for random weights and tokens."
     trust_remote_code: bool = False
     "Run Python code that lies in the checkpoint."
+    delta: DeltaFile = None
 
 
 def open_model(
@@ -92,6 +93,7 @@ def open_model(
         patterns=tuple(named.pattern for named in grid.patterns),
         data=s.data,
         tokens=max(grid.contexts),
+        delta=s.delta,
     )
     return subject, grid
 

@@ -78,12 +78,6 @@ def trainable_indexers(model: AnyModel, pattern: Pattern, dtype: torch.dtype) ->
     )
 
 
-def indexer_names(model: AnyModel, layer: int) -> dict[str, str]:
-    """Map the names of parameters inside a layer's indexer to their names in the checkpoint."""
-    prefix = f"model.layers.{layer}.self_attn.indexer."
-    return {name: prefix + name for name, _ in indexers_of(model)[layer].named_parameters()}
-
-
 @torch.no_grad()
 def write_back(model: AnyModel, indexers: nn.ModuleDict) -> None:
     """Copy the masters into the model's indexers, in the dtype those have.

@@ -23,6 +23,7 @@ from indexcache.data import (
     split_documents,
     text_for,
 )
+from indexcache.delta import check_delta, untrained
 from indexcache.distilling.carried import carry_over
 from indexcache.distilling.delta import apply_delta, save_checkpoint
 from indexcache.distilling.layer_weights import layer_weights
@@ -82,6 +83,8 @@ def distill_checkpoint(
             "it, or choose another --out."
         )
     facts = describe(model)
+    if run.delta is not None:
+        check_delta(run.delta, facts["path"], len(pattern))
     device = local_device(run.device)
     check_device(device)  # In full mode the model itself is loaded on the host.
     context = facts["max_position_embeddings"]
@@ -164,14 +167,12 @@ def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> Seen:
         The text that the delta was trained on.
     """
     trained_for = apply_delta(loaded.module, delta, base=loaded.path)
-    missing = [
-        str(i) for i, role in enumerate(pattern.roles) if role != "S" and trained_for[i] == "S"
-    ]
+    missing = untrained(trained_for, pattern)
     if missing and first_process():
         log.warning(
             "%s has no indexer of the layers %s; they begin with the checkpoint's.",
             delta,
-            ", ".join(missing),
+            ", ".join(map(str, missing)),
         )
     return trained_for.seen
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from indexcache.data import ALL, Batch, check_unseen
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
+from indexcache.models.applied import delta_of, without_delta
 from indexcache.models.conditions import Conditions, Origin, conditions_of
 from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
 from indexcache.models.lm import hidden_states, logit_chunks
@@ -241,7 +242,8 @@ def evaluate(
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
 
     Args:
-        model: a model of a known family.
+        model: a model of a known family. Where `load` put a delta into it, the patterns run with
+            the trained indexers and the baseline with the checkpoint's own.
         patterns: one pattern, several, or a mapping from names to patterns.
         batches: held-out batches (`indexcache.data.batches`).
         against: the baseline; None is what the model does by itself, all F unless it has layers
@@ -258,6 +260,8 @@ def evaluate(
     The table says where the baseline is no better than a blind guess.
     """
     named = _named(patterns)
+    delta = delta_of(model)
+    has_delta = delta is not None
     module = module_of(model)
     native = native_pattern(module)
     base = native if against is None else Pattern.of(against)
@@ -265,6 +269,8 @@ def evaluate(
         check_pattern(module, pattern)
         check_unseen(batches, pattern.seen)
     check_unseen(batches, Seen.from_json(vars(module.config)))
+    if delta is not None:
+        check_unseen(batches, delta.pattern.seen)
     check_weights(module, selecting=True)
     shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
     conditions = conditions_of(model, batches, shares, origin, seed=seed)
@@ -275,18 +281,19 @@ def evaluate(
         for batch in batches:
             # One batch shows whether the scores of an indexer are finite.
             watch = partial(check_scores, module) if batch is batches[0] else nullcontext
-            with watch():
+            with watch(), without_delta(model):
                 base_hidden = _base_hidden(module, base, native, batch)
             bar.update()
             for name, pattern in named.items():
                 # The baseline's own pass is repeated once, to show that two passes are bitwise
                 # equal.
-                if pattern == base and batch is not batches[0]:
+                same = pattern == base and not has_delta
+                if same and batch is not batches[0]:
                     hidden = base_hidden
                 else:
                     with watch(), use_pattern(module, pattern):
                         hidden = hidden_states(module, batch.ids)
-                    assert pattern != base or torch.equal(hidden, base_hidden), (
+                    assert not same or torch.equal(hidden, base_hidden), (
                         "two passes under one pattern differ"
                     )
                 size = choosing_size([pattern, base], conditions.k)
@@ -296,7 +303,7 @@ def evaluate(
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
     places += [(i / BUCKETS, (i + 1) / BUCKETS) for i in range(BUCKETS)]
     measured = [
-        _measure(name, pattern, where, sums[name], same=pattern == base)
+        _measure(name, pattern, where, sums[name], same=pattern == base and not has_delta)
         for name, pattern in named.items()
         for where in places
     ]

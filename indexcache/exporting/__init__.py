@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import has_weights, read_config, resolve_config
+from indexcache.delta import check_delta, untrained
 from indexcache.exporting import transformers
 from indexcache.exporting.checks import ENGINES, check_engines, check_export, check_model_type
 from indexcache.exporting.engines import FLAGS, write_flag
@@ -56,6 +57,7 @@ def export(
     engines: Sequence[str] | None = ENGINES,
     stages: int = 1,
     prune: bool | None = None,
+    delta: str | Path | None = None,
 ) -> ExportResult:
     """Check `pattern` against `checkpoint`, and write what each engine needs into a new folder.
 
@@ -76,6 +78,8 @@ def export(
         stages: number of pipeline stages that will serve it; each must begin with F.
         prune: leave the indexers of S layers out of a checkpoint, and write one also for vLLM and
             SGLang alone. None writes one where `engines` has "transformers" or is None.
+        delta: the file of a delta that was trained for this checkpoint; a checkpoint with its
+            indexers is written then, also for vLLM and SGLang alone.
 
     Raises:
         ValueError: see `check_export`; or `out` is in use or not empty; or there are no weights to
@@ -90,13 +94,23 @@ def export(
     names = check_engines(engines, config, pattern, checkpoint)
     _check_free(out)
     warnings = check_export(checkpoint, pattern, names, stages)
-    target = _checkpoint_name(checkpoint, pattern, names, engines, prune, warnings)
+    if delta is not None:
+        warnings += _delta_warnings(Path(delta), checkpoint, pattern)
+        pattern = pattern.chosen_on(check_delta(delta, None, len(pattern)).seen)
+    target = _checkpoint_name(
+        checkpoint, pattern, names, engines, prune, warnings, delta is not None
+    )
     files: dict[str, list[str]] = {}
     try:
         with atomic_folder(out) as tmp:
             pattern.to_file(tmp / "pattern.json")
             if target is not None:
-                shards = transformers.shard_layout(checkpoint, pattern, prune=prune is not False)
+                shards = transformers.shard_layout(
+                    checkpoint,
+                    pattern,
+                    prune=prune is not False,
+                    delta=None if delta is None else Path(delta),
+                )
                 _check_space(out, transformers.bytes_needed(checkpoint, shards, tmp) + SMALL_FILES)
                 links = transformers.write(checkpoint, config, pattern, shards, tmp / target)
                 files[target] = [str(out / target)]
@@ -126,6 +140,7 @@ def _checkpoint_name(
     engines: Sequence[str] | None,
     prune: bool | None,
     warnings: list[str],
+    trained: bool,
 ) -> str | None:
     """Return the folder of the checkpoint to write; None where flags are enough."""
     if "transformers" in names:
@@ -138,21 +153,36 @@ def _checkpoint_name(
         )
         warnings.append(f"Nothing was written for transformers: {why}.")
     wanted = has_weights(checkpoint) if prune is None and engines is None else bool(prune)
-    if not wanted:
+    if not (wanted or trained):
         return None
     if not has_weights(checkpoint):
         raise ValueError(
-            f"{checkpoint}: there are no weights to prune; leave --prune out, and give the engine "
-            "a pruned checkpoint."
+            f"{checkpoint}: there are no weights to prune or to replace; leave --prune and --delta "
+            "out, and give the engine a checkpoint that is ready."
         )
-    if "S" not in pattern.roles:
+    if "S" not in pattern.roles and wanted:
         warnings.append("The pattern shares nothing, so there was nothing to prune.")
-        return None
+    if "S" not in pattern.roles or prune is False:
+        return "checkpoint" if trained else None
     warnings.append(
         "checkpoint/ is for vLLM and SGLang alone: stock transformers would make up the indexers "
         "that were pruned."
     )
     return "checkpoint"
+
+
+def _delta_warnings(delta: Path, checkpoint: Path, pattern: Pattern) -> list[str]:
+    """Check that the delta belongs to the checkpoint; say which indexers it lacks.
+
+    Raises:
+        ValueError: see `delta.check_delta`.
+    """
+    base = checkpoint if has_weights(checkpoint) else None
+    missing = untrained(check_delta(delta, base, len(pattern)), pattern)
+    if not missing:
+        return []
+    layers = ", ".join(map(str, missing))
+    return [f"{delta} has no indexer for the layers {layers}, which keep the checkpoint's."]
 
 
 def _check_free(out: Path) -> None:

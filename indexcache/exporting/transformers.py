@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from indexcache.checkpoint import INDEX_NAME, Header, indexer_part, read_headers, read_index
-from indexcache.configs import text_section
+from indexcache.configs import plain_name, text_section
+from indexcache.delta import check_finite, read_delta
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 from indexcache.seen import CONFIG_KEY
@@ -40,11 +42,24 @@ LEFT_OUT = (
 
 
 class Shard(NamedTuple):
-    """A weight file of the source, and the names in it that are left out of the export."""
+    """A weight file of the source, what is left out of it, and what is replaced in it.
+
+    Attributes:
+        name: the file's name.
+        header: its header.
+        dropped: names of tensors that are left out.
+        replaced: the new bytes of tensors, by name, as many as the old ones.
+    """
 
     name: str
     header: Header
     dropped: frozenset[str]
+    replaced: Mapping[str, bytes] = {}
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file differs from the source's."""
+        return bool(self.dropped or self.replaced)
 
     @property
     def kept_bytes(self) -> int:
@@ -54,7 +69,9 @@ class Shard(NamedTuple):
         )
 
 
-def shard_layout(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Shard]:
+def shard_layout(
+    checkpoint: Path, pattern: Pattern, *, prune: bool, delta: Path | None = None
+) -> list[Shard]:
     """Decide which tensors of each weight file are left out.
 
     Layers outside the pattern, those of multi-token prediction, keep their indexer.
@@ -67,10 +84,52 @@ def shard_layout(checkpoint: Path, pattern: Pattern, *, prune: bool) -> list[Sha
         layer, _ = match
         return layer < len(pattern) and pattern[layer] == "S"
 
+    headers = read_headers(checkpoint)
+    new = {} if delta is None else trained_bytes(checkpoint, headers, delta)
     return [
-        Shard(name, header, frozenset(filter(dropped, header.tensors)))
-        for name, header in read_headers(checkpoint).items()
+        Shard(
+            name,
+            header,
+            left_out := frozenset(filter(dropped, header.tensors)),
+            {n: new[n] for n in header.tensors if n in new and n not in left_out},
+        )
+        for name, header in headers.items()
     ]
+
+
+def trained_bytes(checkpoint: Path, headers: Mapping[str, Header], delta: Path) -> dict[str, bytes]:
+    """Return the bytes of a delta's tensors under the checkpoint's names, in its dtypes.
+
+    Raises:
+        ValueError: the delta cannot be read, or a tensor has no place in the checkpoint, or one
+            that is quantised.
+    """
+    import torch
+
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    stored = {
+        plain_name(name): (name, entry)
+        for header in headers.values()
+        for name, entry in header.tensors.items()
+        if indexer_part(name) is not None
+    }
+    found = {}
+    for plain, value in read_delta(delta)[0].items():
+        name, entry = stored.get(plain, (plain, None))
+        if entry is None or entry.shape != tuple(value.shape):
+            raise ValueError(
+                f"{delta}: the tensor {plain:.120} has no place in {checkpoint} (shape "
+                f"{tuple(value.shape)})."
+            )
+        if entry.dtype not in dtypes:
+            raise ValueError(
+                f"{checkpoint}: {name:.120} is stored as {entry.dtype}, into which trained weights "
+                "cannot be written; train with --whole, which writes plain weights."
+            )
+        check_finite(delta, plain, value)
+        raw = value.to(dtypes[entry.dtype]).contiguous().view(torch.uint8)
+        found[name] = raw.numpy().tobytes()
+    return found
 
 
 def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
@@ -78,7 +137,7 @@ def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
     total = sum(path.stat().st_size for path in _other_files(checkpoint))
     for shard in shards:
         source = (checkpoint / shard.name).stat()
-        if shard.dropped or source.st_dev != parent.stat().st_dev:
+        if shard.changed or source.st_dev != parent.stat().st_dev:
             total += shard.kept_bytes + shard.header.data_start
     return total
 
@@ -114,7 +173,7 @@ def write(
     _write_json(folder / "config.json", merged_config(config, pattern))
     links = 0
     for shard in shards:
-        if not shard.dropped:
+        if not shard.changed:
             links += _link_or_copy(checkpoint / shard.name, folder / shard.name)
         elif len(shard.dropped) < len(shard.header.tensors):
             write_shard(checkpoint / shard.name, folder / shard.name, shard)
@@ -145,7 +204,10 @@ def write_shard(source: Path, target: Path, shard: Shard) -> None:
     header += b" " * (-len(header) % 8)
     with open(source, "rb") as f, open(target, "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
-        for _, t in kept:
+        for name, t in kept:
+            if name in shard.replaced:
+                out.write(shard.replaced[name])
+                continue
             f.seek(shard.header.data_start + t.begin)
             _copy_bytes(f, out, t.end - t.begin, source)
 

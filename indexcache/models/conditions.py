@@ -57,6 +57,8 @@ class Conditions:
         device: the device, and the threads of a CPU.
         path: "stock" or "fast", the code that ran.
         versions: versions of indexcache, torch and transformers.
+        delta: the file of the trained indexers in the model; None for the checkpoint's own.
+        delta_digest: sha256 of that file.
     """
 
     model: str | None
@@ -76,6 +78,8 @@ class Conditions:
     device: str
     path: str
     versions: Mapping[str, str]
+    delta: str | None = None
+    delta_digest: str | None = None
 
     def share(self, size: int) -> Share:
         """Return the share of the context that k or a pool is."""
@@ -92,6 +96,8 @@ class Conditions:
         split = "" if self.split is None else f", split {self.split}"
         seed = "" if self.seed is None else f", seed {self.seed}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        if self.delta is not None:
+            model += f" with the delta {self.delta} ({str(self.delta_digest)[:DIGITS]})"
         return (
             f"This holds for {model} (digest {digest[:DIGITS]}) and {text} (digest "
             f"{self.text_digest[:DIGITS]}{split}): {self.sequences} sequences of "
@@ -131,6 +137,7 @@ def conditions_of(
     folder = model.path if isinstance(model, Model) else None
     topk, *pools = shares
     here = environment(module)
+    delta = model.delta if isinstance(model, Model) else None
     return Conditions(
         model=None if folder is None else str(folder),
         model_digest=None if folder is None else _digest(folder),
@@ -149,6 +156,8 @@ def conditions_of(
         device=here["device"],
         path=here["path"],
         versions={"indexcache": __version__, **library_versions()},
+        delta=None if delta is None else str(delta.path),
+        delta_digest=None if delta is None else delta.digest,
     )
 
 

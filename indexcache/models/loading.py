@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,8 +19,11 @@ from indexcache.checkpoint import (
     resolve_config,
     tensor_names,
 )
+from indexcache.checkpoint import fingerprint as fingerprint
 from indexcache.configs import model_type_of, quantization_section, text_section
 from indexcache.data import Batch
+from indexcache.delta import check_delta
+from indexcache.models.applied import AppliedDelta
 from indexcache.models.contradictions import check_config
 from indexcache.models.family import (
     AnyModel,
@@ -39,8 +41,6 @@ from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_BYTES_READ = 1 << 30
-"""Weights of at most this many bytes enter the fingerprint completely; larger ones are sampled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,14 @@ class Model:
             token ids need none.
         path: the checkpoint folder.
         native: the pattern that the checkpoint's config asks for.
+        delta: the trained indexers that were put into the module; None for the checkpoint's own.
     """
 
     module: DsaModule = field(repr=False)
     reader: Reader = field(repr=False)
     path: Path
     native: Pattern
+    delta: AppliedDelta | None = field(default=None, repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -257,6 +259,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    delta: str | Path | None = None,
 ) -> Model:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
@@ -265,6 +268,7 @@ def load(
         dtype: dtype of the weights: float32, bfloat16 or float16.
         device: a torch device, e.g. "cpu" or "cuda:0".
         trust_remote_code: whether to run Python code that lies in the checkpoint.
+        delta: the file of a delta that `distill` trained for this checkpoint, to be put into it.
 
     Raises:
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
@@ -275,11 +279,14 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     check_device(device)
+    if delta is not None:
+        check_delta(delta, folder, facts["num_hidden_layers"])
     weights = open_weights(facts)
     module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
     check_weights(module, f"{folder}: ")
     module.to(device).eval()
-    return Model(module, Reader(folder), folder, Pattern(facts["native_pattern"]))
+    applied = None if delta is None else AppliedDelta.put(module, delta, folder)
+    return Model(module, Reader(folder), folder, Pattern(facts["native_pattern"]), applied)
 
 
 def open_weights(facts: dict[str, Any]) -> Weights:
@@ -404,30 +411,6 @@ def check_device(device: str) -> None:
         raise ValueError(
             f"The device {device!r} cannot be used here ({why:.200}); use cpu or cuda."
         ) from None
-
-
-def fingerprint(path: Path) -> str:
-    """Return a digest, 64 hex digits, that changes with the config or the weights of a checkpoint.
-
-    It covers config.json, and the weights completely if they are at most `MAX_BYTES_READ` together.
-    Larger files are sampled, 64 blocks of 64 KiB of each, because reading all of a large checkpoint
-    takes longer than a step of a search.
-    """
-    h = hashlib.sha256(json.dumps(read_config(path), sort_keys=True).encode())
-    files = sorted(path.glob("*.safetensors"))
-    complete = sum(file.stat().st_size for file in files) <= MAX_BYTES_READ
-    for file in files:
-        size = file.stat().st_size
-        h.update(f"{file.name}|{size}|".encode())
-        with open(file, "rb") as f:
-            if complete:
-                while block := f.read(1 << 24):
-                    h.update(block)
-            else:
-                for i in range(64):
-                    f.seek(i * max(size - (1 << 16), 0) // 63)
-                    h.update(f.read(1 << 16))
-    return h.hexdigest()
 
 
 def weights_digest(model: AnyModel) -> str:
