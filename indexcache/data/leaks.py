@@ -17,7 +17,7 @@ import numpy as np
 
 from indexcache.data.batch import Batch
 from indexcache.data.documents import Document
-from indexcache.seen import Seen
+from indexcache.seen import MAX_SHINGLES, Seen
 
 PASSAGE = 32
 MAX_SHARE = 0.2
@@ -74,28 +74,33 @@ def seen_in(batches: Sequence[Batch]) -> Seen:
 
 def seen_in_documents(documents: Iterable[Document]) -> Seen:
     """Return what a training on these documents sees."""
-    documents = list(documents)
-    hashes = [d.shingles for d in documents] + [ids_shingles(d.ids) for d in documents]
-    digests = {d for document in documents for d in (document.digest, document.text_digest)}
-    return Seen.of(digests, np.concatenate(hashes) if hashes else np.empty(0, np.uint64))
+    digests: set[str] = set()
+    kept: list[np.ndarray] = []
+    for d in documents:
+        digests |= {d.digest, d.text_digest}
+        kept += [d.shingles, ids_shingles(d.ids)]
+        if len(kept) > 512:  # Only the smallest hashes are wanted, and texts are large.
+            kept = [np.unique(np.concatenate(kept))[: 2 * MAX_SHINGLES]]
+    return Seen.of(digests, np.concatenate(kept) if kept else np.empty(0, np.uint64))
 
 
 def close_documents(documents: Sequence[Document], others: Iterable[Document]) -> list[Document]:
     """Return the documents of which `MAX_SHARE` or more of the passages are in the others."""
-    parts: list[np.ndarray] = []
+    parts = [(d.shingles, ids_shingles(d.ids)) for d in documents]
+    if not parts:
+        return []
+    asked = np.unique(np.concatenate([h for pair in parts for h in pair]))
+    known = np.zeros(len(asked), bool)
     for d in others:
-        parts += [d.shingles, ids_shingles(d.ids)]
-    known = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+        for hashes in (d.shingles, ids_shingles(d.ids)):
+            known |= np.isin(asked, hashes)
+
+    def share(hashes: np.ndarray) -> float:
+        return float(known[np.searchsorted(asked, hashes)].mean()) if len(hashes) else 0.0
+
     return [
-        d
-        for d in documents
-        for shares in [[_share(h, known) for h in (d.shingles, ids_shingles(d.ids))]]
-        if max(shares) >= MAX_SHARE
+        d for d, pair in zip(documents, parts, strict=True) if max(map(share, pair)) >= MAX_SHARE
     ]
-
-
-def _share(hashes: np.ndarray, known: np.ndarray) -> float:
-    return float(np.isin(hashes, known).mean()) if len(hashes) else 0.0
 
 
 def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:

@@ -104,9 +104,7 @@ def distill_checkpoint(
     rows = pack_rows(training, length, settings.seed)
     held_out: list[Batch] = []
     if settings.eval_every:
-        held_out = make_batches(
-            evaluation, length=length, sequences=run.eval_sequences, seed=settings.seed
-        )
+        held_out = _held_out(evaluation, training, length, run.eval_sequences, settings.seed)
     pattern = pattern.chosen_on(Seen.from_json(read_config(facts["path"])))
     check_unseen(held_out, pattern.seen)
 
@@ -200,8 +198,7 @@ def _documents(
         training = split_documents(documents, split)
         if not evaluate:
             return training, []
-        evaluation = split_documents(documents, "heldout")
-        return training, _without_copies(evaluation, training)
+        return training, split_documents(documents, "heldout")
     if not evaluate:
         return documents, []
     held_out = reader.documents(held_out_source, vocabulary, progress=shown)
@@ -212,31 +209,39 @@ def _documents(
             f"{shared} of the held-out documents are training text too, so the evaluation "
             "would be no evidence; give other text with --held-out, or none."
         )
-    return documents, _without_copies(held_out, documents)
+    return documents, held_out
 
 
-def _without_copies(held_out: list[Document], training: list[Document]) -> list[Document]:
-    """Leave out held-out documents that share long passages with training ones, and say so.
+def _held_out(
+    documents: list[Document], training: list[Document], length: int, sequences: int, seed: int
+) -> list[Batch]:
+    """Make held-out batches without documents that share long passages with training ones.
 
     Raises:
-        ValueError: none is left.
+        ValueError: too little text is left.
     """
-    close = close_documents(held_out, training)
-    if close and first_process():
-        log.warning(
-            "%d of %d held-out documents share long passages with training text, and were left "
-            "out of the evaluation: %s.",
-            len(close),
-            len(held_out),
-            ", ".join(d.name for d in close[:3]) + (", .." if len(close) > 3 else ""),
-        )
-    kept = [d for d in held_out if d not in close]
-    if not kept:
-        raise ValueError(
-            "All held-out documents share long passages with training text, so the evaluation "
-            "would be no evidence; give other text with --held-out."
-        )
-    return kept
+    left_out: list[Document] = []
+    while True:
+        kept = [d for d in documents if d not in left_out]
+        if left_out and not kept:
+            raise ValueError(
+                "All held-out documents share long passages with training text, so the evaluation "
+                "would be no evidence; give other text with --held-out."
+            )
+        batches = make_batches(kept, length=length, sequences=sequences, seed=seed)
+        used = {digest for b in batches for digest in b.digests}
+        close = close_documents([d for d in kept if d.digest in used], training)
+        left_out += close
+        if close:
+            continue
+        if left_out and first_process():
+            log.warning(
+                "%d held-out documents share long passages with training text, and were left out "
+                "of the evaluation: %s.",
+                len(left_out),
+                ", ".join(d.name for d in left_out[:3]) + (", .." if len(left_out) > 3 else ""),
+            )
+        return batches
 
 
 def _write_checkpoint(

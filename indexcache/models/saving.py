@@ -21,6 +21,7 @@ from indexcache.models.scopes import seam_here
 from indexcache.models.wrappers import is_adapted, wrapping
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
+from indexcache.seen import CONFIG_KEY, Seen
 
 PATTERN_FILE = "pattern.json"
 """Where the pattern of an adapter lies in its folder."""
@@ -84,13 +85,15 @@ def _adapter(state: ModelState, native: Pattern, node: Replaced) -> Callable[...
 def _in_config(model: Any, pattern: Pattern) -> Iterator[None]:
     """Let the config of a model say the pattern, and no other."""
     fields = model.config.__dict__
-    before = {key: fields[key] for key in SHARING_KEYS if key in fields}
+    keys = (*SHARING_KEYS, CONFIG_KEY)
+    before = {key: fields[key] for key in keys if key in fields}
+    seen = pattern.seen | Seen.from_json(before)
     try:
         for key in before:
             del fields[key]
-        fields.update(pattern.to_config())
+        fields.update(pattern.to_config() | seen.to_config())
         yield
     finally:
-        for key in SHARING_KEYS:
+        for key in keys:
             fields.pop(key, None)
         fields.update(before)
