@@ -227,7 +227,7 @@ def open_model(
 ) -> tuple[Model, list[Batch]]:
     """Load the batches of a model's text for some patterns, and say on stderr what they are.
 
-    Then load the model. A text that cannot be used is refused before that.
+    Then load the model. Weights and texts that cannot be used are refused before that.
 
     Raises:
         ValueError: the text cannot be read or has too little in it; it is text that one of the
@@ -235,10 +235,11 @@ def open_model(
     """
     from indexcache.data import check_unseen
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import describe, load
+    from indexcache.models.loading import describe, load, open_weights
 
     if settings.device == "cpu":
         keep_freed_memory()
+    open_weights(describe(model))  # It refuses by the headers alone, before text is tokenised.
     batches = open_text(model, text, patterns)
     if patterns and settings.delta:
         check_unseen(batches, check_delta(describe(model), settings.delta))

@@ -49,7 +49,7 @@ def check_weights(model: AnyModel, where: str = "", *, selecting: bool = False) 
             )
         if ".indexer." in name and tensor.dim() > 1 and low == high and tensor.numel() > 1:
             raise ValueError(
-                f"{where}{'the' if where else 'The'} weight {name} holds the value {low:g} alone, "
+                f"{where}{'the' if where else 'The'} weight {name} holds {low + 0.0:g} alone, "
                 "so its indexer ranks nothing; the checkpoint lacks trained weights for it."
             )
 
