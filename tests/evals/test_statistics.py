@@ -15,7 +15,7 @@ from indexcache.evals.statistics import (
     LEAST_DOCUMENTS,
     bootstrap_interval,
     chance_above,
-    probability_above,
+    per_document,
     upper_end,
 )
 from indexcache.pattern import Pattern, full_count, stage_starts
@@ -68,7 +68,6 @@ def test_too_few_documents_say_nothing():
     assert 0.9**LEAST_DOCUMENTS <= 0.025 < 0.9 ** (LEAST_DOCUMENTS - 1)
     for n in (0, 1, 2, LEAST_DOCUMENTS - 1):
         assert all(math.isnan(v) for v in bootstrap_interval(range(n), [10] * n))
-        assert math.isnan(probability_above(range(n), [10] * n, 5.0))
     assert all(math.isfinite(v) for v in bootstrap_interval(range(36), [10] * 36))
 
 
@@ -93,7 +92,8 @@ def test_interval_is_deterministic_and_grows_with_the_level():
         assert low < high
         assert low < before[0]
         assert high > before[1]
-        assert probability_above(sums, counts, high) == pytest.approx((1 - level) / 2, abs=1e-6)
+        above = float(chance_above(per_document(sums, counts), high))
+        assert above == pytest.approx((1 - level) / 2, abs=1e-6)
         assert type(low) is type(high) is float
         before = (low, high)
     assert low < sum(sums) / sum(counts) < high
@@ -143,8 +143,8 @@ def test_interval_covers_the_true_mean_of_correlated_tokens():
         means = rng.normal(truth, 0.1, documents)
         noise = rng.normal(0, 1, documents) * np.sqrt(counts)
         sums = counts * means + noise
-        ends = probability_above(sums, counts, truth), probability_above(-sums, counts, -truth)
-        inside += min(ends) >= 0.025
+        values = per_document(sums, counts)
+        inside += min(chance_above(values, truth), chance_above(-values, -truth)) >= 0.025
         half = 1.96 / math.sqrt(counts.sum())
         inside_naive += abs(sums.sum() / counts.sum() - truth) <= half
     assert inside / repetitions >= 0.95
