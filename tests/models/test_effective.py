@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from accelerate import dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -103,6 +104,11 @@ def another_class(model):
     router.__class__ = Router
 
 
+class DoubledInput(ModelHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"] * 2}
+
+
 def weight_norm(model):
     torch.nn.utils.weight_norm(model.get_submodule(KV)).weight_g.data.mul_(2)
 
@@ -127,6 +133,9 @@ HONOURED = {
     "hook on a norm": hooked("model.layers.0.self_attn.kv_a_layernorm", lambda _m, _a, out: -out),
     "hook on attention": hooked(
         "model.layers.0.self_attn", lambda _m, _a, out: (out[0] * 2, *out[1:])
+    ),
+    "hook of accelerate on attention": lambda m: add_hook_to_module(
+        m.model.layers[0].self_attn, DoubledInput()
     ),
     "hook on experts": hooked("model.layers.1.mlp.experts", lambda _m, _a, out: out * 2),
 }
@@ -181,6 +190,10 @@ def test_parts_that_are_not_stock_are_refused(part, ids):
     module.forward = lambda *args, **kwargs: stock(*args, **kwargs)  # type: ignore[method-assign]
     refused(lambda: accelerate(model), f"model.layers.1.{part}")
     del module.forward
+    if part.endswith("indexer"):
+        add_hook_to_module(module, ModelHook())
+        refused(lambda: accelerate(model), f"model.layers.1.{part}")
+        remove_hook_from_module(module)
     module.__class__ = type("Mine", (type(module),), {"forward": lambda self, *a, **k: None})
     refused(lambda: accelerate(model), f"model.layers.1.{part}", "Mine")
 

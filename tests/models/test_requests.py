@@ -5,16 +5,19 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
+from math import cos, sin
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 
+from indexcache.models.family import indexers
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder
-from indexcache.models.fast.visible import visible_of
+from indexcache.models.fast.selector import FastSelector
+from indexcache.models.fast.visible import Visible, visible_of
 from indexcache.models.patch import state_of
 from indexcache.models.seam import use_pattern
 from tests.support import FAMILIES, logits, make_model, refused, relative
@@ -311,6 +314,18 @@ def test_autocast_is_as_near_to_fp32_as_stock_is(dtype, ids):
                 fast = logits(model, ids)
                 logits(model, ids, past_key_values=FastCache(model, T, 2))
         assert relative(fast.float(), exact) < 1.1 * relative(stock.float(), exact)
+
+
+def test_layers_on_two_devices_have_rotary_embeddings_of_their_own(glm):
+    """A pass remembers cos and sin for the quantised indexer, and of what they were made."""
+    selector = FastSelector(glm, "fp8")
+    indexer = indexers(glm)[0]
+    call = SimpleNamespace(mask=Visible(), indexer=indexer)
+    for angle in (0.0, 1.0, 2.0):
+        rope = tuple(torch.full((1, 3, indexer.qk_rope_head_dim), f(angle)) for f in (cos, sin))
+        for _ in range(2):
+            got = selector._quantiser_rope(SimpleNamespace(**call.__dict__, rope=rope))
+            assert [float(x.mean()) for x in got] == pytest.approx([cos(angle), sin(angle)])
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
