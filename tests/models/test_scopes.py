@@ -297,9 +297,9 @@ def test_a_model_that_is_distilled_in_another_thread(four, text):
     from indexcache.distilling.forward import DistillForward, attention_replaced
     from indexcache.distilling.indexers import trainable_indexers
 
-    forward = DistillForward(
-        four, Pattern("FSSF"), trainable_indexers(four, Pattern("FSSF")), sparse=False
-    )
+    pattern = Pattern("FSSF")
+    indexers = trainable_indexers(four, pattern, torch.float32)
+    forward = DistillForward(four, pattern, indexers, sparse=False)
     with attention_replaced(four, forward):
         refused(lambda: in_threads(1, lambda _: logits(four, text)), "distilled in another thread")
     assert clean(four)
