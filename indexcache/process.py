@@ -195,7 +195,13 @@ def say(sentence: str) -> None:
     """
     words = (w if len(w) <= 400 else f"{w[:200]}..{w[-40:]}" for w in sentence.split())
     with contextlib.suppress(OSError, ValueError):
-        print("indexcache: " + " ".join(words), file=sys.stderr)
+        print(printable("indexcache: " + " ".join(words), sys.stderr), file=sys.stderr)
+
+
+def printable(text: str, stream: Any) -> str:
+    """Return a text in which characters that a stream cannot take are escapes, e.g. `\\u5c0f`."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _described(error: BaseException) -> str:

@@ -235,10 +235,11 @@ def open_model(
     """
     from indexcache.data import check_unseen
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.loading import describe, load, open_weights
+    from indexcache.models.loading import check_device, describe, load, open_weights
 
     if settings.device == "cpu":
         keep_freed_memory()
+    check_device(settings.device)
     open_weights(describe(model))  # It refuses by the headers alone, before text is tokenised.
     batches = open_text(model, text, patterns)
     if patterns and settings.delta:

@@ -24,7 +24,7 @@ from indexcache.cli.common import (
     parse_patterns,
 )
 from indexcache.cli.results import deliver, reason, rescue
-from indexcache.process import drop_stdout
+from indexcache.process import drop_stdout, printable
 from indexcache.reading import read_text
 
 
@@ -75,7 +75,7 @@ def generate(
     The text is streamed to stdout.
     """
     from indexcache.models.fast.accelerate import accelerate
-    from indexcache.models.fast.generate import end_tokens, stream_text, stream_tokens
+    from indexcache.models.fast.generate import check_prompt, end_tokens, stream_text, stream_tokens
     from indexcache.models.loading import describe, load
     from indexcache.models.reader import Reader
     from indexcache.models.seam import use_pattern
@@ -87,6 +87,13 @@ def generate(
     check_delta(facts, settings.delta, named)
     reader = Reader(Path(facts["path"]))
     ids = reader.encode(prompt)  # Without a tokenizer the model is not loaded.
+    check_prompt(
+        ids,
+        settings.max_new_tokens,
+        settings.temperature,
+        context=int(facts["max_position_embeddings"]),
+        vocabulary=int(facts["vocab_size"]),
+    )
     loaded = load(
         model,
         dtype=settings.dtype,
@@ -147,7 +154,7 @@ def _show(piece: str) -> OSError | None:
     What is generated is kept then. An error is raised where nobody reads stdout any more.
     """
     try:
-        print(piece, end="", flush=True)
+        print(printable(piece, sys.stdout), end="", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

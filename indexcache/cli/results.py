@@ -147,12 +147,13 @@ def deliver(
     from indexcache.records import write_json
 
     problems = []
+    bug: Exception | None = None
     unread: BrokenPipeError | None = None
 
     def show(line: str) -> None:
         nonlocal unread
         try:
-            print(line)
+            print(process.printable(line, sys.stdout))
             sys.stdout.flush()
         except BrokenPipeError as error:
             unread = error
@@ -172,8 +173,14 @@ def deliver(
                 write_json(path, content)
         except OSError as error:
             problems.append(f"{path}: cannot be written ({reason(error)})")
-    if output.json and not problems and not unread:
+        except Exception as error:  # A bug, e.g. a picture that cannot be drawn.
+            bug = error
+    if output.json and not problems and not unread and not bug:
         show(json.dumps(value, allow_nan=False))
+    if bug is not None:
+        if (kept := process.keep("result.json", json.dumps(value, default=str))) is not None:
+            process.say(f"note: the finished result is kept in {kept}.")
+        raise bug
     if problems:
         rescue(" and ".join(problems), value)
     if unread:

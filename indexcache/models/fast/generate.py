@@ -100,13 +100,30 @@ def _check_request(
     module: DsaModule, ids: Sequence[int], max_new_tokens: int, temperature: float
 ) -> None:
     context = int(module.config.max_position_embeddings)
+    size = module.get_input_embeddings().weight.shape[0]
+    check_prompt(ids, max_new_tokens, temperature, context=context, vocabulary=size)
+
+
+def check_prompt(
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    *,
+    context: int,
+    vocabulary: int,
+) -> None:
+    """Raise ValueError for a generation that a model cannot do; see `stream_tokens`.
+
+    Args:
+        context: the largest number of tokens of a sequence.
+        vocabulary: number of tokens that the model knows.
+    """
     if not ids:
         raise ValueError("The prompt is empty; generation needs at least one token.")
-    size = module.get_input_embeddings().weight.shape[0]
-    if not 0 <= min(ids) <= max(ids) < size:
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
         raise ValueError(
-            f"The prompt has a token {max(ids)}, but the model has {size} tokens: the tokenizer "
-            "belongs to another model."
+            f"The prompt has a token {max(ids)}, but the model has {vocabulary} tokens: the "
+            "tokenizer belongs to another model."
         )
     if max_new_tokens < 1:
         raise ValueError(f"At least one new token is generated, not {max_new_tokens}.")
