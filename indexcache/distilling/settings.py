@@ -150,8 +150,8 @@ class RunSettings:
     """The files that a distillation of a checkpoint reads and writes, and its device."""
 
     data: str | None = None
-    """Training text: a .jsonl, .txt, .md or .npy file, or a folder of them. The default for tiny
-    is the shipped text."""
+    """Training text: a .jsonl, .parquet, .txt or .npy file, chats included, or a folder, e.g. a
+    data set as it was downloaded. The default for tiny is the shipped text."""
 
     held_out: str | None = None
     """Text to evaluate on. The default is the held-out half of the documents of --data."""
