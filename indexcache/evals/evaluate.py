@@ -296,7 +296,9 @@ def evaluate(
                     assert not same or torch.equal(hidden, base_hidden), (
                         "two passes under one pattern differ"
                     )
-                size = choosing_size([pattern, base], conditions.k)
+                # Other indexers choose other tokens as soon as there are more than k.
+                k = conditions.k
+                size = k if has_delta else choosing_size([pattern, base], k)
                 for key, value in _compare(module, base_hidden, hidden, batch, size):
                     sums[name][key] += value
                 bar.update()

@@ -91,7 +91,8 @@ class Conditions:
 
     def __str__(self) -> str:
         model = "a model in memory" if self.model is None else f"model {self.model}"
-        digest = self.model_digest or self.weights_digest
+        digests = [d for d in (self.model_digest, self.weights_digest) if d is not None]
+        digest = ", weights ".join(d[:DIGITS] for d in digests)
         text = "the text" if self.text is None else f"text {self.text}"
         split = "" if self.split is None else f", split {self.split}"
         seed = "" if self.seed is None else f", seed {self.seed}"
@@ -99,7 +100,7 @@ class Conditions:
         if self.delta is not None:
             model += f" with the delta {self.delta} ({str(self.delta_digest)[:DIGITS]})"
         return (
-            f"This holds for {model} (digest {digest[:DIGITS]}) and {text} (digest "
+            f"This holds for {model} (digest {digest}) and {text} (digest "
             f"{self.text_digest[:DIGITS]}{split}): {self.sequences} sequences of "
             f"{_listed(self.lengths)} tokens from {self.documents} documents{seed};\n"
             f"{sentence({share.size: share for share in self.sparsity})};\n"

@@ -54,6 +54,7 @@ def test_patterns_run_with_the_delta_and_the_baseline_without(place, fast):
     for row in got.overall:
         assert row.loss == after[row.name]
         assert row.loss - row.delta_loss == pytest.approx(before, abs=1e-12)
+        assert row.beyond == pytest.approx((63 - 8) / 63)  # Full layers differ beyond k too.
     assert after["full"] != before
     assert got.conditions.delta == str(delta)
     assert got.conditions.delta_digest is not None
