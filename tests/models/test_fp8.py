@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,7 +152,8 @@ def test_tensors_can_be_read_layer_by_layer(fp8_folder):
 
 
 def write_text(folder):
-    rows = [{"text": f"{i} The quick brown fox jumps over the lazy dog. " * 3} for i in range(16)]
+    letters = np.random.default_rng(0).integers(97, 123, (16, 140)).tolist()
+    rows = [{"text": "".join(map(chr, line))} for line in letters]
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompt.txt").write_text("hello")
