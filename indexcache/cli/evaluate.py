@@ -66,7 +66,7 @@ def evaluate(
         check_margin(most)
     facts = describe(model)
     patterns = parse_patterns(facts, pattern)
-    baseline = parse_patterns(facts, [against])[0] if against else None
+    baseline = parse_patterns(facts, [against])[0] if against is not None else None
     named = {p.name: p.pattern for p in patterns}
     base_pattern = baseline.pattern if baseline else native_pattern(facts)
     topk = int(facts["index_topk"])

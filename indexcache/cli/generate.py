@@ -82,7 +82,7 @@ def generate(
 
     prompt = _read(Path(prompt_file))
     facts = describe(model)
-    named = parse_patterns(facts, [pattern]) if pattern else ()
+    named = parse_patterns(facts, [pattern]) if pattern is not None else ()
     parsed = named[0].pattern if named else None
     check_delta(facts, settings.delta, named)
     reader = Reader(Path(facts["path"]))

@@ -43,7 +43,7 @@ def overlap(
     from indexcache.report.plots import check_plots, draw_overlap
 
     facts = describe(model)
-    shown = parse_patterns(facts, [pattern])[0].pattern if pattern else None
+    shown = parse_patterns(facts, [pattern])[0].pattern if pattern is not None else None
     check_text(facts, model, text)
     check_delta(facts, running.delta)
     claim_folder(out, model)

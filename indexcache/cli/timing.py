@@ -64,14 +64,20 @@ def open_model(
     from indexcache.bench.run import Grid
     from indexcache.bench.subject import open_subject
     from indexcache.cli.common import keep_freed_memory
-    from indexcache.shapes import shape_of
+    from indexcache.models.loading import describe
+    from indexcache.shapes import SHAPES, shape_of
     from indexcache.spec import parse_patterns
 
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(model, s.layers)
+    patterns = parse_patterns(split(specs), shape.layers)
+    if model not in SHAPES:
+        missing = describe(model)["layers_without_indexer"]
+        for named in patterns:
+            named.pattern.check(layers=shape.layers, without_indexer=missing)
     grid = Grid(
         contexts=contexts(lengths),
-        patterns=parse_patterns(split(specs), shape.layers),
+        patterns=patterns,
         batches=batches(batch),
         decode_tokens=s.decode_tokens,
         chunk=s.chunk,
