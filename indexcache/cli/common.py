@@ -216,9 +216,7 @@ def check_text(
         ValueError: there is no text, or its sequences do not fit the context, k or the pool of a
             pattern.
     """
-    source, _ = text_for(model, text.data, text.split)
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder.")
+    text_for(model, text.data, text.split)
     check_length(text.length, facts["index_topk"], facts["max_position_embeddings"], patterns)
 
 

@@ -16,7 +16,14 @@ Everything is a function of the text and the random seed: no global random state
 """
 
 from indexcache.data.batch import Batch, digest_of
-from indexcache.data.batches import SHIPPED, batches, make_batches, shipped_text, text_for
+from indexcache.data.batches import (
+    SHIPPED,
+    batches,
+    make_batches,
+    named_source,
+    shipped_text,
+    text_for,
+)
 from indexcache.data.documents import SPLITS, Document, split_documents
 from indexcache.data.folders import SUFFIXES, TEXT_SUFFIXES
 from indexcache.data.leaks import (
@@ -51,6 +58,7 @@ __all__ = [
     "digest_of",
     "load_documents",
     "make_batches",
+    "named_source",
     "near_copies",
     "scan",
     "seen_in",

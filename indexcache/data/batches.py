@@ -61,7 +61,7 @@ def batches(
     measured = [Pattern.of(p) for p in patterns]
     topk, context = int(config.index_topk), int(config.max_position_embeddings)
     length = check_length(length, topk, context, measured)
-    path = shipped_text(str(source)) if source in SHIPPED else Path(source)
+    path = shipped_text(str(source)) if source in SHIPPED else named_source(source)
     vocabulary = int(config.vocab_size)
     found = scan(path, vocabulary, progress=progress)
     how = Tokenizing(encode, vocabulary, chat, tokenizer)
@@ -80,17 +80,27 @@ def shipped_text(name: str) -> Path:
     return Path(str(resources.files("indexcache") / "assets" / "text" / f"{name}.jsonl"))
 
 
+def named_source(source: str | Path) -> Path:
+    """Return the path of a text; raise ValueError where its name is empty, or there is nothing."""
+    if not str(source).strip():
+        raise ValueError("The name of the text is empty; name a file or a folder, or . for here.")
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder.")
+    return path
+
+
 def text_for(model: str, source: str | Path | None, split: str) -> tuple[Path, str]:
     """Return (file or folder, split): the user's text, or the shipped text for the model `tiny`.
 
     Raises:
-        ValueError: no text is given for a model other than `tiny`.
+        ValueError: no text is given for a model other than `tiny`, or its name is empty.
     """
     if source is not None:
-        return Path(source), split
+        return named_source(source), split
     if model != "tiny":
         raise ValueError(
-            "Give the text with --data: a .jsonl or text file, a folder of them, or token ids."
+            "Give the text with --data: a .jsonl, .parquet or text file, a folder, or token ids."
         )
     return shipped_text("heldout" if split == "heldout" else "calibration"), "all"
 

@@ -18,6 +18,7 @@ from indexcache.data import (
     check_unseen,
     close_documents,
     make_batches,
+    named_source,
     seen_in_documents,
     shipped_text,
     split_documents,
@@ -178,12 +179,9 @@ def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> Seen:
 def _sources(model: str, run: RunSettings) -> tuple[Path, str, Path | None]:
     """Return the training text, its split, and the held-out text if it is another one."""
     source, split = text_for(model, run.data, "calibration")
-    held_out = None if run.held_out is None else Path(run.held_out)
+    held_out = None if run.held_out is None else named_source(run.held_out)
     if held_out is None and run.data is None:
         held_out = shipped_text("heldout")
-    for path in (source, held_out):
-        if path is not None and not path.exists():
-            raise ValueError(f"{path}: no such file or folder.")
     return source, split, held_out
 
 
@@ -236,8 +234,8 @@ def _held_out(
             continue
         if left_out and first_process():
             log.warning(
-                "%d held-out documents share long passages with training text, and were left out "
-                "of the evaluation: %s.",
+                "%d of the held-out documents share long passages with training text, and were "
+                "left out of the evaluation: %s.",
                 len(left_out),
                 ", ".join(d.name for d in left_out[:3]) + (", .." if len(left_out) > 3 else ""),
             )

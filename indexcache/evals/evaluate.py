@@ -253,7 +253,8 @@ def evaluate(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: sequences or documents on which a role has too little to lose
+        ValueError: text that chose or trained a pattern, the checkpoint or its delta
+            (`data.check_unseen`), sequences or documents on which a role has too little to lose
             (`vacuity.check_batches`), a pattern the model cannot take, or weights, indexer scores
             or a loss that are not finite.
 

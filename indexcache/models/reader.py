@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from indexcache.checkpoint import read_config
-from indexcache.data import Batch, Tokenizing, batches, load_documents, scan
+from indexcache.data import Batch, Tokenizing, batches, load_documents, named_source, scan
 from indexcache.data.documents import Document
 from indexcache.data.records import Message
 from indexcache.models.tokenizer import load_tokenizer
@@ -140,7 +140,7 @@ class Reader:
 
         Documents follow each other in their order; only as many are tokenised as are needed.
         """
-        found = scan(source, vocabulary, progress=True)
+        found = scan(named_source(source), vocabulary, progress=True)
         how = Tokenizing(self.encode, vocabulary, self.chat, self.digest)
         parts: list[np.ndarray] = []
         have = place = 0

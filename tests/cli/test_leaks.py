@@ -222,7 +222,7 @@ def test_a_distillation_leaves_near_copies_out_of_its_evaluation(checkpoint, tmp
     flags = "--steps 1 --eval-every 1 --eval-sequences 5 --length 64 --batch-tokens 64"
     command = f"distill {checkpoint} --pattern 1/2 --data {train} {flags} --held-out"
     assert run(f"{command} {held_out} --out {tmp_path / 'a'}") == 0
-    assert "1 held-out documents share long passages" in capsys.readouterr().err
+    assert "1 of the held-out documents share long passages" in capsys.readouterr().err
     copies = jsonl(tmp_path / "copies.jsonl", windows(prose(20, 60)), *held[:4])
     assert run(f"{command} {copies} --out {tmp_path / 'b'}") == 2
     assert "1 of the held-out documents are training text" in capsys.readouterr().err

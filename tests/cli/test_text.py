@@ -68,6 +68,8 @@ def test_a_downloaded_data_set_is_read_and_said(checkpoint, tmp_path, capsys):
 
 
 def test_numbers_may_be_short(checkpoint, chats, tmp_path, capsys):
+    assert main(["evaluate", str(checkpoint), "--data", "", "--pattern", "1/2"]) == 2
+    assert "name of the text is empty" in said(capsys)
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 128, 1000))
     command = f"evaluate {checkpoint} --data {tmp_path / 'ids.npy'} --split all --pattern FSSFSS"
     assert run(f"{command} --length 0.2K --sequences 2 --json") == 0
