@@ -2,8 +2,8 @@
 
 transformers writes a model's config as it is, which knows nothing of `use_pattern`. While a pattern
 is open, `save_pretrained` (and with it `Trainer.save_model` and `push_to_hub`) writes the pattern
-in force into the config, says so where stock transformers does not read it, and refuses where no
-config can say it.
+in force into the config and says so where stock transformers does not read it. A pattern with R
+layers, which no config can say, goes into a file beside it, loudly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from indexcache.pattern import Pattern
 from indexcache.seen import CONFIG_KEY, Seen
 
 PATTERN_FILE = "pattern.json"
-"""Where the pattern of an adapter lies in its folder."""
+"""Where a pattern that is in no config lies in the folder of a model or an adapter."""
 
 
 def write_patterns(model: AnyModel, state: ModelState, patches: Patches) -> None:
@@ -39,17 +39,15 @@ def write_patterns(model: AnyModel, state: ModelState, patches: Patches) -> None
 def _whole(state: ModelState, native: Pattern, node: Replaced) -> Callable[..., Any]:
     """Make the method that saves a model."""
 
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         seam = seam_here(state)
         if seam is None or seam.pattern == native:
-            return node.below(*args, **kwargs)
+            return node.below(save_directory, *args, **kwargs)
         pattern, model = seam.pattern, node.module()
         if "R" in pattern.roles:
-            raise ValueError(
-                f"The pattern in force, {pattern}, has R layers, which no config can say, and "
-                "without it another model would be loaded: leave use_pattern to save the weights, "
-                "and keep the pattern with Pattern.to_file."
-            )
+            result = node.below(save_directory, *args, **kwargs)
+            _beside(pattern, save_directory, "The model")
+            return result
         if not family_of(model).native_sharing:
             warnings.warn(
                 f"The config gets the pattern {pattern}, but transformers does not read it for "
@@ -57,7 +55,7 @@ def _whole(state: ModelState, native: Pattern, node: Replaced) -> Callable[..., 
                 stacklevel=2,
             )
         with _in_config(model, pattern):
-            return node.below(*args, **kwargs)
+            return node.below(save_directory, *args, **kwargs)
 
     return save_pretrained
 
@@ -69,16 +67,21 @@ def _adapter(state: ModelState, native: Pattern, node: Replaced) -> Callable[...
         seam = seam_here(state)
         result = node.below(save_directory, *args, **kwargs)
         if seam is not None and seam.pattern != native:
-            file = Path(save_directory) / PATTERN_FILE
-            seam.pattern.to_file(file)
-            warnings.warn(
-                f"The adapter was saved under the pattern {seam.pattern}, which is no part of it: "
-                f"{file} has it; enter use_pattern with it where the adapter is loaded.",
-                stacklevel=2,
-            )
+            _beside(seam.pattern, save_directory, "The adapter")
         return result
 
     return save_pretrained
+
+
+def _beside(pattern: Pattern, folder: Any, what: str) -> None:
+    """Write a pattern into a file of its own, and warn that loading will not find it."""
+    file = Path(folder) / PATTERN_FILE
+    pattern.to_file(file)
+    warnings.warn(
+        f"{what} was saved under the pattern {pattern}, which its config cannot say: {file} has "
+        "it; enter use_pattern with it on what is loaded.",
+        stacklevel=3,
+    )
 
 
 @contextmanager

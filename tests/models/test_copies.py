@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from indexcache import accelerate, use_pattern
+from indexcache import Pattern, accelerate, use_pattern
 from indexcache.models.family import indexers
 from tests.models.test_scopes import clean, under
 from tests.support import FAMILIES, logits, make_model, refused, relative
@@ -192,12 +192,17 @@ def test_a_saved_model_is_the_one_that_ran(four, text, tmp_path):
     assert clean(four)
 
 
-def test_a_pattern_that_no_config_can_say_is_not_saved(four, tmp_path):
+def test_a_pattern_that_no_config_can_say_lies_beside_the_weights(four, text, tmp_path):
     with use_pattern(four, "FRSF@2"):
-        refused(lambda: four.save_pretrained(tmp_path / "x"), "R layers", "FRSF@2", "leave")
+        ran = logits(four, text)
+        with pytest.warns(UserWarning, match=r"FRSF@2.*pattern\.json has it"):
+            four.save_pretrained(save_directory=tmp_path / "x")
         with use_pattern(four, "FFFF"):
             four.save_pretrained(tmp_path / "full")
-    assert not (tmp_path / "x").exists()
+    again = type(four).from_pretrained(tmp_path / "x").eval()
+    assert not hasattr(again.config, "index_topk_pattern")
+    assert torch.equal(under(again, Pattern.from_file(tmp_path / "x" / "pattern.json"), text), ran)
+    assert not (tmp_path / "full" / "pattern.json").exists()
 
 
 def test_trainer_trains_and_saves_under_a_pattern(four, text, tmp_path):
