@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from indexcache.distilling.forward import served_layers
 from indexcache.distilling.settings import FILE_KEYS
+from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
 from indexcache.vacuity import Share, sentence
@@ -23,6 +25,7 @@ class HeldOutLosses:
         best: the lowest, after step `best_step`.
         last: after the last step.
         sparsity: the share of the held-out context that k, and the pool of R layers, are.
+        blind: the loss of a blind guess among all tokens; None in older runs.
     """
 
     first: float
@@ -30,6 +33,7 @@ class HeldOutLosses:
     best_step: int
     last: float
     sparsity: tuple[Share, ...] = ()
+    blind: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,11 @@ class DistillResult:
             return text
         losses = self.held_out
         shares = {share.size: share for share in losses.sparsity}
+        note = blindness(losses.first, math.inf if losses.blind is None else losses.blind)
         return text + (
             f"\n\nheld-out loss under {self.pattern}: {losses.first:.4f} before, "
             f"{losses.best:.4f} at step {losses.best_step} (the one kept), "
-            f"{losses.last:.4f} at the end" + (f"\n{sentence(shares)}" if shares else "")
+            f"{losses.last:.4f} at the end"
+            + (f"\n{sentence(shares)}" if shares else "")
+            + ("" if note is None else f"\n\n{note}")
         )

@@ -44,6 +44,7 @@ from indexcache.distilling.state import list_states, load_state, save_state
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.family import indexers as indexers_of
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
+from indexcache.models.soundness import blind_loss
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, open_run
@@ -491,7 +492,7 @@ class Trainer:
         held_out = None
         if evaluations:
             losses = (evaluations[0], self.best, self.best_step, evaluations[s.steps])
-            held_out = HeldOutLosses(*losses, self.sparsity)
+            held_out = HeldOutLosses(*losses, self.sparsity, blind_loss(self.model))
         last = steps[s.steps]
         return DistillResult(
             pattern=self.pattern,

@@ -183,6 +183,11 @@ def test_a_model_no_better_than_a_blind_guess_is_said(small, text, tmp_path):
     refused(lambda: judge(evidence, 0.1), "blind guess")
     found = search(small, text, tmp_path)
     assert "no better than a blind guess" in found.notes[-1]
+    settings = DistillSettings(steps=1, eval_every=1)
+    rows = pack_rows(documents(4, 80), 64, 0)
+    trained = distill(small, "FSS", rows, tmp_path / "d", settings, held_out=text)
+    assert trained.held_out.blind == evidence.blind_loss
+    assert "no better than a blind guess" in trained.table().splitlines()[-1]
 
 
 def test_a_trained_model_is_not_called_blind(tiny):
