@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from indexcache.cli import main
+from indexcache.models.reader import Reader
 
 COMMON = "--split all --length 64 --sequences 2 --pattern FSSFSS"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -116,3 +117,17 @@ def test_the_text_is_checked_before_the_model_is_loaded(
         ):
             assert run(verb) == 2, verb
             assert says in said(capsys)
+
+
+def test_a_bench_tokenises_as_much_as_it_needs(checkpoint, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": prose(i)}) + "\n" for i in range(20)))
+    reader = Reader(checkpoint)
+    everything, digest = reader.tokens(path, 128)
+    assert "".join(map(chr, everything.tolist())) == "".join(prose(i) for i in range(20))
+    calls = []
+    reader.encode = lambda text: calls.append(text) or [ord(c) for c in text]
+    some, same = reader.tokens(path, 128, 150)
+    assert some.tolist() == everything[:150].tolist()
+    assert same == digest  # It is one of all documents, so that a bench can add longer contexts.
+    assert len(calls) == 2
