@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from indexcache.pattern import Pattern
-
 if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads lazily.
     # ruff: noqa: F401
     from indexcache.distilling.delta import apply_delta
@@ -25,6 +23,7 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     from indexcache.models.fast.prefill import prefill
     from indexcache.models.loading import load
     from indexcache.models.seam import use_pattern
+    from indexcache.pattern import Pattern
     from indexcache.searching.run import search
     from indexcache.searching.settings import SearchSettings
 

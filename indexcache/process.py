@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
 import sys
-import tempfile
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +126,8 @@ def calm_warnings() -> None:
 
     Those of other libraries say nothing about a result.
     """
+    import warnings
+
     rules: Any = warnings.filters
     rules[:] = [("default", *rule[1:]) if rule[0] == "error" else rule for rule in rules]
     warnings.filterwarnings("default", "^$")  # This makes Python forget what it cached.
@@ -145,6 +143,8 @@ def keep(name: str, text: str) -> Path | None:
         The path of the file, in the folder for temporary files, else in the current or the home
         folder; None where none of them can be written.
     """
+    import tempfile
+
     folders: list[str] = []
     with contextlib.suppress(OSError):
         folders.append(tempfile.gettempdir())
@@ -213,12 +213,16 @@ def _described(error: BaseException) -> str:
 
 def _trace(error: BaseException) -> str:
     try:
+        import traceback
+
         return "".join(traceback.format_exception(error))
     except Exception:
         return _described(error)
 
 
 def _facts(arguments: list[str], version: str) -> list[str]:
+    import platform
+
     libraries = ("torch", "transformers", "numpy", "cyclopts")
     return [
         f"indexcache {version}, Python {platform.python_version()}, {platform.platform()}",

@@ -228,7 +228,7 @@ def explained(error: BaseException) -> str | None:
     """Return the sentence about an error that is the user's or the machine's; None for a bug."""
     if isinstance(error, ValueError):
         return str(error)
-    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+    if out_of_memory(error):
         return (
             "There is not enough memory for this; use fewer or shorter sequences, a smaller "
             "--batch or --chunk, or another --device."
