@@ -15,6 +15,9 @@ from typing import Any
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 MTP_KEY = "num_nextn_predict_layers"
 
+MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
+"""The model types whose indexers are known here; a test compares them with the families."""
+
 NEVER_QUANTISED = ("embed_tokens", "mlp.gate", "indexer.weights_proj")
 """Ends of the names of the matrices that no released checkpoint quantises, whatever the config."""
 

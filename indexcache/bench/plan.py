@@ -16,7 +16,7 @@ from indexcache.bench.cost import FLOOR_ONLY, CostModel, Row, errors_left_out, f
 from indexcache.bench.results import BenchResult
 from indexcache.bench.storage import BF16, Storage
 from indexcache.checkpoint import config_facts
-from indexcache.configs import text_section
+from indexcache.configs import MODEL_TYPES, model_type_of, text_section
 from indexcache.pattern import Pattern
 from indexcache.report.speed import prediction_table
 from indexcache.shapes import Rates, Shape, rates_named, read_shape
@@ -153,6 +153,11 @@ def make_plan(
     """
     name, config = read_shape(model)
     shape = Shape.of(config)
+    if (kind := model_type_of(config)) not in (None, *MODEL_TYPES):
+        raise ValueError(
+            f"{model}: the model_type {kind!r:.60} is not known to have a DSA indexer, so its "
+            f"times would be those of another model; known are {', '.join(MODEL_TYPES)}."
+        )
     facts = config_facts(model, config)
     try:
         storage = Storage.of(shape, facts["quantization"])

@@ -19,12 +19,12 @@ from indexcache.checkpoint import (
     read_config,
     resolve_config,
 )
+from indexcache.configs import MODEL_TYPES as MODEL_TYPES
 from indexcache.configs import model_type_of, text_section
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern, stage_starts
 
 ENGINES = ("transformers", "vllm", "sglang")
-MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 NATIVE_SHARING = ("glm_moe_dsa",)  # those on which stock transformers shares indexers
 
 

@@ -109,3 +109,9 @@ def test_a_plan_says_what_it_leaves_out(tmp_path):
     assert plan.rows[3]["pattern"].startswith("FFSSSF")
     bad = make_plan(config(tmp_path, index_topk_pattern="ff"), "H200", TRAFFIC)
     assert any("no valid pattern" in note for note in bad.notes)
+
+
+@pytest.mark.parametrize("kind", ["glm5_next", "deepseek_v3", "hy_v4"])
+def test_a_family_that_is_not_known_is_not_planned(tmp_path, kind):
+    file = config(tmp_path, model_type=kind)
+    refused(lambda: make_plan(file, "H200", TRAFFIC), "config.json", kind, "glm_moe_dsa")

@@ -167,7 +167,9 @@ def test_a_config_alone_serves_the_verbs_that_need_no_weights(walk, verb):
 def test_everything_else_is_one_sentence(walk, verb):
     for model in OTHER:
         code, said = walk(verb, model, "FSFSFS" if verb in NEEDS_PATTERN else None)
-        if (verb, model) == ("export", "bad pattern") or (verb == "plan" and model in DAMAGED):
+        if (verb, model) == ("export", "bad pattern") or (
+            verb == "plan" and model in DAMAGED and model != "llama"
+        ):
             assert code == 0, (model, said)  # It is replaced there; plan needs the config alone.
             continue
         assert code == 2, model
