@@ -10,6 +10,7 @@ import torch
 
 from indexcache import Pattern, evaluate, export, use_pattern
 from indexcache.data import Batch, shipped_text
+from indexcache.evals.statistics import LEAST_DOCUMENTS
 from indexcache.models.lm import hidden_states
 from indexcache.records import read_json
 
@@ -100,6 +101,10 @@ def test_the_shipped_text_is_split_by_document(tiny):
     }
     names = {s: {r["source"] for r in lines} for s, lines in rows.items()}
     assert not names["calibration"] & names["heldout"]
+    held_out = [r["domain"] for r in rows["heldout"]]
+    assert {d: held_out.count(d) for d in held_out} == dict.fromkeys(
+        ("code", "documentation", "prose"), LEAST_DOCUMENTS
+    )
     for lines in rows.values():
         assert {r["domain"] for r in lines} == {"code", "documentation", "prose"}
         assert {r["licence"] for r in lines} <= {
