@@ -12,15 +12,23 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import _disable_current_modes
 
 _CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 _CHECKPOINT_FILE = _CHECKPOINT.co_filename
+
+
+_SELECTIVE = tuple(
+    getattr(torch.utils.checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+)
 
 
 class Region(NamedTuple):
@@ -67,3 +75,15 @@ def regions(stop: CodeType | None = None, owner: Any = None) -> list[Region]:
                 found.append(Region(first, code.co_name == "backward"))
         frame = frame.f_back  # type: ignore[assignment]
     return found
+
+
+def unseen_by_selective() -> AbstractContextManager:
+    """Hide what runs inside from selective checkpointing (`context_fn`).
+
+    That keeps the outputs of chosen operations and gives them out in order, so a recomputation must
+    run what the forward pass ran. It does not select anew, so selecting is hidden from both.
+    """
+    count = torch._C._len_torch_dispatch_stack()
+    modes = (torch._C._get_dispatch_stack_at(i) for i in range(count))
+    hide = any(isinstance(mode, _SELECTIVE) for mode in modes)
+    return _disable_current_modes() if hide else nullcontext()

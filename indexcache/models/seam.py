@@ -28,6 +28,7 @@ from indexcache.models.family import AnyModel, decoder_of, family_of, indexers, 
 from indexcache.models.guard import guard, refuse_lacking
 from indexcache.models.passes import Pass, running
 from indexcache.models.patch import LOCK, Patches, state_of
+from indexcache.models.regions import unseen_by_selective
 from indexcache.models.router import route
 from indexcache.models.saving import write_patterns
 from indexcache.models.scopes import Scope, enter, leave
@@ -147,7 +148,8 @@ class Seam:
             What attention takes, and the selection where a recomputation cannot compute it anew.
         """
         role = self.pattern[call.layer]
-        selection = self._roles[role](one, call)
+        with unseen_by_selective():
+            selection = self._roles[role](one, call)
         one.last = call.layer
         if role != "S":
             one.selection = selection
@@ -164,7 +166,8 @@ class Seam:
                     f"Layer {call.layer} is run again in a second backward pass, but its selection "
                     "went with the first; use retain_graph=True."
                 )
-            selection = self.selector.full(call)
+            with unseen_by_selective():
+                selection = self.selector.full(call)
         return self.selector.answer(on_device(selection, call.x.device))
 
     def _full(self, one: Pass, call: IndexerCall) -> Selection:

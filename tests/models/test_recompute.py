@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from indexcache import accelerate, use_pattern
 from indexcache.models.family import indexers
@@ -112,6 +112,28 @@ def test_checkpointed_gradients_are_those_without(four, texts, pattern, reentran
             assert same(gradients(four, backward), expected), backward.__name__
     gc.collect()
     assert all("forward" not in m.__dict__ for m in (four.model, *indexers(four)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kept", ["mm", "bmm", "topk"])
+def test_selective_checkpointing(four, texts, pattern, kept):
+    """The outputs kept of an operation are given out in order, also those of indexers."""
+    expected = plain(four, pattern, texts[0])
+
+    def contexts():
+        return create_selective_checkpoint_contexts([getattr(torch.ops.aten, kept).default])
+
+    def backward():
+        with use_pattern(four, pattern):
+            loss_of(four, texts[0]).backward()
+
+    four.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    four.train()
+    try:
+        assert same(gradients(four, backward), expected)
+    finally:
+        four.gradient_checkpointing_disable()
+        four.eval()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
