@@ -17,6 +17,7 @@ from indexcache import __version__
 from indexcache.cli import (
     bench,
     distill,
+    doctor,
     evaluate,
     export,
     generate,
@@ -40,6 +41,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "evaluate": evaluate.evaluate,
     "distill": distill.distill,
     "export": export.export,
+    "doctor": doctor.doctor,
     "bench": bench.bench,
     "profile": profile.profile,
     "generate": generate.generate,

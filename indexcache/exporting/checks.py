@@ -255,9 +255,9 @@ def _engine_warnings(
         )
         if text_section(config) is not config:
             warnings.append(
-                "Older versions of SGLang apply overrides only to the top of a multimodal config, "
-                "where the pattern is not read: check its log, or serve a checkpoint whose "
-                "config.json carries the pattern."
+                "SGLang merges overrides of a multimodal config's text_config since 0.5.23 at the "
+                "latest; older versions may replace all of it, and then fail: serve a checkpoint "
+                "whose config.json carries the pattern there."
             )
     return warnings
 

@@ -42,13 +42,14 @@ def vllm_overrides(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
 
 
 def sglang_overrides(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
-    """Return the value of `--json-model-override-args`, which is always flat.
+    """Return the value of `--json-model-override-args`.
 
-    Unlike vLLM, SGLang sets each key as one attribute: `{"text_config": {..}}` would replace the
-    whole text config of a multimodal model by a dict. Newer versions apply flat keys to the text
-    config, where they belong.
+    For a multimodal config the keys lie both under "text_config", into which SGLang 0.5.23 merges
+    them and which the model reads, and at the top, which its memory pools read.
     """
-    return override_keys(text_section(config), pattern)
+    section = text_section(config)
+    keys = override_keys(section, pattern)
+    return keys if section is config else {"text_config": keys, **keys}
 
 
 FLAGS: dict[str, tuple[str, Callable[[dict[str, Any], Pattern], dict[str, Any]]]] = {

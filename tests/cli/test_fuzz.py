@@ -19,6 +19,7 @@ COMMANDS = {
     "distill": "distill {model} --data text.jsonl --eval-every 0 --length 64 --pattern FSSSSS"
     " --out o",
     "export": "export {model} --pattern FSSSSS --out o",
+    "doctor": "doctor {model}",
     "bench": "bench {model} --contexts 64 --patterns FSSSSS --device cpu",
     "profile": "profile {model} --contexts 64 --pattern FSSSSS --device cpu",
     "generate": "generate {model} --prompt-file prompt.txt",
@@ -118,6 +119,8 @@ def test_bad_values_are_one_sentence_and_exit_code_2(
                 expected = {2}
             else:
                 expected = {0, 2} if verb in ("inspect", "export", "plan") else {2}
+                if verb == "doctor":  # Its verdict on a bad pattern is that it fails.
+                    expected = {0, 1, 2}
             code = main(with_flag(words, flag, value))
             out, err = capsys.readouterr()
             where = (flag, value[:40], err[-500:])
