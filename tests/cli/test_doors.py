@@ -64,6 +64,7 @@ def place(tmp_path_factory):
     (root / "nested config.json").write_text(nested)
     (root / "fp8 config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
     (root / "text.txt").write_text("Once upon a time. " * 400)
+    (root / "prompt.txt").write_text("Once upon a time")
     (root / "empty").mkdir()
     (copy("damaged") / "model.safetensors").write_bytes(b"\0" * 100)
     copy("no indexer", {n: w for n, w in weights.items() if "indexer" not in n})
@@ -111,7 +112,8 @@ def walk(place, monkeypatch, capsys, tmp_path):
         "export": ["--out", out, "--engine", "vllm"],
         "bench": ["--contexts", "100", "--device", "cpu"],
         "profile": ["--contexts", "100", "--device", "cpu"],
-        "generate": ["--prompt-file", "text.txt"],
+        "generate": ["--prompt-file", "prompt.txt", "--max-new-tokens", "8"],
+        "doctor": [],
         "plan": ["--gpu", "H100", "--context", "100", "--output-tokens", "10", "--price", "1"],
     }  # fmt: skip
 
@@ -123,7 +125,7 @@ def walk(place, monkeypatch, capsys, tmp_path):
         code = main([verb, model, *more[verb], *named])
         lines = capsys.readouterr().err.splitlines()
         errors = [line for line in lines if line.startswith("indexcache: ") and "note:" not in line]
-        assert code in (0, 2), lines
+        assert code in ((0, 1, 2) if verb == "doctor" else (0, 2)), lines
         assert len(errors) == (code == 2), lines
         assert "\n".join(lines).count("Traceback") == 0
         return code, errors[0] if errors else ""
@@ -137,12 +139,12 @@ LOADS = ("overlap", "search", "evaluate", "distill", "bench", "profile", "genera
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_model_is_taken_by_every_verb(walk, verb):
-    assert set(VERBS) == {*LOADS, "inspect", "export", "plan"}
+    assert set(VERBS) == {*LOADS, "inspect", "export", "plan", "doctor"}
     for model in MODELS:
         layers = {"tiny": "FSSSSSSSSSSS", "fp8": "FSS"}.get(model, "FSFSFS")
         code, said = walk(verb, model, layers if verb in NEEDS_PATTERN else None)
         if verb not in LOADS:
-            assert code == 0, (model, said)
+            assert code in (0, 1), (model, said)  # Only doctor gives 1, for what it finds.
         elif verb == "generate" and model == "bare tokens":
             assert "tokenizer" in said
         elif verb in ("bench", "profile") and model == "pruned":
@@ -155,8 +157,8 @@ def test_every_model_is_taken_by_every_verb(walk, verb):
 def test_a_config_alone_serves_the_verbs_that_need_no_weights(walk, verb):
     for model in BARE:
         code, said = walk(verb, model, "FSFSFS" if verb in NEEDS_PATTERN else None)
-        if verb in ("inspect", "export", "plan"):
-            assert code == 0, (model, said)
+        if verb in ("inspect", "export", "plan", "doctor"):
+            assert code in (0, 1), (model, said)
         else:
             assert code == 2, model
             assert REACHED not in said
@@ -172,6 +174,8 @@ def test_everything_else_is_one_sentence(walk, verb):
         ):
             assert code == 0, (model, said)  # It is replaced there; plan needs the config alone.
             continue
+        if verb == "doctor" and code == 1:
+            continue  # It says what is wrong with a checkpoint that it can read.
         assert code == 2, model
         assert REACHED not in said, model
         assert model in said or "no indexer" in said, (model, said)
@@ -191,7 +195,9 @@ def test_every_verb_reads_every_source_of_a_pattern(walk, verb):
     taken = REACHED if verb in LOADS else ""
     for i, source in enumerate(SOURCES):
         code, said = walk(verb, "single", source)
-        assert (code, taken in said) == (2 if taken else 0, True), (i, source, said)
+        expected = (2,) if taken else (0, 1) if verb == "doctor" else (0,)
+        assert code in expected, (i, source, said)
+        assert taken in said
     for source in NO_SOURCES:
         code, said = walk(verb, "single", source)
         assert code == 2, source
