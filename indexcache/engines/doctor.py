@@ -18,6 +18,8 @@ from indexcache.report.tables import table
 
 __all__ = ["Diagnosis", "Hazard", "examine"]
 
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
@@ -116,6 +118,8 @@ def examine(
     if version is not None and len(engines or ()) != 1:
         raise ValueError("A version is that of one engine: name it with --engine.")
     layers = text_section(config)["num_hidden_layers"]
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers}; no model has more than {MOST_LAYERS}.")
     for flag, size in (
         ("--tensor-parallel-size", tensor_parallel_size),
         ("--pipeline-parallel-size", pipeline_parallel_size),

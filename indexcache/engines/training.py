@@ -18,10 +18,12 @@ MEGATRON = {"dsa_indexer_topk_freq": FREQ, "dsa_indexer_skip_topk_offset": OFFSE
 
 MAX_BYTES = 1 << 24
 
-_LINE = re.compile(
-    r"""(?P<name>[A-Za-z][\w-]*)["']?(?:\s*[:=]\s*|\s+)"""
-    r"""(?P<value>"[^"]*"|'[^']*'|\[[^\]]*\]|[^\s,#})\\]+)?"""
+_NAMES = "|".join(name.replace("_", "[_-]") for name in (*MEGATRON, *SHARING_KEYS))
+_SETTING = re.compile(
+    rf"""(?<![\w.])(?:--)?(?P<name>{_NAMES})["']?(?:[ \t]*[:=][ \t]*|[ \t]+|(?=\s|$))"""
+    r"""(?P<value>"[^"]*"|'[^']*'|\[[^\]]*\]|(?!--)[^\s,#})\\]+|(?:\s*\n[ \t]*-[ \t]+\S+)+)?"""
 )
+"""A setting in YAML or in a script; its value may be a list of either style of YAML."""
 
 
 def train_schedules(path: str | Path, config: dict[str, Any], family: str) -> tuple[Schedule, ...]:
@@ -77,16 +79,15 @@ def _leaves(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _lines(text: str) -> Iterator[tuple[str, Any]]:
     """Read settings from YAML, or from a script with flags."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    for line in lines:
-        for match in _LINE.finditer(line):
-            name = match["name"].replace("-", "_")
-            if name in MEGATRON or name in SHARING_KEYS:
-                yield name, _scalar(match["value"])
+    lines = [line.split(" #")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
+    for match in _SETTING.finditer("\n".join(lines)):
+        value = match["value"]
+        items = re.findall(r"-[ \t]+(\S+)", value or "") if "\n" in (value or "")[:200] else []
+        yield match["name"].replace("-", "_"), items or _scalar(value)
 
 
 def _scalar(text: str | None) -> Any:
-    if text is None or text.startswith("--"):
+    if text is None:  # A flag by itself.
         return True
     bare = text.strip("\"'")
     words = {"true": True, "false": False, "null": None, "none": None, "~": None}
@@ -95,5 +96,5 @@ def _scalar(text: str | None) -> Any:
     if re.fullmatch(r"-?[0-9]{1,9}", bare):
         return int(bare)
     if bare.startswith("["):
-        return [item.strip(" \"'") for item in bare.strip("[]").split(",") if item.strip()]
+        return [item.strip(" \"'\n\t") for item in bare.strip("[]").split(",") if item.strip()]
     return bare

@@ -260,6 +260,13 @@ MEGATRON = "torchrun pretrain.py --dsa-indexer-topk-freq 3 --dsa-indexer-skip-to
         ("a.toml", "[model]\nuse_index_cache = true\nindex_topk_freq = 3\n", 0),
         ("a.toml", '[model]\nuse_index_cache = true\nindex_topk_pattern = "FSFSFS"\n', 1),
         ("a.yaml", "use_index_cache: true\nindexer_types: [full, shared, shared, full]\n", 1),
+        ("a.yaml", "use_index_cache: true\nindexer_types:\n" + "  - full\n" * 6, 0),
+        (
+            "a.yaml",
+            "use_index_cache: true\nindexer_types: [full, shared,\n shared, full, shared, shared]",
+            0,
+        ),
+        ("run.sh", "train --use-index-cache --index-topk-freq=2\n", 1),
         ("a.yaml", "use_index_cache: true\n", 0),
         ("a.yaml", "learning_rate: 1\n", 2),
         ("gone.toml", None, 2),
@@ -299,6 +306,20 @@ def test_a_model_without_indexer_is_bad_input(examined):
     code, message = examined({"model_type": "llama", "num_hidden_layers": 2})
     assert code == 2
     assert "'llama' is not known to have an indexer" in message
+
+
+@pytest.mark.parametrize(
+    "keys", [{"num_hidden_layers": 10**9}, {"num_nextn_predict_layers": "one"}]
+)
+def test_a_config_with_impossible_numbers_is_bad_input(examined, keys):
+    assert examined(SMALL | keys)[0] == 2
+
+
+@pytest.mark.parametrize("value", [[], {}, [{}], [None] * 6, 0, -1, 1e308, float("nan"), "F", True])
+def test_no_value_of_a_key_is_a_bug(examined, value):
+    for key in ("index_topk_pattern", "indexer_types", "index_topk_freq", "use_index_cache"):
+        assert examined(SMALL | {key: value})[0] in (0, 1, 2), key
+    assert examined(SMALL | {"index_topk_freq": 2, "index_skip_topk_offset": value})[0] < 3
 
 
 def test_a_newer_version_is_a_warning_and_an_older_one_an_error(examined):
