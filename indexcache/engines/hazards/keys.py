@@ -120,7 +120,7 @@ def nesting(case: Case) -> Iterator[Hazard]:
     flat: dict[str, list[str]] = {}
     for name, config in case.configs.items():
         section = text_section(config)
-        if section is config:
+        if section is config or not any(s.rule and s.rule.engine == name for s in case.schedules):
             continue
         for key in SHARING_KEYS:
             if config.get(key) is not None and config[key] != section.get(key):
@@ -133,8 +133,8 @@ def nesting(case: Case) -> Iterator[Hazard]:
             "error",
             "nesting",
             None,
-            f"{' and '.join(flat)} beside text_config: {listed(names)} do not look there; this "
-            'model is nested, so write {"text_config": {..}}.',
+            f"What lies beside text_config ({', '.join(flat)}) is not read by {listed(names)}: "
+            'this model is nested, so write {"text_config": {..}}.',
         )
 
 
