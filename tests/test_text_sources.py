@@ -363,3 +363,10 @@ def test_the_cache_holds_what_the_tokenizer_gave(tmp_path, monkeypatch):
         monkeypatch.setenv("INDEXCACHE_CACHE", off)
         assert cache_folder() is None
         assert read("a") == expected and len(calls) == 3
+
+
+def test_a_refusal_names_the_fields_and_domains_are_printable(tmp_path):
+    path = write(tmp_path / "b.jsonl", lines({"instruction": "do", "output": "done"}))
+    refused(lambda: texts(path), "b.jsonl:1", "its fields are instruction, output")
+    path = write(tmp_path / "c.jsonl", lines({"text": "one", "domain": "a\n\x1b[31mb"}))
+    refused(lambda: texts(path), "c.jsonl:1", "control characters")

@@ -29,6 +29,7 @@ from indexcache.data.folders import SUFFIXES, TEXT_SUFFIXES
 from indexcache.data.leaks import (
     check_unseen,
     close_documents,
+    document_groups,
     near_copies,
     seen_in,
     seen_in_documents,
@@ -56,6 +57,7 @@ __all__ = [
     "close_documents",
     "default_length",
     "digest_of",
+    "document_groups",
     "load_documents",
     "make_batches",
     "named_source",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,10 @@ PASSAGE = 32
 MAX_SHARE = 0.2
 """A sequence of whose passages at least this share was seen is no held-out text. Licence headers
 and quotations of unrelated documents stay below it."""
+NEAR_COPY = 0.5
+"""Sequences that share at least this part of their passages are near copies. It is more than
+`MAX_SHARE`: a licence header can be a third of a short sequence."""
+SAMPLE = 512  # About so many passages of a sequence are compared with other sequences.
 
 # Scripts that put no space between words are taken character by character.
 UNSPACED = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
@@ -144,3 +149,34 @@ def near_copies(batches: Sequence[Batch], seen: Seen) -> list[tuple[float, str]]
             if share >= MAX_SHARE:
                 close.append((share, unit))
     return sorted(close, reverse=True)
+
+
+def document_groups(batches: Sequence[Batch]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Say which documents are no evidence of their own: near copies of each other.
+
+    Returns:
+        For the (domain, unit) of every sequence, the first one of its group. Two are in one group
+        where a sequence shares `NEAR_COPY` of its passages of token ids with another.
+    """
+    groups: dict[tuple[str, str], tuple[str, str]] = {}
+    owners: dict[int, tuple[str, str]] = {}
+
+    def first(node: tuple[str, str]) -> tuple[str, str]:
+        while groups[node] != node:
+            node = groups[node]
+        return node
+
+    for b in batches:
+        every = np.uint64(max(b.ids.shape[1] // SAMPLE, 1))
+        for row, unit in zip(b.ids.numpy(), b.units, strict=True):
+            node = (b.domain, unit)
+            groups.setdefault(node, node)
+            hashes = np.unique(ids_shingles(row))
+            sample = hashes[hashes % every == 0].tolist()
+            found = Counter(first(owners[h]) for h in sample if h in owners)
+            for other, count in found.items():
+                if count >= NEAR_COPY * len(sample):
+                    groups[first(node)] = first(other)
+            for h in sample:
+                owners.setdefault(h, node)
+    return {node: first(node) for node in groups}

@@ -94,12 +94,24 @@ def content_of(row: Any, where: str, domain: str, vocabulary: int) -> Content:
             return Content(checked_messages(fields[name], where, name), label)
     raise ValueError(
         f"{where}: has neither a text field ({' or '.join(TEXT_FIELDS)}, a string) nor an ids "
-        f"field (a list of token ids) nor a chat ({' or '.join(CHAT_FIELDS)}, a list)."
+        f"field (a list of token ids) nor a chat ({' or '.join(CHAT_FIELDS)}, a list)"
+        f"{_its_fields(fields)}."
     )
 
 
+def _its_fields(fields: Mapping[Any, Any]) -> str:
+    names = ", ".join(f"{name!s:.40}" for name in list(fields)[:8])
+    return f"; its fields are {names}" if names else ""
+
+
 def checked_domain(label: Any, where: str) -> str:
-    """Return a domain; raise ValueError if it is no name or the name for all domains."""
+    """Return a domain.
+
+    Raises:
+        ValueError: it is no name, or the name for all domains, or cannot be printed in one line.
+    """
+    if isinstance(label, str) and not label.isprintable():
+        raise ValueError(f"{where}: the domain {label!r:.60} has control characters.")
     if not isinstance(label, str) or label in ("", ALL):
         raise ValueError(
             f"{where}: the domain is {label!r:.60}, but it must be a name other than {ALL!r}, "

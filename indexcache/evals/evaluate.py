@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexcache.data import ALL, Batch, check_unseen
+from indexcache.data import ALL, Batch, check_unseen, document_groups
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
 from indexcache.models.applied import delta_of, without_delta
 from indexcache.models.conditions import Conditions, Origin, conditions_of
@@ -31,6 +32,8 @@ from indexcache.vacuity import check_batches, choosing_size, pool_of
 
 BUCKETS = 4  # number of equal parts of a sequence
 FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond")
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, str, int]  # (domain, unit, position bucket)
 
@@ -274,6 +277,7 @@ def evaluate(
         check_unseen(batches, delta.pattern.seen)
     check_weights(module, selecting=True)
     shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
+    _note_near_copies(batches)
     conditions = conditions_of(model, batches, shares, origin, seed=seed)
     sums: dict[str, dict[Key, np.ndarray]] = {
         name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
@@ -325,6 +329,20 @@ def _named(
     if not patterns:
         raise ValueError("There is no pattern to evaluate.")
     return {name: Pattern.of(p) for name, p in patterns.items()}
+
+
+def _note_near_copies(batches: Sequence[Batch]) -> None:
+    """Log how many documents are near copies of others: the interval takes them as independent."""
+    groups = document_groups(batches)
+    copies = len(groups) - len(set(groups.values()))
+    if copies:
+        logger.warning(
+            "%d of %d documents share half of their passages or more with another one; forms and "
+            "revisions of one text are not independent, so intervals are too narrow and a verdict "
+            "says less; give other documents in their place.",
+            copies,
+            len(groups),
+        )
 
 
 def _base_hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
