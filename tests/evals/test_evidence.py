@@ -80,8 +80,9 @@ def test_evidence_is_read_as_a_table_and_as_json(evidence):
     }
     assert [r["domain"] for r in json["rows"]] == ["all", "d0", "d1"] * 4
     assert [(p["from"], p["to"]) for p in json["positions"][:2]] == [(0, 0.25), (0.25, 0.5)]
-    overall, domains, positions, few = evidence.table("half").split("\n\n")
+    overall, domains, positions, few, blind = evidence.table("half").split("\n\n")
     assert "d0 (20), d1 (20)" in few
+    assert "no better than a blind guess" in blind
     assert overall.splitlines()[0].split()[:5] == ["pattern", "full", "loss", "vs", "half"]
     assert overall.splitlines()[0].endswith("pool of context  roles (64 tokens, k = 8)")
     assert domains.splitlines()[0].split() == ["vs", "half,", "by", "domain", "d0", "d1"]
