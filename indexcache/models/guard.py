@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from functools import cache as once
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from indexcache.models.family import AnyModel, decoder_of, either, native_pattern
 from indexcache.models.patch import ModelState, keep_clean, state_of, unkeep
@@ -70,6 +71,49 @@ def refuse_lacking(cache: Any, pattern: Pattern) -> None:
                 f"filled: the indexer keys of {lacking} cached tokens are missing; start a new "
                 "cache after switching the pattern."
             )
+
+
+def mark_lacking(cache: Any, layer: int) -> None:
+    """Let a cache's layer refuse new indexer keys while keys of earlier tokens are missing.
+
+    The mark is the class of the cache's layer, so that copies and pickles of the cache have it,
+    and other models refuse it as well. Caches of other libraries are left as they are.
+    """
+    entries = getattr(cache, "layers", ())
+    kind: Any = type(entries[layer]) if layer < len(entries) else None
+    if hasattr(kind, "update_indexer") and kind.__module__.startswith("transformers."):
+        entries[layer].__class__ = _lacking(kind)
+
+
+@once
+def _lacking(kind: Any) -> Any:
+    def update_indexer(self: Any, indexer_key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lacking = int(self.get_seq_length()) - _indexed(self)
+        # Attention appends the new tokens before the indexer does, or after it.
+        if lacking not in (0, indexer_key_states.shape[1]):
+            raise ValueError(
+                "A layer runs its indexer now, but it was shared while this cache was filled, or "
+                "the cache that this is a copy of: indexer keys of cached tokens are missing; "
+                "start a new cache after switching the pattern."
+            )
+        return kind.update_indexer(self, indexer_key_states, *args, **kwargs)
+
+    def __reduce_ex__(self: Any, _protocol: Any) -> tuple:
+        return _empty, (kind,), self.__dict__
+
+    names = {
+        "__doc__": kind.__doc__,
+        "__module__": __name__,
+        "__reduce_ex__": __reduce_ex__,
+        "update_indexer": update_indexer,
+    }
+    return type(kind.__name__, (kind,), names)
+
+
+def _empty(kind: Any) -> Any:
+    """Make a marked cache layer, whose fields copying or unpickling sets."""
+    marked = _lacking(kind)
+    return marked.__new__(marked)
 
 
 def _indexed(entry: Any) -> int:

@@ -25,7 +25,7 @@ from weakref import WeakSet
 from torch import Tensor
 
 from indexcache.models.family import AnyModel, decoder_of, family_of, indexers, missing_indexers
-from indexcache.models.guard import guard, refuse_lacking
+from indexcache.models.guard import guard, mark_lacking, refuse_lacking
 from indexcache.models.passes import Pass, running
 from indexcache.models.patch import LOCK, Patches, state_of
 from indexcache.models.regions import unseen_by_selective
@@ -188,6 +188,7 @@ class Seam:
     def _shared(self, one: Pass, call: IndexerCall) -> Selection:
         if call.cache is not None:
             self._filled.add(call.cache)
+            mark_lacking(call.cache, call.layer)
         return _published(call, one.selection)
 
     def resume(self, ids: Tensor | None, pool: Tensor | None) -> None:

@@ -160,7 +160,8 @@ class FastLayer(CacheLayerMixin):
         if size is None:
             size = max(tokens, int(GROWTH * (0 if cached is None else cached.shape[1])))
             size = -(-size // BLOCK) * BLOCK
-        larger = torch.zeros(self.batch_size, size, *width, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # Tensors of that mode cannot be written to after it.
+            larger = like.new_zeros(self.batch_size, size, *width)
         if cached is not None:
             larger[:, : cached.shape[1]] = cached
         return larger
@@ -258,6 +259,22 @@ class FastLayer(CacheLayerMixin):
                 setattr(self, name, change(_fp8_as_bytes(tensor)).view(tensor.dtype))
 
 
+class _Owner(ref):
+    """A weak reference to the model of a cache. Copies of the cache share it."""
+
+    def __copy__(self) -> _Owner:
+        return self
+
+    def __deepcopy__(self, _memo: Any) -> _Owner:
+        return self
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise ValueError(
+            "A FastCache belongs to its model in this process and cannot be pickled or saved; use "
+            "a DynamicCache made with config=model.config, or fill a new one."
+        )
+
+
 class FastCache(Cache):
     """The latents of all layers, and the indexer keys of the layers that run their indexer.
 
@@ -290,7 +307,7 @@ class FastCache(Cache):
                 f"A FastCache has a capacity and a batch of at least 1, got {capacity} and {batch}."
             )
         super().__init__(layers=[FastLayer(batch, capacity) for _ in decoder_layers(model)])
-        self._model = ref(module_of(model))
+        self._model = _Owner(module_of(model))
         self.capacity = capacity
         self.padded = False
         # Number of tokens that each sequence lacks to the longest; None if all are equally long.

@@ -65,8 +65,9 @@ class Decoder:
         self.module, self.cache = module, cache
         self.graph = (device.type == "cuda" and whole) if graph is None else graph
         batch = len(cache.lengths)
-        self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.positions_B = torch.tensor(cache.lengths, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # Tensors of that mode cannot be written to after it.
+            self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.positions_B = torch.tensor(cache.lengths, dtype=torch.int64, device=device)
         self._lengths = cache.lengths
         self._graph: Any = None
         self._graph_inputs: list[Any] = []
