@@ -370,3 +370,12 @@ def test_a_refusal_names_the_fields_and_domains_are_printable(tmp_path):
     refused(lambda: texts(path), "b.jsonl:1", "its fields are instruction, output")
     path = write(tmp_path / "c.jsonl", lines({"text": "one", "domain": "a\n\x1b[31mb"}))
     refused(lambda: texts(path), "c.jsonl:1", "control characters")
+
+
+def test_splits_of_a_data_set_are_no_domains(tmp_path):
+    for i, name in enumerate(
+        ("train/a.txt", "test/code/b.txt", "data/validation/c.txt", "law/d.txt")
+    ):
+        write(tmp_path / name, f"document {i}")
+    found = load_documents(tmp_path, encode, 256)
+    assert sorted(d.domain for d in found) == ["code", "law", "text", "text"]

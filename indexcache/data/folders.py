@@ -23,7 +23,7 @@ METADATA = re.compile(
     r"|special_tokens_map|generation_config|.*\.index)\.json|(requirements|merges|vocab).*\.txt",
     re.I,
 )
-PLAIN_FOLDERS = ("data", "snapshots")
+PLAIN_FOLDERS = ("data", "snapshots", "train", "test", "validation")
 """Folder names of a downloaded data set that say nothing about the kind of text."""
 
 
