@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from indexcache.models.seam import Seam
 
 _KEY = "_indexcache_records"
+_REENTRANT = "CheckpointFunctionBackward"  # the node of torch's checkpoint(use_reentrant=True)
 
 
 class Pass:
@@ -82,10 +83,13 @@ class Record:
         begun: the pattern of each pass of the whole decoder, in order.
         calls: by layer, the pattern of each call of its indexer, in order, and the selection where
             it cannot be computed from the call alone.
+        spent: whether a backward pass has used the region up, so that none can run it again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, once: bool = False) -> None:
         self.watched = False
+        self.once = once  # Torch lets such a region run again only in graphs that are kept.
+        self.spent = False
         self.begun: list[Seam | None] = []
         self.calls: dict[int, list[tuple[Seam | None, Selection | None]]] = {}
         self._task = -1
@@ -93,14 +97,17 @@ class Record:
 
     def next_pass(self) -> Seam | None:
         """Return the pattern of the next recomputed pass of the decoder."""
-        return self.begun[self._next(-1, self.begun)]
+        number = self._next(-1, self.begun)
+        self.spent = self.once and not keeps_graph()
+        return self.begun[number]
 
     def next_call(self, layer: int) -> tuple[Seam | None, Selection | None]:
         """Return the pattern and the selection of the next recomputed call of a layer."""
         recorded = self.calls.get(layer, [])
         number = self._next(layer, recorded)
         seam, selection = recorded[number]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not keeps_graph():
+            self.spent = self.once
             recorded[number] = seam, None  # The graph is used up, and with it the selection.
         return seam, selection
 
@@ -120,6 +127,11 @@ class Record:
         return number
 
 
+def keeps_graph() -> bool:
+    """Return whether the backward pass under way keeps its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def record_of(region: Region, state: ModelState) -> Record | None:
     """Return what ran in a region on this model."""
     return getattr(region.anchor, _KEY, {}).get(state)
@@ -130,7 +142,7 @@ def recording(region: Region, state: ModelState, seam: Seam | None) -> Record:
     records = region.anchor.__dict__.setdefault(_KEY, {})
     record = records.get(state)
     if record is None:
-        record = records[state] = Record()
+        record = records[state] = Record(type(region.anchor).__name__ == _REENTRANT)
     if seam is not None and not record.watched:
         record.watched = True
         state.watch(record)

@@ -255,6 +255,12 @@ class ModelState:
             self._records.discard(ref)
         self.settle()
 
+    def forget_spent(self) -> None:
+        """Forget regions whose backward pass has run, though their outputs are still held."""
+        with LOCK:
+            self._records = {r for r in self._records if (one := r()) is None or not one.spent}
+        self.settle()
+
     def settle(self) -> None:
         """Take the router away if nothing needs it any more."""
         with LOCK:

@@ -299,6 +299,21 @@ def test_accelerate_waits_for_the_backward_pass(four, texts):
     accelerate(four).undo()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_accelerate_does_not_wait_for_a_loss_that_is_held(four, texts, reentrant):
+    """Training loops hold the last loss while they evaluate."""
+    with checkpointing(four, reentrant):
+        with use_pattern(four, "FSSF"):
+            loss = loss_of(four, texts[0])
+        loss.backward(retain_graph=True)
+        refused(lambda: accelerate(four), "backward")
+        loss.backward()
+        four.zero_grad()
+    accelerate(four).undo()
+    assert all("forward" not in m.__dict__ for m in (four.model, *indexers(four)))
+    assert loss.grad_fn is not None
+
+
 def test_an_unknown_recomputation_is_refused(four, texts):
     """A backward hook that calls a layer again cannot be told from a recomputation."""
     errors = []

@@ -156,6 +156,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
         raise ValueError(
             "Call accelerate outside of use_pattern; patterns then apply to the accelerated model."
         )
+    state.forget_spent()
     if state.recorded:
         gc.collect()  # A cycle may be all that keeps the graph alive.
     if state.recorded:
