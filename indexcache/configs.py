@@ -193,8 +193,10 @@ def _excluded(section: Mapping[str, Any]) -> tuple[str, ...]:
                 f"quantization_config: {key} is {value!r:.40}; it must be a list of module names."
             )
         names += value
-    for name, changes in (section.get("extra_config") or {}).items():  # auto-round
-        if isinstance(changes, Mapping) and changes.get("bits", 0) >= 16:
+    extra = section.get("extra_config")  # auto-round
+    for name, changes in extra.items() if isinstance(extra, Mapping) else ():
+        bits = changes.get("bits") if isinstance(changes, Mapping) else None
+        if (_number(bits, "bits") or 0) >= 16:
             names.append(str(name))
     return tuple(dict.fromkeys(names))
 
@@ -237,7 +239,7 @@ def _of_fp8(section: Mapping[str, Any]) -> dict[str, Any]:
     if block is not None and not (
         isinstance(block, (list, tuple))
         and len(block) == 2
-        and all(isinstance(n, int) and n > 0 for n in block)
+        and all(type(n) is int and n > 0 for n in block)
     ):
         raise ValueError(
             f"quantization_config: weight_block_size is {block!r:.40}; it must be two whole "
@@ -278,7 +280,8 @@ def _of_groups(section: Mapping[str, Any]) -> dict[str, Any]:
         bits = _number(weights.get("num_bits"), "num_bits")
         block = weights.get("block_structure")
         if isinstance(block, (list, tuple)) and len(block) == 2:
-            size: tuple[int, int] | None = (int(block[0]), int(block[1]))
+            down, across = (_number(n, "block_structure") or 1 for n in block)
+            size: tuple[int, int] | None = (down, across)
         else:
             size = _groups(weights.get("group_size"))
         active = inputs.get("num_bits") if isinstance(inputs, Mapping) else None

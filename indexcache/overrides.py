@@ -19,6 +19,7 @@ SHARING_KEYS = ("use_index_cache", *PATTERN_KEYS, *FREQUENCY_KEYS)
 
 _FLAG = r"(?:hf[-_]overrides|json[-_]model[-_]override[-_]args)"
 _OBJECT = re.compile(_FLAG + r"[\s=:,\\'\"]*(?=\{)")
+_VARIABLE = re.compile(_FLAG + r"[\s=]*['\"]?\$")
 _DOTTED = re.compile(_FLAG + r"\.([\w.]+)[\s=]+['\"]?([^\s'\"]+)")
 
 
@@ -27,21 +28,22 @@ def flag_values(text: str) -> list[dict[str, Any]]:
 
     A line that begins with # is a comment. vLLM's `--hf-overrides.key value` counts as well.
 
+    Where a flag's value is a variable, e.g. `--hf-overrides "$OVERRIDES"`, the objects with sharing
+    keys anywhere in the text count. Python's True, False and None are read too.
+
     Raises:
         ValueError: a flag is there, but its value is no JSON object.
     """
     text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     found = []
     for match in _OBJECT.finditer(text):
-        rest = text[match.end() :]
-        for candidate in (rest, rest.replace('\\"', '"'), rest.replace("\\\n", "")):
-            try:
-                found.append(json.JSONDecoder().raw_decode(candidate)[0])
-                break
-            except ValueError:
-                continue
-        else:
+        overrides = _object_at(text[match.end() :])
+        if overrides is None:
             raise ValueError(f"the value of {match[0].strip(' =:')!r:.40} is no JSON object.")
+        found.append(overrides)
+    if not found and _VARIABLE.search(text):
+        objects = (_object_at(text[m.start() :]) for m in re.finditer(r"(?<![$\\])\{", text))
+        found = [v for v in objects if v is not None and any(k in v for k in SHARING_KEYS)]
     dotted: dict[str, Any] = {}
     for match in _DOTTED.finditer(text):
         try:
@@ -50,6 +52,22 @@ def flag_values(text: str) -> list[dict[str, Any]]:
             value = match[2]
         dotted[match[1].removeprefix("text_config.")] = value
     return [*found, dotted] if dotted else found
+
+
+def _object_at(text: str) -> dict[str, Any] | None:
+    """Read the object that a text begins with: plain, escaped, continued, or Python's."""
+    plain = text.replace("\\\n", "")
+    unescaped = plain.replace('\\"', '"')
+    python = re.sub(
+        r"\b(True|False|None)\b", lambda m: {"None": "null"}.get(m[0], m[0].lower()), text
+    )
+    for candidate in (text, text.replace('\\"', '"'), plain, unescaped, python):
+        try:
+            value = json.JSONDecoder().raw_decode(candidate)[0]
+        except (ValueError, RecursionError):
+            continue
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def levels_of(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -219,7 +219,7 @@ class Pattern:
     def _from_text(cls, text: str, layers: int | None) -> Pattern:
         try:
             value = parse_json(text)
-        except ValueError:
+        except ValueError as error:
             if flags := flag_values(text):
                 patterns = {cls.from_overrides(flag, layers) for flag in flags}
                 if len(patterns) > 1:
@@ -227,6 +227,10 @@ class Pattern:
                         f"its flags give {len(patterns)} different patterns; keep one of them."
                     ) from None
                 return patterns.pop()
+            if text.startswith(("{", "[")):
+                raise ValueError(
+                    f"there is no pattern; it begins like JSON, but is none ({error!s:.200})."
+                ) from None
             if not re.fullmatch(r"[\w@ ]*", text):
                 raise ValueError(
                     "there is no pattern; a file holds FSSF.., JSON with a pattern, overrides of "
@@ -237,7 +241,8 @@ class Pattern:
             return cls(value)
         pattern = value.get("pattern")
         if pattern is None:
-            return cls.from_overrides(value, layers)
+            flags = [] if sharing_keys(unwrapped(value)) else flag_values(text)
+            return cls.from_overrides(flags[0] if len(flags) == 1 else value, layers)
         if (types := value.get("indexer_types")) is not None and cls(types) != cls(pattern):
             raise ValueError(f"its pattern is {pattern}, but its indexer_types are others.")
         return cls(pattern)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def progress(
@@ -28,6 +30,8 @@ def progress(
         delay: seconds before the bar is shown.
         scaled: write numbers as 1.2M.
     """
+    from tqdm import tqdm  # It takes a tenth of the time of --help to import.
+
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(
         total=total,

@@ -68,7 +68,12 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
     if not equals or _is_source(spec):
         body = spec
         name = spec
-    suffix = re.fullmatch(r"(.*)\+R([0-9]{0,9})", body, re.DOTALL)
+    suffix = None if _is_source(body) else re.fullmatch(r"(.*)\+R(\w*)", body, re.DOTALL)
+    if suffix and not re.fullmatch("[0-9]{0,9}", suffix[2]):
+        raise ValueError(
+            f"{spec:.80}: behind +R stands {suffix[2]!r:.40}, which is no pool factor; a pool of "
+            "8 k is +R8."
+        )
     pattern = _parse(suffix[1] if suffix else body, layers)
     if suffix:
         pattern = pattern.with_rest("R", int(suffix[2]) if suffix[2] else None)
@@ -116,7 +121,7 @@ def _parse(spec: str, layers: int) -> Pattern:
         return _frontier_point(Path(head), full, layers)
     if os.path.isfile(spec):
         return _of_file(Path(spec), layers)
-    if os.path.exists(spec):
+    if os.path.lexists(spec):
         raise ValueError(f"{spec}: is neither a file nor a folder, so no pattern can be read.")
     if "/" in spec or "." in spec or colon:
         raise ValueError(f"{spec}: is no pattern, and there is no such file or run folder.")
@@ -233,14 +238,11 @@ def _positive(text: str, spec: str) -> Fraction:
 
     Numbers have at most nine digits: `Fraction` would compute all the digits of 1e99999999.
     """
-    if not re.fullmatch(NUMBER, text):
+    if not re.fullmatch(NUMBER, text) or re.search("/0+$", text):
         raise ValueError(
             f"{spec:.80}: {text!r:.80} is neither a number of layers nor a fraction such as 1/4."
         )
-    try:
-        value = Fraction(text)
-    except ZeroDivisionError:
-        value = Fraction(0)
+    value = Fraction(text)
     if value <= 0:
         raise ValueError(f"{spec}: {text} must be above 0.")
     return value

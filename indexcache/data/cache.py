@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import sqlite3
 
 VARIABLE = "INDEXCACHE_CACHE"
 FILE = "tokens-1.sqlite"
@@ -86,6 +89,8 @@ class TokenCache:
         return ids
 
     def _read(self, key: bytes) -> np.ndarray | None:
+        import sqlite3
+
         assert self._database is not None
         try:
             row = self._database.execute("SELECT ids FROM tokens WHERE key = ?", (key,)).fetchone()
@@ -103,6 +108,8 @@ class TokenCache:
         rows, self._new, self._bytes = list(self._new.items()), {}, 0
         if self._database is None or not rows:
             return
+        import sqlite3
+
         try:
             with self._database:
                 pages, size = (
@@ -125,6 +132,10 @@ def _seal(key: bytes, body: bytes) -> bytes:
 
 def _connect(path: Path) -> sqlite3.Connection | None:
     """Open the file, and begin a new one where the old one is damaged; None if that fails."""
+    try:
+        import sqlite3
+    except ImportError:  # Python can be built without it.
+        return None
     for attempt in range(2):
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

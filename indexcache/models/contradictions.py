@@ -48,6 +48,7 @@ def check_config(config: Mapping[str, Any], family: Family, where: str) -> None:
             f"{kind} ({meaning}): expected {expected}. The model would load and compute something "
             "else; restore the checkpoint's own config.json."
         )
+    _check_router(config, where)
     _check_rope(config, where)
 
 
@@ -78,6 +79,30 @@ def _contradictions(config: Mapping[str, Any], family: Family) -> list[tuple[str
     return found
 
 
+def _check_router(config: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers of experts and groups from which no router can choose."""
+    keys = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+    for key in keys:
+        value = config.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"{where}: the config has {key} = {value!r:.40}; it must be a whole number of at "
+                "least 1."
+            )
+    experts, chosen, groups, kept = (config.get(key) for key in keys)
+    if experts and groups and experts % groups:
+        raise ValueError(
+            f"{where}: the config has n_group = {groups}, which does not divide n_routed_experts = "
+            f"{experts}."
+        )
+    for (name, part), (of, whole) in (
+        (("num_experts_per_tok", chosen), ("n_routed_experts", experts)),
+        (("topk_group", kept), ("n_group", groups)),
+    ):
+        if part and whole and part > whole:
+            raise ValueError(f"{where}: the config has {name} = {part}, more than {of} = {whole}.")
+
+
 def _class_of(model_type: str) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -96,7 +121,7 @@ def _other_class(config: Mapping[str, Any], family: Family) -> str | None:
     for name in named if isinstance(named, (list, tuple)) else ():
         for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES):
             others = {v for k, v in mapping.items() if k != family.model_type}
-            if name in others and name not in own:
+            if isinstance(name, str) and name in others and name not in own:
                 return str(name)
     return None
 

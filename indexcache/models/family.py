@@ -108,7 +108,7 @@ def family_named(model_type: Any, where: str = "") -> Family:
     Raises:
         ValueError: the package knows no family of that model_type.
     """
-    if model_type not in families():
+    if not isinstance(model_type, str) or model_type not in families():
         names = ", ".join(sorted(families()))
         raise ValueError(
             f"{where}{'the' if where else 'The'} model type {model_type!r} is not a DSA family "

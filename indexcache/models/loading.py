@@ -23,6 +23,7 @@ from indexcache.checkpoint import fingerprint as fingerprint
 from indexcache.configs import model_type_of, quantization_section, text_section
 from indexcache.data import Batch
 from indexcache.delta import check_delta
+from indexcache.memory import out_of_memory
 from indexcache.models.applied import AppliedDelta
 from indexcache.models.contradictions import check_config
 from indexcache.models.family import (
@@ -311,7 +312,9 @@ def refusal(facts: dict[str, Any]) -> str | None:
     try:
         weights = open_weights(facts)
         _checked_class(_transformers_config(facts, False), weights, False)
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return " ".join((str(error) or type(error).__name__).split())
     return None
 
@@ -342,7 +345,11 @@ def _module_of_weights(
                 module.generation_config = GenerationConfig.from_pretrained(
                     folder, local_files_only=True
                 )
-    except (OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # A config that fits no model makes transformers raise anything.
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"{folder}: transformers cannot load this checkpoint "
             f"({(str(error) or type(error).__name__).splitlines()[0]:.200})."
@@ -364,13 +371,23 @@ def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     folder = Path(facts["path"])
-    if facts["nested"]:
-        section = dict(text_section(read_config(folder)))
-        config = AutoConfig.for_model(**(section | {"model_type": facts["model_type"]}))
-    else:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+    try:
+        if facts["nested"]:
+            section = dict(text_section(read_config(folder)))
+            config = AutoConfig.for_model(**(section | {"model_type": facts["model_type"]}))
+        else:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # Its validation of fields raises exceptions of its own.
+        if out_of_memory(error):
+            raise
+        why = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(
+            f"{folder}: transformers cannot read the config.json ({why:.200})."
+        ) from None
+    config.return_dict = True  # A caller of the module alone may want tuples; we do not.
+    config.output_attentions = config.output_hidden_states = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # The weights are dequantised when they are read.
     if families()[facts["model_type"]].native_sharing:

@@ -144,6 +144,11 @@ class Weights:
                 raise ValueError(
                     f"{self.folder}: the FP8 tensor {name} has no scales: {scale} is not there."
                 )
+            if len(entry.shape) < 2:
+                raise ValueError(
+                    f"{self.folder}: the FP8 tensor {name} {list(entry.shape)} is no matrix, so it "
+                    "has no blocks."
+                )
             found, expected = entries[scale], scale_shape(entry.shape, self.block)
             if found.shape != expected or found.dtype not in SCALE_DTYPES:
                 raise ValueError(

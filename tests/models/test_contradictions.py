@@ -177,3 +177,30 @@ def test_a_head_that_tying_would_drop_is_refused(copied):
     for tensors in ({"lm_head.weight": head.clone()}, {"lm_head.weight": None}):
         module = load(copied(tensors=tensors, tie_word_embeddings=True)).module
         assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("rms_norm_eps", "x", "rms_norm_eps"),
+        ("rope_parameters", 7, "rope_parameters"),
+        ("dtype", "nonsense", "nonsense"),
+        ("pad_token_id", 10**6, "adding_idx"),
+        ("text_config", {}, "transformers"),
+        ("model_type", ["glm_moe_dsa"], "glm_moe_dsa"),
+        ("architectures", [["x"]], None),
+        ("return_dict", False, None),
+        ("output_attentions", True, None),
+        ("num_experts_per_tok", 99, "n_routed_experts"),
+        ("n_group", 0, "n_group"),
+        ("n_group", 99, "n_group"),
+        ("topk_group", 99, "topk_group"),
+        ("quantization_config", {"quant_method": "auto-round", "extra_config": [1]}, "auto-round"),
+    ],
+)
+def test_values_that_fit_no_model_are_refused_or_harmless(copied, key, value, part):
+    folder = copied(**{key: value})
+    if part is not None:
+        refused(lambda: load(folder), part)
+        return
+    assert load(folder).module.config.return_dict

@@ -249,6 +249,7 @@ def test_fp8_that_nobody_would_scale_is_refused(damaged):
     refused(changed(**{scale: None}), name, "no scales")
     refused(changed(**{name: tensors[name].float()}), scale, "by nobody")
     refused(changed(**{scale: good[:, :0].contiguous()}), scale, "[1, 1]")
+    refused(changed(**{name: tensors[name].flatten()}), name, "no matrix")
     refused(changed(**{scale: good.double()}), scale, "F64")
     refused(changed(**{scale: good * float("nan")}), scale, "NaN")
     refused(changed(**{scale: -good}), scale, "negative")
