@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 
@@ -98,8 +99,10 @@ def walk(place, monkeypatch, capsys, tmp_path):
         describe(path)
         raise ValueError(REACHED)
 
-    for module in ("models.loading", "bench.subject", "distilling.run"):
-        monkeypatch.setattr(f"indexcache.{module}.load", load)
+    # All are imported before any is patched, or one would take the patched function for good.
+    readers = ("models.loading", "bench.subject", "distilling.run")
+    for module in [importlib.import_module(f"indexcache.{name}") for name in readers]:
+        monkeypatch.setattr(module, "load", load)
     monkeypatch.chdir(place)
     text = ["--data", "ids", "--split", "all", "--length", "256", "--sequences", "4"]
     out = str(tmp_path / "out")

@@ -70,7 +70,12 @@ def test_text_that_the_locale_lacks_is_printed_all_the_same():
 @pytest.mark.parametrize("wait", [0.2, 0.5])
 def test_an_interruption_while_libraries_are_imported_is_130(wait):
     p = subprocess.Popen(
-        [sys.executable, "-c", SLOW_IMPORT], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV
+        [sys.executable, "-c", SLOW_IMPORT],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENV,
+        # A test run in the background may ignore the signal, and its processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert p.stdout is not None
     p.stdout.readline()
