@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from indexcache.cli import main
@@ -202,5 +203,8 @@ def test_values_that_fit_no_model_are_refused_or_harmless(copied, key, value, pa
     folder = copied(**{key: value})
     if part is not None:
         refused(lambda: load(folder), part)
+        return
+    if key == "architectures" and transformers.__version__.startswith("5.17"):
+        refused(lambda: load(folder), key)  # It looks at the types of its own keys.
         return
     assert load(folder).module.config.return_dict
