@@ -136,22 +136,13 @@ def conditions_of(
     """
     module = module_of(model)
     folder = model.path if isinstance(model, Model) else None
-    topk, *pools = shares
     here = environment(module)
     delta = model.delta if isinstance(model, Model) else None
     return Conditions(
         model=None if folder is None else str(folder),
         model_digest=None if folder is None else _digest(folder),
         weights_digest=here["weights"],
-        text=origin.text,
-        text_digest=digest_of(batches),
-        split=origin.split,
-        lengths=tuple(sorted({int(b.ids.shape[1]) for b in batches})),
-        sequences=sum(len(b.units) for b in batches),
-        documents=len({d for b in batches for d in b.digests}),
-        k=topk,
-        pools=tuple(pools),
-        sparsity=tuple(shares.values()),
+        **of_text(batches, shares, origin),
         seed=origin.seed if seed is None else seed,
         dtype=here["dtype"].removeprefix("torch."),
         device=here["device"],
@@ -160,6 +151,24 @@ def conditions_of(
         delta=None if delta is None else str(delta.path),
         delta_digest=None if delta is None else delta.digest,
     )
+
+
+def of_text(
+    batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
+) -> dict[str, Any]:
+    """Return those conditions that do not depend on who runs the model."""
+    topk, *pools = shares
+    return {
+        "text": origin.text,
+        "text_digest": digest_of(batches),
+        "split": origin.split,
+        "lengths": tuple(sorted({int(b.ids.shape[1]) for b in batches})),
+        "sequences": sum(len(b.units) for b in batches),
+        "documents": len({d for b in batches for d in b.digests}),
+        "k": topk,
+        "pools": tuple(pools),
+        "sparsity": tuple(shares.values()),
+    }
 
 
 def _digest(folder: Path) -> str | None:

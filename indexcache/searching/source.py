@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from indexcache import __version__
-from indexcache.data import Batch, digest_of
+from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
-from indexcache.models.conditions import Conditions, Origin, conditions_of, environment
+from indexcache.models.conditions import Conditions, Origin, conditions_of, environment, of_text
 from indexcache.models.family import AnyModel, family_of, missing_indexers, module_of
 from indexcache.models.loading import fingerprint
 from indexcache.models.soundness import blind_loss, check_weights
@@ -161,20 +161,11 @@ class VllmSource(LossSource):
         self, batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
     ) -> Conditions:
         digest = fingerprint(self.engine.path)
-        topk, *pools = shares
         return Conditions(
             model=str(self.engine.path),
             model_digest=digest,
             weights_digest=digest,
-            text=origin.text,
-            text_digest=digest_of(batches),
-            split=origin.split,
-            lengths=tuple(sorted({int(b.ids.shape[1]) for b in batches})),
-            sequences=sum(len(b.units) for b in batches),
-            documents=len({d for b in batches for d in b.digests}),
-            k=topk,
-            pools=tuple(pools),
-            sparsity=tuple(shares.values()),
+            **of_text(batches, shares, origin),
             seed=origin.seed,
             dtype=str(self.engine.facts["dtype"]),
             device=str(self.engine.facts["device"]),
