@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from indexcache.configs import Quantization
 from indexcache.shapes import Rates, Shape
 
-PLAIN_BYTES = 2.0  # of a bf16 weight
+PLAIN_BYTES = 2.0  # bytes per bf16 weight
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ PROBE = b"\0" * 4096
 
 @dataclass
 class Claims:
-    """What a verb holds of its --out until it ends.
+    """The claim of a verb on its --out, which it holds until it ends.
 
     Attributes:
         handles: file descriptors of locked folders.

@@ -16,7 +16,7 @@ INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060\u00ad]")
 """Byte order marks, and characters without a width."""
 
 TEXT_PREFIX = b"text\0"
-"""What is hashed before a text, so that no text has the digest of token ids."""
+"""These bytes are hashed before a text, so that no text has the digest of token ids."""
 
 
 @dataclass(frozen=True, eq=False)

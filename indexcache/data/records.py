@@ -37,7 +37,7 @@ Chat = Callable[[list[Message]], str]
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one record holds.
+    """The content of one record of a file.
 
     Attributes:
         value: a text, token ids (int64 [n]), or the messages of a chat.

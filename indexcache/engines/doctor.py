@@ -23,7 +23,7 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the engines would run, and every hazard that was found.
+    """The result of an examination: the schedules of the engines, and all hazards.
 
     Attributes:
         model: what was examined.

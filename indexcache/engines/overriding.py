@@ -1,4 +1,4 @@
-"""What a config becomes when an engine loads it, and when overrides are given to the engine."""
+"""Change a config as an engine does when it loads it and is given overrides."""
 
 from __future__ import annotations
 

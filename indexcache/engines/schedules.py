@@ -28,7 +28,7 @@ from indexcache.pattern import stage_starts
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What an engine does with a config.
+    """A rule by which an engine reads a config.
 
     Attributes:
         rule: the engine's rule; None where it does not know the model.

@@ -27,7 +27,7 @@ from indexcache.evals.statistics import (
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
 
-TAIL = (1 - LEVEL) / 2  # of each end of an interval
+TAIL = (1 - LEVEL) / 2  # the chance beyond each end of an interval
 LARGEST_MARGIN = 1000.0  # nats; a blind guess among all tokens of a vocabulary loses about 12
 
 Word = Literal["safe", "not safe", "inconclusive"]

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, StaticCache
 
 from indexcache import use_pattern
@@ -416,15 +417,16 @@ def test_a_cache_outlives_inference_mode(fast, ids):
     assert relative(got, logits(fast, text)[:, -1]) < 1e-5
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17"),
+    reason="transformers 5.17 cannot crop the cache of such an assistant, with stock models too",
+)
 def test_early_exit_as_assistant(model, ids):
     """Generation lowers the number of layers in the config, also for caches, for a while."""
     request = {"max_new_tokens": 4, "do_sample": False, "assistant_early_exit": 2}
     model = copy.deepcopy(model)  # A request that fails leaves its config changed.
-    try:
-        with use_pattern(model, "FSSFSS"):
-            expected = model.generate(ids[:1, :20], **request)
-    except TypeError:
-        pytest.skip("this version of transformers cannot crop the assistant's cache")
+    with use_pattern(model, "FSSFSS"):
+        expected = model.generate(ids[:1, :20], **request)
     with accelerate(model), use_pattern(model, "FSSFSS"):
         assert torch.equal(model.generate(ids[:1, :20], **request), expected)
     assert model.config.num_hidden_layers == 6

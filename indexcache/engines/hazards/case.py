@@ -1,4 +1,4 @@
-"""What the checks look at, what they find, and what a sharing key asks for by itself."""
+"""Define the subject of the checks and their findings, and read single sharing keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM makes of the sharing keys of a config, and the checks that must pass before it serves.
+"""Resolve the sharing keys of a config as vLLM does, and check them before it serves.
 
 vLLM reads `index_topk_pattern`, else `index_topk_freq` with `index_skip_topk_offset`, from the
 config of the decoder, and ignores every other key. A pattern that is too short leaves the layers
