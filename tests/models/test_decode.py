@@ -413,6 +413,50 @@ class TestGraph:
             assert decoder._graph is not graph
             assert cache.pattern == "FSSFSS"
 
+    def test_adapters_are_captured_anew(self, large):
+        """After `set_adapter` and merging, the next step runs the adapter that is now active."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_b_proj", "kv_b_proj", "o_proj"])
+        ids = torch.randint(0, SHAPE["vocab_size"], (1, 900), device="cuda")
+        model = peft.get_peft_model(large, config, "one").eval()
+        model.add_adapter("two", config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        changes = [
+            lambda: model.set_adapter("one"),
+            lambda: model.set_adapter("two"),
+            model.base_model.disable_adapter_layers,
+            model.base_model.enable_adapter_layers,
+            model.merge_adapter,
+        ]
+        seen = []
+        with accelerate(large), use_pattern(large, "FSSFSS"):
+            cache = FastCache(large, 1024, 1)
+            prefill(large, ids, cache)
+            decoders = [Decoder(large, cache, graph=graph) for graph in (True, False)]
+            for change in changes:
+                change()
+                runs = []
+                for decoder in decoders:
+                    runs.append(decoder.step(ids[:, 3]).float().clone())
+                    cache.crop(-1)
+                assert relative(*runs) < 1e-3
+                seen.append(runs[0])
+        for a, b in itertools.pairwise(seen[:4]):
+            assert relative(a, b) > 1e-2
+        assert relative(seen[4], seen[3]) < 0.1
+
+    @pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}, {"num_beams": 2}])
+    def test_generation_equals_stock(self, large, more):
+        ids = torch.randint(1, SHAPE["vocab_size"], (2, 60), device="cuda")
+        large.float()
+        greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        want = large.generate(ids, **greedy, **more)
+        with accelerate(large):
+            assert torch.equal(large.generate(ids, **greedy, **more), want)
+
     def test_query_groups_and_parts(self, large, monkeypatch):
         made = []
         group = ops.group_queries
