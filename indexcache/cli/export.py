@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from indexcache.cli.common import FLAT, DeltaFile, Output, Spec
 from indexcache.cli.results import deliver, named_folder
 
-Engine = Literal["transformers", "vllm", "sglang"]
+Engine = Literal["transformers", "vllm", "sglang", "tensorrt-llm"]
 
 
 def export(
@@ -46,6 +46,13 @@ def export(
             "there is one unless --engine names only engines that take flags."
         ),
     ] = None,
+    link: Annotated[
+        bool,
+        Parameter(
+            help="Make hard links to weight files that stay as they are, and copy them only where "
+            "the disk does not allow it."
+        ),
+    ] = True,
     delta: DeltaFile = None,
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
@@ -65,7 +72,15 @@ def export(
     check_model_type(config, path)
     named = parse_pattern(pattern, text_section(config)["num_hidden_layers"])
     result = write_export(
-        path, named.pattern, out, engines=engine, stages=stages, prune=prune, delta=delta
+        path,
+        named.pattern,
+        out,
+        engines=engine,
+        stages=stages,
+        prune=prune,
+        delta=delta,
+        link=link,
+        progress=True,
     )
     for warning in result.warnings:
         print(f"indexcache: note: {warning}", file=sys.stderr)

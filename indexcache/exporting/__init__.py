@@ -12,7 +12,14 @@ from typing import Any
 from indexcache.checkpoint import has_weights, read_config, resolve_config
 from indexcache.delta import check_delta, untrained
 from indexcache.exporting import transformers
-from indexcache.exporting.checks import ENGINES, check_engines, check_export, check_model_type
+from indexcache.exporting.checks import (
+    ENGINES,
+    check_engines,
+    check_export,
+    check_model_type,
+    has_surplus,
+)
+from indexcache.exporting.commands import Command, commands, table_of
 from indexcache.exporting.engines import FLAGS, write_flag
 from indexcache.pattern import Pattern
 from indexcache.records import atomic_folder
@@ -32,17 +39,20 @@ class ExportResult:
         files: the paths for each engine; that of "transformers" is its folder.
         warnings: true things to know that do not make the export wrong, one sentence each.
         pattern: the pattern as a string.
+        commands: how to serve it, for each engine that is started by a command.
     """
 
     files: dict[str, list[str]]
     warnings: list[str]
     pattern: str
+    commands: tuple[Command, ...] = ()
 
     def table(self) -> str:
-        """Return one line for each file."""
-        return "\n".join(
+        """Return one line for each file, and the commands below them."""
+        files = "\n".join(
             f"{engine:<14}{path}" for engine, paths in self.files.items() for path in paths
         )
+        return f"{files}\n\n{table_of(self.commands)}" if self.commands else files
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
@@ -58,16 +68,18 @@ def export(
     stages: int = 1,
     prune: bool | None = None,
     delta: str | Path | None = None,
+    link: bool = True,
+    progress: bool = False,
 ) -> ExportResult:
     """Check `pattern` against `checkpoint`, and write what each engine needs into a new folder.
 
     `out` gets pattern.json, which also says what text a search chose the pattern on, as the
     config of the checkpoint does. For "transformers" it gets the folder `transformers/`, a complete
-    checkpoint that TensorRT-LLM reads too; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
-    the shell, and `<engine>.json`, its value. With `prune` and no "transformers" it gets
-    `checkpoint/`, a pruned checkpoint for vLLM and SGLang. Everything is written beside `out` and
-    renamed at the end, so `out` is complete or absent. Weight files that do not change are hard
-    links to the checkpoint's where the disk allows it.
+    checkpoint that every engine reads; for "vllm" and "sglang" `<engine>.txt`, a flag ready for
+    the shell, and `<engine>.json`, its value. With `prune` or "tensorrt-llm" and no "transformers"
+    it gets `checkpoint/`, the same for engines other than transformers. Everything is written
+    beside `out`, a block of a file at a time, and renamed at the end, so `out` is complete or
+    absent.
 
     Args:
         checkpoint: a local folder with config.json and safetensors, which is never changed, or
@@ -80,6 +92,9 @@ def export(
             SGLang alone. None writes one where `engines` has "transformers" or is None.
         delta: the file of a delta that was trained for this checkpoint; a checkpoint with its
             indexers is written then, also for vLLM and SGLang alone.
+        link: make hard links to the checkpoint's weight files that do not change, and copy them
+            only where the disk does not allow it, which a warning says. False always copies.
+        progress: show on stderr how many bytes are done.
 
     Raises:
         ValueError: see `check_export`; or `out` is in use or not empty; or there are no weights to
@@ -111,15 +126,13 @@ def export(
                     prune=prune is not False,
                     delta=None if delta is None else Path(delta),
                 )
-                _check_space(out, transformers.bytes_needed(checkpoint, shards, tmp) + SMALL_FILES)
-                links = transformers.write(checkpoint, config, pattern, shards, tmp / target)
+                needed = transformers.bytes_needed(checkpoint, shards, tmp, link)
+                _check_space(out, needed + SMALL_FILES)
+                written = transformers.write(
+                    checkpoint, config, pattern, shards, tmp / target, link, progress
+                )
                 files[target] = [str(out / target)]
-                if links:
-                    warnings.append(
-                        f"{links} of the exported weight files did not change and are hard links "
-                        "to the checkpoint's: replace them if you must, but do not edit them in "
-                        "place."
-                    )
+                warnings += _link_warnings(written)
             for name in FLAGS:
                 if name in names:
                     paths = write_flag(name, config, pattern, tmp)
@@ -130,7 +143,16 @@ def export(
         raise ValueError(
             f"{out}: the export could not be written ({why}); nothing was left behind."
         ) from error
-    return ExportResult(files, warnings, str(pattern))
+    surplus = has_surplus(checkpoint, pattern)
+    found = commands(
+        names,
+        config,
+        pattern,
+        model=str(checkpoint) if has_weights(checkpoint) else "MODEL",
+        exported=None if target is None else str(out / target),
+        surplus=(surplus, surplus and prune is False),
+    )
+    return ExportResult(files, warnings, str(pattern), found)
 
 
 def _checkpoint_name(
@@ -152,8 +174,9 @@ def _checkpoint_name(
             else "without weights no checkpoint can be written"
         )
         warnings.append(f"Nothing was written for transformers: {why}.")
+    needed = trained or (engines is not None and "tensorrt-llm" in names)
     wanted = has_weights(checkpoint) if prune is None and engines is None else bool(prune)
-    if not (wanted or trained):
+    if not (wanted or needed):
         return None
     if not has_weights(checkpoint):
         raise ValueError(
@@ -163,12 +186,27 @@ def _checkpoint_name(
     if "S" not in pattern.roles and wanted:
         warnings.append("The pattern shares nothing, so there was nothing to prune.")
     if "S" not in pattern.roles or prune is False:
-        return "checkpoint" if trained else None
+        return "checkpoint" if needed else None
     warnings.append(
-        "checkpoint/ is for vLLM and SGLang alone: stock transformers would make up the indexers "
-        "that were pruned."
+        "checkpoint/ is for vLLM, SGLang and TensorRT-LLM: stock transformers would make up the "
+        "indexers that were pruned."
     )
     return "checkpoint"
+
+
+def _link_warnings(written: transformers.Written) -> list[str]:
+    warnings = []
+    if written.links:
+        warnings.append(
+            f"{written.links} of the exported weight files did not change and are hard links to "
+            "the checkpoint's: replace them if you must, but do not edit them in place."
+        )
+    if written.why:
+        warnings.append(
+            f"{written.copies} of the exported weight files did not change, but could not be "
+            f"linked to the checkpoint's and were copied: {written.why}."
+        )
+    return warnings
 
 
 def _delta_warnings(delta: Path, checkpoint: Path, pattern: Pattern) -> list[str]:

@@ -24,7 +24,9 @@ from indexcache.configs import model_type_of, text_section
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern, stage_starts
 
-ENGINES = ("transformers", "vllm", "sglang")
+ENGINES = ("transformers", "vllm", "sglang", "tensorrt-llm")
+CHECKPOINT_ENGINES = ("transformers", "tensorrt-llm")
+"""Engines that read the pattern from the config.json of a checkpoint, and take no flag."""
 NATIVE_SHARING = ("glm_moe_dsa",)  # those on which stock transformers shares indexers
 
 
@@ -63,7 +65,7 @@ def check_export(
         )
     facts = config_facts(path, config)
     native = native_in(section)
-    if has_weights(path) or "transformers" in engines:
+    if has_weights(path) or set(engines) & set(CHECKPOINT_ENGINES):
         without_indexer = _check_indexers(_folder_with_weights(path), pattern)
         warnings = _weight_warnings(path, without_indexer)
     else:
@@ -110,8 +112,10 @@ def check_engines(
         ValueError: no engine, or an unknown one.
     """
     if engines is None:
-        able = has_weights(path) and transformers_shares(model_type_of(config), pattern)
-        return ENGINES if able else tuple(name for name in ENGINES if name != "transformers")
+        shares = transformers_shares(model_type_of(config), pattern)
+        unable = set() if has_weights(path) else set(CHECKPOINT_ENGINES)
+        unable |= set() if shares else {"transformers"}
+        return tuple(name for name in ENGINES if name not in unable)
     names = tuple(dict.fromkeys([engines] if isinstance(engines, str) else engines))
     for name in names:
         if name not in ENGINES:
@@ -177,6 +181,15 @@ def _check_indexers(checkpoint: Path, pattern: Pattern) -> tuple[int, ...]:
                 f"{', '.join(missing)}; fetch the checkpoint again."
             )
     return tuple(layer for layer in range(len(pattern)) if layer not in present)
+
+
+def has_surplus(path: Path, pattern: Pattern) -> bool:
+    """Say whether S layers have indexer tensors; they count as there where no weights can tell."""
+    if not has_weights(path):
+        return "S" in pattern.roles
+    parts = (indexer_part(name) for name in listed_names(path))
+    layers = {part[0] for part in parts if part is not None and part[0] < len(pattern)}
+    return any(pattern[layer] == "S" for layer in layers)
 
 
 def _weight_warnings(path: Path, without_indexer: tuple[int, ...]) -> list[str]:
@@ -280,7 +293,7 @@ def _stage_warnings(layers: int, starts: tuple[int, ...]) -> list[str]:
 
 
 def _code_warnings(checkpoint: Path, engines: tuple[str, ...]) -> list[str]:
-    if "transformers" not in engines or not any(checkpoint.glob("*.py")):
+    if not set(engines) & set(CHECKPOINT_ENGINES) or not any(checkpoint.glob("*.py")):
         return []
     warning = (
         "The checkpoint brings Python files, which are not copied: a tokenizer or model that needs "

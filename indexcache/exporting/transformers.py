@@ -1,4 +1,4 @@
-"""Write a complete checkpoint folder for one pattern, for transformers and TensorRT-LLM.
+"""Write a complete checkpoint folder for one pattern, for every engine that reads config.json.
 
 Shared layers need no indexer, so its tensors are left out. Weights are copied as bytes, file by
 file: no dtype is interpreted, no value can change, and memory stays at one block whatever the
@@ -7,6 +7,7 @@ checkpoint's size.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from indexcache.configs import plain_name, text_section
 from indexcache.delta import check_finite, read_delta
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
+from indexcache.progress import progress
 from indexcache.seen import CONFIG_KEY
 
 BLOCK = 1 << 24  # bytes
@@ -132,12 +134,26 @@ def trained_bytes(checkpoint: Path, headers: Mapping[str, Header], delta: Path) 
     return found
 
 
-def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path) -> int:
+class Written(NamedTuple):
+    """What became of the weight files that did not change.
+
+    Attributes:
+        links: number of hard links to the checkpoint's files.
+        copies: number of copies.
+        why: why a file that should have been linked was copied, as a clause; "" otherwise.
+    """
+
+    links: int = 0
+    copies: int = 0
+    why: str = ""
+
+
+def bytes_needed(checkpoint: Path, shards: list[Shard], parent: Path, link: bool = True) -> int:
     """Count the bytes that the export adds to the disk of `parent`, where hard links add none."""
     total = sum(path.stat().st_size for path in _other_files(checkpoint))
     for shard in shards:
         source = (checkpoint / shard.name).stat()
-        if shard.changed or source.st_dev != parent.stat().st_dev:
+        if shard.changed or not link or source.st_dev != parent.stat().st_dev:
             total += shard.kept_bytes + shard.header.data_start
     return total
 
@@ -159,9 +175,19 @@ def merged_config(config: dict[str, Any], pattern: Pattern) -> dict[str, Any]:
 
 
 def write(
-    checkpoint: Path, config: dict[str, Any], pattern: Pattern, shards: list[Shard], folder: Path
-) -> int:
-    """Write the checkpoint into the new `folder`, and return the number of hard links.
+    checkpoint: Path,
+    config: dict[str, Any],
+    pattern: Pattern,
+    shards: list[Shard],
+    folder: Path,
+    link: bool = True,
+    shown: bool = False,
+) -> Written:
+    """Write the checkpoint into the new `folder`, file by file, and say what was linked.
+
+    Args:
+        link: make hard links to weight files that do not change, where the disk allows it.
+        shown: show a progress bar on stderr, in bytes.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -171,15 +197,19 @@ def write(
     for path in _other_files(checkpoint):
         shutil.copyfile(path, folder / path.name)
     _write_json(folder / "config.json", merged_config(config, pattern))
-    links = 0
-    for shard in shards:
-        if not shard.changed:
-            links += _link_or_copy(checkpoint / shard.name, folder / shard.name)
-        elif len(shard.dropped) < len(shard.header.tensors):
-            write_shard(checkpoint / shard.name, folder / shard.name, shard)
+    done = Written()
+    total = sum(shard.kept_bytes for shard in shards)
+    with progress(total, "B", shown=shown, delay=1.0, scaled=True) as bar:
+        for shard in shards:
+            source, target = checkpoint / shard.name, folder / shard.name
+            if not shard.changed:
+                done = _link_or_copy(source, target, link, done)
+            elif len(shard.dropped) < len(shard.header.tensors):
+                write_shard(source, target, shard)
+            bar.update(shard.kept_bytes)
     if (index := read_index(checkpoint)) is not None:
         _write_json(folder / INDEX_NAME, _pruned_index(index, shards))
-    return links
+    return done
 
 
 def write_shard(source: Path, target: Path, shard: Shard) -> None:
@@ -224,14 +254,18 @@ def _copy_bytes(f: BinaryIO, out: BinaryIO, count: int, source: Path) -> None:
         count -= len(block)
 
 
-def _link_or_copy(source: Path, target: Path) -> int:
-    try:
-        # Hub caches hold symbolic links, and a hard link to one of those would point nowhere.
-        os.link(source.resolve(), target)
-        return 1
-    except OSError:  # This is another disk, or one without hard links.
-        shutil.copyfile(source, target)
-        return 0
+def _link_or_copy(source: Path, target: Path, link: bool, done: Written) -> Written:
+    why = ""
+    if link:
+        try:
+            # Hub caches hold symbolic links, and a hard link to one of those would point nowhere.
+            os.link(source.resolve(), target)
+            return done._replace(links=done.links + 1)
+        except OSError as error:
+            other = error.errno == errno.EXDEV
+            why = "the export lies on another disk" if other else "the disk did not allow it"
+    shutil.copyfile(source, target)
+    return Written(done.links, done.copies + 1, why or done.why)
 
 
 def _pruned_index(index: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:

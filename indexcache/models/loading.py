@@ -397,6 +397,13 @@ def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
         config.indexer_types = [
             "shared" if i in missing_layers else "full" for i in range(facts["num_hidden_layers"])
         ]
+    elif facts["layers_without_indexer"]:
+        layers = ", ".join(map(str, facts["layers_without_indexer"]))
+        raise ValueError(
+            f"{folder}: the indexers of layers {layers} are missing; an export prunes them for "
+            f"engines, but transformers has no sharing for {facts['model_type']} and would fill "
+            f"them with random numbers. Load the original checkpoint, with the pattern {folder}."
+        )
     return config
 
 
