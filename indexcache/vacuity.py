@@ -41,6 +41,14 @@ class Sequences(Protocol):
     def own_context(self) -> Any:
         """Number of tokens of the own document up to and including each token, int64 [B, T]."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether the losses of all tokens count."""
+
+    @property
+    def counted(self) -> Any:
+        """Whether the loss of each token counts, bool [B, T]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -244,11 +252,18 @@ def _refuse_documents(domain: str, share: Share, pattern: Pattern | None) -> Non
 
 
 def share_of(batches: Iterable[Sequences], size: int) -> Share:
-    """Measure the share of the context that `size` tokens are, over all queries of the batches."""
+    """Measure the share of the context that `size` tokens are, over all queries of the batches.
+
+    Where only some tokens count, these are the queries that predict them.
+    """
     queries = beyond = longest = 0
     read = 0.0
     for batch in batches:
         own = batch.own_context
+        if not batch.plain:
+            own = own[:, :-1][batch.counted[:, 1:]]
+            if not own.numel():
+                continue
         queries += own.numel()
         beyond += int((own > size).sum())
         longest = max(longest, int(own.max()))

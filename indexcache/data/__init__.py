@@ -35,6 +35,7 @@ from indexcache.data.leaks import (
     seen_in_documents,
 )
 from indexcache.data.records import ALL, Chat, Encode
+from indexcache.data.retrieval import parse_kinds, retrieval_batches
 from indexcache.data.sources import Source, Tokenizing, load_documents, scan
 from indexcache.vacuity import check_context, check_length, default_length
 
@@ -62,6 +63,8 @@ __all__ = [
     "make_batches",
     "named_source",
     "near_copies",
+    "parse_kinds",
+    "retrieval_batches",
     "scan",
     "seen_in",
     "seen_in_documents",

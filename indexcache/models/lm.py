@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,3 +53,56 @@ def token_losses(model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor) -> Tensor:
         losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
         out[:, span] = losses.view(target.shape).to(out.device)
     return out
+
+
+@torch.no_grad()
+def counted_losses(
+    model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor, counted_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of the tokens that count, without the logits of the others.
+
+    Args:
+        model, hidden_BTE, ids_BT: as in `token_losses`.
+        counted_BT: which tokens count, bool [B, T]; never the first.
+
+    Returns:
+        n losses in nats, fp32, and whether each token is the most likely one, bool [n], both on the
+        CPU, in the order of rows and then of tokens.
+    """
+    head = module_of(model).get_output_embeddings()
+    device = input_device(head)
+    row, at = counted_BT.nonzero(as_tuple=True)
+    rows, places = row.to(hidden_BTE.device), (at - 1).to(hidden_BTE.device)
+    targets = ids_BT[row, at].to(device)
+    losses, right = [], []
+    chunk = max(LOGIT_BYTES // (4 * head.weight.shape[0]), 1)
+    for start in range(0, len(row), chunk):
+        span = slice(start, start + chunk)
+        logits = head(hidden_BTE[rows[span], places[span]].to(device)).float()
+        target = targets[span]
+        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
+        right.append((logits.argmax(-1) == target).cpu())
+    if not losses:
+        return torch.empty(0), torch.empty(0, dtype=torch.bool)
+    return torch.cat(losses), torch.cat(right)
+
+
+def found_answers(
+    right: Tensor | Sequence[bool], counted_BT: Tensor, answers: Sequence[Sequence[tuple[int, int]]]
+) -> np.ndarray:
+    """Count the answers that greedy decoding gives, int64 [B].
+
+    It gives an answer exactly if each of its tokens is the most likely one after the right ones, so
+    nothing is generated.
+
+    Args:
+        right: of `counted_losses`, for the same tokens.
+        counted_BT: which tokens count; those of the answers do.
+        answers: the places of the answers of each row.
+    """
+    table = np.zeros(tuple(counted_BT.shape), bool)
+    table[counted_BT.numpy()] = np.asarray(right)
+    return np.array(
+        [sum(bool(table[row, a:b].all()) for a, b in spans) for row, spans in enumerate(answers)],
+        np.int64,
+    )

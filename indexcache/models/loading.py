@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +131,42 @@ class Model:
             batch=batch,
             seed=seed,
             patterns=patterns,
+        )
+
+    def retrieval(
+        self,
+        kinds: Sequence[str] = ("all",),
+        source: str | Path | None = None,
+        *,
+        split: str | None = None,
+        length: int | None = None,
+        sequences: int = 6,
+        batch: int = 1,
+        seed: int = 0,
+    ) -> list[Batch]:
+        """Make retrieval sequences in this model's tokenizer (see `indexcache.data.retrieval`).
+
+        They go beside the batches of a text, into a search or an evaluation.
+
+        Args:
+            kinds: passkey, needles, key-value, variables, common-words, frequent-words, graph,
+                repeat, or all of them.
+            source: the text between facts, as in `batches`; None takes sentences without meaning.
+            split, length, batch, seed: as in `batches`; the sequences of each split are others.
+            sequences: number of sequences of each kind.
+
+        Raises:
+            ValueError: see `retrieval_batches`, or the source cannot be read.
+        """
+        return self.reader.retrieval(
+            kinds,
+            self.config,
+            source=source,
+            split=split,
+            length=length,
+            sequences=sequences,
+            batch=batch,
+            seed=seed,
         )
 
     def generate(

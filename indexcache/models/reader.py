@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,10 @@ from indexcache.checkpoint import read_config
 from indexcache.data import Batch, Tokenizing, batches, load_documents, named_source, scan
 from indexcache.data.documents import Document
 from indexcache.data.records import Message
+from indexcache.data.retrieval import filler_documents, parse_kinds, retrieval_batches
 from indexcache.models.tokenizer import load_tokenizer
 from indexcache.pattern import Pattern
+from indexcache.vacuity import check_length
 
 DECIDING = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges.*|.*\.model"
@@ -118,6 +120,49 @@ class Reader:
             chat=self.chat,
             tokenizer=self.digest,
             progress=progress,
+        )
+
+    def retrieval(
+        self,
+        kinds: Sequence[str],
+        config: Any,
+        *,
+        source: str | Path | None = None,
+        split: str | None = None,
+        length: int | None = None,
+        sequences: int = 6,
+        batch: int = 1,
+        seed: int = 0,
+    ) -> list[Batch]:
+        """Make retrieval sequences; see `indexcache.data.retrieval`.
+
+        Args:
+            config: the config of the model, or what `describe` says of it.
+            source: the text whose documents fill the space between facts; None takes sentences
+                that mean nothing.
+            length: tokens of a sequence; None is the default of `batches`.
+            sequences: number of sequences of each kind.
+        """
+        values = SimpleNamespace(**config) if isinstance(config, dict) else config
+        topk, context = int(values.index_topk), int(values.max_position_embeddings)
+        length = check_length(length, topk, context)
+        vocabulary = int(values.vocab_size)
+        kinds = parse_kinds(kinds)
+        documents: list[Document] = []
+        if source is not None:
+            how = Tokenizing(self.encode, vocabulary, self.chat, self.digest)
+            tokens = 2 * length * max(sequences, 1)
+            documents = filler_documents(source, how, split=split, tokens=tokens, seed=seed)
+        return retrieval_batches(
+            self.encode,
+            vocabulary,
+            kinds,
+            length=length,
+            sequences=sequences,
+            documents=documents,
+            split=split or "all",
+            batch=batch,
+            seed=seed,
         )
 
     def documents(
