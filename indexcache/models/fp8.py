@@ -32,7 +32,11 @@ def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def dequantize(
-    weight: Tensor, scale_inv: Tensor, block: Block, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    scale_inv: Tensor,
+    block: Block,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply each block of a weight by its scale, in fp32, and round once to `dtype`.
 
@@ -42,6 +46,7 @@ def dequantize(
             [.., ceil(R / block[0]), ceil(C / block[1])].
         block: rows and columns of a block.
         dtype: dtype of the result.
+        out: takes the result, [.., R, C] of any dtype; None makes a tensor of `dtype`.
 
     Returns:
         The weight [.., R, C] on the device of `weight`.
@@ -54,11 +59,12 @@ def dequantize(
             f"A weight {tuple(weight.shape)} in blocks of {block[0]} x {block[1]} has scales "
             f"{tuple(scale_inv.shape)}, which do not fit."
         )
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scales = scale_inv.to(weight.device).float()
     if weight.dim() > 2:
         for part, w, s in zip(out, weight, scales, strict=True):
-            part.copy_(dequantize(w, s, block, dtype))
+            dequantize(w, s, block, dtype, part)
         return out
     rows, columns = weight.shape
     wide = scales.repeat_interleave(block[1], 1)[:, :columns]

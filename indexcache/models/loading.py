@@ -35,6 +35,7 @@ from indexcache.models.family import (
     module_of,
 )
 from indexcache.models.fp8 import block_of
+from indexcache.models.patch import state_of
 from indexcache.models.reader import Reader
 from indexcache.models.soundness import check_weights
 from indexcache.models.weights import Weights
@@ -297,6 +298,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     delta: str | Path | None = None,
+    stream: bool = False,
 ) -> Model:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
@@ -306,6 +308,8 @@ def load(
         device: a torch device, e.g. "cpu" or "cuda:0".
         trust_remote_code: whether to run Python code that lies in the checkpoint.
         delta: the file of a delta that `distill` trained for this checkpoint, to be put into it.
+        stream: read the layers from the disk when they are needed, one at a time. `search`,
+            `evaluate` and `overlap` then need memory for one layer only, and give the same numbers.
 
     Raises:
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
@@ -319,6 +323,10 @@ def load(
     if delta is not None:
         check_delta(delta, folder, facts["num_hidden_layers"])
     weights = open_weights(facts)
+    if stream:
+        from indexcache.models.stream.loading import stream_model
+
+        return stream_model(facts, weights, DTYPES[dtype], device, trust_remote_code, delta)
     module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
     check_weights(module, f"{folder}: ")
     module.to(device).eval()
@@ -347,7 +355,7 @@ def refusal(facts: dict[str, Any]) -> str | None:
     """
     try:
         weights = open_weights(facts)
-        _checked_class(_transformers_config(facts, False), weights, False)
+        checked_class(transformers_config(facts, False), weights, False)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -365,8 +373,8 @@ def _module_of_weights(
     folder = weights.folder
     logging.disable_progress_bar()
     try:
-        config = _transformers_config(facts, trust_remote_code)
-        kind = _checked_class(config, weights, trust_remote_code)
+        config = transformers_config(facts, trust_remote_code)
+        kind = checked_class(config, weights, trust_remote_code)
         result: Any = kind.from_pretrained(
             None,
             config=config,
@@ -402,7 +410,7 @@ def _module_of_weights(
     return module
 
 
-def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
+def transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
     """Return transformers' config: without quantisation, and full wherever there is an indexer."""
     from transformers import AutoConfig
 
@@ -443,7 +451,7 @@ def _transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:
     return config
 
 
-def _checked_class(config: Any, weights: Weights, trust_remote_code: bool) -> Any:
+def checked_class(config: Any, weights: Weights, trust_remote_code: bool) -> Any:
     """Return the class of the model after a comparison of its tensors with the checkpoint's.
 
     A class of code that lies in the checkpoint may name its tensors otherwise.
@@ -479,13 +487,17 @@ def weights_digest(model: AnyModel) -> str:
     It covers k, the names, shapes and dtypes of all weights, and 64 elements spread over each.
     """
     module = module_of(model)
+    stream = state_of(module).stream
     h = hashlib.sha256(str(getattr(module.config, "index_topk", None)).encode())
     for name, p in module.state_dict().items():
         flat = p.detach().reshape(-1)
         picks = torch.linspace(
             0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64
         ).long()
-        sample = flat[picks.to(flat.device)].float().cpu().numpy()
+        if stream is not None and p.is_meta:
+            sample = stream.layers.elements(name, picks).float().numpy()
+        else:
+            sample = flat[picks.to(flat.device)].float().cpu().numpy()
         h.update(f"{name}|{tuple(p.shape)}|{p.dtype}".encode() + sample.tobytes())
     return h.hexdigest()
 

@@ -26,6 +26,7 @@ from indexcache.pattern import Pattern
 if TYPE_CHECKING:
     from indexcache.models.passes import Record
     from indexcache.models.seam import Seam, Selector
+    from indexcache.models.stream.run import Stream
 
 LOCK = threading.RLock()
 """Held while methods are replaced or restored. It is re-entrant, because the garbage collector may
@@ -224,6 +225,7 @@ class ModelState:
         native: the roles of the model without a pattern, where there is a guard.
         router: the patches that lead each call of an indexer to the pattern of its pass.
         running: number of forward passes of the decoder that are under way in the router.
+        stream: what puts the layers into a model that is read layer by layer; else None.
     """
 
     patterns: list[Seam] = field(default_factory=list)
@@ -233,6 +235,7 @@ class ModelState:
     native: Pattern | None = None
     router: Patches = field(default_factory=Patches)
     running: int = 0
+    stream: Stream | None = None
     _records: set[weakref.ref[Record]] = field(default_factory=set)
 
     @property

@@ -7,7 +7,7 @@ holds for the bias by which a router chooses its experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,9 @@ from indexcache.models.family import AnyModel, indexers, module_of
 
 SELECTING = (".indexer.", ".mlp.gate.")
 """Parts of the names of tensors that only choose: of tokens, and of experts."""
+
+LARGE = 1 << 30
+"""Max elements of which the least and the largest are sought at once."""
 
 
 def check_weights(model: AnyModel, where: str = "", *, selecting: bool = False) -> None:
@@ -32,8 +35,18 @@ def check_weights(model: AnyModel, where: str = "", *, selecting: bool = False) 
     Raises:
         ValueError: the message names the first such weight, indexers first.
     """
-    module = module_of(model)
-    named = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+    check_tensors(module_of(model).state_dict(), where, selecting=selecting)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], where: str = "", *, selecting: bool = False
+) -> None:
+    """Refuse weights by their names in the model, as `check_weights` does.
+
+    Raises:
+        ValueError: the message names the first such weight, indexers first.
+    """
+    named = {n: t for n, t in tensors.items() if t.is_floating_point()}
     chosen = {n: t for n, t in named.items() if any(part in n for part in SELECTING)}
     for name, tensor in (chosen if selecting else chosen | named).items():
         if tensor.numel() == 0 or tensor.is_meta:
@@ -64,6 +77,9 @@ def _overflow(tensor: Tensor) -> str:
 def extremes(tensor: Tensor) -> tuple[float, float]:
     """Return the least and the largest value of a tensor; NaN if it holds one."""
     tensor = tensor.detach()
+    if tensor.dim() > 2 and tensor.numel() > LARGE:  # The experts of a layer, one by one.
+        found = [value for part in tensor for value in extremes(part)]
+        return (min(found), max(found)) if all(map(math.isfinite, found)) else (math.nan, math.nan)
     low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
     return float(low), float(high)
 

@@ -8,6 +8,7 @@ tensors from `Weights.state()` and fuses experts by itself.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -30,6 +31,14 @@ from indexcache.models.fp8 import (
 )
 
 PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 # Names begin with `model.` in a language model, and without it in a bare decoder.
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
@@ -83,6 +92,7 @@ class Weights:
         self.block = block
         entries: dict[str, TensorEntry] = {}
         self._shards: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
         for shard, header in read_headers(folder).items():
             for name in header.tensors:
                 if name in entries:
@@ -92,6 +102,7 @@ class Weights:
                     )
             entries |= header.tensors
             self._shards |= dict.fromkeys(header.tensors, shard)
+            self._starts[shard] = header.data_start
         self.passed_over = frozenset(
             n for n in entries if self._is_mtp(n) or (nested and not _is_text(n))
         )
@@ -102,7 +113,9 @@ class Weights:
         found = {n: n + SCALE_SUFFIX for n in behind if n + SCALE_SUFFIX in behind}
         self._mtp_scales = {} if block is None else found
         self.mtp = tuple(n for n in behind if n not in self._mtp_scales.values())
-        self.entries = {n: e for n, e in read.items() if n not in self.scales.values()}
+        scales = set(self.scales.values())
+        self.entries = {n: e for n, e in read.items() if n not in scales}
+        self.scale_entries = {n: read[n] for n in scales}
         self._check_types()
         self._files: dict[str, Any] = {}
         self._lock = Lock()
@@ -181,29 +194,33 @@ class Weights:
                 f"which means nothing without scales, {ending}"
             )
 
-    def check(self, module: nn.Module) -> None:
+    def check(self, module: nn.Module) -> dict[str, str]:
         """Compare all names and shapes with the module that shall take them.
 
         Args:
             module: the model of the checkpoint's config, on any device, also "meta".
+
+        Returns:
+            The names in the checkpoint by the module's; experts that the module fuses have a name
+            each, as in `expert_parts`.
 
         Raises:
             ValueError: nobody would read a tensor, its shape contradicts the config, or one that
                 the model needs is missing.
         """
         needed = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        split = {name: parts for name in needed if (parts := _experts(name, needed[name]))}
+        split = {name: parts for name in needed if (parts := expert_parts(name, needed[name]))}
         shapes = dict(needed)
         for parts in split.values():
             shapes |= parts
-        found = {}
+        found: dict[str, str] = {}
         for name, entry in self.entries.items():
             known = _known(name, shapes)
             if known is None:
                 if not name.endswith("rotary_emb.inv_freq"):  # It is computed from the config.
                     self._refuse_unread(name, shapes)
                 continue
-            found[known] = entry
+            found[known] = name
             if shapes[known] != entry.shape:
                 raise ValueError(
                     f"{self.folder}: the tensor {name} has the shape {list(entry.shape)}, but the "
@@ -224,6 +241,7 @@ class Weights:
             )
         if tied:
             self._check_tied()
+        return found
 
     def _refuse_unread(self, name: str, shapes: Mapping[str, Any]) -> None:
         unread = [n for n in self.entries if _known(n, shapes) is None]
@@ -270,7 +288,24 @@ class Weights:
         if scale_name is None:
             return weight if dtype is None else weight.to(dtype)
         assert self.block is not None
-        scale = self._stored(scale_name).float()
+        scale = self._stored(scale_name)
+        self.check_scales(name, weight, scale)
+        return dequantize(weight, scale, self.block, dtype or torch.float32)
+
+    def check_scales(self, name: str, weight: Tensor, scale: Tensor) -> None:
+        """Refuse scales that make no sense.
+
+        Args:
+            name: the name of the FP8 weight in the checkpoint.
+            weight: the weight, on any device.
+            scale: its scales, on the CPU.
+
+        Raises:
+            ValueError: a scale is negative or not finite, or 0 in a block whose weights are not.
+        """
+        assert self.block is not None
+        scale_name = self.scales.get(name) or self._mtp_scales[name]
+        scale = scale.float()
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             raise ValueError(
                 f"{self.folder}: {scale_name} holds scales that are negative, infinite or NaN."
@@ -283,11 +318,42 @@ class Weights:
                     f"{self.folder}: {scale_name} holds a scale of 0 for a block whose weights are "
                     "not 0."
                 )
-        return dequantize(weight, scale, self.block, dtype or torch.float32)
 
     def is_quantised(self, name: str) -> bool:
         """Say whether a tensor is stored in FP8 with scales."""
         return name in self.scales or name in self._mtp_scales
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """Return the file of a tensor or of scales, and its first byte and the one behind its last.
+
+        Both count from the beginning of the file.
+        """
+        shard = self._shards[name]
+        entry = self.entries.get(name) or self.scale_entries[name]
+        start = self._starts[shard]
+        return shard, start + entry.begin, start + entry.end
+
+    def elements(self, name: str, picks: Tensor) -> Tensor:
+        """Read single elements of a tensor, in its stored dtype, and in fp32 where that is FP8.
+
+        Args:
+            picks: int64 [n], positions in the flattened tensor.
+        """
+        shard, begin, _ = self.place(name)
+        entry = self.entries.get(name) or self.scale_entries[name]
+        size = entry.bits // 8
+        with open(self.folder / shard, "rb", buffering=0) as file:
+            raw = b"".join(os.pread(file.fileno(), size, begin + size * p) for p in picks.tolist())
+        found = torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPES[entry.dtype])
+        if name not in self.scales:
+            return found
+        assert self.block is not None
+        rows, columns = entry.shape[-2:]
+        row, column = (picks // columns) % rows, picks % columns
+        wide = -(-columns // self.block[1])
+        at = row // self.block[0] * wide + column // self.block[1]
+        at += picks // (rows * columns) * wide * -(-rows // self.block[0])
+        return found.float() * self.elements(self.scales[name], at).float()
 
     def _stored(self, name: str) -> Tensor:
         from safetensors import safe_open
@@ -340,7 +406,7 @@ def _known(name: str, names: Mapping[str, Any]) -> str | None:
     return next((n for n in (plain, f"model.{plain}") if n in names), None)
 
 
-def _experts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def expert_parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Return name and shape of each expert's own tensors for a fused one; {} if it is not fused.
 
     `gate_up_proj` [experts, 2 I, E] holds gate_proj and up_proj [I, E] of every expert, `down_proj`

@@ -240,6 +240,8 @@ def _check_layer(i: int, layer: Any, model: DsaModule) -> None:
                 f"model.layers.{i}.{name} ({type(part).__name__}) has a forward that is not "
                 "transformers', which the fast path would not run; restore it, or run stock."
             )
+    if state_of(model).stream is not None:
+        return  # Its weights are read from a checkpoint, so they are nothing but linear.
     norm = next(p for p in a.kv_a_layernorm.parameters())
     dtype: Any = model.dtype if norm.is_meta else norm.dtype
     device = input_device(a.kv_b_proj)

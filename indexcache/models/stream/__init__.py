@@ -1,0 +1,1 @@
+"""Run a model whose weights do not fit the device: layer by layer, for many patterns at once."""
