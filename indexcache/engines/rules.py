@@ -168,8 +168,9 @@ RULES: tuple[Rule, ...] = (
         engine="vllm",
         families=("glm5_next",),
         keys=(),
-        first=(0, 33),
+        first=(0, 32),
         last=(0, 33),
+        tested=True,
         source="vLLM models/glm5next/common/attention.py: skip_topk is always False",
     ),
     Rule(
@@ -201,6 +202,7 @@ RULES: tuple[Rule, ...] = (
         platform="CUDA",
         first=(0, 32),
         last=(0, 33),
+        tested=True,
         source="vLLM models/minimax_m3/nvidia: no sharing",
     ),
     Rule(
@@ -248,6 +250,7 @@ RULES: tuple[Rule, ...] = (
         families=("deepseek_v41",),
         keys=(SOURCES,),
         last=(0, 5, 23),
+        tested=True,
         source="SGLang srt/models/deepseek_v4.py",
     ),
     Rule(
@@ -255,6 +258,7 @@ RULES: tuple[Rule, ...] = (
         families=("minimax_m3",),
         keys=(),
         last=(0, 5, 23),
+        tested=True,
         source="SGLang minimax_sparse_backend.py: SGLANG_MINIMAX_M3_INDEX_TOPK_FREQ, gfx95 only",
     ),
     Rule(

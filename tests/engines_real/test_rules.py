@@ -24,7 +24,7 @@ from indexcache.exporting.engines import FLAGS
 from indexcache.pattern import Pattern
 from tests.engines.shapes import DEEPSEEK, GLM, SHAPES, types
 
-from .code import ROOT, functions, statements, text
+from .code import ROOT, condition, functions, statements, text, tree
 
 needs_wheels = pytest.mark.skipif(
     not (ROOT / "sglang.txt").exists(), reason="make test-engines fetches the wheels"
@@ -159,12 +159,18 @@ def test_vllm_and_sglang_run_real_shapes_as_we_say(name):
             assert of_vllm_class(config, module) == ours("vllm", config)
     if family in ("deepseek_v32", "glm_moe_dsa", "glm5_next"):
         assert of_sglang(config) == ours("sglang", config)
+    if family == "glm5_next":
+        assert of_vllm_glm5_next(config) == ours("vllm", config)
     if family == "hy_v4":
         assert of_vllm_hy(config) == ours("vllm", config)
+        assert of_sglang_hy(config) == ours("sglang", config)
     if family == "minimax_m3":
         assert of_vllm_minimax(config) == ours("vllm", config, "ROCm")
+        assert of_minimax_elsewhere(config) == ours("vllm", config, "CUDA")
+        assert of_minimax_elsewhere(config) == ours("sglang", config)
     if family == "deepseek_v41":
         assert of_vllm_sources(config) == ours("vllm", config)
+        assert of_sglang_sources(config) == ours("sglang", config)
 
 
 def config_class(module: str, name: str) -> Any:
@@ -191,19 +197,22 @@ def of_vllm_hy(config: dict[str, Any]) -> str | None:
     return theirs(lambda i: i in skipped, config)
 
 
+def of_sglang_hy(config: dict[str, Any]) -> str | None:
+    keys = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    try:
+        seen = config_class("sglang/srt/configs/hy_v4.py", "HYV4Config")(**keys)
+    except ValueError:
+        return None
+    return theirs(lambda i: seen.indexer_types[i] == "shared", config)
+
+
 @needs_wheels
 def test_vllm_and_sglang_run_their_rules_of_hy_v4():
-    built = config_class("sglang/srt/configs/hy_v4.py", "HYV4Config")
     for kinds in TYPES:
         config = {"model_type": "hy_v4", "num_hidden_layers": 6, "index_topk_pattern": "FSFSFS"}
         config |= {} if kinds is None else {"indexer_types": kinds}
         assert of_vllm_hy(config) == ours("vllm", config), config
-        try:
-            seen = built(**{k: v for k, v in config.items() if k != "model_type"})
-            found = theirs(lambda i, seen=seen: seen.indexer_types[i] == "shared", config)
-        except ValueError:
-            found = None
-        assert found == ours("sglang", config), config
+        assert of_sglang_hy(config) == ours("sglang", config), config
 
 
 def of_vllm_minimax(config: dict[str, Any]) -> str | None:
@@ -225,6 +234,41 @@ def test_vllm_runs_its_rule_of_minimax():
         for switch in ({}, {"use_index_cache": True}, {"use_index_cache": False}):
             config = base | rates | switch
             assert of_vllm_minimax(config) == ours("vllm", config, "ROCm"), config
+
+
+def of_minimax_elsewhere(config: dict[str, Any]) -> str | None:
+    """Return the roles of vLLM on CUDA and of SGLang there, which have no key for sharing."""
+    assert "topk_freq" not in text(tree("vllm/models/minimax_m3/nvidia/model.py"))
+    run = statements(
+        "sglang/srt/layers/attention/minimax_sparse_backend.py",
+        "__init__",
+        lambda s: isinstance(s, ast.Assign) and text(s.targets[0]) == "self.index_topk_freq",
+    )
+    backend = SimpleNamespace()
+    run(self=backend, is_hip=lambda: False)
+    assert backend.index_topk_freq == 1
+    return theirs(lambda i: False, config)
+
+
+def of_vllm_glm5_next(config: dict[str, Any]) -> str | None:
+    """Return the roles of vLLM's class, which gives every layer the same constant."""
+    found = [
+        keyword.value
+        for node in ast.walk(tree("vllm/models/glm5next/common/attention.py"))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "skip_topk"
+    ]
+    assert found
+    return theirs(lambda i: any(ast.literal_eval(value) for value in found), config)
+
+
+def of_sglang_sources(config: dict[str, Any]) -> str | None:
+    own = condition(
+        "sglang/srt/models/deepseek_v4.py", "self.layer_id in config.index_source_layer_ids"
+    )
+    view = namespace(config)
+    return theirs(lambda i: not own(self=SimpleNamespace(layer_id=i), config=view), config)
 
 
 def of_vllm_sources(config: dict[str, Any]) -> str | None:
