@@ -3,8 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import torch
+
 from indexcache.engines.vllm.engine import engine_of
 from indexcache.engines.vllm.worker import WorkerExtension
+from indexcache.models.seam import use_pattern
 
 LAYERS = 6
 
@@ -65,10 +69,54 @@ class FakeLlm:
         return outputs
 
 
-def engine_around(llm, path="m", topk=2):
-    config = {"index_topk": topk, "vocab_size": 128}
+def engine_around(llm, path="m", topk=2, vocabulary=128):
+    config = {"index_topk": topk, "vocab_size": vocabulary}
     return engine_of(llm.collective_rpc("indexcache_layers"), llm, Path(path), config)
 
 
 def engine(**kind):
     return engine_around(FakeLlm([worker(0, 0, 3), worker(1, 3, 6)], **kind))
+
+
+class TorchLlm(FakeLlm):
+    """A stand-in for vLLM that runs a real model, and answers what vLLM 0.33's runner would.
+
+    Its answers are flat lists, of each token but the first and after each the likeliest ones; and
+    an array of the tokens that were asked for.
+    """
+
+    def __init__(self, model, workers, noise=0.0, **kind):
+        super().__init__(workers, noise, **kind)
+        self.model = model
+        self.patterns = []
+        self.random = torch.Generator().manual_seed(0)
+
+    def generate(self, prompts, sampling, use_tqdm):
+        roles = "".join(w.indexcache_layers()["roles"] for w in self.workers)
+        self.patterns.append(roles)
+        each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        return [self.answer(roles, *pair) for pair in zip(prompts, each, strict=True)]
+
+    def answer(self, roles, prompt, sampling):
+        ids = torch.tensor(prompt["prompt_token_ids"])
+        with torch.no_grad(), use_pattern(self.model, roles if self.effect else "F" * len(roles)):
+            scores = self.model(ids[None]).logits[0, :-1]
+        self.calls += 1
+        if self.noise:
+            scores += self.noise * torch.randn(scores.shape, generator=self.random)
+        scores = scores.log_softmax(-1)
+        top = scores.topk(sampling["prompt_logprobs"], -1).indices
+        tokens = torch.cat([ids[1:, None], top], -1)
+        flat = SimpleNamespace(
+            start_indices=[0, *range(0, tokens.numel(), tokens.shape[1])],
+            token_ids=tokens.flatten().tolist(),
+            logprobs=scores.gather(-1, tokens).flatten().tolist(),
+        )
+        answer = SimpleNamespace(prompt_logprobs=flat)
+        asked = sampling.get("prompt_logprob_token_ids")
+        if asked is not None:
+            assert asked.dtype == np.int32
+            assert len(asked) == len(ids) - 1
+            wanted = torch.from_numpy(asked).long()
+            answer.prompt_token_id_logprobs = scores.gather(-1, wanted).numpy()
+        return answer

@@ -136,12 +136,34 @@ class EngineSettings(VllmSettings):
                 raise ValueError(f"{_flag(chosen[0])} is a setting of vLLM; add --engine vllm.")
             return
         check_installed()
+        if running.delta is not None:
+            raise ValueError(
+                "--delta cannot be given with --engine vllm, which runs the indexers of the "
+                "checkpoint; write one with the trained ones by `export --delta`, and name that."
+            )
         own = [f.name for f in fields(running) if getattr(running, f.name) != f.default]
         if own:
             raise ValueError(
                 f"{_flag(own[0])} is a setting of this package's own path; give vLLM its own by "
                 "--engine-arg, e.g. dtype=bfloat16."
             )
+
+    def check_patterns(self, patterns: Iterable[NamedPattern], layers: int) -> None:
+        """Refuse patterns that the engine will not run, before it starts.
+
+        Raises:
+            ValueError: R layers, or an S layer that begins a pipeline stage.
+        """
+        if self.engine is None:
+            return
+        from indexcache.engines.schedules import pipeline_starts
+
+        starts = pipeline_starts(self.engine, layers, self.pipeline_parallel_size)
+        for named in patterns:
+            try:
+                named.pattern.check(stages=starts, reindex=False)
+            except ValueError as error:
+                raise ValueError(f"{named.name} cannot run in vLLM: {error}") from None
 
 
 def _flag(name: str) -> str:

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from indexcache.cli.common import (
     FLAT,
     Checkpoint,
+    EngineSettings,
     HeldOutText,
     ModelSettings,
     Output,
@@ -18,6 +19,7 @@ from indexcache.cli.common import (
     check_text,
     native_pattern,
     open_model,
+    open_text,
     origin_of,
     parse_patterns,
     unknown_origins,
@@ -51,6 +53,7 @@ def evaluate(
     ] = False,
     text: Annotated[HeldOutText, FLAT] = HeldOutText(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
+    engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> int:
     """Prove a pattern safe on held-out text, against the full model or another pattern.
@@ -58,10 +61,12 @@ def evaluate(
     The verb prints the difference in loss with its interval, the KL divergence, and how often the
     two agree on the next token.
     """
+    from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.evals.evaluate import evaluate as run_evaluation
     from indexcache.evals.gate import check_gate, check_margin, few_documents, judge
-    from indexcache.models.loading import describe
+    from indexcache.models.loading import Model, describe
 
+    engine.check(running)
     if most is not None:
         check_margin(most)
     facts = describe(model)
@@ -75,10 +80,15 @@ def evaluate(
         longest = context if text.length is None else text.length
         check_gate(most, named, base_pattern, topk=topk, longest=longest)
     measured = (*patterns, *([baseline] if baseline else []))
+    engine.check_patterns(measured, facts["num_hidden_layers"])
     check_text(facts, model, text, [p.pattern for p in measured])
     check_delta(facts, running.delta, patterns)
     folder = claim_folder(out, model)
-    loaded, batches = open_model(model, text, running, [p.pattern for p in measured])
+    subject: Model | VllmEngine
+    if engine.engine:
+        batches = open_text(model, text, [p.pattern for p in measured])
+    else:
+        subject, batches = open_model(model, text, running, [p.pattern for p in measured])
     for line in unknown_origins(measured):
         print(f"indexcache: note: {line}", file=sys.stderr)
     if most is not None:
@@ -91,8 +101,12 @@ def evaluate(
                 "text, or more --sequences.",
                 file=sys.stderr,
             )
+    if engine.engine:
+        length = max(batch.ids.shape[1] for batch in batches)
+        subject = start(model, engine, length=length, comparing=True)
+        subject.report()
     result = run_evaluation(
-        loaded,
+        subject,
         named,
         batches,
         against=baseline.pattern if baseline else None,

@@ -5,37 +5,33 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from indexcache.data import ALL, Batch, check_unseen, document_groups
+from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
-from indexcache.models.applied import delta_of, without_delta
-from indexcache.models.conditions import Conditions, Origin, conditions_of
-from indexcache.models.family import AnyModel, DsaModule, module_of, native_pattern
-from indexcache.models.lm import hidden_states, logit_chunks
-from indexcache.models.seam import check_pattern, use_pattern
-from indexcache.models.soundness import blind_loss, blindness, check_scores, check_weights
+from indexcache.evals.subject import (
+    BUCKETS,
+    FIELDS,
+    TWIN,
+    EngineSubject,
+    Key,
+    ModelSubject,
+    by_bucket,
+)
+from indexcache.models.conditions import Conditions, Origin
+from indexcache.models.family import AnyModel
+from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
-from indexcache.seen import Seen
-from indexcache.vacuity import check_batches, choosing_size, pool_of
-
-BUCKETS = 4  # number of equal parts of a sequence
-FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond")
+from indexcache.vacuity import check_batches, pool_of
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[str, str, int]  # (domain, unit, position bucket)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,7 @@ class Measurement:
         ci_low: lower end of the 95 % interval over documents (`statistics.bootstrap_interval`);
             None for fewer documents than it needs.
         ci_high: its upper end.
-        kl: KL(baseline || pattern), nats per token.
+        kl: KL(baseline || pattern), nats per token; None where an engine cannot give it.
         agreement: share of tokens with the same most likely next token.
         tokens: number of tokens.
         documents: number of documents.
@@ -60,6 +56,8 @@ class Measurement:
         beyond: share of the tokens at which the pattern and the baseline can differ: those that see
             more of their own document than k, or than the pool where all other layers are R. None
             where nobody counted.
+        noise: how far two evaluations of all layers full lie apart on the same tokens, two standard
+            errors over documents, nats per token; None where evaluations repeat bit for bit.
     """
 
     name: str
@@ -69,12 +67,18 @@ class Measurement:
     delta_loss: float
     ci_low: float | None
     ci_high: float | None
-    kl: float
+    kl: float | None
     agreement: float
     tokens: int
     documents: int
     by_document: tuple[tuple[float, int], ...] = field(repr=False)
     beyond: float | None = None
+    noise: float | None = None
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the loss difference is no larger than that of two equal evaluations."""
+        return self.noise is not None and bool(abs(self.delta_loss) <= self.noise)
 
     @property
     def full(self) -> int:
@@ -102,6 +106,11 @@ class Measurement:
             "tokens": self.tokens,
             "documents": self.documents,
             "beyond": self.beyond,
+            **(
+                {}
+                if self.noise is None
+                else {"noise": self.noise, "within_noise": self.within_noise}
+            ),
         }
 
 
@@ -116,6 +125,9 @@ class Evidence:
         path: "stock" or "fast", the code that ran.
         conditions: what all of it holds for.
         blind_loss: the loss of a blind guess among all tokens of the vocabulary, nats per token.
+        noise: that of all text, see `Measurement`.
+        facts: what ran the model, where that was an engine.
+        notes: what must be known of the numbers, in sentences.
     """
 
     rows: tuple[Measurement, ...]
@@ -124,6 +136,9 @@ class Evidence:
     path: str
     conditions: Conditions
     blind_loss: float = math.inf
+    noise: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def baseline_loss(self) -> float:
@@ -161,9 +176,29 @@ class Evidence:
         if few:
             places = ", ".join(f"{where} ({count})" for where, count in few.items())
             parts.append(f"No interval and no verdict for {places}: {TOO_FEW}.")
-        if self.blindness:
-            parts.append(self.blindness)
+        parts += filter(None, [*self.notes, self._about_noise(), self.blindness])
         return "\n\n".join(parts)
+
+    def _about_noise(self) -> str | None:
+        """Say how well evaluations repeat, and which differences are no larger than that."""
+        if self.noise is None:
+            return None
+        if not self.noise:
+            return "Two evaluations of all layers full are equal bit for bit: there is no noise."
+        within: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.within_noise and row.pattern != self.baseline:
+                within.setdefault(row.name, []).append(str(row.where))
+        places = "; ".join(f"{name} on {', '.join(where)}" for name, where in within.items())
+        end = (
+            f"Within it, and so not to be told from nothing: {places}"
+            if within
+            else ("Every difference on all text and on a domain is larger than it is there")
+        )
+        return (
+            f"Noise: two evaluations of all layers full differ by {self.noise:.1e} nats per token "
+            f"(two standard errors over documents). {end}."
+        )
 
     def _overall_table(self, baseline: str) -> str:
         pools = [self._pool_share(r.pattern) for r in self.overall]
@@ -174,7 +209,7 @@ class Evidence:
                 f"{r.loss:.4f}",
                 f"{r.delta_loss:+.4f}",
                 "" if r.ci_low is None else f"[{r.ci_low:+.4f}, {r.ci_high:+.4f}]",
-                f"{r.kl:.4f}",
+                "-" if r.kl is None else f"{r.kl:.4f}",
                 f"{r.agreement:.1%}",
                 *([] if not any(pools) else [f"{share:.1%}" if share else ""]),
                 str(r.pattern),
@@ -200,6 +235,8 @@ class Evidence:
             "baseline_loss": self.baseline_loss,
             "blind_loss": self.blind_loss,
             "conditions": self.conditions.to_json(),
+            **self.facts,
+            **({} if self.noise is None else {"noise": self.noise, "notes": list(self.notes)}),
         }
 
     def _row(self, row: Measurement) -> dict[str, Any]:
@@ -233,7 +270,7 @@ def _position_cell(row: Measurement) -> str:
 
 
 def evaluate(
-    model: AnyModel,
+    model: AnyModel | VllmEngine,
     patterns: Pattern | str | Mapping[str, Pattern | str] | Sequence[Pattern | str],
     batches: Sequence[Batch],
     *,
@@ -245,7 +282,8 @@ def evaluate(
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
 
     Args:
-        model: a model of a known family. Where `load` put a delta into it, the patterns run with
+        model: a model of a known family, or a running vLLM that holds one
+            (`engines.vllm.engine.start`). Where `load` put a delta into it, the patterns run with
             the trained indexers and the baseline with the checkpoint's own.
         patterns: one pattern, several, or a mapping from names to patterns.
         batches: held-out batches (`indexcache.data.batches`).
@@ -258,65 +296,58 @@ def evaluate(
     Raises:
         ValueError: text that chose or trained a pattern, the checkpoint or its delta
             (`data.check_unseen`), sequences or documents on which a role has too little to lose
-            (`vacuity.check_batches`), a pattern the model cannot take, or weights, indexer scores
-            or a loss that are not finite.
+            (`vacuity.check_batches`), a pattern the model or a pipeline stage of vLLM cannot take,
+            weights, indexer scores or a loss that are not finite, or a vLLM in which sharing has no
+            effect.
 
     The table says where the baseline is no better than a blind guess.
     """
     named = _named(patterns)
-    delta = delta_of(model)
-    has_delta = delta is not None
-    module = module_of(model)
-    native = native_pattern(module)
-    base = native if against is None else Pattern.of(against)
+    subject = EngineSubject(model) if isinstance(model, VllmEngine) else ModelSubject(model)
+    base = subject.native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
-        check_pattern(module, pattern)
         check_unseen(batches, pattern.seen)
-    check_unseen(batches, Seen.from_json(vars(module.config)))
-    if delta is not None:
-        check_unseen(batches, delta.pattern.seen)
-    check_weights(module, selecting=True)
-    shares = check_batches(batches, int(module.config.index_topk), [base, *named.values()])
+    subject.check(batches, [base, *named.values()])
+    shares = check_batches(batches, subject.topk, [base, *named.values()])
     _note_near_copies(batches)
-    conditions = conditions_of(model, batches, shares, origin, seed=seed)
-    sums: dict[str, dict[Key, np.ndarray]] = {
-        name: defaultdict(lambda: np.zeros(len(FIELDS))) for name in named
-    }
-    with progress_bar(len(batches) * (len(named) + 1), "pass", shown=progress) as bar:
-        for batch in batches:
-            # One batch shows whether the scores of an indexer are finite.
-            watch = partial(check_scores, module) if batch is batches[0] else nullcontext
-            with watch(), without_delta(model):
-                base_hidden = _base_hidden(module, base, native, batch)
-            bar.update()
-            for name, pattern in named.items():
-                # The baseline's own pass is repeated once, to show that two passes are bitwise
-                # equal.
-                same = pattern == base and not has_delta
-                if same and batch is not batches[0]:
-                    hidden = base_hidden
-                else:
-                    with watch(), use_pattern(module, pattern):
-                        hidden = hidden_states(module, batch.ids)
-                    assert not same or torch.equal(hidden, base_hidden), (
-                        "two passes under one pattern differ"
-                    )
-                # Other indexers choose other tokens as soon as there are more than k.
-                k = conditions.k
-                size = k if has_delta else choosing_size([pattern, base], k)
-                for key, value in _compare(module, base_hidden, hidden, batch, size):
+    conditions = subject.conditions(batches, shares, origin, seed)
+    subject.prepare(batches, base)
+    sums: dict[str, dict[Key, np.ndarray]] = defaultdict(
+        lambda: defaultdict(lambda: np.zeros(len(FIELDS)))
+    )
+    passes = len(batches) * (len(named) + 1 + subject.twins)
+    with progress_bar(passes, "pass", shown=progress) as bar:
+        for i, batch in enumerate(batches):
+            for name, fields in subject.compare(batch, base, named, bar.update, first=i == 0):
+                for key, value in by_bucket(fields, batch):
                     sums[name][key] += value
-                bar.update()
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
     places += [(i / BUCKETS, (i + 1) / BUCKETS) for i in range(BUCKETS)]
     measured = [
-        _measure(name, pattern, where, sums[name], same=pattern == base and not has_delta)
+        _measure(
+            name,
+            pattern,
+            where,
+            sums[name],
+            same=pattern == base and not subject.has_delta,
+            noise=_noise(sums[TWIN], where) if subject.twins else None,
+        )
         for name, pattern in named.items()
         for where in places
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
-    return Evidence(rows, positions, base, conditions.path, conditions, blind_loss(module))
+    return Evidence(
+        rows,
+        positions,
+        base,
+        conditions.path,
+        conditions,
+        subject.blind_loss,
+        noise=_noise(sums[TWIN], ALL) if subject.twins else None,
+        facts=subject.facts,
+        notes=subject.notes,
+    )
 
 
 def _named(
@@ -345,53 +376,6 @@ def _note_near_copies(batches: Sequence[Batch]) -> None:
         )
 
 
-def _base_hidden(module: DsaModule, base: Pattern, native: Pattern, batch: Batch) -> Tensor:
-    """Compute the baseline's hidden states; the model's native pattern needs no `use_pattern`."""
-    if base == native:
-        return hidden_states(module, batch.ids)
-    with use_pattern(module, base):
-        return hidden_states(module, batch.ids)
-
-
-def _compare(
-    module: DsaModule, base_hidden: Tensor, hidden: Tensor, batch: Batch, size: int | None
-) -> Iterator[tuple[Key, np.ndarray]]:
-    """Yield the sums of FIELDS for each sequence and position bucket.
-
-    Args:
-        size: up to this many tokens of context nothing can differ; None: nothing ever differs.
-    """
-    length = batch.ids.shape[1]
-    fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
-    for chunk, (base_logits, logits) in logit_chunks(module, base_hidden, hidden):
-        target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(logits.device)[..., None]
-        base_log_p = F.log_softmax(base_logits, -1)
-        log_p = F.log_softmax(logits, -1)
-        base_loss = -base_log_p.gather(-1, target)[..., 0]
-        loss = -log_p.gather(-1, target)[..., 0]
-        kl = (base_log_p.exp() * (base_log_p - log_p)).sum(-1)
-        agree = (base_log_p.argmax(-1) == log_p.argmax(-1)).float()
-        beyond = _beyond(batch, chunk, size).to(kl)
-        delta = loss.double() - base_loss.double()
-        values = (loss, delta, kl, agree, torch.ones_like(kl), beyond)
-        fields[..., chunk] = torch.stack([v.double() for v in values]).cpu()
-    if not math.isfinite(float(fields.sum())):
-        raise ValueError(
-            "The loss is not finite on this text: the model gives no finite logits (wrong dtype or "
-            "broken weights?)."
-        )
-    bucket = torch.arange(length - 1) * BUCKETS // (length - 1)
-    for row, unit in enumerate(batch.units):
-        for i in range(BUCKETS):
-            yield (batch.domain, unit, i), fields[:, row, bucket == i].sum(-1).numpy()
-
-
-def _beyond(batch: Batch, chunk: slice, size: int | None) -> Tensor:
-    """Say which tokens see more than `size` tokens of their own document, bool [B, chunk]."""
-    own = batch.own_context[:, chunk]
-    return torch.zeros_like(own, dtype=torch.bool) if size is None else own > size
-
-
 def _measure(
     name: str,
     pattern: Pattern,
@@ -399,17 +383,15 @@ def _measure(
     sums: Mapping[Key, np.ndarray],
     *,
     same: bool,
+    noise: float | None = None,
 ) -> Measurement:
     """Add up a pattern's sums at one place by document, and make means and an interval of them.
 
     Args:
         same: the pattern is the baseline, which differs from itself by nothing on any document.
+        noise: see `Measurement`.
     """
-    units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
-    for (domain, unit, bucket), value in sums.items():
-        if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
-            units[domain, unit] += value
-    by_unit = np.stack([units[k] for k in sorted(units)])
+    by_unit = _by_unit(sums, where)
     loss, delta, kl, agree, tokens, beyond = by_unit.sum(0)
     low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, 4])
     return Measurement(
@@ -420,10 +402,29 @@ def _measure(
         delta_loss=delta / tokens,
         ci_low=low if math.isfinite(low) else None,
         ci_high=high if math.isfinite(high) else None,
-        kl=kl / tokens,
+        kl=kl / tokens if math.isfinite(kl) else None,
         agreement=agree / tokens,
         tokens=int(tokens),
         documents=len(by_unit),
         by_document=tuple((float(unit[1]), int(unit[4])) for unit in by_unit),
         beyond=float(beyond / tokens),
+        noise=noise,
     )
+
+
+def _by_unit(sums: Mapping[Key, np.ndarray], where: str | tuple[float, float]) -> np.ndarray:
+    """Add up FIELDS at one place by document, float64 [documents, fields]."""
+    units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
+    for (domain, unit, bucket), value in sums.items():
+        if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
+            units[domain, unit] += value
+    return np.stack([units[k] for k in sorted(units)])
+
+
+def _noise(twin: Mapping[Key, np.ndarray], where: str | tuple[float, float]) -> float:
+    """Return two standard errors of the difference of two equal evaluations at one place.
+
+    They are over documents, in nats per token, as `engines.vllm.engine.noise_of` has them.
+    """
+    by_unit = _by_unit(twin, where)
+    return float(2 * np.sqrt((by_unit[:, 1] ** 2).sum()) / by_unit[:, 4].sum())

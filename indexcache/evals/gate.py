@@ -205,7 +205,7 @@ def judge(evidence: Evidence, most: float, *, allow_blind: bool = False) -> Gate
             raise ValueError("Nothing was measured, so there is nothing for the gate to judge.")
         if row.pattern == evidence.baseline:
             _refuse_same(row.name, f"is the baseline, {evidence.baseline}")
-        if row.kl == 0 and not any(difference for difference, _ in row.by_document):
+        if not row.kl and not any(difference for difference, _ in row.by_document):
             where = "the text" if row.where == ALL else f"the domain {row.where!r}"
             _refuse_same(row.name, f"computes what the baseline does at every token of {where}")
     if not rows:
@@ -251,7 +251,10 @@ def _judge_pattern(rows: list[Measurement], most: float) -> list[Verdict]:
         for row in rows
         if row.documents >= LEAST_DOCUMENTS
     }
-    safe = {row.where: uppers.get(row.where, math.inf) <= most for row in rows}
+    safe = {
+        row.where: not _drowned(row, most) and uppers.get(row.where, math.inf) <= most
+        for row in rows
+    }
     stopped = False
     for row in steps:
         stopped = stopped or not safe[row.where]
@@ -259,10 +262,20 @@ def _judge_pattern(rows: list[Measurement], most: float) -> list[Verdict]:
     return [_verdict(row, uppers.get(row.where), safe[row.where], most) for row in rows]
 
 
+def _drowned(row: Measurement, most: float) -> bool:
+    """Say whether an engine's noise is larger than both the margin and the difference.
+
+    What two equal evaluations differ by is no evidence of a smaller difference.
+    """
+    return row.within_noise and row.noise is not None and row.noise > abs(most)
+
+
 def _verdict(row: Measurement, upper: float | None, safe: bool, most: float) -> Verdict:
     word: Word = "inconclusive"
     if upper is None:
         reason = TOO_FEW
+    elif _drowned(row, most):
+        reason = "it is within the engine's noise, which is larger than the gate"
     elif safe:
         word, reason = "safe", "the upper end is at or below the gate"
     elif row.ci_low is not None and row.ci_low > most:

@@ -11,6 +11,7 @@ import torch
 
 from indexcache import __version__
 from indexcache.data import Batch, digest_of
+from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.loading import Model, fingerprint, library_versions, weights_digest
 from indexcache.models.seam import selector_of
@@ -55,8 +56,8 @@ class Conditions:
         seed: random seed of the sequences.
         dtype: dtype of the weights.
         device: the device, and the threads of a CPU.
-        path: "stock" or "fast", the code that ran.
-        versions: versions of indexcache, torch and transformers.
+        path: "stock" or "fast", the code that ran, or "vllm".
+        versions: versions of indexcache, torch and transformers, or of indexcache and vLLM.
         delta: the file of the trained indexers in the model; None for the checkpoint's own.
         delta_digest: sha256 of that file.
     """
@@ -150,6 +151,32 @@ def conditions_of(
         versions={"indexcache": __version__, **library_versions()},
         delta=None if delta is None else str(delta.path),
         delta_digest=None if delta is None else delta.digest,
+    )
+
+
+def conditions_in(
+    engine: VllmEngine,
+    batches: Sequence[Batch],
+    shares: Mapping[int, Share],
+    origin: Origin = Origin(),
+    *,
+    seed: int | None = None,
+) -> Conditions:
+    """Return the conditions of a measurement inside vLLM; the arguments are as `conditions_of`'s.
+
+    The weights are those of the checkpoint's files, because they lie in other processes.
+    """
+    digest = fingerprint(engine.path)
+    return Conditions(
+        model=str(engine.path),
+        model_digest=digest,
+        weights_digest=digest,
+        **of_text(batches, shares, origin),
+        seed=origin.seed if seed is None else seed,
+        dtype=str(engine.facts["dtype"]),
+        device=str(engine.facts["device"]),
+        path="vllm",
+        versions={"indexcache": __version__, "vllm": str(engine.facts["vllm"])},
     )
 
 

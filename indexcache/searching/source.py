@@ -7,12 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from indexcache import __version__
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
-from indexcache.models.conditions import Conditions, Origin, conditions_of, environment, of_text
+from indexcache.models.conditions import (
+    Conditions,
+    Origin,
+    conditions_in,
+    conditions_of,
+    environment,
+)
 from indexcache.models.family import AnyModel, family_of, missing_indexers, module_of
-from indexcache.models.loading import fingerprint
 from indexcache.models.soundness import blind_loss, check_weights
 from indexcache.pattern import Pattern, stage_starts
 from indexcache.searching.objective import Objective
@@ -160,18 +164,7 @@ class VllmSource(LossSource):
     def conditions(
         self, batches: Sequence[Batch], shares: Mapping[int, Share], origin: Origin
     ) -> Conditions:
-        digest = fingerprint(self.engine.path)
-        return Conditions(
-            model=str(self.engine.path),
-            model_digest=digest,
-            weights_digest=digest,
-            **of_text(batches, shares, origin),
-            seed=origin.seed,
-            dtype=str(self.engine.facts["dtype"]),
-            device=str(self.engine.facts["device"]),
-            path="vllm",
-            versions={"indexcache": __version__, "vllm": str(self.engine.facts["vllm"])},
-        )
+        return conditions_in(self.engine, batches, shares, origin)
 
     def objective(
         self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]

@@ -1,15 +1,16 @@
-"""Check `search --engine vllm` over a stand-in for vLLM, and what it says where it cannot run."""
+"""Check verbs with `--engine vllm` over stand-ins, and what they say where it cannot run."""
 
 import importlib.util
 import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from indexcache.cli import main
 from indexcache.engines.vllm import engine as module
-from tests.stand_ins import FakeLlm, worker
+from tests.stand_ins import FakeLlm, TorchLlm, worker
 from tests.support import make_model
 
 
@@ -96,4 +97,70 @@ def test_without_vllm_the_verb_says_how_to_get_it(checkpoint, text, tmp_path, ca
         importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
     )
     assert run(checkpoint, text, tmp_path / "run") == 2
+    assert "pip install indexcache[vllm]" in capsys.readouterr().err
+
+
+@pytest.fixture
+def torch_vllm(checkpoint, vllm, monkeypatch):
+    """A vLLM that runs the checkpoint."""
+
+    def llm(model, **arguments):
+        vllm.append(arguments)
+        return TorchLlm(make_model("glm_moe_dsa"), [worker()])
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", llm)
+    return vllm
+
+
+def evaluate(checkpoint, text, *flags):
+    base = ["evaluate", str(checkpoint), "--data", str(text), "--split", "all", "--length", "40"]
+    return main([*base, "--engine", "vllm", *flags])
+
+
+def test_evidence_comes_from_the_engine(checkpoint, tmp_path, torch_vllm, capsys):
+    text = tmp_path / "ids.jsonl"
+    rows = np.random.default_rng(0).integers(0, 128, (40, 50)).tolist()
+    text.write_text("\n".join(json.dumps({"ids": row}) for row in rows))
+    out = tmp_path / "out"
+    flags = ["--pattern", "FSSFSS", "FSFFSS", "--out", str(out), "--against", "FFFFSF"]
+    assert evaluate(checkpoint, text, *flags, "--most", "0.5", "--allow-blind") == 0
+    assert torch_vllm[0]["max_logprobs"] == 64
+    said = capsys.readouterr()
+    assert "vllm path, indexcache" in said.out
+    assert "lower bound of the KL" in said.out
+    assert "The gate is passed" in said.out
+    found = json.loads((out / "evidence.json").read_text())
+    assert (found["path"], found["noise"], found["engine"]["vllm"]) == ("vllm", 0, "0.33.0")
+    assert found["baseline"] == "FFFFSF"
+    assert len(found["rows"]) == 4
+    assert found["gate"]["passed"]
+    assert evaluate(checkpoint, text, *flags, "--most", "-0.5", "--allow-blind") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["FRRFRR@2"], "FRRFRR@2 cannot run in vLLM: Layer 1 is R (re-index)"),
+        (["FSSFSS", "--against", "1/2+R2"], "but the engine knows only F and S"),
+        (["FSSSSF", "--pipeline-parallel-size", "2"], "A pipeline stage begins at layer 3"),
+        (["FSSFSS", "--pipeline-parallel-size", "9"], "cannot be cut into 9 pipeline stages"),
+        (["FSSFSS", "--delta", "d.safetensors"], "--delta cannot be given with --engine vllm"),
+        (["FSSFSS", "--device", "cuda"], "--device is a setting of this package's own path"),
+        (["FSSFSS", "--engine-arg", "max_num_seqs=8"], "max_num_seqs cannot be chosen"),
+    ],
+)
+def test_an_evaluation_that_the_engine_cannot_run_is_refused_before_it_starts(
+    checkpoint, text, torch_vllm, capsys, flags, message
+):
+    assert evaluate(checkpoint, text, "--pattern", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not torch_vllm
+
+
+def test_without_vllm_an_evaluation_says_how_to_get_it(checkpoint, text, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
+    assert evaluate(checkpoint, text, "--pattern", "FSSFSS") == 2
     assert "pip install indexcache[vllm]" in capsys.readouterr().err

@@ -79,6 +79,23 @@ def test_every_domain_has_a_verdict(domains, expected):
             assert f"{verdict.name} on {verdict.domain}" in gate.sentence()
 
 
+def test_a_difference_within_an_engines_noise_is_not_safe_below_that_noise():
+    for noise, margin, expected in [
+        (0.1, 0.05, "inconclusive"),  # It drowns the margin and the difference.
+        (0.1, 0.2, "safe"),
+        (0.001, 0.05, "safe"),
+        (0.1, -0.05, "inconclusive"),
+    ]:
+        found = evidence(SAFE)
+        rows = tuple(replace(r, noise=noise) for r in found.rows)
+        gate = judge(replace(found, rows=rows), margin)
+        assert words(gate) == [expected, expected]
+        assert ("within the engine's noise" in gate.table()) == (expected != "safe")
+    # A difference far beyond the noise is told from the margin.
+    rows = tuple(replace(r, noise=0.1) for r in evidence(SAFE - 1).rows)
+    assert words(judge(replace(found, rows=rows), 0.0)) == ["safe", "safe"]
+
+
 def test_every_pattern_is_judged():
     both = evidence(SAFE)
     bad = evidence(BAD, name="q")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,14 @@ from indexcache.checkpoint import read_config, resolve
 from indexcache.configs import text_section
 from indexcache.data import Batch
 from indexcache.engines.vllm.plugin import untested
+from indexcache.engines.vllm.scores import PromptScores, read_scores
 from indexcache.engines.vllm.settings import VllmSettings, check_installed
 from indexcache.engines.vllm.worker import EXTENSION
 from indexcache.pattern import Pattern
 
 CHUNK = 8192  # tokens that vLLM computes at once
 KL_SINCE = (0, 32)  # the first version that scores given ids of a prompt
+KL_IDS = 63  # the most likely tokens over which a KL is computed
 
 FIXED = {
     "enforce_eager": True,
@@ -115,23 +118,84 @@ class VllmEngine:
         Raises:
             ValueError: see `set_pattern`; or a loss is not finite.
         """
-        self.set_pattern(pattern)
         sequences = [ids.tolist() for batch in batches for ids in batch.ids]
-        sampling = importlib.import_module("vllm").SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in sequences], sampling, use_tqdm=False
-        )
-        pairs = zip(outputs, sequences, strict=True)
-        sums = np.array([-_sum(output.prompt_logprobs, ids) for output, ids in pairs])
-        tokens = np.array([len(ids) - 1 for ids in sequences])
-        if not np.isfinite(sums).all():
+        scores = self.score(pattern, sequences)
+        sums = np.array([-math.fsum(s.own.tolist()) for s in scores])
+        return DocumentLosses(sums, np.array([len(ids) - 1 for ids in sequences]))
+
+    def score(
+        self,
+        pattern: Pattern,
+        sequences: Sequence[Sequence[int]],
+        *,
+        top: int = 0,
+        asked: Sequence[np.ndarray] | None = None,
+    ) -> list[PromptScores]:
+        """Run sequences under a pattern, and return the log-probabilities of their tokens.
+
+        Args:
+            pattern: put in force first, see `set_pattern`.
+            sequences: token ids, each sequence by itself.
+            top: the number of most likely tokens to return of each position.
+            asked: for each sequence of T tokens the ids to score at every position but the last,
+                int32 [T - 1, m], which vLLM can since 0.32.
+
+        Raises:
+            ValueError: see `set_pattern` and `read_scores`; or a log-probability is not finite.
+        """
+        self.set_pattern(pattern)
+        sampling = importlib.import_module("vllm").SamplingParams
+        common = {"temperature": 0.0, "max_tokens": 1, "flat_logprobs": True, "detokenize": False}
+        params: Any = sampling(prompt_logprobs=top, **common)
+        if asked is not None:
+            params = [
+                sampling(prompt_logprobs=top, prompt_logprob_token_ids=ids, **common)
+                for ids in asked
+            ]
+        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        given: list[np.ndarray | None] = [None] * len(sequences) if asked is None else [*asked]
+        each = zip(outputs, sequences, given, strict=True)
+        scores = [read_scores(*one, top=top) for one in each]
+        if not all(np.isfinite(s.own).all() for s in scores):
             raise ValueError(
                 f"The loss of {pattern} is not finite in vLLM: broken weights, or a dtype that the "
                 "model does not bear."
             )
-        return DocumentLosses(sums, tokens)
+        return scores
+
+    @property
+    def kl_ids(self) -> int:
+        """Number of most likely tokens over which a KL is computed."""
+        return min(KL_IDS, self.vocabulary)
+
+    def without_kl(self) -> str | None:
+        """Say why this vLLM cannot score given tokens of a prompt; None where it can."""
+        version = str(self.facts["vllm"])
+        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+        if numbers < KL_SINCE:
+            return f"vLLM {version} cannot score given tokens of a prompt; 0.32 and later can"
+        try:
+            ids = np.zeros((2, self.kl_ids), dtype=np.int32)
+            self.score(self.fullest(), [[0, 0, 0]], top=self.kl_ids, asked=[ids])
+        except Exception as error:  # Whatever its settings lack, the losses can be had.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return f"vLLM {version} does not score given tokens of a prompt here ({reason:.300})"
+        return None
+
+    def check(self, pattern: Pattern) -> None:
+        """Check that a pattern can run in this vLLM.
+
+        Raises:
+            ValueError: another length, R layers, an S layer at the start of a pipeline stage, or
+                an F layer without indexer.
+        """
+        pattern.check(
+            layers=self.layers,
+            stages=self.stages,
+            reindex=False,
+            without_indexer=self.without_indexer,
+        )
 
     def noise(self, batches: Sequence[Batch]) -> float:
         """Evaluate all layers full twice, and return how far two equal evaluations lie apart.
@@ -168,8 +232,17 @@ class VllmEngine:
         )
 
 
-def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> VllmEngine:
+def start(
+    model: str, settings: VllmSettings, *, length: int, seed: int = 0, comparing: bool = False
+) -> VllmEngine:
     """Start vLLM with a checkpoint for evaluations of sequences of `length` tokens.
+
+    Args:
+        model: the checkpoint.
+        settings: how vLLM runs it.
+        length: number of tokens of the longest sequence.
+        seed: vLLM's random seed.
+        comparing: let it return as many log-probabilities as a KL takes.
 
     Raises:
         ValueError: vLLM is not installed, an engine argument is not NAME=VALUE or one of those that
@@ -183,6 +256,7 @@ def start(model: str, settings: VllmSettings, *, length: int, seed: int = 0) -> 
         "max_model_len": length + 1,
         "max_num_batched_tokens": CHUNK,
         "seed": seed,
+        **({"max_logprobs": KL_IDS + 1} if comparing else {}),
         **engine_arguments(settings.engine_arg),
     }
     path = resolve(model)
@@ -290,22 +364,3 @@ def check_read_back(pattern: Pattern, ranks: Sequence[Mapping[str, Any]]) -> Non
 def noise_of(first: DocumentLosses, second: DocumentLosses) -> float:
     """Return two standard errors of the difference of two equal evaluations, nats per token."""
     return 2 * math.sqrt(float(((first.sums - second.sums) ** 2).sum())) / float(first.tokens.sum())
-
-
-def _sum(logprobs: Any, ids: Sequence[int]) -> float:
-    """Add up the log-probabilities of a prompt's own tokens, from the second one on.
-
-    Raises:
-        ValueError: vLLM answered other tokens than those of the prompt.
-    """
-    if hasattr(logprobs, "start_indices"):  # One list of all, without an object per token.
-        at = logprobs.start_indices[1 : len(ids)]
-        answered = [logprobs.token_ids[i] for i in at]
-        values = [logprobs.logprobs[i] for i in at]
-    else:
-        rows = [next(iter(row.items())) for row in logprobs[1 : len(ids)]]
-        answered = [token for token, _ in rows]
-        values = [entry.logprob for _, entry in rows]
-    if answered != list(ids[1:]):
-        raise ValueError("vLLM gave log-probabilities of other tokens than those of the prompt.")
-    return math.fsum(values)
