@@ -100,7 +100,7 @@ def test_commands_for_a_gpu_are_understood(path, tmp_path, monkeypatch, capsys):
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    kinds = {"sh", "sh gpu", "sh demo", "sh install", "python", "text", "toml", ""}
+    kinds = {"sh", "sh gpu", "sh demo", "sh install", "python", "text", "toml", "yaml", ""}
     for path in PAGES:
         for kind in re.findall(r"^```(.+)$", path.read_text(encoding="utf-8"), re.M):
             assert kind in kinds, (path.name, kind)

@@ -122,6 +122,6 @@ def _versions(engine: str, family: str, surplus: bool) -> str:
     """Return the versions of an engine that obey the keys on this family and load the weights."""
     rule = next(r for r in RULES if r.engine == engine and family in r.families)
     if engine != "vllm" or not surplus or rule.first is None:
-        return rule.versions
+        return rule.versions if rule.first or rule.last else f"as read in {rule.versions}"
     first, fails, last = (".".join(map(str, v)) for v in (rule.first, *LOADER_FAILS))
     return f"{first} and newer, but {fails} to {last} only with the plugin indexcache[vllm]"

@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from docs.tables import ROOT
+from indexcache.checkpoint import resolve
 from indexcache.cli import main
 from indexcache.exporting import export
 from indexcache.exporting.commands import bash, powershell
@@ -121,3 +124,23 @@ def test_tensorrt_llm_gets_a_checkpoint_and_needs_weights(glm_folder, deepseek, 
     command = ["export", str(glm_folder / "config.json"), "--pattern", PATTERN, "--out"]
     assert main([*command, str(tmp_path / "no"), "--engine", "tensorrt-llm"]) == 2
     assert "no weights" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_commands_as_they_are_printed(tmp_path):
+    page = (ROOT / "docs" / "engines.md").read_text()
+    result = export("tiny", "FFSSSSSSSFSS", tmp_path / "out", engines=None)
+    printed = result.table().split("\n\n", 1)[1]
+    printed = printed.replace(str(tmp_path / "out"), "runs/serve")
+    assert f"```text\n{printed.replace(str(resolve('tiny')), 'MODEL')}\n```" in page
+    compose, kubernetes = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.S))
+    vllm = compose["services"]["vllm"]
+    (container,) = kubernetes["spec"]["template"]["spec"]["containers"]
+    for engine, words in (
+        ("vllm", vllm["entrypoint"] + vllm["command"]),
+        ("sglang", container["command"] + container["args"]),
+    ):
+        (shown,) = [c for c in result.commands if c.engine == engine and c.words[-1][0] == "{"]
+        shown = [w.replace(str(resolve("tiny")), "/model") for w in shown.words]
+        assert words[: len(shown)] == shown
+        assert words[len(shown) - 1] == (tmp_path / "out" / f"{engine}.json").read_text().rstrip()
+        assert not set("$") & set("".join(words))  # Compose and Kubernetes would replace it.
