@@ -126,6 +126,7 @@ class Evidence:
         conditions: what all of it holds for.
         blind_loss: the loss of a blind guess among all tokens of the vocabulary, nats per token.
         noise: that of all text, see `Measurement`.
+        noise_kl: the KL between the two evaluations of all layers full, nats per token.
         facts: what ran the model, where that was an engine.
         notes: what must be known of the numbers, in sentences.
     """
@@ -137,6 +138,7 @@ class Evidence:
     conditions: Conditions
     blind_loss: float = math.inf
     noise: float | None = None
+    noise_kl: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -195,9 +197,10 @@ class Evidence:
             if within
             else ("Every difference on all text and on a domain is larger than it is there")
         )
+        kl = "" if self.noise_kl is None else f", and their KL is {self.noise_kl:.1e}"
         return (
             f"Noise: two evaluations of all layers full differ by {self.noise:.1e} nats per token "
-            f"(two standard errors over documents). {end}."
+            f"(two standard errors over documents){kl}. {end}."
         )
 
     def _overall_table(self, baseline: str) -> str:
@@ -236,8 +239,11 @@ class Evidence:
             "blind_loss": self.blind_loss,
             "conditions": self.conditions.to_json(),
             **self.facts,
-            **({} if self.noise is None else {"noise": self.noise, "notes": list(self.notes)}),
+            **({} if self.noise is None else self._about_engine()),
         }
+
+    def _about_engine(self) -> dict[str, Any]:
+        return {"noise": self.noise, "noise_kl": self.noise_kl, "notes": list(self.notes)}
 
     def _row(self, row: Measurement) -> dict[str, Any]:
         pool = pool_of(row.pattern, self.conditions.k)
@@ -345,6 +351,7 @@ def evaluate(
         conditions,
         subject.blind_loss,
         noise=_noise(sums[TWIN], ALL) if subject.twins else None,
+        noise_kl=_mean_kl(_by_unit(sums[TWIN], ALL)) if subject.twins else None,
         facts=subject.facts,
         notes=subject.notes,
     )
@@ -392,7 +399,7 @@ def _measure(
         noise: see `Measurement`.
     """
     by_unit = _by_unit(sums, where)
-    loss, delta, kl, agree, tokens, beyond = by_unit.sum(0)
+    loss, delta, _, agree, tokens, beyond = by_unit.sum(0)
     low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, 4])
     return Measurement(
         name=name,
@@ -402,7 +409,7 @@ def _measure(
         delta_loss=delta / tokens,
         ci_low=low if math.isfinite(low) else None,
         ci_high=high if math.isfinite(high) else None,
-        kl=kl / tokens if math.isfinite(kl) else None,
+        kl=_mean_kl(by_unit),
         agreement=agree / tokens,
         tokens=int(tokens),
         documents=len(by_unit),
@@ -419,6 +426,12 @@ def _by_unit(sums: Mapping[Key, np.ndarray], where: str | tuple[float, float]) -
         if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
             units[domain, unit] += value
     return np.stack([units[k] for k in sorted(units)])
+
+
+def _mean_kl(by_unit: np.ndarray) -> float | None:
+    """Return the KL per token of FIELDS by document; None where an engine gave none."""
+    sums = dict(zip(FIELDS, by_unit.sum(0), strict=True))
+    return sums["kl"] / sums["tokens"] if math.isfinite(sums["kl"]) else None
 
 
 def _noise(twin: Mapping[Key, np.ndarray], where: str | tuple[float, float]) -> float:

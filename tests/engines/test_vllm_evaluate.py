@@ -107,6 +107,9 @@ def test_another_baseline_has_the_noise_of_all_full(model, batches):
     # Two draws differ by 1.4e-3 at each token, of which there are 16 times 31: 1e-4, up to chance.
     assert 3e-5 < found.noise < 3e-4
     assert row.noise == found.noise
+    # The KL of two draws e of noise on the logits is half the variance of their difference.
+    assert found.noise_kl == pytest.approx(1e-3**2, rel=0.1)
+    assert f"and their KL is {found.noise_kl:.1e}" in found.table()
     total = sum((r.noise * r.tokens) ** 2 for r in found.rows if r.where != "all")
     assert total == pytest.approx((found.noise * row.tokens) ** 2)
     assert found.to_json()["rows"][0]["noise"] == found.noise
