@@ -101,6 +101,29 @@ class OverlapText(HeldOutText):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrievalSettings:
+    """Which retrieval sequences go beside the text."""
+
+    retrieval: Annotated[tuple[str, ...], Parameter(metavar="KIND")] = ()
+    """Kinds of retrieval to measure beside the text, where only answers count: passkey, needles,
+    key-value, variables, common-words, frequent-words, graph, repeat, or all."""
+    retrieval_sequences: int = 6
+    "Number of retrieval sequences of each kind."
+    retrieval_length: int | None = None
+    "Number of tokens of a retrieval sequence. The default is that of the text."
+    retrieval_filler: Literal["text", "generated"] = "text"
+    "What lies between the facts: passages of the text, or generated sentences."
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRetrieval(RetrievalSettings):
+    """Which retrieval sequences go beside the text, for an evaluation."""
+
+    retrieval_sequences: int = 36
+    "Number of retrieval sequences of each kind. The default is the least number for a verdict."
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How a model is loaded and run."""
 
@@ -315,6 +338,45 @@ def open_text(model: str, text: TextSettings, patterns: Sequence[Pattern] = ()) 
     print(
         f"{sum(len(b.units) for b in batches)} sequences of {length} tokens ({domains}); "
         f"{sentence({size: share_of(batches, size) for size in sizes})}",
+        file=sys.stderr,
+    )
+    return batches
+
+
+def open_retrieval(model: str, text: TextSettings, settings: RetrievalSettings) -> list[Batch]:
+    """Make the retrieval sequences that are asked for, and say on stderr what they are.
+
+    Raises:
+        ValueError: an unknown kind, a length that does not fit, no tokenizer, a text with too
+            little in it, or settings of retrieval without a kind.
+    """
+    if not settings.retrieval:
+        for f in fields(settings):
+            if getattr(settings, f.name) != f.default:
+                raise ValueError(f"{_flag(f.name)} says how retrieval is made; add --retrieval.")
+        return []
+    from indexcache.models.loading import describe
+    from indexcache.models.reader import Reader
+
+    facts = describe(model)
+    source: str | Path = "heldout" if text.split == "heldout" else "calibration"
+    split = None
+    if text.data is not None:
+        source, split = text_for(model, text.data, text.split)
+    batches = Reader(Path(facts["path"])).retrieval(
+        settings.retrieval,
+        facts,
+        source=source if settings.retrieval_filler == "text" else None,
+        split=split if settings.retrieval_filler == "text" else text.split,
+        length=text.length if settings.retrieval_length is None else settings.retrieval_length,
+        sequences=settings.retrieval_sequences,
+        batch=text.batch,
+        seed=text.seed,
+    )
+    kinds = ", ".join(dict.fromkeys(b.domain.partition(":")[2] for b in batches))
+    print(
+        f"{sum(len(b.units) for b in batches)} retrieval sequences of {batches[0].ids.shape[1]} "
+        f"tokens ({kinds}) with {sum(len(a) for b in batches for a in b.answers)} answers",
         file=sys.stderr,
     )
     return batches

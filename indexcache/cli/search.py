@@ -10,11 +10,13 @@ from indexcache.cli.common import (
     EngineSettings,
     ModelSettings,
     Output,
+    RetrievalSettings,
     RunFolder,
     TextSettings,
     check_delta,
     check_text,
     open_model,
+    open_retrieval,
     open_text,
     origin_of,
 )
@@ -28,6 +30,7 @@ def search(
     out: RunFolder,
     settings: Annotated[SearchSettings, FLAT] = SearchSettings(),
     text: Annotated[TextSettings, FLAT] = TextSettings(),
+    retrieval: Annotated[RetrievalSettings, FLAT] = RetrievalSettings(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
     engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
     output: Annotated[Output, FLAT] = Output(),
@@ -44,18 +47,22 @@ def search(
 
     facts = describe(model)
     engine.check(running)
+    if engine.engine:
+        settings.check_engine()
     stages = engine.pipeline_parallel_size if engine.engine else None
     settings.full_layers(facts["num_hidden_layers"], stages)
     check_text(facts, model, text)
     check_delta(facts, running.delta)
+    asked = open_retrieval(model, text, retrieval)
     claim_folder(out, model)
     subject: Model | VllmEngine
     if engine.engine:
         batches = open_text(model, text)
-        subject = start(model, engine, length=batches[0].ids.shape[1])
+        subject = start(model, engine, length=max(b.ids.shape[1] for b in (*batches, *asked)))
         subject.report()
     else:
         subject, batches = open_model(model, text, running)
+    batches += asked
     identity: dict[str, Any] = {"model": fingerprint(subject.path), "seed": text.seed}
     if running.delta is not None:
         identity["delta"] = delta_digest(running.delta)
@@ -67,6 +74,7 @@ def search(
         result.table(),
         "",
         *result.notes,
+        f"{result.work}.",
         str(result.conditions),
         "",
         f"{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "

@@ -55,7 +55,6 @@ def token_losses(model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor) -> Tensor:
     return out
 
 
-@torch.no_grad()
 def counted_losses(
     model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor, counted_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -69,22 +68,43 @@ def counted_losses(
         n losses in nats, fp32, and whether each token is the most likely one, bool [n], both on the
         CPU, in the order of rows and then of tokens.
     """
+    losses, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    for target, (logits,) in _counted_logits(model, ids_BT, counted_BT, hidden_BTE):
+        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
+        right.append((logits.argmax(-1) == target).cpu())
+    return torch.cat(losses), torch.cat(right)
+
+
+def counted_kl(
+    model: AnyModel, base_BTE: Tensor, hidden_BTE: Tensor, ids_BT: Tensor, counted_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return KL(base || hidden) of the predictions of the tokens that count, as `counted_losses`.
+
+    Args:
+        base_BTE: the final hidden states [B, T, E] to compare with.
+    """
+    kl, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    for target, (base, logits) in _counted_logits(model, ids_BT, counted_BT, base_BTE, hidden_BTE):
+        base_log_p, log_p = F.log_softmax(base, -1), F.log_softmax(logits, -1)
+        kl.append((base_log_p.exp() * (base_log_p - log_p)).sum(-1).cpu())
+        right.append((logits.argmax(-1) == target).cpu())
+    return torch.cat(kl), torch.cat(right)
+
+
+@torch.no_grad()
+def _counted_logits(
+    model: AnyModel, ids_BT: Tensor, counted_BT: Tensor, *hidden_BTE: Tensor
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield chunks of the tokens that count: their ids [n], and fp32 logits [n, V] of each."""
     head = module_of(model).get_output_embeddings()
     device = input_device(head)
     row, at = counted_BT.nonzero(as_tuple=True)
-    rows, places = row.to(hidden_BTE.device), (at - 1).to(hidden_BTE.device)
     targets = ids_BT[row, at].to(device)
-    losses, right = [], []
-    chunk = max(LOGIT_BYTES // (4 * head.weight.shape[0]), 1)
+    chunk = max(LOGIT_BYTES // (4 * len(hidden_BTE) * head.weight.shape[0]), 1)
     for start in range(0, len(row), chunk):
         span = slice(start, start + chunk)
-        logits = head(hidden_BTE[rows[span], places[span]].to(device)).float()
-        target = targets[span]
-        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
-        right.append((logits.argmax(-1) == target).cpu())
-    if not losses:
-        return torch.empty(0), torch.empty(0, dtype=torch.bool)
-    return torch.cat(losses), torch.cat(right)
+        states = [h[row[span].to(h.device), at[span].to(h.device) - 1] for h in hidden_BTE]
+        yield targets[span], [head(x.to(device)).float() for x in states]
 
 
 def found_answers(

@@ -61,7 +61,7 @@ class PrefixCache:
 
     def _run(self, index: int, pattern: Pattern, keep: bool) -> Tensor:
         saved = self.saved[index]
-        first = self._first_difference(pattern)
+        first = first_difference(pattern, self.trunk)
         # `start` is the last layer whose output can be reused.
         start = max((i for i in saved if i < first), default=-1)
         if keep:
@@ -70,12 +70,10 @@ class PrefixCache:
         with use_pattern(self.model, pattern) as seam, self._layers(seam, saved, start, keep):
             return hidden_states(self.model, self.inputs[index])
 
-    def _first_difference(self, pattern: Pattern) -> int:
-        """Find the first layer whose output may differ from the trunk's; 0 without a trunk."""
-        if self.trunk is None:
-            return 0
-        pairs = zip(pattern.signature(), self.trunk.signature(), strict=True)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pattern))
+    def layers_run(self, pattern: Pattern, trunk: Pattern | None) -> int:
+        """Count the layers that run for a pattern once `trunk` is the trunk; all without one."""
+        kept = first_difference(pattern, trunk) // self.stride * self.stride
+        return len(pattern) - kept
 
     @contextmanager
     def _layers(self, seam: Seam, saved: dict[int, Saved], start: int, keep: bool):
@@ -115,6 +113,14 @@ class PrefixCache:
                 elif keep and (i + 1) % self.stride == 0:
                     patches.wrap(layer, partial(record, i))
             yield
+
+
+def first_difference(pattern: Pattern, trunk: Pattern | None) -> int:
+    """Find the first layer whose output may differ from the trunk's; 0 without a trunk."""
+    if trunk is None:
+        return 0
+    pairs = zip(pattern.signature(), trunk.signature(), strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pattern))
 
 
 def _without_groups(output: Any) -> Any:

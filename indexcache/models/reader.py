@@ -15,6 +15,7 @@ import numpy as np
 
 from indexcache.checkpoint import read_config
 from indexcache.data import Batch, Tokenizing, batches, load_documents, named_source, scan
+from indexcache.data.batches import SHIPPED
 from indexcache.data.documents import Document
 from indexcache.data.records import Message
 from indexcache.data.retrieval import filler_documents, parse_kinds, retrieval_batches
@@ -160,7 +161,7 @@ class Reader:
             length=length,
             sequences=sequences,
             documents=documents,
-            split=split or "all",
+            split=str(source) if split is None and source in SHIPPED else split or "all",
             batch=batch,
             seed=seed,
         )

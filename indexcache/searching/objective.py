@@ -1,18 +1,57 @@
-"""The objective of a search: the mean language-modelling loss of a pattern over fixed batches."""
+"""The objective of a search: what a pattern loses over fixed batches."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-
-from torch import nn
+from dataclasses import dataclass
+from typing import Any
 
 from indexcache.data import Batch
-from indexcache.models.lm import token_losses
+from indexcache.models.family import DsaModule
 from indexcache.models.prefix import PrefixCache
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
+from indexcache.searching.combining import Combination
+from indexcache.searching.meter import Meter, check_finite
+from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName
+from indexcache.searching.work import Work
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pattern loses.
+
+    Attributes:
+        loss: the objective, nats per token; with plain text and the default it is the mean loss.
+        parts: the mean of every domain and kind of retrieval; empty where nobody asked for them.
+        found: (answers found, answers asked for) of every kind of retrieval.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    found: dict[str, tuple[int, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a journal and a result hold."""
+        value: dict[str, Any] = {"loss": self.loss}
+        if self.parts:
+            value["parts"] = self.parts
+        if self.found:
+            value["found"] = {kind: list(pair) for kind, pair in self.found.items()}
+        return value
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Evaluation:
+        """Read what `to_json` wrote."""
+        found = {kind: (pair[0], pair[1]) for kind, pair in entry.get("found", {}).items()}
+        return cls(entry["loss"], entry.get("parts", {}), found)
+
+
+def shows_parts(batches: Sequence[Batch], objective: ObjectiveName) -> bool:
+    """Return whether journals name the parts: not for the mean loss of plain text."""
+    plain = all(b.plain for b in batches)
+    return not (plain and objective in ("mean", DEFAULT_OBJECTIVE))
 
 
 class Objective:
@@ -21,16 +60,18 @@ class Objective:
     Args:
         model: the transformers model.
         batches: the calibration batches, the same for every pattern.
-        evaluated: losses of earlier evaluations, by pattern string, e.g. from a run's journal.
-        record: a function that gets (pattern, loss) after each new evaluation.
+        evaluated: earlier evaluations, by pattern string, e.g. from a run's journal.
+        record: a function that gets (pattern, evaluation) after each new evaluation.
+        name: which objective.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DsaModule,
         batches: Sequence[Batch],
-        evaluated: dict[str, float] | None = None,
-        record: Callable[[Pattern, float], None] = lambda pattern, loss: None,
+        evaluated: dict[str, Evaluation] | None = None,
+        record: Callable[[Pattern, Evaluation], None] = lambda pattern, evaluation: None,
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
     ):
         self.model = model
         self.batches = batches
@@ -39,6 +80,18 @@ class Objective:
         self.base: Pattern | None = None
         self.watched = False  # whether the indexers' scores have been looked at
         self.prefix = PrefixCache(model, [b.ids for b in batches])
+        self.layers = int(model.config.num_hidden_layers)
+        self.full = Pattern.full(self.layers)
+        self.meter = Meter(model, batches, name)
+        counts = tuple(int(c.sum()) for c in self.meter.counts)
+        self.combination = Combination(name, tuple(b.domain for b in batches), counts)
+        self.shows_parts = shows_parts(batches, name)
+        self.full_sums: list[float] | None = None
+        tokens = sum(b.ids.numel() for b in batches)
+        self.work = Work(whole=tokens * self.layers)
+        self._tokens = tokens
+        self._asked: set[str] = set()
+        self._trunk: Pattern | None = None  # as an uninterrupted run would have it
 
     def rebase(self, pattern: Pattern) -> None:
         """Announce that the next patterns differ little from this one.
@@ -53,24 +106,55 @@ class Objective:
         Raises:
             ValueError: the loss is not finite, or in the first batch an indexer's scores are not.
         """
+        return self.evaluate(pattern).loss
+
+    def evaluate(self, pattern: Pattern) -> Evaluation:
+        """Return the loss of a pattern and its parts; see `__call__`."""
         key = str(pattern)
+        self._count(pattern)
         if key not in self.evaluated:
             if self.base is not None:
                 self.prefix.rebase(self.base)
-            total, count = 0.0, 0
-            for i, batch in enumerate(self.batches):
-                with nullcontext() if self.watched else check_scores(self.model):
-                    hidden = self.prefix.hidden(i, pattern)
-                self.watched = True
-                losses = token_losses(self.model, hidden, batch.ids)
-                total += float(losses.double().sum())
-                count += losses.numel()
-            loss = total / count
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"The loss of {key} is {loss}: the model gives no finite logits on this text "
-                    "(wrong dtype or broken weights?); nothing was recorded for it."
-                )
-            self.evaluated[key] = loss
-            self.record(pattern, loss)
+            if self.full_sums is None and pattern != self.full and self._needs_full:
+                self._measure(self.full)
+            evaluation = self._measure(pattern)
+            self.evaluated[key] = evaluation
+            self.record(pattern, evaluation)
         return self.evaluated[key]
+
+    @property
+    def _needs_full(self) -> bool:
+        return self.meter.divergence or self.combination.objective == "worst"
+
+    def _measure(self, pattern: Pattern) -> Evaluation:
+        sums: list[float] = []
+        found: dict[str, tuple[int, int]] = {}
+        for i, batch in enumerate(self.batches):
+            with nullcontext() if self.watched else check_scores(self.model):
+                hidden = self.prefix.hidden(i, pattern)
+            self.watched = True
+            if self.meter.divergence and pattern == self.full:
+                self.meter.base[i] = hidden
+            rows = self.meter.rows(i, hidden)
+            sums.append(rows.total)
+            if rows.found is not None:
+                asked = sum(map(len, batch.answers))
+                before = found.get(batch.domain, (0, 0))
+                found[batch.domain] = (before[0] + int(rows.found.sum()), before[1] + asked)
+        if pattern == self.full:
+            self.full_sums = sums
+        loss = self.combination.value(sums, self.full_sums)
+        check_finite(loss, str(pattern))
+        parts = self.combination.means(sums) if self.shows_parts else {}
+        return Evaluation(loss, parts, found)
+
+    def _count(self, pattern: Pattern) -> None:
+        """Count the work of a pattern at its first evaluation, in this run or in an earlier one."""
+        if str(pattern) in self._asked:
+            return
+        self._asked.add(str(pattern))
+        if self.base is not None and self.base != self._trunk:
+            self.work.add(self.prefix.layers_run(self.base, self._trunk), self._tokens)
+            self._trunk = self.base
+        self.work.add(self.prefix.layers_run(pattern, self._trunk), self._tokens)
+        self.work.evaluations += 1

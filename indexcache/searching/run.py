@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from indexcache.data import Batch, digest_of, seen_in
+from indexcache.data.retrieval import DOMAIN
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.conditions import Conditions, Origin
 from indexcache.models.family import AnyModel
@@ -18,8 +19,10 @@ from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, number_of, open_run
 from indexcache.report.tables import table
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
+from indexcache.searching.objective import Evaluation, shows_parts
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.source import Entry, LossSource, ModelSource, VllmSource
+from indexcache.searching.work import Work
 from indexcache.vacuity import check_batches, pool_of
 
 
@@ -36,6 +39,9 @@ class SearchResult:
         conditions: what the losses hold for.
         noise: how far two evaluations of one pattern lie apart, nats per token; flips that differ
             by less are ties.
+        work: what the search has cost.
+        objective: the name of what `loss` is; None for the mean loss of plain text.
+        evaluations: the parts of the objective, by pattern, where it has any.
     """
 
     frontier: tuple[FrontierPoint, ...]
@@ -44,6 +50,9 @@ class SearchResult:
     notes: tuple[str, ...]
     conditions: Conditions
     noise: float = 0.0
+    work: Work = field(default_factory=Work)
+    objective: str | None = None
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
     def pattern(self) -> Pattern:
@@ -55,11 +64,32 @@ class SearchResult:
         base = self.frontier[0].loss
         named = [(f"searched, {p.full} full", p) for p in self.frontier]
         named += [(f"uniform{self._pool(p.pattern)}", p) for p in self.uniform]
+        extra = self._parts_head()
         rows = [
-            [name, f"{p.loss:.4f}", f"{p.loss - base:+.4f}", str(p.pattern)] for name, p in named
+            [name, f"{p.loss:.4f}", f"{p.loss - base:+.4f}", *self._cells(p, extra), str(p.pattern)]
+            for name, p in named
         ]
         head = f"roles ({self.conditions.summary()})"
-        return table(["calibration", "loss", "vs full", head], rows)
+        return table(["calibration", self.objective or "loss", "vs full", *extra, head], rows)
+
+    def _parts_head(self) -> list[str]:
+        """Name the columns about the parts of the objective; none where it has no parts."""
+        first = self.evaluations.get(str(self.frontier[0].pattern))
+        if first is None:
+            return []
+        return ["worst part", *(["answers found"] if first.found else [])]
+
+    def _cells(self, point: FrontierPoint, head: Sequence[str]) -> list[str]:
+        """Format what loses most, and how many answers are found."""
+        if not head:
+            return []
+        parts = self.evaluations[str(point.pattern)]
+        full = self.evaluations[str(self.frontier[0].pattern)]
+        excess = {name: mean - full.parts[name] for name, mean in parts.parts.items()}
+        worst = max(excess, key=lambda name: excess[name])
+        found = [sum(pair[i] for pair in parts.found.values()) for i in (0, 1)]
+        cells = [f"{worst} {excess[worst]:+.4f}", f"{found[0]} of {found[1]}"]
+        return cells[: len(head)]
 
     def _pool(self, pattern: Pattern) -> str:
         """Say what share of the longest context the pool of R layers is."""
@@ -72,7 +102,9 @@ class SearchResult:
         """Return the content of result.json."""
 
         def facts(point: FrontierPoint) -> dict[str, Any]:
-            return {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
+            parts = self.evaluations.get(str(point.pattern))
+            value = {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
+            return value | (parts.to_json() if parts else {})
 
         def choice(point: FrontierPoint) -> dict[str, Any]:
             if not self.noise:
@@ -80,13 +112,16 @@ class SearchResult:
             tied = list(point.tied)
             return {"flipped": point.flipped, "tied": tied, "margin": point.margin}
 
-        noise = {"noise": self.noise} if self.noise else {}
+        noise: dict[str, Any] = {"noise": self.noise} if self.noise else {}
+        if self.objective is not None:
+            noise["objective"] = self.objective
         return {
             "frontier": [facts(point) | choice(point) for point in self.frontier],
             "uniform": [facts(point) for point in self.uniform],
             "calibration": self.calibration,
             "notes": list(self.notes),
             "conditions": self.conditions.to_json(),
+            "work": self.work.to_json(),
             **noise,
         }
 
@@ -129,7 +164,7 @@ def search(
     comparisons, notes = _comparisons(batches, source, starts, full, settings)
     shares = check_batches(batches, source.topk, comparisons)
     conditions = source.conditions(batches, shares, origin)
-    facts = {**asdict(settings), "data": digest_of(batches), **source.facts()}
+    facts = {**settings.facts(), "data": digest_of(batches), **source.facts()}
     facts |= identity or {}
     check = partial(_check_entry, layers=layers, noisy=isinstance(source, VllmSource), losses={})
     with open_run(Path(out), facts, check) as run:
@@ -141,7 +176,7 @@ def search(
                 run.append(entry)
                 bar.update("pattern" in entry)
 
-            loss = source.objective(batches, run.journal, record)
+            loss = source.objective(batches, run.journal, record, settings.objective)
             frontier = []
             for point in greedy(loss, layers, full, starts, source.noise):
                 frontier.append(point)
@@ -149,17 +184,53 @@ def search(
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
                 source.rebase(loss, point.pattern)
             uniform = [FrontierPoint(p, loss(p)) for p in comparisons]
-        if note := blindness(frontier[0].loss, source.blind_loss()):
-            notes = (*notes, note)
+        parts: dict[str, Evaluation] = {}
+        if shows_parts(batches, settings.objective):
+            parts = {str(p.pattern): loss.evaluate(p.pattern) for p in (*frontier, *uniform)}
+        notes += about_full(frontier[0], parts, settings.objective, source.blind_loss())
         seen = seen_in(batches)
         frontier = [replace(p, pattern=p.pattern.chosen_on(seen)) for p in frontier]
         calibration = _calibration(batches, shares[source.topk].beyond) | seen.to_json()
         result = SearchResult(
-            tuple(frontier), tuple(uniform), calibration, notes, conditions, source.noise
+            tuple(frontier),
+            tuple(uniform),
+            calibration,
+            notes,
+            conditions,
+            source.noise,
+            loss.work,
+            settings.objective if parts else None,
+            parts,
         )
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     return result
+
+
+def about_full(
+    full: FrontierPoint, evaluations: Mapping[str, Evaluation], objective: str, blind: float
+) -> tuple[str, ...]:
+    """Say where the full model itself is no better than a blind guess, or finds no answer.
+
+    Args:
+        full: the point with all layers full.
+        evaluations: the parts of the objective by pattern, where it has any.
+        objective: its name; divergences say nothing of the model's own loss.
+        blind: the loss of a blind guess.
+    """
+    notes = []
+    parts = evaluations.get(str(full.pattern))
+    loss = full.loss if parts is None else min(parts.parts.values())
+    if objective not in ("kl", "key-kl") and (note := blindness(loss, blind)):
+        notes.append(note)
+    lost = [k for k, (found, _) in (parts.found if parts else {}).items() if not found]
+    if lost:
+        names = ", ".join(kind.removeprefix(DOMAIN) for kind in lost)
+        notes.append(
+            f"The model with all layers full finds no answer of {names}: what patterns lose there "
+            "says little; leave it out, or take shorter sequences."
+        )
+    return tuple(notes)
 
 
 def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float]) -> None:
@@ -180,6 +251,11 @@ def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float
     pattern, loss = entry["pattern"], number_of(entry, "loss")
     if not isinstance(pattern, str) or str(Pattern(pattern).check(layers=layers)) != pattern:
         raise ValueError(f"its pattern is {pattern!r:.60}")
+    for value in dict(entry.get("parts", {})).values():
+        number_of({"part": value}, "part")
+    for pair in dict(entry.get("found", {})).values():
+        if len([number_of({"n": n}, "n") for n in pair]) != 2:
+            raise ValueError(f"found is {pair!r:.60}, which is no pair of numbers")
     if losses.setdefault(pattern, loss) != loss:
         raise ValueError(f"it gives {pattern:.60} another loss than a line before it")
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from indexcache.pattern import full_count, stage_starts
+
+ObjectiveName = Literal["weighted", "mean", "worst", "kl", "key-kl"]
+DEFAULT_OBJECTIVE: ObjectiveName = "weighted"
+FIRST = ("keep", "stages", "uniform", "pool_factor")
+"""Settings that every settings.json holds; others only where they are not the default, so that
+runs of earlier versions go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +27,24 @@ class SearchSettings:
     pool_factor: int = 8
     """Size of the pool of the uniform R patterns, in units of k. It is halved where the sequences
     are too short for it; what is evaluated is said."""
+
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
+    """What a search keeps low: the loss, "mean" over all tokens, or "weighted", half for text and
+    half for retrieval; "worst", the most that a domain or a kind loses to the full model; "kl", the
+    divergence from the full model; or "key-kl", that of tokens which need the long context."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run folder holds of the settings."""
+        default = asdict(SearchSettings())
+        return {k: v for k, v in asdict(self).items() if k in FIRST or v != default[k]}
+
+    def check_engine(self) -> None:
+        """Raise ValueError for an objective that no engine gives."""
+        if self.objective in ("kl", "key-kl"):
+            raise ValueError(
+                f"The objective {self.objective} needs all probabilities of a token, which vLLM "
+                "does not give; take weighted, mean or worst, or this package's own path."
+            )
 
     def full_layers(self, layers: int, stages: int | None = None) -> int:
         """Return how many of `layers` layers stay full at the end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
@@ -19,12 +19,25 @@ from indexcache.models.conditions import (
 from indexcache.models.family import AnyModel, family_of, missing_indexers, module_of
 from indexcache.models.soundness import blind_loss, check_weights
 from indexcache.pattern import Pattern, stage_starts
-from indexcache.searching.objective import Objective
-from indexcache.searching.settings import SearchSettings
+from indexcache.searching.engine_objective import EngineObjective
+from indexcache.searching.objective import Evaluation, Objective
+from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName, SearchSettings
+from indexcache.searching.work import Work
 from indexcache.vacuity import Share
 
 Entry = dict[str, Any]  # one line of a journal
-EvaluationObjective = Callable[[Pattern], float]
+
+
+class EvaluationObjective(Protocol):
+    """The loss of a pattern, and what all evaluations so far have cost."""
+
+    work: Work
+
+    def __call__(self, pattern: Pattern) -> float:
+        """Return the loss of a pattern, nats per token."""
+
+    def evaluate(self, pattern: Pattern) -> Evaluation:
+        """Return the loss of a pattern and its parts."""
 
 
 class LossSource(ABC):
@@ -71,12 +84,17 @@ class LossSource(ABC):
 
     @abstractmethod
     def objective(
-        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
     ) -> EvaluationObjective:
         """Return the loss of a pattern as a function, which computes each pattern once.
 
         Args:
             batches: the calibration batches.
+            name: which objective.
             journal: the entries of an interrupted run, none of which is computed again.
             record: gets an entry {"pattern", "loss", ..} after each new evaluation.
         """
@@ -116,14 +134,18 @@ class ModelSource(LossSource):
         return conditions_of(self.model, batches, shares, origin)
 
     def objective(
-        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
     ) -> Objective:
-        evaluated = {e["pattern"]: e["loss"] for e in journal}
         return Objective(
             self.module,
             batches,
-            evaluated,
-            lambda pattern, loss: record({"pattern": str(pattern), "loss": loss}),
+            {e["pattern"]: Evaluation.from_json(e) for e in journal},
+            lambda pattern, value: record({"pattern": str(pattern)} | value.to_json()),
+            name,
         )
 
     def rebase(self, objective: EvaluationObjective, pattern: Pattern) -> None:
@@ -167,23 +189,12 @@ class VllmSource(LossSource):
         return conditions_in(self.engine, batches, shares, origin)
 
     def objective(
-        self, batches: Sequence[Batch], journal: Sequence[Entry], record: Callable[[Entry], None]
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
     ) -> EvaluationObjective:
-        evaluated = {e["pattern"]: float(e["loss"]) for e in journal if "pattern" in e}
-        measured = [float(e["noise"]) for e in journal if "noise" in e]
-        if measured:
-            self.noise = measured[0]
-        else:
-            self.noise = self.engine.noise(batches)
-            self.engine.check_effect(batches, self.noise)
-            record({"noise": self.noise})
-
-        def loss(pattern: Pattern) -> float:
-            key = str(pattern)
-            if key not in evaluated:
-                losses = self.engine.losses(pattern, batches)
-                record({"pattern": key, "loss": losses.mean, "sums": losses.sums.tolist()})
-                evaluated[key] = losses.mean
-            return evaluated[key]
-
-        return loss
+        objective = EngineObjective(self.engine, batches, journal, record, name)
+        self.noise = objective.noise
+        return objective

@@ -11,7 +11,7 @@ import importlib.metadata
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,14 @@ class DocumentLosses:
     """The losses of one pattern on the calibration or held-out text, by sequence.
 
     Attributes:
-        sums: nats, float64 [sequences], in the order of the batches.
-        tokens: predicted tokens, int64 [sequences].
+        sums: nats over the tokens that count, float64 [sequences], in the order of the batches.
+        tokens: tokens that count, int64 [sequences].
+        found: answers of retrieval that greedy decoding gives, int64 [sequences].
     """
 
     sums: np.ndarray
     tokens: np.ndarray
+    found: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -119,9 +121,19 @@ class VllmEngine:
             ValueError: see `set_pattern`; or a loss is not finite.
         """
         sequences = [ids.tolist() for batch in batches for ids in batch.ids]
-        scores = self.score(pattern, sequences)
-        sums = np.array([-math.fsum(s.own.tolist()) for s in scores])
-        return DocumentLosses(sums, np.array([len(ids) - 1 for ids in sequences]))
+        counted = [row[1:].numpy() for batch in batches for row in batch.counted]
+        answers = [spans for b in batches for spans in b.answers or ((),) * len(b.ids)]
+        scores = self.score(pattern, sequences, top=int(any(answers)))
+        sums = np.array(
+            [-math.fsum(s.own[at].tolist()) for s, at in zip(scores, counted, strict=True)]
+        )
+        tokens = np.array([int(at.sum()) for at in counted])
+        if not any(answers):
+            return DocumentLosses(sums, tokens)
+        best = [s.top[:, 0] == ids[1:] for s, ids in zip(scores, sequences, strict=True)]
+        pairs = zip(best, answers, strict=True)
+        found = [sum(bool(right[a - 1 : b - 1].all()) for a, b in spans) for right, spans in pairs]
+        return DocumentLosses(sums, tokens, np.array(found, np.int64))
 
     def score(
         self,
@@ -197,16 +209,21 @@ class VllmEngine:
             without_indexer=self.without_indexer,
         )
 
-    def noise(self, batches: Sequence[Batch]) -> float:
+    def noise(
+        self, batches: Sequence[Batch], weigh: Callable[[DocumentLosses], np.ndarray] | None = None
+    ) -> float:
         """Evaluate all layers full twice, and return how far two equal evaluations lie apart.
 
+        Args:
+            weigh: returns how much an objective rises with each sequence's sum; None is the mean.
+
         Returns:
-            Twice the standard error, by sequences, of the mean loss's difference; nats per token.
+            Twice the standard error, by sequences, of the objective's difference; nats per token.
         """
         pattern = self.fullest()
         first = self.losses(pattern, batches)
         second = self.losses(pattern, batches)
-        return noise_of(first, second)
+        return noise_of(first, second, weigh(first) if weigh else None)
 
     def check_effect(self, batches: Sequence[Batch], noise: float) -> None:
         """Check that a pattern with one full layer a stage changes the losses beyond the noise.
@@ -361,6 +378,14 @@ def check_read_back(pattern: Pattern, ranks: Sequence[Mapping[str, Any]]) -> Non
             )
 
 
-def noise_of(first: DocumentLosses, second: DocumentLosses) -> float:
-    """Return two standard errors of the difference of two equal evaluations, nats per token."""
+def noise_of(
+    first: DocumentLosses, second: DocumentLosses, weights: np.ndarray | None = None
+) -> float:
+    """Return two standard errors of the difference of two equal evaluations, nats per token.
+
+    Args:
+        weights: how much the objective rises with each sequence's sum; None is the mean.
+    """
+    if weights is not None:
+        return 2 * math.sqrt(float(((weights * (first.sums - second.sums)) ** 2).sum()))
     return 2 * math.sqrt(float(((first.sums - second.sums) ** 2).sum())) / float(first.tokens.sum())
