@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from indexcache.searching.greedy import evaluations
+from indexcache.shapes import Shape, count_pairs, shape_of
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -385,6 +388,84 @@ def smollm2_pool() -> str:
 
 def _loss_and_kl(r: dict[str, Any]) -> str:
     return f"{r['delta_loss']:+.3f}, KL {r['kl']:.3f}"
+
+
+LARGE = {"DeepSeek-V3.2": ("deepseek-v3.2", 15), "GLM-5": ("glm-5", 20)}
+"""By name: the shape, and the full layers at the end of a search down to 1/4."""
+LENGTH, SEQUENCES, GPUS = 16384, 8, 8
+
+
+def token_operations(shape: Shape, length: int, full: int) -> float:
+    """Return the operations of an evaluation for each token, all logits included.
+
+    Sequences have `length` tokens, and `full` layers run their indexer.
+    """
+    weights = shape.backbone_weights + full * shape.indexer_weights + shape.head_weights
+    attention = shape.layers * count_pairs(length, shape.topk) * shape.latent_pair_operations
+    scores = full * count_pairs(length, length) * shape.index_pair_operations
+    return 2 * weights + (attention + scores) / length
+
+
+def measured_rates() -> list[tuple[int, float, float, float]]:
+    """Return (full layers, seconds, tokens a second, operations a second) of vLLM's evaluations."""
+    result = read("vllm_evaluation_h200.json")
+    shape, length = shape_of(result["shape"]), result["length"]
+    found = []
+    for row in result["rows"]:
+        rate = result["sequences"] * length / row["seconds"]
+        operations = rate * token_operations(shape, length, row["full"])
+        found.append((row["full"], row["seconds"], rate, operations))
+    return found
+
+
+@table("large-measured")
+def large_measured() -> str:
+    result = read("vllm_evaluation_h200.json")
+    shape = shape_of(result["shape"])
+    rows = [
+        [
+            f"{full} of {shape.layers}",
+            f"{taken:.2f} s",
+            f"{rate:,.0f}",
+            f"{token_operations(shape, result['length'], full) / 1e9:.1f}",
+            f"{operations / 1e12:.0f}",
+        ]
+        for full, taken, rate, operations in measured_rates()
+    ]
+    header = ["full layers", "an evaluation", "tokens/s", "GFLOP a token", "TFLOP/s"]
+    return markdown(header, rows)
+
+
+@table("large-hours")
+def large_hours() -> str:
+    slowest = min(operations for *_, operations in measured_rates())
+    columns = []
+    for name, full in LARGE.values():
+        shape = shape_of(name)
+        layers, count = shape.layers, evaluations(shape.layers, full)
+        tokens = count * SEQUENCES * LENGTH
+        most, least = (token_operations(shape, LENGTH, n) for n in (layers, full))
+        rates = [GPUS * slowest * share / ((most + least) / 2) for share in (1, 0.5, 0.25)]
+        columns.append(
+            [
+                f"{layers} to {full} full",
+                f"1 + {layers - 1} + {layers - 2} + .. + {full} = {count:,}",
+                f"{count:,} x {SEQUENCES} x {LENGTH:,} = {tokens / 1e6:.0f} million",
+                f"{most / 1e9:.0f} to {least / 1e9:.0f}",
+                *(f"{rate:,.0f} tokens/s: {tokens / rate / 3600:.1f} h" for rate in rates),
+            ]
+        )
+    titles = [
+        "search",
+        "evaluations",
+        "tokens",
+        "GFLOP a token",
+        f"{GPUS} GPUs at {slowest / 1e12:.0f} TFLOP/s each",
+        "**at half of that**",
+        "at a quarter",
+    ]
+    rows = zip(titles, *columns, strict=True)
+    return markdown(["", *LARGE], rows)
 
 
 def main() -> None:
