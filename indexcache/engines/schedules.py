@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from indexcache.configs import model_type_of, text_section
@@ -145,6 +145,19 @@ def resolve(rule: Rule, config: dict[str, Any], family: str) -> Schedule:
     return Schedule(
         engine=rule.name, rule=rule, roles=roles, key=key, failure=_forward_failure(rule, roles)
     )
+
+
+def load_failure(config: dict[str, Any]) -> str | None:
+    """Say why vLLM and SGLang stop while they load a config.json; None where they do not.
+
+    They load glm_moe_dsa through the config class of transformers, which computes indexer_types
+    from the other keys, before an override counts. What it takes may still fit no model.
+    """
+    if family_of(config) != "glm_moe_dsa":
+        return None
+    (rule,) = rules_of("glm_moe_dsa", "transformers")
+    rule = replace(rule, short="full", first_shared="unchecked")
+    return resolve(rule, config, "glm_moe_dsa").failure
 
 
 def _forward_failure(rule: Rule, roles: str) -> str | None:

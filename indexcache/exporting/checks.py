@@ -21,6 +21,7 @@ from indexcache.checkpoint import (
 )
 from indexcache.configs import MODEL_TYPES as MODEL_TYPES
 from indexcache.configs import model_type_of, text_section
+from indexcache.engines.schedules import load_failure
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern, stage_starts
 
@@ -260,6 +261,12 @@ def _engine_warnings(
         warnings.append(
             "Some versions of vLLM (0.29 to 0.33) fail to load a checkpoint that still has the "
             "indexers of S layers: give vLLM a pruned one, which --prune writes."
+        )
+    stops = load_failure(config)
+    if stops is not None and set(engines) & {"vllm", "sglang"}:
+        warnings.append(
+            f"vLLM and SGLang stop at the original config.json before a flag counts ({stops}): "
+            "correct it, or serve the exported checkpoint, whose config.json is right."
         )
     if "sglang" in engines:
         warnings.append(

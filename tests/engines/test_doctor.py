@@ -122,6 +122,28 @@ def test_exported_overrides_pass(examined, pattern):
             assert found["schedule"] == ("FFFFFF" if lacks else roles), found["engine"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "stops"),
+    [
+        ({"index_topk_pattern": "fssfss"}, True),
+        ({"index_topk_freq": None}, True),
+        ({"index_topk_freq": 2, "index_skip_topk_offset": None}, True),
+        ({"index_topk_freq": "4"}, True),
+        ({"index_topk_pattern": "FSS"}, False),
+        ({"index_topk_pattern": "fssfss", "indexer_types": types("FSSFSS")}, False),
+    ],
+)
+@pytest.mark.parametrize("flags", ["", "--engine sglang", "--engine vllm --pattern FSFSFS"])
+def test_a_config_that_no_engine_loads_fails_under_any_override(examined, keys, stops, flags):
+    """vLLM and SGLang load glm_moe_dsa through transformers' class, which computes the types."""
+    said = "stops before an override counts"
+    assert (said in texts(examined(SMALL | keys, flags)[1])) == stops
+    nested = {"model_type": "vl", "text_config": SMALL | keys}
+    assert (said in texts(examined(nested, flags)[1])) == stops
+    other = DEEPSEEK | {"num_hidden_layers": 6} | keys
+    assert said not in texts(examined(other, flags)[1])
+
+
 def test_a_pattern_that_is_none_is_examined_as_it_would_be_written(examined):
     code, result = examined(SMALL, "--pattern fss")
     assert code == 1

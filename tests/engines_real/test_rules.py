@@ -18,7 +18,13 @@ import transformers
 from indexcache.configs import is_nested, text_section
 from indexcache.engines.overriding import loaded
 from indexcache.engines.rules import RULES
-from indexcache.engines.schedules import family_of, indexed_layers, pipeline_starts, resolve
+from indexcache.engines.schedules import (
+    family_of,
+    indexed_layers,
+    load_failure,
+    pipeline_starts,
+    resolve,
+)
 from indexcache.exporting.applied import applied
 from indexcache.exporting.engines import FLAGS
 from indexcache.pattern import Pattern
@@ -97,6 +103,17 @@ def test_transformers_runs_its_rule(model_type):
         base["layer_types"] = ["indexed_attention"] * 6
     for config in sections(base):
         assert of_transformers(config) == ours("transformers", config), config
+
+
+def test_the_config_class_of_transformers_stops_where_we_say():
+    """vLLM and SGLang load glm_moe_dsa through it."""
+    for config in sections({"model_type": "glm_moe_dsa", "num_hidden_layers": 6}):
+        try:
+            transformers.AutoConfig.for_model(**config)
+        except (KeyError, TypeError, ValueError):
+            assert load_failure(config) is not None, config
+        else:
+            assert load_failure(config) is None, config
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -100,21 +100,22 @@ def test_indexers_are_checked_by_an_index_whose_files_are_absent(sharded, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "stops"),
     [
-        {"index_topk_pattern": "ffsfsf"},
-        {"index_topk_pattern": "FFS"},
-        {"indexer_types": ["Full"] * 6},
-        {"index_topk_freq": "4"},
+        ({"index_topk_pattern": "ffsfsf"}, True),
+        ({"index_topk_pattern": "FFS"}, False),
+        ({"indexer_types": ["Full"] * 6}, False),
+        ({"index_topk_freq": "4"}, True),
     ],
 )
-def test_a_bad_pattern_in_the_config_is_replaced(broken, tmp_path, capsys, keys):
+def test_a_bad_pattern_in_the_config_is_replaced(broken, tmp_path, capsys, keys, stops):
     edit_config(broken, **{"indexer_types": None, **keys})
     for i, engine in enumerate(("vllm", "sglang", "transformers")):
         code, err = run(capsys, "export", broken, "--pattern", PATTERN, "--engine", engine,
                         "--out", tmp_path / str(i))  # fmt: skip
         assert code == 0
         assert next(iter(keys)) in err
+        assert ("before a flag counts" in err) == (engine != "transformers" and stops)
     config = json.loads((tmp_path / "2" / "transformers" / "config.json").read_text())
     assert config["index_topk_pattern"] == PATTERN
     assert describe(tmp_path / "2" / "transformers")["native_pattern"] == PATTERN

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from indexcache.configs import text_section
 from indexcache.engines.hazards.case import Case, Hazard, Level, difference, listed, meant, numbers
 from indexcache.engines.rules import FREQ, PATTERN, SOURCES, TYPES, Rule
-from indexcache.engines.schedules import Schedule, pipeline_starts
+from indexcache.engines.schedules import Schedule, load_failure, pipeline_starts
 
 SENDS_IDS = (0, 5, 23)
 """The first version of SGLang that was seen to send selections from one stage to the next."""
@@ -37,18 +37,18 @@ def failures(case: Case) -> Iterator[Hazard]:
 
 
 def _config_class(case: Case) -> Iterator[Hazard]:
-    """Find a config.json that no engine can load, because all load it through transformers."""
-    if case.given or case.family not in ("glm_moe_dsa", "mistral_large4"):
-        return
-    for s in case.schedules:
-        if s.engine == "transformers" and s.roles is None and "has the role" in (s.failure or ""):
-            yield Hazard(
-                "error",
-                "fails",
-                None,
-                "vllm and sglang load this config.json through the class of transformers, which "
-                f"stops: {s.failure}; the roles above hold only where the key is an override.",
-            )
+    """Find a config.json that vLLM and SGLang cannot load, because transformers' class cannot."""
+    engines = [s.engine for s in case.schedules if s.engine in ("vllm", "sglang")]
+    failure = load_failure(case.config)
+    if engines and failure is not None:
+        yield Hazard(
+            "error",
+            "fails",
+            None,
+            f"{listed(engines)} load this config.json through the class of transformers, which "
+            f"stops before an override counts: {failure}; correct the config.json, or serve the "
+            "checkpoint of export. The roles above hold only where the key is an override.",
+        )
 
 
 def ignored(case: Case) -> Iterator[Hazard]:
