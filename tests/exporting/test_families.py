@@ -17,6 +17,7 @@ from indexcache.checkpoint import INDEX_NAME, indexer_part
 from indexcache.cli import main
 from indexcache.configs import text_section
 from indexcache.exporting import export
+from indexcache.exporting import transformers as export_transformers
 from indexcache.pattern import Pattern
 from tests.exporting.support import refused
 from tests.fp8_support import edit_config, read_raw, save_sharded, write_fp8
@@ -37,6 +38,10 @@ SIZES = {
     "moe_intermediate_size": 32,
     "intermediate_size": 64,
 }
+
+
+def family_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +108,7 @@ def check_pruned(source: Path, pruned: Path, roles: str) -> dict[str, str]:
 
 
 def test_every_kept_byte_stays_and_scales_go_with_their_indexers(base, tmp_path):
-    family = json.loads((base / "config.json").read_text())["model_type"]
+    family = family_of(base)
     assert FAMILIES[family] in export(base, ROLES, tmp_path / "out", engines=None).files
     pruned = tmp_path / "out" / FAMILIES[family]
     names = check_pruned(base, pruned, ROLES)
@@ -128,7 +133,7 @@ def test_every_kept_byte_stays_and_scales_go_with_their_indexers(base, tmp_path)
 def test_the_pruned_checkpoint_is_the_same_model_here_or_refused(base, tmp_path):
     export(base, ROLES, tmp_path / "out", engines="tensorrt-llm")
     folder = tmp_path / "out" / "checkpoint"
-    if "deepseek" in (base / "config.json").read_text():
+    if family_of(base) == "deepseek_v32":
         refused(lambda: indexcache.load(folder), "layers 1, 3", "no sharing", "original")
         return
     pruned, whole = (indexcache.load(p) for p in (folder, base))
@@ -139,6 +144,34 @@ def test_the_pruned_checkpoint_is_the_same_model_here_or_refused(base, tmp_path)
             found.append(model.module(ids).logits)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_progress_counts_every_byte_that_stays(base, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, unit, **settings):
+            self.total, self.unit, self.settings, self.done = total, unit, settings, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            self.done.append(count)
+
+    monkeypatch.setattr(export_transformers, "progress", Bar)
+    for shown in (False, True):
+        export(base, ROLES, tmp_path / str(shown), engines="tensorrt-llm", progress=shown)
+    kept = sum(len(raw) for _, _, raw in read_raw(tmp_path / "True" / "checkpoint").values())
+    assert [bar.settings["shown"] for bar in bars] == [False, True]
+    for bar in bars:
+        assert bar.unit == "B"
+        assert len(bar.done) == 5  # One for each file.
+        assert sum(bar.done) == bar.total == kept
 
 
 @pytest.mark.parametrize("roles", [ROLES, "FSSS"])
