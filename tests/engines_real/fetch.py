@@ -36,6 +36,7 @@ KEPT = {
         "srt/configs/model_config.py",
         "srt/distributed/utils.py",
         "srt/layers/attention/minimax_sparse_backend.py",
+        "srt/models/deepseek_common/deepseek_weight_loader.py",
         "srt/models/deepseek_v4.py",
         "srt/utils/hf_transformers/config.py",
     ),

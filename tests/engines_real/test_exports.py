@@ -23,7 +23,7 @@ from indexcache.pattern import Pattern
 from tests.engines.shapes import DEEPSEEK, GLM
 from tests.fp8_support import edit_config, write_fp8
 
-from .code import functions, method, statements, text
+from .code import condition, functions, method, statements, text
 from .test_rules import (
     CLASSES,
     needs_wheels,
@@ -206,3 +206,23 @@ def test_the_loader_of_vllm_stops_at_surplus_tensors_without_the_plugin(checkpoi
         load_weights(Loading(checkpoint, "FSFS"), checkpoint)
     model = Loading(checkpoint, "FSFS")
     assert load_weights(model, checkpoint, without_surplus) == model.names
+
+
+@needs_wheels
+def test_the_loader_of_sglang_drops_what_a_pruned_checkpoint_lacks(checkpoint, tmp_path):
+    """It loads either; the pruned one has nothing that it would drop."""
+    dropped = condition(
+        "sglang/srt/models/deepseek_common/deepseek_weight_loader.py",
+        "'.indexer.' in name and name.rsplit('.indexer.', 1)[0] not in indexer_present_prefixes",
+    )
+    built = {f"model.layers.{i}.self_attn" for i in (0, 2, 4)}  # The last is an MTP layer.
+
+    def lost(folder: Path) -> set[str]:
+        names = tensor_names(folder)
+        return {n for n in names if dropped(name=n, indexer_present_prefixes=built)}
+
+    result = export(checkpoint, "FSFS", tmp_path / "out", engines=None)
+    (folder,) = result.files.get("transformers") or result.files["checkpoint"]
+    assert lost(checkpoint) == set(tensor_names(checkpoint)) - set(tensor_names(folder))
+    assert lost(checkpoint)
+    assert not lost(Path(folder))
