@@ -18,8 +18,8 @@ from indexcache.engines.vllm.engine import (
     engine_arguments,
     noise_of,
 )
+from indexcache.engines.vllm.ids import repeatable_topk
 from indexcache.engines.vllm.settings import VllmSettings
-from indexcache.engines.vllm.worker import sorted_topk
 from indexcache.pattern import Pattern
 from tests.stand_ins import FakeLlm, engine, engine_around, worker
 
@@ -59,15 +59,34 @@ def test_a_vllm_without_the_switch_is_refused():
         rank.indexcache_set_pattern("FSSFSS")
 
 
-def test_sorting_puts_ids_in_order_and_fillers_last():
-    ids = torch.tensor([[5, 2, -1, 9], [3, -1, -1, 1]], dtype=torch.int32)
+def test_ids_do_not_depend_on_the_order_of_threads():
+    """Rows with ties at, above and below the last place, fillers, and a start that is not 0."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (64, 40), generator=generator).float()
+    scores[1], scores[2] = 0.0, torch.arange(40).float()
+    starts = torch.arange(64, dtype=torch.int32) % 5
+    ends = starts + 3 + torch.arange(64, dtype=torch.int32) % 33
+    k = 8
 
-    def kernel(logits, starts, ends, out, rows):
-        out.copy_(ids)
+    def kernel(scores, starts, ends, out, seed):
+        """Select as vLLM does: the places of equal scores, and the order, are left to chance."""
+        chance = torch.Generator().manual_seed(seed)
+        out.fill_(-1)
+        for row, (a, b) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            order = torch.randperm(b - a, generator=chance)
+            best = order[scores[row, a:b][order].argsort(descending=True, stable=True)][:k]
+            out[row, : len(best)] = best[torch.randperm(len(best), generator=chance)]
 
-    out = torch.zeros_like(ids)
-    sorted_topk(kernel)(None, None, None, out, 2)
-    assert out.tolist() == [[2, 5, 9, -1], [1, 3, -1, -1]]
+    runs = []
+    for seed in range(3):
+        ids = torch.zeros(64, k, dtype=torch.int32)
+        repeatable_topk(kernel)(scores, starts, ends, ids, seed)
+        runs.append(ids.tolist())
+    assert runs[0] == runs[1] == runs[2]
+    for row, (a, b) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        seen = scores[row, a:b].tolist()
+        want = sorted(sorted(range(b - a), key=lambda i: (-seen[i], i))[:k])
+        assert runs[0][row] == want + [-1] * (k - len(want))
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ class VllmSettings:
     engine_arg: tuple[str, ...] = ()
     "Further arguments of vLLM's engine, NAME=VALUE, where the value is JSON or a plain word."
     sort_ids: bool = True
-    """Sort the ids that vLLM's prefill selects, which it writes in an order that changes from run
-    to run. Sorted, evaluations repeat; unsorted they cost a little less."""
+    """Sort the ids that vLLM's prefill selects, and settle ties of scores by position; vLLM leaves
+    both to chance. Sorted, evaluations repeat; unsorted they cost a little less."""
 
 
 def check_installed() -> None:

@@ -8,9 +8,7 @@ processes.
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 EXTENSION = "indexcache.engines.vllm.worker.WorkerExtension"
@@ -81,8 +79,8 @@ class WorkerExtension:
     def indexcache_sort_ids(self, on: bool = True) -> bool:
         """Sort each query's selected ids, or stop sorting them; return whether it could be done.
 
-        The kernel of vLLM writes the ids of a prefill in an order that changes from run to run, and
-        attention adds up in that order. Sorted, an evaluation repeats.
+        The kernel of vLLM leaves the order of a prefill's ids, and which of several equal scores
+        get the last places, to chance. Sorted and settled, an evaluation repeats.
         """
         try:
             operations: Any = importlib.import_module("vllm._custom_ops")
@@ -92,26 +90,12 @@ class WorkerExtension:
         if kernel is None:
             return False
         stock = getattr(kernel, "__wrapped__", kernel)
-        operations.top_k_per_row_prefill = sorted_topk(stock) if on else stock
+        if on:
+            from indexcache.engines.vllm.ids import repeatable_topk
+
+            stock = repeatable_topk(stock)
+        operations.top_k_per_row_prefill = stock
         return True
-
-
-def sorted_topk(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's `top_k_per_row_prefill(logits, starts, ends, ids, ..)`.
-
-    It writes `ids` int32 [rows, k], in which -1 fills rows with fewer keys; those come last.
-    """
-    import torch
-
-    last = torch.iinfo(torch.int32).max
-
-    @functools.wraps(kernel)
-    def topk(logits: Any, starts: Any, ends: Any, ids: Any, *rest: Any) -> None:
-        kernel(logits, starts, ends, ids, *rest)
-        ordered = torch.where(ids < 0, last, ids).sort(-1).values
-        ids.copy_(torch.where(ordered == last, -1, ordered))
-
-    return topk
 
 
 def decoder_layers(model: Any) -> dict[int, Any]:
