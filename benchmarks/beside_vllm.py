@@ -8,6 +8,7 @@ Three steps, back to back on one machine; the first runs where vLLM can be impor
         --contexts 200K,60K,120K,10K --patterns all,1/2,1/4 --out runs/bench
     python -m benchmarks.beside_vllm join --bench runs/bench/bench.json --engine vllm.jsonl \
         --out benchmarks/results/beside_vllm_h200.json --plot docs/beside_vllm.png
+    python -m benchmarks.beside_vllm serving      # the same rows, one system a row
 
 `join` refuses rows whose correctness check failed and rows of different cards. The check of the
 engine is that after a prompt of 20,000 tokens its top-k buffer has k different positions of the
@@ -24,6 +25,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from indexcache.pattern import Pattern
+
+RESULTS = Path(__file__).parent / "results"
 
 # This is GLM-4.7-Flash with a lightning indexer, `glm-4.7-flash-dsa` of bench.
 SHAPE: dict[str, Any] = {
@@ -240,6 +245,36 @@ def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
         draw(result, plot)
 
 
+def serving(result: dict[str, Any]) -> dict[str, Any]:
+    """Lay out the rows of `join` with one system in each, as other engines' results are."""
+    layers = SHAPE["num_hidden_layers"]
+    rows = []
+    for row in result["rows"]:
+        freq = next(f for f, name in NAMES.items() if name == row["name"])
+        # vLLM's offset is 2 where none is given: layer i is S where max(i - 1, 0) % freq != 0.
+        theirs = "".join("F" if max(i - 1, 0) % freq == 0 else "S" for i in range(layers))
+        ours = str(Pattern.uniform(layers, freq))
+        assert (theirs.count("F"), ours.count("F")) == (row["peer_full"], row["full"])
+        for who, pattern, selections, prefix in (
+            ("vllm", theirs, "random", "peer_"),
+            ("indexcache", ours, "recorded", ""),
+        ):
+            rows.append(
+                {
+                    "context": row["context"],
+                    "heads": SHAPE["num_attention_heads"],
+                    "full": pattern.count("F"),
+                    "pattern": pattern,
+                    "selections": selections,
+                    "who": who,
+                    "ttft_s": row[f"{prefix}ttft_s"],
+                    "decode_tok_s": row[f"{prefix}decode_tok_s"],
+                }
+            )
+    version = result["peer"].split(",")[0].removeprefix("vLLM ")
+    return {"vllm": version, "device": result["device"], "note": result["note"], "rows": rows}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the time to the first token of both systems, all layers full and one in four."""
     import matplotlib
@@ -280,8 +315,12 @@ def main() -> None:
     joining.add_argument("--engine", type=Path, required=True)
     joining.add_argument("--out", type=Path, required=True)
     joining.add_argument("--plot", type=Path)
+    verbs.add_parser("serving", help="write vllm_serving.json from beside_vllm_h200.json")
     arguments = parser.parse_args()
-    if arguments.verb == "engine":
+    if arguments.verb == "serving":
+        rows = serving(json.loads((RESULTS / "beside_vllm_h200.json").read_text()))
+        (RESULTS / "vllm_serving.json").write_text(json.dumps(rows, indent=1) + "\n")
+    elif arguments.verb == "engine":
         engine(arguments.freq, arguments.out)
     else:
         join(arguments.bench, arguments.engine, arguments.out, arguments.plot)
