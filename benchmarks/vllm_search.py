@@ -3,11 +3,11 @@
     python -m benchmarks.vllm_search --model work/vllm/model --data work/vllm/calibration.jsonl
         --runs work/runs
 
-It searches with stock transformers in bf16 (`own`), on the fast path (`fast`) and inside vLLM
-(`vllm`), then once more inside vLLM, killed twice on the way (`killed`), and compares the run
-folders in --runs. Finished folders are not searched again, so `--runs` alone compares them. With
-`--two-gpus` it searches inside vLLM with tensor parallel 2 as well (`tp2`). Writes
-benchmarks/results/vllm_search.json.
+It searches with stock transformers in bf16 (`own`), on the fast path (`fast`), inside vLLM (`vllm`)
+and with vLLM's older class (`older`), then once more inside vLLM, killed twice on the way
+(`killed`), and compares the run folders in --runs. Finished folders are not searched again, so
+`--runs` alone compares them. With `--two-gpus` it searches inside vLLM with tensor parallel 2 as
+well (`tp2`). Writes benchmarks/results/vllm_search.json.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ ENGINE = (
     "--engine vllm --engine-arg dtype=bfloat16 --engine-arg kv_cache_memory_bytes=2000000000 "
     "--engine-arg gpu_memory_utilization=0.4"
 )
+OLDER = '{"GlmMoeDsaForCausalLM":"vllm.model_executor.models.deepseek_v2:GlmMoeDsaForCausalLM"}'
 RUNS = {
     "own": "--dtype bfloat16 --device cuda --no-fast",
     "fast": "--dtype bfloat16 --device cuda",
     "vllm": ENGINE,
+    "older": f"{ENGINE} --engine-arg model_class_overrides={OLDER}",
     "killed": ENGINE,
     "tp2": ENGINE + " --engine-arg disable_custom_all_reduce=true --tensor-parallel-size 2",
 }
@@ -128,7 +130,8 @@ def compare(runs: Path) -> dict[str, Any]:
         "evaluations": len(losses["vllm"]),
     }
     common = sorted(set(losses["own"]) & set(losses["vllm"]) & set(losses["fast"]))
-    pairs = [("vllm", "own"), ("fast", "own"), ("killed", "vllm"), ("tp2", "vllm")]
+    pairs = [("vllm", "own"), ("fast", "own")]
+    pairs += [(name, "vllm") for name in ("older", "killed", "tp2")]
     for name, reference in [pair for pair in pairs if pair[0] in names]:
         difference = np.array([losses[name][p] - losses[reference][p] for p in common])
         result[f"{name}_minus_{reference}"] = {
