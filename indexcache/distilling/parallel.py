@@ -27,18 +27,18 @@ from indexcache.distilling.rows import Row
 from indexcache.models.family import DsaModule, decoder_layers
 from indexcache.models.family import indexers as indexers_of
 from indexcache.models.lm import LOGIT_BYTES
+from indexcache.models.world import Processes, local_device, world_size
 
 
 @dataclass(frozen=True)
-class World:
+class World(Processes):
     """This process among the others.
 
     Attributes:
+        device: where it computes.
         grouped: whether there is a process group, and FSDP2 is in use.
     """
 
-    rank: int
-    size: int
     device: torch.device
     grouped: bool
 
@@ -48,35 +48,6 @@ class World:
             dist.all_reduce(values)
             values /= self.size
         return values
-
-    def first(self, value: Any) -> Any:
-        """Return the first process's value on every process."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def agree(self, refusal: Exception | None) -> None:
-        """Raise the first process's refusal on every process, if it has one."""
-        if (refusal := self.first(refusal)) is not None:
-            raise refusal
-
-    def wait(self) -> None:
-        """Wait until every process has come here."""
-        if self.size > 1:
-            dist.barrier()
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_device(device: str) -> str:
-    """Turn `cuda` into this process's GPU under torchrun; anything else stays."""
-    if device == "cuda" and world_size() > 1:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return device
 
 
 @contextmanager

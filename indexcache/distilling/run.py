@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from indexcache.delta import check_delta, untrained
 from indexcache.distilling.carried import carry_over
 from indexcache.distilling.delta import apply_delta, save_checkpoint
 from indexcache.distilling.layer_weights import layer_weights
-from indexcache.distilling.parallel import local_device
 from indexcache.distilling.result import DistillResult
 from indexcache.distilling.rows import pack_rows
 from indexcache.distilling.settings import DistillSettings, RunSettings
@@ -37,6 +35,7 @@ from indexcache.exporting import export
 from indexcache.models.family import family_of
 from indexcache.models.loading import Model, check_device, describe, fingerprint, load
 from indexcache.models.reader import Reader
+from indexcache.models.world import first_process, local_device
 from indexcache.pattern import Pattern
 from indexcache.records import publish
 from indexcache.seen import Seen
@@ -141,11 +140,6 @@ def distill_checkpoint(
         settings.compute_dtype,
     )
     return result, checkpoint
-
-
-def first_process() -> bool:
-    """Say whether this process is the one that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _rows(batch_tokens: int | None, length: int) -> int:

@@ -14,20 +14,12 @@ import numpy as np
 from indexcache.data import ALL, Batch, check_unseen, document_groups
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
-from indexcache.evals.subject import (
-    BUCKETS,
-    FIELDS,
-    TWIN,
-    EngineSubject,
-    Key,
-    ModelSubject,
-    by_bucket,
-)
+from indexcache.evals.streamed import subject_of
+from indexcache.evals.subject import BUCKETS, FIELDS, TWIN, Key
 from indexcache.models.conditions import Conditions, Origin
 from indexcache.models.family import AnyModel
 from indexcache.models.soundness import blindness
 from indexcache.pattern import Pattern
-from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.vacuity import check_batches, pool_of
 
@@ -309,7 +301,7 @@ def evaluate(
     The table says where the baseline is no better than a blind guess.
     """
     named = _named(patterns)
-    subject = EngineSubject(model) if isinstance(model, VllmEngine) else ModelSubject(model)
+    subject = subject_of(model)
     base = subject.native if against is None else Pattern.of(against)
     for pattern in [base, *named.values()]:
         check_unseen(batches, pattern.seen)
@@ -321,12 +313,8 @@ def evaluate(
     sums: dict[str, dict[Key, np.ndarray]] = defaultdict(
         lambda: defaultdict(lambda: np.zeros(len(FIELDS)))
     )
-    passes = len(batches) * (len(named) + 1 + subject.twins)
-    with progress_bar(passes, "pass", shown=progress) as bar:
-        for i, batch in enumerate(batches):
-            for name, fields in subject.compare(batch, base, named, bar.update, first=i == 0):
-                for key, value in by_bucket(fields, batch):
-                    sums[name][key] += value
+    for name, key, value in subject.sums(batches, base, named, progress=progress):
+        sums[name][key] += value
     places: list[str | tuple[float, float]] = [ALL, *sorted({b.domain for b in batches})]
     places += [(i / BUCKETS, (i + 1) / BUCKETS) for i in range(BUCKETS)]
     measured = [

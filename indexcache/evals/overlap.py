@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,10 @@ from indexcache.models.family import AnyModel, module_of, native_pattern
 from indexcache.models.lm import hidden_states
 from indexcache.models.seam import use_pattern
 from indexcache.models.soundness import check_scores, check_weights
+from indexcache.models.stream.loading import stream_of
+from indexcache.models.stream.run import Finals, Stream, Variant
+from indexcache.models.stream.store import Slot, Store
+from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.report.tables import table
 from indexcache.vacuity import check_batches
@@ -94,20 +98,59 @@ def overlap(
     total = np.zeros((len(pattern), len(pattern)))
     queries = 0
     chance = 0.0
-    with progress_bar(len(batches), "batch", shown=progress) as bar:
-        for batch in batches:
-            # One batch shows whether the scores of an indexer are finite.
-            watch = partial(check_scores, module) if batch is batches[0] else nullcontext
-            with use_pattern(module, pattern, capture=True) as seam, watch():
-                hidden_states(module, batch.ids)
-                selections = [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))]
-            sequences, length = batch.ids.shape
-            contexts = torch.arange(topk + 1, length + 1).double()
-            total += _shared(selections, length)
-            queries += sequences * (length - topk)
-            chance += sequences * float((topk / contexts).sum())
-            bar.update()
+
+    def add(batch: Batch, selections: list[Tensor]) -> None:
+        nonlocal total, queries, chance
+        sequences, length = batch.ids.shape
+        contexts = torch.arange(topk + 1, length + 1).double()
+        total += _shared(selections, length)
+        queries += sequences * (length - topk)
+        chance += sequences * float((topk / contexts).sum())
+
+    stream = stream_of(module)
+    if stream is not None:
+        with progress_bar(len(pattern), "layer", shown=progress) as bar:
+            _stream(stream, pattern, batches, topk, add, bar)
+    else:
+        with progress_bar(len(batches), "batch", shown=progress) as bar:
+            for batch in batches:
+                # One batch shows whether the scores of an indexer are finite.
+                watch = partial(check_scores, module) if batch is batches[0] else nullcontext
+                with use_pattern(module, pattern, capture=True) as seam, watch():
+                    hidden_states(module, batch.ids)
+                    add(batch, [seam.selections[i][:, topk:].cpu() for i in range(len(pattern))])
+                bar.update()
     return Overlap(total / queries / topk, chance / queries, queries, topk, conditions)
+
+
+def _stream(
+    stream: Stream,
+    pattern: Pattern,
+    batches: Sequence[Batch],
+    topk: int,
+    add: Callable[[Batch, list[Tensor]], None],
+    bar: Any,
+) -> None:
+    """Add the selections of a model whose layers are read one at a time."""
+    kept: list[list[Slot]] = [[] for _ in batches]
+
+    def observe(store: Store, layer: int, batch: int, ids: Tensor) -> None:
+        kept[batch].append(store.put(ids[:, topk:].contiguous()))
+
+    def use(finals: Finals) -> None:
+        for batch, slots in zip(batches, kept, strict=True):
+            add(batch, [slot.store.host(slot) for slot in slots])
+            slots.clear()
+
+    stream.run(
+        [Variant(pattern)],
+        [b.ids for b in batches],
+        use,
+        watch=True,
+        observe=observe,
+        report=lambda done: done.show(bar),
+    )
+    stream.close()
 
 
 def _shared(selections: list[Tensor], length: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import check_pattern, use_pattern
 from indexcache.models.soundness import blind_loss, check_scores, check_weights
 from indexcache.pattern import Pattern
+from indexcache.progress import progress as progress_bar
 from indexcache.seen import Seen
 from indexcache.vacuity import Share, choosing_size
 
@@ -108,6 +109,32 @@ class Subject(ABC):
             ValueError: a loss is not finite.
         """
 
+    def sums(
+        self,
+        batches: Sequence[Batch],
+        base: Pattern,
+        named: Mapping[str, Pattern],
+        *,
+        progress: bool,
+    ) -> Iterator[tuple[str, Key, np.ndarray]]:
+        """Compare patterns with the baseline on all batches.
+
+        Args:
+            progress: show a progress bar on stderr.
+
+        Yields:
+            A name, and `by_bucket` of a batch, in the order of the batches and of the names.
+
+        Raises:
+            ValueError: as `compare`.
+        """
+        passes = len(batches) * (len(named) + 1 + self.twins)
+        with progress_bar(passes, "pass", shown=progress) as bar:
+            for i, batch in enumerate(batches):
+                for name, fields in self.compare(batch, base, named, bar.update, first=i == 0):
+                    for key, value in by_bucket(fields, batch):
+                        yield name, key, value
+
 
 class ModelSubject(Subject):
     """A model in this process, whose passes repeat bit for bit."""
@@ -158,10 +185,23 @@ class ModelSubject(Subject):
                 assert not same or torch.equal(hidden, base_hidden), (
                     "two passes under one pattern differ"
                 )
-            # Other indexers choose other tokens as soon as there are more than k.
-            size = self.topk if self.has_delta else choosing_size([pattern, base], self.topk)
-            yield name, _fields(self.module, base_hidden, hidden, batch, size)
+            yield name, self.fields(pattern, base, base_hidden, hidden, batch)
             done()
+
+    def fields(
+        self, pattern: Pattern, base: Pattern, base_hidden: Tensor, hidden: Tensor, batch: Batch
+    ) -> Tensor:
+        """Compute FIELDS of each token but the last, float64 [fields, B, T - 1].
+
+        Args:
+            pattern: the pattern of `hidden`.
+            base: the baseline, that of `base_hidden`.
+            base_hidden, hidden: final hidden states [B, T, E].
+            batch: the sequences.
+        """
+        # Other indexers choose other tokens as soon as there are more than k.
+        size = self.topk if self.has_delta else choosing_size([pattern, base], self.topk)
+        return _fields(self.module, base_hidden, hidden, batch, size)
 
 
 class EngineSubject(Subject):

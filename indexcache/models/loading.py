@@ -38,6 +38,7 @@ from indexcache.models.fp8 import block_of
 from indexcache.models.patch import state_of
 from indexcache.models.reader import Reader
 from indexcache.models.soundness import check_weights
+from indexcache.models.stream.settings import StreamSettings
 from indexcache.models.weights import Weights
 from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
@@ -298,7 +299,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     delta: str | Path | None = None,
-    stream: bool = False,
+    stream: bool | StreamSettings = False,
 ) -> Model:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
@@ -310,6 +311,7 @@ def load(
         delta: the file of a delta that `distill` trained for this checkpoint, to be put into it.
         stream: read the layers from the disk when they are needed, one at a time. `search`,
             `evaluate` and `overlap` then need memory for one layer only, and give the same numbers.
+            `StreamSettings` say more than that.
 
     Raises:
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
@@ -326,7 +328,8 @@ def load(
     if stream:
         from indexcache.models.stream.loading import stream_model
 
-        return stream_model(facts, weights, DTYPES[dtype], device, trust_remote_code, delta)
+        how = StreamSettings() if stream is True else stream
+        return stream_model(facts, weights, DTYPES[dtype], device, how, trust_remote_code, delta)
     module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
     check_weights(module, f"{folder}: ")
     module.to(device).eval()

@@ -1,7 +1,8 @@
 """Training-free search: Algorithm 1 of the paper, and its variant for pipeline stages.
 
 `loss` maps a pattern to the language-modelling loss on the calibration batches, the same batches
-for every candidate.
+for every candidate. The candidates of a round are asked for together, so that what computes the
+losses may share work between them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ class FrontierPoint:
         return len(self.pattern.full_layers)
 
 
+def together(loss: Loss, patterns: Sequence[Pattern], trunk: Pattern | None = None) -> list[float]:
+    """Return the losses of several patterns.
+
+    Args:
+        loss: a function of one pattern; where it has a method `together`, that is called.
+        patterns: the patterns.
+        trunk: a pattern from which each of them differs little; None where there is none.
+    """
+    many = getattr(loss, "together", None)
+    return [loss(p) for p in patterns] if many is None else many(patterns, trunk)
+
+
 def greedy(
     loss: Loss, layers: int, full: int, starts: Sequence[int] = (0,), noise: float = 0.0
 ) -> Iterator[FrontierPoint]:
@@ -64,14 +77,22 @@ def greedy(
             "stays full."
         )
     pattern = Pattern.full(layers)
-    yield FrontierPoint(pattern, loss(pattern))
     ends = [*starts[1:], layers]
     remaining = [list(range(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
+    # Where losses are computed together, all full goes with the first round, which begins at it.
+    shared = hasattr(loss, "together") and layers > full
+    first = next((c for c in remaining if c), []) if shared else []
+    both = [pattern, *(pattern.replace(layer, "S") for layer in first)]
+    base, *others = together(loss, both, pattern)
+    known = dict(zip(first, others, strict=True))
+    yield FrontierPoint(pattern, base)
     while len(pattern.full_layers) > full:
         for candidates in remaining:
             if not candidates or len(pattern.full_layers) <= full:
                 continue
-            losses = {layer: loss(pattern.replace(layer, "S")) for layer in candidates}
+            tried = [pattern.replace(layer, "S") for layer in candidates]
+            losses = known or dict(zip(candidates, together(loss, tried, pattern), strict=True))
+            known = {}
             smallest = min(losses.values())
             equal = [layer for layer in sorted(candidates) if losses[layer] <= smallest + noise]
             best, *tied = equal
@@ -82,15 +103,20 @@ def greedy(
             yield FrontierPoint(pattern, losses[best], best, tuple(tied), margin)
 
 
-def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:
-    """Count the patterns that `greedy` evaluates: all full, and the candidates of every flip."""
-    count = 1
+def rounds(layers: int, full: int, starts: Sequence[int] = (0,)) -> list[int]:
+    """Return the number of candidates of every flip of `greedy`."""
+    counts = []
     full_now = layers
     remaining = [b - a - 1 for a, b in zip(starts, [*starts[1:], layers], strict=True)]
     while full_now > max(full, len(starts)):
         for stage, candidates in enumerate(remaining):
             if candidates and full_now > full:
-                count += candidates
+                counts.append(candidates)
                 remaining[stage] -= 1
                 full_now -= 1
-    return count
+    return counts
+
+
+def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:
+    """Count the patterns that `greedy` evaluates: all full, and the candidates of every flip."""
+    return 1 + sum(rounds(layers, full, starts))

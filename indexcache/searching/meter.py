@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,12 @@ class Rows:
     found: np.ndarray | None
 
 
+def full_losses(model: DsaModule, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the losses of all next tokens with all layers full, fp32 [B, T - 1] on the CPU."""
+    with use_pattern(model, Pattern.full(int(model.config.num_hidden_layers))):
+        return [token_losses(model, hidden_states(model, x), x).cpu() for x in inputs]
+
+
 class Meter:
     """Measures batches by hidden states under some pattern.
 
@@ -54,16 +60,23 @@ class Meter:
         model: the transformers model.
         batches: the batches, addressed by their index.
         objective: its name decides what is measured.
+        losses: how the losses of the full model are computed.
     """
 
-    def __init__(self, model: DsaModule, batches: Sequence[Batch], objective: ObjectiveName):
+    def __init__(
+        self,
+        model: DsaModule,
+        batches: Sequence[Batch],
+        objective: ObjectiveName,
+        losses: Callable[[DsaModule, Sequence[Tensor]], list[Tensor]] = full_losses,
+    ):
         self.model = model
         self.batches = batches
         self.divergence = objective in ("kl", "key-kl")
         self.counted = [b.counted for b in batches]
-        self.base: dict[int, Tensor] = {}
+        self.base: Mapping[int, Tensor] = {}
         if objective == "key-kl":
-            self.counted = key_tokens(model, batches)
+            self.counted = key_tokens(model, batches, losses)
 
     @property
     def counts(self) -> list[np.ndarray]:
@@ -87,28 +100,36 @@ class Meter:
         return Rows(sums.numpy(), float(values.double().sum()), found)
 
 
-def key_tokens(model: DsaModule, batches: Sequence[Batch]) -> list[Tensor]:
+def key_tokens(
+    model: DsaModule,
+    batches: Sequence[Batch],
+    losses: Callable[[DsaModule, Sequence[Tensor]], list[Tensor]] = full_losses,
+) -> list[Tensor]:
     """Find the tokens whose loss needs more context than the last k to 2 k tokens, bool [B, T].
 
     Answers of retrieval need it by their making.
+
+    Args:
+        losses: see `full_losses`.
 
     Raises:
         ValueError: there are too few of them in the text.
     """
     k = int(model.config.index_topk)
-    full = Pattern.full(int(model.config.num_hidden_layers))
+    inputs, starts = [], []
+    for batch in (b for b in batches if not b.answers):
+        starts.append(range(k, batch.ids.shape[1] - 1 - k, k))
+        inputs += [batch.ids, *(batch.ids[:, start : start + 2 * k + 1] for start in starts[-1])]
+    measured, places = iter(losses(model, inputs)), iter(starts)
     keys, most = [], 0
     for batch in batches:
         if batch.answers:
             keys.append(batch.counted)
             continue
-        with use_pattern(model, full):
-            known = token_losses(model, hidden_states(model, batch.ids), batch.ids).cpu()
-            near = known.clone()
-            for start in range(k, batch.ids.shape[1] - 1 - k, k):
-                window = batch.ids[:, start : start + 2 * k + 1]
-                losses = token_losses(model, hidden_states(model, window), window).cpu()
-                near[:, start + k : start + 2 * k] = losses[:, k:]
+        known = next(measured)
+        near = known.clone()
+        for start in next(places):
+            near[:, start + k : start + 2 * k] = next(measured)[:, k:]
         key = torch.zeros_like(batch.counted)
         key[:, 1:] = (near - known > GAIN) & (known < KNOWN)
         keys.append(key & batch.counted)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from indexcache.data import Batch
 from indexcache.models.family import DsaModule
@@ -13,7 +16,7 @@ from indexcache.models.prefix import PrefixCache
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
 from indexcache.searching.combining import Combination
-from indexcache.searching.meter import Meter, check_finite
+from indexcache.searching.meter import Meter, check_finite, full_losses
 from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName
 from indexcache.searching.work import Work
 
@@ -82,7 +85,7 @@ class Objective:
         self.prefix = PrefixCache(model, [b.ids for b in batches])
         self.layers = int(model.config.num_hidden_layers)
         self.full = Pattern.full(self.layers)
-        self.meter = Meter(model, batches, name)
+        self.meter = Meter(model, batches, name, self._full_losses)
         counts = tuple(int(c.sum()) for c in self.meter.counts)
         self.combination = Combination(name, tuple(b.domain for b in batches), counts)
         self.shows_parts = shows_parts(batches, name)
@@ -93,12 +96,17 @@ class Objective:
         self._asked: set[str] = set()
         self._trunk: Pattern | None = None  # as an uninterrupted run would have it
 
-    def rebase(self, pattern: Pattern) -> None:
-        """Announce that the next patterns differ little from this one.
+    def together(self, patterns: Sequence[Pattern], trunk: Pattern | None) -> list[float]:
+        """Return the losses of several patterns.
 
-        The layers that they share with it are computed once, at the next new evaluation.
+        The layers that they share with the trunk are computed once, at the first new evaluation.
         """
-        self.base = pattern
+        return [self._beside(pattern, trunk) for pattern in patterns]
+
+    def _beside(self, pattern: Pattern, trunk: Pattern | None) -> float:
+        if pattern != trunk:  # A trunk that is asked for itself shares nothing with others yet.
+            self.base = trunk
+        return self(pattern)
 
     def __call__(self, pattern: Pattern) -> float:
         """Return the loss of a pattern.
@@ -113,29 +121,42 @@ class Objective:
         key = str(pattern)
         self._count(pattern)
         if key not in self.evaluated:
-            if self.base is not None:
-                self.prefix.rebase(self.base)
-            if self.full_sums is None and pattern != self.full and self._needs_full:
-                self._measure(self.full)
             evaluation = self._measure(pattern)
+            check_finite(evaluation.loss, key)
             self.evaluated[key] = evaluation
             self.record(pattern, evaluation)
         return self.evaluated[key]
+
+    def _measure(self, pattern: Pattern) -> Evaluation:
+        """Run the layers that the pattern does not share with the trunk."""
+        if self.base is not None:
+            self.prefix.rebase(self.base)
+        if self.full_sums is None and pattern != self.full and self._needs_full:
+            full = self._evaluation(self.full, partial(self._hidden, self.full))
+            check_finite(full.loss, str(self.full))
+        return self._evaluation(pattern, partial(self._hidden, pattern))
+
+    def _full_losses(self, model: DsaModule, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return full_losses(model, inputs)
 
     @property
     def _needs_full(self) -> bool:
         return self.meter.divergence or self.combination.objective == "worst"
 
-    def _measure(self, pattern: Pattern) -> Evaluation:
+    def _hidden(self, pattern: Pattern, index: int) -> Tensor:
+        with nullcontext() if self.watched else check_scores(self.model):
+            hidden = self.prefix.hidden(index, pattern)
+        self.watched = True
+        if self.meter.divergence and pattern == self.full:
+            self.meter.base = {**self.meter.base, index: hidden}
+        return hidden
+
+    def _evaluation(self, pattern: Pattern, hidden: Callable[[int], Tensor]) -> Evaluation:
+        """Measure a pattern by its final hidden states [B, T, E] of every batch."""
         sums: list[float] = []
         found: dict[str, tuple[int, int]] = {}
         for i, batch in enumerate(self.batches):
-            with nullcontext() if self.watched else check_scores(self.model):
-                hidden = self.prefix.hidden(i, pattern)
-            self.watched = True
-            if self.meter.divergence and pattern == self.full:
-                self.meter.base[i] = hidden
-            rows = self.meter.rows(i, hidden)
+            rows = self.meter.rows(i, hidden(i))
             sums.append(rows.total)
             if rows.found is not None:
                 asked = sum(map(len, batch.answers))
@@ -144,7 +165,6 @@ class Objective:
         if pattern == self.full:
             self.full_sums = sums
         loss = self.combination.value(sums, self.full_sums)
-        check_finite(loss, str(pattern))
         parts = self.combination.means(sums) if self.shows_parts else {}
         return Evaluation(loss, parts, found)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,17 @@ from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.conditions import Conditions, Origin
 from indexcache.models.family import AnyModel
 from indexcache.models.soundness import blindness
+from indexcache.models.stream.loading import stream_of
+from indexcache.models.world import Processes, join
 from indexcache.pattern import Pattern, full_count
 from indexcache.progress import progress as progress_bar
-from indexcache.records import Run, number_of, open_run
+from indexcache.records import Run, number_of
 from indexcache.report.tables import table
-from indexcache.searching.greedy import FrontierPoint, evaluations, greedy
+from indexcache.searching.greedy import FrontierPoint, evaluations, greedy, rounds, together
 from indexcache.searching.objective import Evaluation, shows_parts
 from indexcache.searching.settings import SearchSettings
-from indexcache.searching.source import Entry, LossSource, ModelSource, VllmSource
+from indexcache.searching.source import Entry, LossSource, ModelSource, StreamedSource, VllmSource
+from indexcache.searching.streamed import Follower, open_together
 from indexcache.searching.work import Work
 from indexcache.vacuity import check_batches, pool_of
 
@@ -154,7 +159,38 @@ def search(
         ValueError: a model trained with sharing, sequences or documents that are too short, a
             folder of another run, or weights, indexer scores or a loss that are not finite.
     """
-    source = VllmSource(model) if isinstance(model, VllmEngine) else ModelSource(model)
+    source = _source(model, join(), Path(out))
+    return _search(source, batches, Path(out), settings, identity or {}, origin, progress)
+
+
+def _source(model: AnyModel | VllmEngine, world: Processes, out: Path) -> LossSource:
+    """Return what gives the losses of a model.
+
+    Raises:
+        ValueError: there are several processes, and a model that is not streamed.
+    """
+    if isinstance(model, VllmEngine):
+        return VllmSource(model)
+    stream = stream_of(model)
+    if stream is not None:
+        return StreamedSource(model, stream, world, out)
+    if world.size > 1:
+        raise ValueError(
+            "Several processes search together where the model is streamed (--stream); start one "
+            "process, or add that."
+        )
+    return ModelSource(model)
+
+
+def _search(
+    source: LossSource,
+    batches: Sequence[Batch],
+    out: Path,
+    settings: SearchSettings,
+    identity: dict[str, Any],
+    origin: Origin,
+    progress: bool,
+) -> SearchResult:
     _refuse_trained_sharing(source.without_indexer)
     source.check()
     layers = source.layers
@@ -164,26 +200,28 @@ def search(
     comparisons, notes = _comparisons(batches, source, starts, full, settings)
     shares = check_batches(batches, source.topk, comparisons)
     conditions = source.conditions(batches, shares, origin)
-    facts = {**settings.facts(), "data": digest_of(batches), **source.facts()}
-    facts |= identity or {}
+    facts = {**settings.facts(), "data": digest_of(batches), **source.facts(), **identity}
     check = partial(_check_entry, layers=layers, noisy=isinstance(source, VllmSource), losses={})
-    with open_run(Path(out), facts, check) as run:
+    with open_together(source.world, out, facts, check) as run:
         total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
         done = sum("pattern" in entry for entry in run.journal)
-        with progress_bar(total, "eval", done, shown=progress) as bar:
+        shown = progress and source.world.rank == 0
+        with progress_bar(total, "eval", done, shown=shown) as bar:
 
             def record(entry: Entry) -> None:
                 run.append(entry)
                 bar.update("pattern" in entry)
 
+            source.expect(rounds(layers, full, starts), comparisons, _said_on(bar))
             loss = source.objective(batches, run.journal, record, settings.objective)
-            frontier = []
+            frontier: list[FrontierPoint] = []
             for point in greedy(loss, layers, full, starts, source.noise):
+                source.advance(len(frontier))
                 frontier.append(point)
                 _record_tie(run, point)
                 bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
-                source.rebase(loss, point.pattern)
-            uniform = [FrontierPoint(p, loss(p)) for p in comparisons]
+            losses = together(loss, comparisons, frontier[-1].pattern)
+            uniform = [FrontierPoint(*both) for both in zip(comparisons, losses, strict=True)]
         parts: dict[str, Evaluation] = {}
         if shows_parts(batches, settings.objective):
             parts = {str(p.pattern): loss.evaluate(p.pattern) for p in (*frontier, *uniform)}
@@ -204,7 +242,22 @@ def search(
         )
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
+    source.close()
     return result
+
+
+def _said_on(bar: Any) -> Callable[[str], None]:
+    """Return what shows a text beside a progress bar, not more often than the bar is drawn."""
+    last = -math.inf
+
+    def say(text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if not bar.disable and now - last >= bar.mininterval:
+            last = now
+            bar.set_postfix_str(text)
+
+    return say
 
 
 def about_full(
@@ -269,7 +322,7 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
     }
 
 
-def _record_tie(run: Run, point: FrontierPoint) -> None:
+def _record_tie(run: Run | Follower, point: FrontierPoint) -> None:
     """Write into the journal, once, that the noise did not let a flip be told from others."""
     entry = {"flipped": point.flipped, "tied": list(point.tied), "full": point.full}
     if point.tied and entry not in run.journal:

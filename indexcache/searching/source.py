@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from indexcache.data import Batch
@@ -18,10 +20,13 @@ from indexcache.models.conditions import (
 )
 from indexcache.models.family import AnyModel, family_of, missing_indexers, module_of
 from indexcache.models.soundness import blind_loss, check_weights
+from indexcache.models.stream.run import Stream
+from indexcache.models.world import ALONE, Processes
 from indexcache.pattern import Pattern, stage_starts
 from indexcache.searching.engine_objective import EngineObjective
 from indexcache.searching.objective import Evaluation, Objective
 from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName, SearchSettings
+from indexcache.searching.streamed import StreamedObjective, Ticker
 from indexcache.searching.work import Work
 from indexcache.vacuity import Share
 
@@ -49,6 +54,7 @@ class LossSource(ABC):
         without_indexer: layers that can never be full.
         roles: the roles that it can run.
         noise: how far two evaluations of one pattern lie apart, nats per token.
+        world: the processes that compute together, of which the first one writes.
     """
 
     layers: int
@@ -56,6 +62,7 @@ class LossSource(ABC):
     without_indexer: tuple[int, ...]
     roles: str
     noise: float = 0.0
+    world: Processes = ALONE
 
     def check(self) -> None:  # noqa: B027
         """Refuse a model whose weights cannot give a loss that means anything.
@@ -92,6 +99,8 @@ class LossSource(ABC):
     ) -> EvaluationObjective:
         """Return the loss of a pattern as a function, which computes each pattern once.
 
+        It may have a method for several patterns at once, see `greedy.together`.
+
         Args:
             batches: the calibration batches.
             name: which objective.
@@ -99,8 +108,22 @@ class LossSource(ABC):
             record: gets an entry {"pattern", "loss", ..} after each new evaluation.
         """
 
-    def rebase(self, objective: EvaluationObjective, pattern: Pattern) -> None:  # noqa: B027
-        """Announce that the next patterns differ little from this one."""
+    def expect(  # noqa: B027
+        self, rounds: Sequence[int], later: Sequence[Pattern], say: Callable[[str], Any]
+    ) -> None:
+        """Announce what will be asked for, before `objective`.
+
+        Args:
+            rounds: the number of candidates of each round.
+            later: patterns that will be asked for at the end.
+            say: takes a text about the progress within a round.
+        """
+
+    def advance(self, flips: int) -> None:  # noqa: B027
+        """Announce that the search has made so many flips."""
+
+    def close(self) -> None:  # noqa: B027
+        """Announce that nothing more will be asked for."""
 
 
 class ModelSource(LossSource):
@@ -148,9 +171,62 @@ class ModelSource(LossSource):
             name,
         )
 
-    def rebase(self, objective: EvaluationObjective, pattern: Pattern) -> None:
-        if isinstance(objective, Objective):
-            objective.rebase(pattern)
+
+class StreamedSource(ModelSource):
+    """The losses of a model whose layers are read one at a time; bitwise those of `ModelSource`.
+
+    Args:
+        model: a model that was loaded with `stream`.
+        stream: what runs it.
+        world: the processes that compute together.
+        out: the run folder, where states are saved and spilled to.
+    """
+
+    def __init__(self, model: AnyModel, stream: Stream, world: Processes, out: Path):
+        super().__init__(model)
+        self.stream = stream
+        self.world = world
+        self.folder = stream.folder = out / "stream"
+        self.later: Sequence[Pattern] = ()
+        self.ticker: Ticker | None = None
+        self.made: StreamedObjective | None = None
+
+    def expect(
+        self, rounds: Sequence[int], later: Sequence[Pattern], say: Callable[[str], Any]
+    ) -> None:
+        self.later = later
+        self.ticker = Ticker(rounds, self.layers, say)
+
+    def advance(self, flips: int) -> None:
+        if self.ticker is not None:
+            self.ticker.round = flips
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.made is not None:
+            self.made.close()
+        with suppress(OSError):  # Another process may have a file there yet.
+            self.folder.rmdir()
+
+    def objective(
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
+    ) -> Objective:
+        self.made = StreamedObjective(
+            self.stream,
+            batches,
+            {e["pattern"]: Evaluation.from_json(e) for e in journal},
+            lambda pattern, value: record({"pattern": str(pattern)} | value.to_json()),
+            name,
+            world=self.world,
+            folder=self.folder,
+            later=self.later,
+            report=self.ticker or (lambda done: None),
+        )
+        return self.made
 
 
 class VllmSource(LossSource):

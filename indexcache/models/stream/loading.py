@@ -16,6 +16,7 @@ from indexcache.models.patch import state_of
 from indexcache.models.reader import Reader
 from indexcache.models.stream.layers import Layers
 from indexcache.models.stream.run import Stream
+from indexcache.models.stream.settings import StreamSettings
 from indexcache.models.weights import Weights
 from indexcache.pattern import Pattern
 
@@ -25,6 +26,7 @@ def stream_model(
     weights: Weights,
     dtype: torch.dtype,
     device: str,
+    settings: StreamSettings = StreamSettings(),
     trust_remote_code: bool = False,
     delta: str | Path | None = None,
 ) -> Model:
@@ -39,7 +41,7 @@ def stream_model(
     module = _skeleton(facts, weights, dtype, trust_remote_code)
     layers = Layers(module, weights, torch.device(device))
     module.config.name_or_path = str(folder)
-    state_of(module).stream = Stream(layers)
+    state_of(module).stream = Stream(layers, settings)
     applied = None
     if delta is not None:
         applied = AppliedDelta.put(module, delta, folder)  # It checks; `meta` takes no values.

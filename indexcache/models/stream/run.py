@@ -25,6 +25,7 @@ from indexcache.models.patch import Patches, Replaced
 from indexcache.models.seam import Seam, use_pattern
 from indexcache.models.soundness import check_scores
 from indexcache.models.stream.layers import Layers
+from indexcache.models.stream.settings import StreamSettings
 from indexcache.models.stream.store import Slot, Store
 from indexcache.ops import Selection
 from indexcache.pattern import Pattern
@@ -88,6 +89,16 @@ class LayerDone:
     read: int
     read_seconds: float
 
+    @property
+    def rate(self) -> float:
+        """The GB a second that were read."""
+        return self.read / max(self.read_seconds, 1e-9) / 1e9
+
+    def show(self, bar: Any) -> None:
+        """Move a progress bar on by one layer."""
+        bar.set_postfix_str(f"{self.states} alive, {self.rate:.1f} GB/s", refresh=False)
+        bar.update()
+
 
 @dataclass(eq=False)
 class _Job:
@@ -98,6 +109,9 @@ class _Job:
     ids: Tensor | None
     pool: Tensor | None
     hidden: Tensor | None = None
+
+
+Observe = Callable[[Store, int, int, Tensor], None]
 
 
 class Finals:
@@ -112,6 +126,11 @@ class Finals:
         self._store = store
         self._slots = slots
 
+    @property
+    def batches(self) -> int:
+        """The number of batches."""
+        return len(self._slots[0])
+
     def get(self, variant: int, batch: int) -> Tensor:
         """Return the final hidden states [B, T, E] of a variant on a batch, on the device."""
         (found,) = self._store.ahead([self._slots[variant][batch]])()
@@ -124,20 +143,20 @@ class Stream:
 
     Args:
         layers: the layers.
-        host_memory: max bytes of states in host memory; None: no limit.
-        folder: where states are spilled to; None is the folder for temporary files.
+        settings: how much memory the states may take.
 
     Attributes:
+        host_memory: max bytes of states in host memory; None: no limit.
+        folder: where states are spilled to; None is the folder for temporary files.
         peak: the most bytes of states in host memory, over all passes.
     """
 
-    def __init__(
-        self, layers: Layers, host_memory: int | None = None, folder: str | Path | None = None
-    ):
+    def __init__(self, layers: Layers, settings: StreamSettings = StreamSettings()):
         self.layers = layers
         self.module: DsaModule = layers.module
-        self.host_memory = host_memory
-        self.folder = folder
+        self.settings = settings
+        self.host_memory = settings.limit()
+        self.folder: Path | None = None
         self.peak = 0
         self._native = family_of(self.module).native_sharing
         self._job: _Job | None = None
@@ -177,7 +196,7 @@ class Stream:
         *,
         watch: bool = False,
         checkpoint: Any = None,
-        observe: Callable[[int, int, Tensor], None] | None = None,
+        observe: Observe | None = None,
         report: Callable[[LayerDone], None] = lambda done: None,
     ) -> None:
         """Run all variants on all batches with one pass over the layers.
@@ -189,7 +208,8 @@ class Stream:
             watch: look at the scores of the indexers in the first batch.
             checkpoint: where the states are saved at intervals, and where they come from if a pass
                 was interrupted (`stream.checkpoint.Checkpoint`).
-            observe: gets (layer, batch, ids int32 [B, T, k]) of the first variant's selections.
+            observe: gets (store, layer, batch, ids int32 [B, T, k]) of the first variant's
+                selections. What it puts into the store lives until `use` returns.
             report: is called after each layer.
 
         Raises:
@@ -234,10 +254,17 @@ class Stream:
                 for number in state.variants:
                     slots[number] = list(state.hidden)
             use(Finals(store, slots))
+        except BaseException:
+            self.close()
+            raise
         finally:
             self.peak = max(self.peak, store.peak)
             store.close()
             self._lock.release()
+
+    def close(self) -> None:
+        """End the threads that read ahead, and give back their memory."""
+        self.layers.reader.close()
 
     def _sync(self) -> None:
         if self.layers.device.type == "cuda":
@@ -251,7 +278,7 @@ class Stream:
         inputs: Sequence[Tensor],
         store: Store,
         watch: bool,
-        observe: Callable[[int, int, Tensor], None] | None,
+        observe: Observe | None,
     ) -> list[State]:
         """Run all states through a layer, and split those whose variants differ in it."""
         born = [one for state in states for one in self._split(layer, state, variants)]
@@ -280,7 +307,7 @@ class Stream:
                         same = role != "F"
                         new.pool[b] = parent.pool[b] if same else store.put(_known(job.pool))
                     if observe is not None and 0 in mine:
-                        observe(layer, b, _known(job.ids))
+                        observe(store, layer, b, _known(job.ids))
                     del hidden, selection, pool, job
                     if last:
                         parent.hidden[b] = parent.ids[b] = parent.pool[b] = None

@@ -1,0 +1,196 @@
+"""Compare searches, evaluations and overlaps of streamed models with those of loaded ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import indexcache as ic
+from indexcache import SearchSettings
+from indexcache.data import Batch, make_batches
+from indexcache.models.stream.loading import stream_of
+from indexcache.models.stream.settings import SearchStreamSettings
+from indexcache.searching import meter
+from tests.fp8_support import write_fp8
+from tests.support import FAMILIES, documents, refused
+
+FILES = ("journal.jsonl", "result.json", "settings.json", "pattern.json")
+SETTINGS = SearchSettings(keep=0.4)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return write_fp8(tmp_path_factory.mktemp("fp8"), request.param, num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def glm5(tmp_path_factory):
+    return write_fp8(tmp_path_factory.mktemp("glm"), "glm_moe_dsa", num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def whole(glm5, tmp_path_factory):
+    """The run folder of the loaded model, whose bytes all others must have."""
+    out = tmp_path_factory.mktemp("whole")
+    ic.search(opened(glm5, False), texts(), out, SETTINGS)
+    return out
+
+
+def same(out, whole):
+    for name in FILES:
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def texts():
+    longer = make_batches(documents(), length=64, sequences=4, batch=2)
+    return longer + make_batches(documents(seed=3), length=48, sequences=2, batch=1)
+
+
+def opened(folder, stream, fast=True):
+    model = ic.load(folder, stream=stream)
+    if fast:
+        ic.accelerate(model)
+    return model
+
+
+@pytest.mark.parametrize(("stages", "fast"), [(1, True), (2, False)])
+def test_streamed_runs_write_the_bytes_of_loaded_ones(folder, tmp_path, stages, fast):
+    settings = SearchSettings(keep=0.4, stages=stages)
+    results = []
+    for stream in (False, True):
+        model, out = opened(folder, stream, fast), tmp_path / str(stream)
+        ic.search(model, texts(), out, settings)
+        found = [(out / name).read_bytes() for name in FILES]
+        found.append(json.dumps(ic.evaluate(model, ["FSSFS", "FRFRR@2"], texts()).to_json()))
+        found.append(json.dumps(ic.overlap(model, texts()).to_json()))
+        results.append(found)
+    assert results[0] == results[1]
+    assert not (tmp_path / "True" / "stream").exists()
+
+
+def test_a_search_takes_one_pass_a_flip(glm5, tmp_path):
+    model = opened(glm5, True)
+    stream, passes = stream_of(model), []
+    run = stream.run
+    stream.run = lambda variants, *rest, **more: (
+        passes.append(len(variants)),
+        run(variants, *rest, **more),
+    )
+    ic.search(model, texts(), tmp_path, SETTINGS)
+    # All full and two uniform patterns, one with a pool, go with the first round.
+    assert passes[0] == 1 + 4 + 2
+    assert len(passes) == 3
+
+
+class Killed(Exception):
+    """Ends a run without its leave."""
+
+
+def follow(stream, layers, last=None):
+    """Note the layers that are run, and end the run behind that many."""
+    run = stream.run
+
+    def later(variants, inputs, use, *, report=lambda done: None, **kwargs):
+        def counted(done):
+            layers.append(done.layer)
+            if len(layers) == last:
+                raise Killed
+            report(done)
+
+        return run(variants, inputs, use, report=counted, **kwargs)
+
+    stream.run = later
+
+
+def killed(folder, out, settings, last=8):
+    model, layers = opened(folder, settings), []
+    follow(stream_of(model), layers, last)
+    with pytest.raises(Killed):
+        ic.search(model, texts(), out, SETTINGS)
+    return layers
+
+
+def test_an_interrupted_round_goes_on_behind_its_last_checkpoint(glm5, whole, tmp_path):
+    settings = SearchStreamSettings(checkpoint_layers=2, host_memory="20KB")
+    assert killed(glm5, tmp_path, settings) == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + 4
+    model, again = opened(glm5, settings), []
+    follow(stream_of(model), again)
+    ic.search(model, texts(), tmp_path, SETTINGS)
+    assert again[:3] == [2, 3, 4]  # Layers 0 and 1 are not run again.
+    same(tmp_path, whole)
+    assert not (tmp_path / "stream").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
+def test_a_checkpoint_that_does_not_fit_is_not_used(glm5, whole, tmp_path, damage):
+    settings = SearchStreamSettings(checkpoint_layers=2)
+    killed(glm5, tmp_path, settings)
+    (saved,) = (tmp_path / "stream").glob("*.bin")
+    if damage == "cut":
+        saved.write_bytes(saved.read_bytes()[:-100])
+    elif damage == "garbage":
+        saved.write_bytes(b"\0" * 100)
+    else:
+        journal = tmp_path / "journal.jsonl"  # The round before is the one under way.
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
+    ic.search(opened(glm5, settings), texts(), tmp_path, SETTINGS)
+    same(tmp_path, whole)
+
+
+def mixed():
+    """Text, and retrieval whose answers alone count."""
+    ids = torch.tensor(np.random.default_rng(0).integers(0, 128, (2, 64)))
+    answers = (((40, 44),), ((50, 53),))
+    asked = [Batch(ids, "retrieval:x", ("a", "b"), ("1" * 64, "2" * 64), answers=answers)]
+    return texts() + asked
+
+
+@pytest.mark.parametrize("objective", ["worst", "key-kl"])
+def test_every_objective_is_that_of_the_loaded_model(glm5, tmp_path, monkeypatch, objective):
+    monkeypatch.setattr(meter, "GAIN", -1.0)
+    monkeypatch.setattr(meter, "KNOWN", 20.0)
+    settings = SearchSettings(keep=0.6, objective=objective)
+    for name, stream in (("loaded", False), ("streamed", True)):
+        ic.search(opened(glm5, stream), mixed(), tmp_path / name, settings)
+    same(tmp_path / "streamed", tmp_path / "loaded")
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+import indexcache as ic
+from tests.searching.test_streamed import SETTINGS, opened, texts
+model = opened(sys.argv[1], True)
+ic.search(model, texts(), sys.argv[2], SETTINGS)
+print(ic.evaluate(model, ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"])
+"""
+
+
+def test_two_processes_write_the_journal_of_one(glm5, whole, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *command, tmp_path / "run.py", glm5, tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    same(tmp_path / "out", whole)
+    rows = ic.evaluate(opened(glm5, False), ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"]
+    assert done.stdout.splitlines() == [str(rows)] * 2
+
+
+def test_settings_that_make_no_sense_are_refused(glm5):
+    for text in ("-1", "many", "", "5 XB", "1e3GB"):
+        refused(lambda text=text: ic.load(glm5, stream=SearchStreamSettings(host_memory=text)))
+    refused(lambda: ic.load(glm5, stream=SearchStreamSettings(checkpoint_layers=-1)), "at least")
