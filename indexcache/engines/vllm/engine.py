@@ -11,7 +11,8 @@ import importlib.metadata
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ class VllmEngine:
         """
         if "R" in pattern.roles:
             raise ValueError(f"vLLM runs F and S layers only, but the pattern has R: {pattern}.")
-        answers = self.llm.collective_rpc("indexcache_set_pattern", args=(pattern.roles,))
+        with stops_named(f"switched its layers to {pattern}"):
+            answers = self.llm.collective_rpc("indexcache_set_pattern", args=(pattern.roles,))
         check_read_back(pattern, answers)
 
     def losses(self, pattern: Pattern, batches: Sequence[Batch]) -> DocumentLosses:
@@ -165,7 +167,8 @@ class VllmEngine:
                 for ids in asked
             ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        with stops_named(f"ran {pattern}"):
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
         given: list[np.ndarray | None] = [None] * len(sequences) if asked is None else [*asked]
         each = zip(outputs, sequences, given, strict=True)
         scores = [read_scores(*one, top=top) for one in each]
@@ -247,6 +250,23 @@ class VllmEngine:
         return Pattern(
             "".join("S" if i in self.without_indexer else "F" for i in range(self.layers))
         )
+
+
+@contextmanager
+def stops_named(doing: str) -> Iterator[None]:
+    """Turn whatever stops vLLM at work, on any rank, into one sentence.
+
+    Raises:
+        ValueError: vLLM stopped, e.g. because a GPU had no memory left or a process died.
+    """
+    try:
+        yield
+    except Exception as error:  # vLLM raises what its many parts raise; its log has the details.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"vLLM stopped while it {doing} ({reason:.400}). Its own log has the details; a search "
+            "goes on with the same command and computes nothing again that is in its journal."
+        ) from error
 
 
 def start(
