@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from indexcache.data import Batch
     from indexcache.models.conditions import Origin
     from indexcache.models.loading import Model
+    from indexcache.models.stream.settings import StreamSettings
     from indexcache.pattern import Pattern
     from indexcache.spec import NamedPattern
 
@@ -147,7 +148,7 @@ class EngineSettings(VllmSettings):
     """Engine that runs the model, for models that need several GPUs. The default is this package's
     own path."""
 
-    def check(self, running: ModelSettings) -> None:
+    def check(self, running: ModelSettings, stream: StreamSettings | None = None) -> None:
         """Refuse settings of an engine without it, and settings that an engine does not take.
 
         Raises:
@@ -164,7 +165,13 @@ class EngineSettings(VllmSettings):
                 "--delta cannot be given with --engine vllm, which runs the indexers of the "
                 "checkpoint; write one with the trained ones by `export --delta`, and name that."
             )
-        own = [f.name for f in fields(running) if getattr(running, f.name) != f.default]
+        own = [
+            f.name
+            for part in (running, stream)
+            if part is not None
+            for f in fields(part)
+            if getattr(part, f.name) != f.default
+        ]
         if own:
             raise ValueError(
                 f"{_flag(own[0])} is a setting of this package's own path; give vLLM its own by "
@@ -266,11 +273,18 @@ def check_text(
 
 
 def open_model(
-    model: str, text: TextSettings, settings: ModelSettings, patterns: Sequence[Pattern] = ()
+    model: str,
+    text: TextSettings,
+    settings: ModelSettings,
+    patterns: Sequence[Pattern] = (),
+    stream: StreamSettings | None = None,
 ) -> tuple[Model, list[Batch]]:
     """Load the batches of a model's text for some patterns, and say on stderr what they are.
 
     Then load the model. Weights and texts that cannot be used are refused before that.
+
+    Args:
+        stream: how the layers are read one at a time; None loads them all.
 
     Raises:
         ValueError: the text cannot be read or has too little in it; it is text that one of the
@@ -280,7 +294,7 @@ def open_model(
     from indexcache.models.fast.accelerate import accelerate
     from indexcache.models.loading import check_device, describe, load, open_weights
 
-    if settings.device == "cpu":
+    if settings.device == "cpu" and stream is None:
         keep_freed_memory()
     check_device(settings.device)
     open_weights(describe(model))  # It refuses by the headers alone, before text is tokenised.
@@ -293,6 +307,7 @@ def open_model(
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         delta=settings.delta,
+        stream=stream or False,
     )
     if settings.fast:
         try:

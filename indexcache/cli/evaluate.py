@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -25,6 +26,8 @@ from indexcache.cli.common import (
     unknown_origins,
 )
 from indexcache.cli.results import claim_folder, deliver
+from indexcache.cli.streaming import deliver_forecast, streams
+from indexcache.models.stream.settings import StreamSettings
 from indexcache.seen import Seen
 
 
@@ -54,6 +57,7 @@ def evaluate(
     text: Annotated[HeldOutText, FLAT] = HeldOutText(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
     engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
+    stream: Annotated[StreamSettings, FLAT] = StreamSettings(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> int:
     """Prove a pattern safe on held-out text, against the full model or another pattern.
@@ -65,8 +69,12 @@ def evaluate(
     from indexcache.evals.evaluate import evaluate as run_evaluation
     from indexcache.evals.gate import check_gate, check_margin, few_documents, judge
     from indexcache.models.loading import Model, describe
+    from indexcache.models.stream.forecast import Round
+    from indexcache.models.stream.loading import spill_to
+    from indexcache.models.world import first_process, local_device
 
-    engine.check(running)
+    engine.check(running, stream)
+    running = replace(running, device=local_device(running.device))
     if most is not None:
         check_margin(most)
     facts = describe(model)
@@ -83,12 +91,20 @@ def evaluate(
     engine.check_patterns(measured, facts["num_hidden_layers"])
     check_text(facts, model, text, [p.pattern for p in measured])
     check_delta(facts, running.delta, patterns)
+    streamed = not engine.engine and streams(facts, running, stream)
+    if stream.dry_run:
+        rounds = [Round.of_patterns([base_pattern, *named.values()])]
+        batches = open_text(model, text, [p.pattern for p in measured])
+        deliver_forecast(facts, rounds, batches, running, stream, output)
+        return 0
     folder = claim_folder(out, model)
     subject: Model | VllmEngine
     if engine.engine:
         batches = open_text(model, text, [p.pattern for p in measured])
     else:
-        subject, batches = open_model(model, text, running, [p.pattern for p in measured])
+        how = stream if streamed else None
+        subject, batches = open_model(model, text, running, [p.pattern for p in measured], how)
+        spill_to(subject, folder)
     for line in unknown_origins(measured):
         print(f"indexcache: note: {line}", file=sys.stderr)
     if most is not None:
@@ -115,6 +131,8 @@ def evaluate(
         progress=True,
     )
     gate = None if most is None else judge(result, most, allow_blind=allow_blind)
+    if streamed and not first_process():
+        return int(gate is not None and not gate.passed)
     base = baseline.name if baseline else "full"
     lines = [result.table(base), "", str(result.conditions)]
     if running.delta:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from indexcache.cli.common import (
@@ -21,6 +23,9 @@ from indexcache.cli.common import (
     origin_of,
 )
 from indexcache.cli.results import claim_folder, deliver
+from indexcache.cli.streaming import deliver_forecast, streams
+from indexcache.models.stream.settings import SearchStreamSettings
+from indexcache.pattern import stage_starts
 from indexcache.searching.settings import SearchSettings
 
 
@@ -33,27 +38,41 @@ def search(
     retrieval: Annotated[RetrievalSettings, FLAT] = RetrievalSettings(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
     engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
+    stream: Annotated[SearchStreamSettings, FLAT] = SearchStreamSettings(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Find a sharing pattern by the paper's greedy search, for every budget down to --keep.
 
     Nothing is trained. The run folder holds settings.json, journal.jsonl (one line per evaluation),
-    result.json and pattern.json. A killed run goes on with the same command.
+    result.json and pattern.json. A killed run goes on with the same command. With --stream several
+    GPUs search together: torchrun --nproc-per-node 8 -m indexcache search .. --device cuda
     """
     from indexcache.delta import delta_digest
     from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.models.loading import Model, describe, fingerprint
+    from indexcache.models.stream.forecast import Round
+    from indexcache.models.world import first_process, local_device
+    from indexcache.searching.greedy import rounds as search_rounds
     from indexcache.searching.run import search as run_search
 
     facts = describe(model)
-    engine.check(running)
+    engine.check(running, stream)
+    running = replace(running, device=local_device(running.device))
     if engine.engine:
         settings.check_engine()
     stages = engine.pipeline_parallel_size if engine.engine else None
     settings.full_layers(facts["num_hidden_layers"], stages)
     check_text(facts, model, text)
     check_delta(facts, running.delta)
+    streamed = not engine.engine and streams(facts, running, stream)
     asked = open_retrieval(model, text, retrieval)
+    if stream.dry_run:
+        layers = facts["num_hidden_layers"]
+        full = settings.full_layers(layers)
+        passes = search_rounds(layers, full, stage_starts(layers, settings.stages))
+        found = [Round.of_search(layers, count, flips) for flips, count in enumerate(passes)]
+        deliver_forecast(facts, found, open_text(model, text) + asked, running, stream, output)
+        return
     claim_folder(out, model)
     subject: Model | VllmEngine
     if engine.engine:
@@ -61,7 +80,8 @@ def search(
         subject = start(model, engine, length=max(b.ids.shape[1] for b in (*batches, *asked)))
         subject.report()
     else:
-        subject, batches = open_model(model, text, running)
+        opened = partial(open_model, stream=stream) if streamed else open_model
+        subject, batches = opened(model, text, running)
     batches += asked
     identity: dict[str, Any] = {"model": fingerprint(subject.path), "seed": text.seed}
     if running.delta is not None:
@@ -70,6 +90,8 @@ def search(
     result = run_search(
         subject, batches, out, settings, identity=identity, origin=origin, progress=True
     )
+    if not first_process():
+        return
     lines = [
         result.table(),
         "",

@@ -76,15 +76,19 @@ def random_model(
 
 def _check_room(needed: int, device: str) -> None:
     """Raise ValueError where the device has fewer than `needed` bytes free."""
-    if torch.device(device).type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = _free_host()
+    free = free_memory(device)
     if free is not None and needed > free:
         raise ValueError(
             f"The weights of this shape take {needed / 1e9:.1f} GB and {device} has "
             f"{free / 1e9:.1f} GB free; take fewer layers with --layers."
         )
+
+
+def free_memory(device: str) -> int | None:
+    """Return the bytes of memory that a device has free; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _free_host()
 
 
 def _free_host() -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from indexcache.models.applied import AppliedDelta
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.loading import Model, checked_class, transformers_config
 from indexcache.models.patch import state_of
+from indexcache.models.random import free_memory
 from indexcache.models.reader import Reader
 from indexcache.models.stream.layers import Layers
 from indexcache.models.stream.run import Stream
@@ -52,6 +54,34 @@ def stream_model(
 def stream_of(model: AnyModel) -> Stream | None:
     """Return what runs a streamed model layer by layer; None for a model that is loaded."""
     return state_of(module_of(model)).stream
+
+
+def spill_to(model: AnyModel, folder: str | Path | None) -> None:
+    """Let a streamed model put states that find no room in memory into a folder.
+
+    Nothing is done for a loaded model, or without a folder.
+    """
+    stream = stream_of(model)
+    if stream is not None and folder is not None:
+        stream.folder = Path(folder)
+
+
+def too_large(weights: Weights, dtype: torch.dtype, device: str) -> str | None:
+    """Say that the weights do not fit a device; None where they do, or nobody knows.
+
+    Args:
+        weights: the checkpoint's tensors.
+        dtype: the dtype in which they are loaded.
+        device: the device that has to hold them.
+    """
+    needed = sum(math.prod(e.shape) for e in weights.entries.values()) * dtype.itemsize
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return None
+    return (
+        f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and "
+        f"{device} has {free / 1e9:.1f} GB free"
+    )
 
 
 def _skeleton(

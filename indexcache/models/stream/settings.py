@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
 
@@ -36,6 +36,11 @@ class StreamSettings:
             if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} is a number above 0, not {rate}.")
         return None if self.host_memory is None else bytes_of(self.host_memory)
+
+    def given(self) -> str | None:
+        """Return the flag of a setting that was given, `stream` aside; None where none was."""
+        chosen = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return next((f"--{n.replace('_', '-')}" for n in chosen if n != "stream"), None)
 
 
 @dataclass(frozen=True, kw_only=True)
