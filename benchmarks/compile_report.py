@@ -33,6 +33,7 @@ from indexcache.ops import AttentionTarget, kl, tuning
 from indexcache.ops.index import host as index_host
 from indexcache.ops.index import topk_host
 from indexcache.ops.mla import host as mla_host
+from indexcache.ops.pages import group_pages
 from indexcache.ops.quantize import quantize
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -143,6 +144,11 @@ def attend(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
     return lambda: mla_host.sparse_mla(*inputs, 0.06, **options)
 
 
+def paged(group: int) -> None:
+    ids, requests = torch.zeros(264, 2048, dtype=torch.int32), torch.zeros(264, dtype=torch.int32)
+    group_pages(ids, requests, torch.zeros(1, 3136, dtype=torch.int32), group, 64, 64)
+
+
 def backward(deterministic: bool, dtype: torch.dtype = torch.bfloat16) -> None:
     q, latent, ids = attention_inputs(20, 264)
     leaves = [x.to(dtype).requires_grad_() for x in (q, latent)]
@@ -198,6 +204,8 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "attention 64": attend(64, 264),
         "attention of SmolLM2": attend(9, 924, dims=448),
         "decode 20": attend(20, 1),
+        "paged groups of 3": lambda: paged(3),
+        "paged groups of 8": lambda: paged(8),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),

@@ -4,9 +4,9 @@
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize index
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize dispatch
 
-The tasks index, rows, pools, plain, gluon and distill run the kernels of the package. The tasks
-dispatch and dispatch-all run none of them: they show what the tool reports for code that Triton
-generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not
+The tasks index, rows, pools, plain, gluon, paged and distill run the kernels of the package. The
+tasks dispatch and dispatch-all run none of them: they show what the tool reports for code that
+Triton generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not
 launched.
 """
 
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from benchmarks import dispatch
 from indexcache import ops
 from indexcache.distilling.loss import distill_loss
+from indexcache.ops import pages as pages_host
 from indexcache.ops import reference
 from indexcache.ops.index import topk_host
 from indexcache.ops.mla import host as mla_host
@@ -63,6 +65,7 @@ KERNELS = {
         "groups.join",
     },
     "gluon": {"mla.forward_hopper.attend", "groups.join"},
+    "paged": {"pages.unite_pages"},
     "distill": {
         "kl.normalise",
         "kl.teach",
@@ -195,6 +198,18 @@ def attention(hopper: bool) -> None:
             ops.sparse_mla(*leaves, ids, 0.04, **options)[0].sum().backward()
 
 
+def paged() -> None:
+    for group, words in ((3, 8192), (8, 64)):
+        ids = random_ids(33, 200, keys=9000).flip(-1)
+        requests = torch.tensor([0] * 20 + [1] * 2 + [2] * 11, device="cuda").int()
+        table = torch.randperm(500, device="cuda")[:423].view(3, 141).int()
+        with mock.patch.object(pages_host, "WORDS", words):
+            result = ops.group_pages(ids, requests, table, group, page_rows=128, backend="triton")
+        expected = ops.group_pages(ids, requests, table, group, page_rows=128, backend="torch")
+        for a, b in zip(result, expected, strict=True):
+            need(not isinstance(a, Tensor) or torch.equal(a, b), "the paged groups")
+
+
 def distill() -> None:
     def small(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda") * 0.1
@@ -225,6 +240,7 @@ TASKS: dict[str, Callable[[], None]] = {
     "pools": pools,
     "plain": partial(attention, hopper=False),
     "gluon": partial(attention, hopper=True),
+    "paged": paged,
     "distill": distill,
     "dispatch": partial(control, all_arrive=False),
     "dispatch-all": partial(control, all_arrive=True),

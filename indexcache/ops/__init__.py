@@ -33,6 +33,7 @@ __all__ = [
     "AttentionTarget",
     "QueryGroups",
     "Selection",
+    "group_pages",
     "group_queries",
     "index_kl",
     "index_scores",
@@ -194,6 +195,66 @@ def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> Quer
         with _device_of(ids_BSK):
             return group_queries(ids_BSK, group)
     return reference.group_queries(ids_BSK, group)
+
+
+def group_pages(
+    ids_SK: Tensor,
+    requests_S: Tensor,
+    table_RP: Tensor,
+    group: int,
+    *,
+    page: int = 64,
+    page_rows: int | None = None,
+    backend: str = "auto",
+) -> QueryGroups:
+    """Unite ids as `group_queries` does, for a batch of requests whose cache lies in pages.
+
+    `sparse_mla` reads the result beside the whole cache as one batch entry [1, rows, E]. Queries of
+    several requests may share a group; they share no ids.
+
+    Args:
+        ids_SK: int32 positions in the query's own request, in any order, -1 anywhere for none; ids
+            beyond the request's pages count as none, and an id that comes twice counts once.
+        requests_S: int32, the request of each query, ascending.
+        table_RP: int32 [requests, pages], the page that holds positions page * p and after.
+        group: 1 to 8.
+        page: positions of a page, a multiple of 32.
+        page_rows: rows of the cache from the start of a page to the start of the next; None is
+            `page`, and more where other layers' pages lie between.
+
+    Returns:
+        `QueryGroups` with one batch entry, in which ids are rows of the cache. A union is in order
+        of (request, position), whatever rows hold them.
+
+    Raises:
+        ValueError: a group of another size, or shapes and dtypes that do not agree; backend
+            "triton" cannot run here.
+    """
+    page_rows = page if page_rows is None else page_rows
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"A group is 1 to {MAX_GROUP} queries (bits of a mask), got {group}.")
+    if page < 1 or page % 32 or page_rows < page:
+        raise ValueError(
+            f"group_pages: a page must be a multiple of 32 positions, and page_rows at least as "
+            f"many, got {page} and {page_rows}."
+        )
+    tensors = (ids_SK, requests_S, table_RP)
+    if [t.dim() for t in tensors] != [2, 1, 2] or len(ids_SK) != len(requests_S):
+        raise ValueError(
+            "group_pages: want ids [S, K], requests [S] and a table [R, P], got "
+            f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
+        )
+    if any(t.dtype != torch.int32 for t in tensors):
+        raise ValueError(
+            "group_pages: ids, requests and the table must be int32, got "
+            f"{', '.join(str(t.dtype) for t in tensors)}."
+        )
+    if _use_triton(backend, ids_SK, "group_pages", lambda: None):
+        from indexcache.ops.pages import group_pages
+
+        with _device_of(ids_SK):
+            return group_pages(*tensors, group, page, page_rows)
+    return reference.group_pages(*tensors, group, page, page_rows)
 
 
 def quantize_index_keys(

@@ -283,6 +283,34 @@ def group_queries(ids_BSK: Tensor, group: int) -> QueryGroups:
     return QueryGroups(union.contiguous(), mask, (union >= 0).sum(-1).int(), group)
 
 
+def group_pages(
+    ids_SK: Tensor, requests_S: Tensor, table_RP: Tensor, group: int, page: int, page_rows: int
+) -> QueryGroups:
+    """Define `ops.group_pages`, whose docstring is the contract."""
+    reach = table_RP.shape[1] * page
+    request = requests_S.long()[:, None]
+    seen = (ids_SK >= 0) & (ids_SK < reach)
+    # One number names a request and a position, in the order that the union has.
+    token = torch.where(seen, request * reach + ids_SK, -1)
+    last = torch.iinfo(torch.int64).max
+    token = torch.where(token < 0, last, token).sort(dim=-1).values
+    token[:, 1:] = torch.where(token[:, 1:] == token[:, :-1], last, token[:, 1:])
+    names, token = token.unique(return_inverse=True)  # int32 takes the ranks of the names
+    token = torch.where(names[token] == last, -1, token).int()
+    union, mask, count, _ = group_queries(ascending(token)[None], group)
+    at = names[union.clamp_min(0).long()].clamp_max(max(table_RP.numel() * page - 1, 0))
+    block = table_RP.reshape(-1)[at // page].long() if table_RP.numel() else torch.zeros_like(at)
+    slots = torch.where(union < 0, -1, block * page_rows + at % page).int()
+    return QueryGroups(slots, mask, count, group)
+
+
+def ascending(ids: Tensor) -> Tensor:
+    """Sort ids that have -1 anywhere into the order that `group_queries` takes."""
+    last = torch.iinfo(torch.int32).max
+    ids = torch.where(ids < 0, last, ids).sort(dim=-1).values
+    return torch.where(ids == last, -1, ids)
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Multiply x [..., D] with the Walsh-Hadamard matrix over sqrt(D); D is a power of two.
 

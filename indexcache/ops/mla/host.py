@@ -13,7 +13,7 @@ from indexcache.ops.groups import group_queries
 from indexcache.ops.mla import backward as backward_kernels
 from indexcache.ops.mla import forward as forward_kernels
 from indexcache.ops.primitives import LOG2E
-from indexcache.ops.reference import QueryGroups
+from indexcache.ops.reference import QueryGroups, ascending
 from indexcache.ops.tuning import current, power
 
 MAX_DIM = 640  # dims of a latent, the rotary ones rounded up to a power of two
@@ -62,7 +62,7 @@ def sparse_mla(
 ) -> tuple[Tensor, Tensor]:
     """Run `ops.sparse_mla` on the kernels."""
     if groups is None and (group := query_group(ids, q.shape[2])) > 1:
-        groups = group_queries(_ascending(ids), group)
+        groups = group_queries(ascending(ids), group)
     return _SparseMla.apply(q, latent, ids, scale, value_dim, groups, deterministic)
 
 
@@ -172,7 +172,7 @@ def launch_backward(
             dlatent += block[1]
         return torch.cat(blocks, dim=2), dlatent
     if groups is None or groups.group * heads > max_rows:
-        groups = group_queries(_ascending(ids), best_group(heads, max_rows))
+        groups = group_queries(ascending(ids), best_group(heads, max_rows))
     q, out, lse, grad, latent = (t.contiguous() for t in (q, out, lse, grad, latent))
     dq = torch.empty_like(q)
     dlatent = torch.zeros(batch, keys, dim, dtype=torch.float32, device=q.device)
@@ -243,10 +243,3 @@ def _fits_hopper(q: Tensor, latent: Tensor, scale: float, value_dim: int) -> boo
     aligned = all(n % 16 == 0 for n in strides) and all(t.data_ptr() % 16 == 0 for t in (q, latent))
     runs = current().mla.hopper and tuning.gluon_runs(q.device)
     return runs and fits and scale > 0 and aligned
-
-
-def _ascending(ids: Tensor) -> Tensor:
-    """Sort ids that have -1 anywhere into the order that `group_queries` takes."""
-    last = torch.iinfo(torch.int32).max
-    ids = torch.where(ids < 0, last, ids).sort(dim=-1).values
-    return torch.where(ids == last, -1, ids)
