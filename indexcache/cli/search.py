@@ -41,8 +41,9 @@ def search(
     stream: Annotated[SearchStreamSettings, FLAT] = SearchStreamSettings(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Find a sharing pattern by the paper's greedy search, for every budget down to --keep.
+    """Find a sharing pattern for every budget down to --keep, by the paper's greedy search.
 
+    With --method fast it measures less.
     Nothing is trained. The run folder holds settings.json, journal.jsonl (one line per evaluation),
     result.json and pattern.json. A killed run goes on with the same command. With --stream several
     GPUs search together: torchrun --nproc-per-node 8 -m indexcache search .. --device cuda
@@ -56,6 +57,7 @@ def search(
     from indexcache.searching.run import search as run_search
 
     facts = describe(model)
+    settings.check_method()
     engine.check(running, stream)
     running = replace(running, device=local_device(running.device))
     if engine.engine:
@@ -65,6 +67,10 @@ def search(
     check_text(facts, model, text)
     check_delta(facts, running.delta)
     streamed = not engine.engine and streams(facts, running, stream)
+    if (streamed or stream.dry_run) and settings.method != "exact":
+        raise ValueError(
+            f"--method {settings.method} does not run on a streamed model; take --method exact."
+        )
     asked = open_retrieval(model, text, retrieval)
     if stream.dry_run:
         layers = facts["num_hidden_layers"]

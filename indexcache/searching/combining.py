@@ -47,7 +47,7 @@ class Combination:
         return [d for d in self.parts if d.startswith(DOMAIN)]
 
     @cached_property
-    def _terms(self) -> list[tuple[float, list[int]]]:
+    def terms(self) -> list[tuple[float, list[int]]]:
         """The weight of each mean in the number, and the entries over which it is taken."""
         everything = range(len(self.domains))
         text = [i for i in everything if not self.domains[i].startswith(DOMAIN)]
@@ -73,12 +73,12 @@ class Combination:
         if self.objective == "worst":
             assert full is not None
             return max(self._mean(sums, own) - self._mean(full, own) for own in self.parts.values())
-        terms = [(weight, self._mean(sums, own)) for weight, own in self._terms]
+        terms = [(weight, self._mean(sums, own)) for weight, own in self.terms]
         return terms[0][1] if len(terms) == 1 else sum(weight * mean for weight, mean in terms)
 
     def weights(self, sums: Sequence[float], full: Sequence[float]) -> np.ndarray:
         """Return how much the objective rises with each entry's sum, float64 [entries]."""
-        terms = self._terms
+        terms = self.terms
         if self.objective == "worst":
             excess = {d: self._mean(sums, o) - self._mean(full, o) for d, o in self.parts.items()}
             terms = [(1.0, self.parts[max(excess, key=lambda d: excess[d])])]

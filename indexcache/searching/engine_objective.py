@@ -15,6 +15,37 @@ from indexcache.searching.objective import Evaluation, shows_parts
 from indexcache.searching.settings import ObjectiveName, SearchSettings
 from indexcache.searching.work import Work
 
+NOISE_PASSES = 4  # The noise and the effect of sharing take two evaluations each.
+
+
+def measure_noise(
+    engine: VllmEngine,
+    batches: Sequence[Batch],
+    combination: Combination | None,
+    journal: Sequence[dict[str, Any]],
+    record: Callable[[dict[str, Any]], None],
+) -> float:
+    """Return how far two evaluations of one pattern lie apart, from the journal or measured now.
+
+    Args:
+        combination: how the sums of the sequences become one number; None is their mean.
+
+    Raises:
+        ValueError: sharing has no effect in this vLLM.
+    """
+    for entry in journal:
+        if "noise" in entry:
+            return float(entry["noise"])
+
+    def weights(full: DocumentLosses) -> np.ndarray:
+        assert combination is not None
+        return combination.weights(full.sums.tolist(), full.sums.tolist())
+
+    noise = engine.noise(batches, weights if combination else None)
+    engine.check_effect(batches, noise)
+    record({"noise": noise})
+    return noise
+
 
 class EngineObjective:
     """A function from a pattern to its loss inside vLLM, nats per token, computed once.
@@ -64,18 +95,10 @@ class EngineObjective:
         tokens = sum(b.ids.numel() for b in batches)
         self.work = Work(whole=tokens * engine.layers)
         self._counted: set[str] = set()
-        measured = [float(e["noise"]) for e in journal if "noise" in e]
-        if measured:
-            self.noise = measured[0]
-        else:
-            self.noise = engine.noise(batches, self._weights if self.shows_parts else None)
-            engine.check_effect(batches, self.noise)
-            record({"noise": self.noise})
-        self.work.add(4 * engine.layers, tokens)  # The noise and the effect take two each.
-
-    def _weights(self, full: DocumentLosses) -> np.ndarray:
-        sums = full.sums.tolist()
-        return self.combination.weights(sums, sums)
+        self.noise = measure_noise(
+            engine, batches, self.combination if self.shows_parts else None, journal, record
+        )
+        self.work.add(NOISE_PASSES * engine.layers, tokens)
 
     def __call__(self, pattern: Pattern) -> float:
         """Return the loss of a pattern."""

@@ -26,6 +26,7 @@ class FrontierPoint:
         tied: the other layers whose flip costs the same up to the noise of an evaluation.
         margin: how much more the best of the other layers would have cost, nats per token; None
             where there was no other.
+        estimated: whether the loss was not measured on the whole text.
     """
 
     pattern: Pattern
@@ -33,6 +34,7 @@ class FrontierPoint:
     flipped: int | None = None
     tied: tuple[int, ...] = ()
     margin: float | None = None
+    estimated: bool = False
 
     @property
     def full(self) -> int:

@@ -28,6 +28,8 @@ GAIN = 2.0
 KNOWN = 2.0
 """.. and is below this many nats with it (LongPPL, arXiv 2410.23771)."""
 LEAST_KEY_TOKENS = 20
+KEY_PASSES = 3
+"""Passes over the text that finding these tokens takes: one, and windows that overlap by half."""
 
 
 @dataclass(frozen=True)

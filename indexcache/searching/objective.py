@@ -16,7 +16,7 @@ from indexcache.models.prefix import PrefixCache
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
 from indexcache.searching.combining import Combination
-from indexcache.searching.meter import Meter, check_finite, full_losses
+from indexcache.searching.meter import KEY_PASSES, Meter, check_finite, full_losses
 from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName
 from indexcache.searching.work import Work
 
@@ -92,6 +92,8 @@ class Objective:
         self.full_sums: list[float] | None = None
         tokens = sum(b.ids.numel() for b in batches)
         self.work = Work(whole=tokens * self.layers)
+        if name == "key-kl":
+            self.work.layer_tokens += KEY_PASSES * self.work.whole
         self._tokens = tokens
         self._asked: set[str] = set()
         self._trunk: Pattern | None = None  # as an uninterrupted run would have it

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +17,14 @@ from indexcache.models.soundness import blindness
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.world import Processes, join
 from indexcache.pattern import Pattern, full_count
-from indexcache.progress import progress as progress_bar
-from indexcache.records import Run, number_of
+from indexcache.records import number_of
 from indexcache.report.tables import table
-from indexcache.searching.greedy import FrontierPoint, evaluations, greedy, rounds, together
-from indexcache.searching.objective import Evaluation, shows_parts
+from indexcache.searching.greedy import FrontierPoint
+from indexcache.searching.methods import exact, sampled
+from indexcache.searching.objective import Evaluation
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.source import Entry, LossSource, ModelSource, StreamedSource, VllmSource
-from indexcache.searching.streamed import Follower, open_together
+from indexcache.searching.streamed import open_together
 from indexcache.searching.work import Work
 from indexcache.vacuity import check_batches, pool_of
 
@@ -47,6 +45,7 @@ class SearchResult:
         work: what the search has cost.
         objective: the name of what `loss` is; None for the mean loss of plain text.
         evaluations: the parts of the objective, by pattern, where it has any.
+        method: how the patterns were found; the losses of "fast" are estimated between budgets.
     """
 
     frontier: tuple[FrontierPoint, ...]
@@ -58,6 +57,7 @@ class SearchResult:
     work: Work = field(default_factory=Work)
     objective: str | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    method: str = "exact"
 
     @property
     def pattern(self) -> Pattern:
@@ -71,7 +71,13 @@ class SearchResult:
         named += [(f"uniform{self._pool(p.pattern)}", p) for p in self.uniform]
         extra = self._parts_head()
         rows = [
-            [name, f"{p.loss:.4f}", f"{p.loss - base:+.4f}", *self._cells(p, extra), str(p.pattern)]
+            [
+                name,
+                f"{'~' * p.estimated}{p.loss:.4f}",
+                f"{p.loss - base:+.4f}",
+                *self._cells(p, extra),
+                str(p.pattern),
+            ]
             for name, p in named
         ]
         head = f"roles ({self.conditions.summary()})"
@@ -86,9 +92,9 @@ class SearchResult:
 
     def _cells(self, point: FrontierPoint, head: Sequence[str]) -> list[str]:
         """Format what loses most, and how many answers are found."""
-        if not head:
-            return []
-        parts = self.evaluations[str(point.pattern)]
+        parts = self.evaluations.get(str(point.pattern))
+        if parts is None:
+            return [""] * len(head)
         full = self.evaluations[str(self.frontier[0].pattern)]
         excess = {name: mean - full.parts[name] for name, mean in parts.parts.items()}
         worst = max(excess, key=lambda name: excess[name])
@@ -109,7 +115,8 @@ class SearchResult:
         def facts(point: FrontierPoint) -> dict[str, Any]:
             parts = self.evaluations.get(str(point.pattern))
             value = {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
-            return value | (parts.to_json() if parts else {})
+            estimated = {"estimated": True} if point.estimated else {}
+            return value | (parts.to_json() if parts else {}) | estimated
 
         def choice(point: FrontierPoint) -> dict[str, Any]:
             if not self.noise:
@@ -120,6 +127,8 @@ class SearchResult:
         noise: dict[str, Any] = {"noise": self.noise} if self.noise else {}
         if self.objective is not None:
             noise["objective"] = self.objective
+        if self.method != "exact":
+            noise["method"] = self.method
         return {
             "frontier": [facts(point) | choice(point) for point in self.frontier],
             "uniform": [facts(point) for point in self.uniform],
@@ -141,7 +150,9 @@ def search(
     origin: Origin = Origin(),
     progress: bool = False,
 ) -> SearchResult:
-    """Search greedily for a pattern of every budget down to `settings.keep` (paper, Algorithm 1).
+    """Search for a pattern of every budget down to `settings.keep`, greedily (paper, Algorithm 1).
+
+    `settings.method` chooses a search that measures less.
 
     `out` gets settings.json, journal.jsonl (one line per evaluation), result.json and pattern.json.
 
@@ -191,6 +202,8 @@ def _search(
     origin: Origin,
     progress: bool,
 ) -> SearchResult:
+    settings.check_method()
+    source.check_method(settings.method)
     _refuse_trained_sharing(source.without_indexer)
     source.check()
     layers = source.layers
@@ -201,30 +214,18 @@ def _search(
     shares = check_batches(batches, source.topk, comparisons)
     conditions = source.conditions(batches, shares, origin)
     facts = {**settings.facts(), "data": digest_of(batches), **source.facts(), **identity}
-    check = partial(_check_entry, layers=layers, noisy=isinstance(source, VllmSource), losses={})
+    check = partial(
+        _check_entry,
+        layers=layers,
+        noisy=isinstance(source, VllmSource),
+        losses={},
+        sizes=None if settings.method == "exact" else [len(b.units) for b in batches],
+    )
     with open_together(source.world, out, facts, check) as run:
-        total = evaluations(layers, full, starts) + len({str(p) for p in comparisons})
-        done = sum("pattern" in entry for entry in run.journal)
-        shown = progress and source.world.rank == 0
-        with progress_bar(total, "eval", done, shown=shown) as bar:
-
-            def record(entry: Entry) -> None:
-                run.append(entry)
-                bar.update("pattern" in entry)
-
-            source.expect(rounds(layers, full, starts), comparisons, _said_on(bar))
-            loss = source.objective(batches, run.journal, record, settings.objective)
-            frontier: list[FrontierPoint] = []
-            for point in greedy(loss, layers, full, starts, source.noise):
-                source.advance(len(frontier))
-                frontier.append(point)
-                _record_tie(run, point)
-                bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
-            losses = together(loss, comparisons, frontier[-1].pattern)
-            uniform = [FrontierPoint(*both) for both in zip(comparisons, losses, strict=True)]
-        parts: dict[str, Evaluation] = {}
-        if shows_parts(batches, settings.objective):
-            parts = {str(p.pattern): loss.evaluate(p.pattern) for p in (*frontier, *uniform)}
+        find = exact if settings.method == "exact" else sampled
+        frontier, uniform, parts, work = find(
+            run, source, batches, settings, (full, starts, comparisons), progress
+        )
         notes += about_full(frontier[0], parts, settings.objective, source.blind_loss())
         seen = seen_in(batches)
         frontier = [replace(p, pattern=p.pattern.chosen_on(seen)) for p in frontier]
@@ -236,28 +237,15 @@ def _search(
             notes,
             conditions,
             source.noise,
-            loss.work,
+            work,
             settings.objective if parts else None,
             parts,
+            settings.method,
         )
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     source.close()
     return result
-
-
-def _said_on(bar: Any) -> Callable[[str], None]:
-    """Return what shows a text beside a progress bar, not more often than the bar is drawn."""
-    last = -math.inf
-
-    def say(text: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if not bar.disable and now - last >= bar.mininterval:
-            last = now
-            bar.set_postfix_str(text)
-
-    return say
 
 
 def about_full(
@@ -286,13 +274,16 @@ def about_full(
     return tuple(notes)
 
 
-def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float]) -> None:
+def _check_entry(
+    entry: Entry, layers: int, noisy: bool, losses: dict[str, float], sizes: Sequence[int] | None
+) -> None:
     """Raise ValueError, KeyError or TypeError for a line of a journal that no search has written.
 
     Args:
         layers: number of layers of the model.
         noisy: whether the losses have noise, about which there are lines too.
         losses: the losses of the lines before, by pattern; this adds the line's.
+        sizes: the number of sequences of every batch, where lines hold their sums.
     """
     if noisy and "pattern" not in entry:
         if "noise" in entry:
@@ -301,9 +292,13 @@ def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float
             for layer in (entry["flipped"], entry["full"], *entry["tied"]):
                 number_of({"layer": layer}, "layer")
         return
-    pattern, loss = entry["pattern"], number_of(entry, "loss")
+    pattern = entry["pattern"]
+    loss = number_of(entry, "loss") if sizes is None else 0.0
     if not isinstance(pattern, str) or str(Pattern(pattern).check(layers=layers)) != pattern:
         raise ValueError(f"its pattern is {pattern!r:.60}")
+    if sizes is not None:
+        _check_sums(entry, sizes)
+        return
     for value in dict(entry.get("parts", {})).values():
         number_of({"part": value}, "part")
     for pair in dict(entry.get("found", {})).values():
@@ -313,6 +308,20 @@ def _check_entry(entry: Entry, layers: int, noisy: bool, losses: dict[str, float
         raise ValueError(f"it gives {pattern:.60} another loss than a line before it")
 
 
+def _check_sums(entry: Entry, sizes: Sequence[int]) -> None:
+    """Raise ValueError, KeyError or TypeError for a line of sums that no search has written."""
+    batches, sums = list(entry["batches"]), list(entry["sums"])
+    found = list(entry.get("found") or [None] * len(batches))
+    for batch, row, counts in zip(batches, sums, found, strict=True):
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 0 <= batch < len(sizes):
+            raise ValueError(f"a batch is {batch!r:.60}")
+        for values in (row, row if counts is None else counts):
+            if len([number_of({"sum": v}, "sum") for v in values]) != sizes[batch]:
+                raise ValueError(
+                    f"batch {batch} has {sizes[batch]} sequences, but not so many sums"
+                )
+
+
 def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
     return {
         "sequences": sum(len(b.units) for b in batches),
@@ -320,13 +329,6 @@ def _calibration(batches: Sequence[Batch], beyond: float) -> dict[str, Any]:
         "queries_beyond_k": beyond,
         "domains": sorted({b.domain for b in batches}),
     }
-
-
-def _record_tie(run: Run | Follower, point: FrontierPoint) -> None:
-    """Write into the journal, once, that the noise did not let a flip be told from others."""
-    entry = {"flipped": point.flipped, "tied": list(point.tied), "full": point.full}
-    if point.tied and entry not in run.journal:
-        run.append(entry)
 
 
 def _refuse_trained_sharing(shared: Sequence[int]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from indexcache.pattern import full_count, stage_starts
 
 ObjectiveName = Literal["weighted", "mean", "worst", "kl", "key-kl"]
+Method = Literal["exact", "fast", "similarity"]
 DEFAULT_OBJECTIVE: ObjectiveName = "weighted"
 FIRST = ("keep", "stages", "uniform", "pool_factor")
 """Settings that every settings.json holds; others only where they are not the default, so that
@@ -15,7 +17,26 @@ runs of earlier versions go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class Savings:
+    """What a fast search saves, and how much that may cost."""
+
+    racing: bool = True
+    """Fast search: measure candidates on growing parts of the text, and drop those that are clearly
+    worse."""
+    lazy: bool = True
+    "Fast search: measure only the candidates again that promised most."
+    together: bool = True
+    "Fast search: flip layers that cannot be told apart at once."
+    swaps: bool = True
+    "Fast search: let full and shared layers change places at 1/2, 1/4, .. and at the end."
+    error_rate: float = 0.05
+    "Fast search: probability, by race, that the best candidate is dropped."
+    tolerance: float = 0.005
+    "Fast search: nats per token that all flips together may lose by not being told apart."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Savings):
     """The settings of a search."""
 
     keep: float = 0.25
@@ -33,13 +54,42 @@ class SearchSettings:
     half for retrieval; "worst", the most that a domain or a kind loses to the full model; "kl", the
     divergence from the full model; or "key-kl", that of tokens which need the long context."""
 
+    method: Method = "exact"
+    """How patterns are looked for: "exact", the paper's greedy search; "fast", which measures less;
+    or "similarity", which measures no loss and is there to compare with."""
+
     def facts(self) -> dict[str, Any]:
         """Return what a run folder holds of the settings."""
         default = asdict(SearchSettings())
         return {k: v for k, v in asdict(self).items() if k in FIRST or v != default[k]}
 
+    def check_method(self) -> None:
+        """Check the settings of a fast search.
+
+        Raises:
+            ValueError: one of them is given for another method, or is out of range.
+        """
+        for f in fields(Savings):
+            if self.method != "fast" and getattr(self, f.name) != f.default:
+                flag = f.name.replace("_", "-")
+                flag = f"no-{flag}" if f.default is True else flag
+                raise ValueError(f"--{flag} is a setting of the fast search; add --method fast.")
+        if not 0 < self.error_rate < 0.5:
+            raise ValueError(
+                f"The error rate of a race is above 0 and below 0.5, not {self.error_rate}."
+            )
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(
+                f"The tolerance is a number of nats per token, 0 or more, not {self.tolerance}."
+            )
+
     def check_engine(self) -> None:
-        """Raise ValueError for an objective that no engine gives."""
+        """Raise ValueError for an objective or a method that no engine gives."""
+        if self.method == "similarity":
+            raise ValueError(
+                "The selections of layers cannot be seen in vLLM; --method similarity needs this "
+                "package's own path."
+            )
         if self.objective in ("kl", "key-kl"):
             raise ValueError(
                 f"The objective {self.objective} needs all probabilities of a token, which vLLM "

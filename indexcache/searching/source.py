@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.conditions import (
@@ -23,9 +25,11 @@ from indexcache.models.soundness import blind_loss, check_weights
 from indexcache.models.stream.run import Stream
 from indexcache.models.world import ALONE, Processes
 from indexcache.pattern import Pattern, stage_starts
-from indexcache.searching.engine_objective import EngineObjective
+from indexcache.searching.engine_objective import NOISE_PASSES, EngineObjective, measure_noise
 from indexcache.searching.objective import Evaluation, Objective
-from indexcache.searching.settings import DEFAULT_OBJECTIVE, ObjectiveName, SearchSettings
+from indexcache.searching.samples import EngineSamples, ModelSamples, Samples
+from indexcache.searching.settings import DEFAULT_OBJECTIVE, Method, ObjectiveName, SearchSettings
+from indexcache.searching.similarity import selection_overlap
 from indexcache.searching.streamed import StreamedObjective, Ticker
 from indexcache.searching.work import Work
 from indexcache.vacuity import Share
@@ -55,6 +59,8 @@ class LossSource(ABC):
         roles: the roles that it can run.
         noise: how far two evaluations of one pattern lie apart, nats per token.
         world: the processes that compute together, of which the first one writes.
+        methods: the ways of searching that it knows.
+        kind: what it is, for a refusal.
     """
 
     layers: int
@@ -63,6 +69,16 @@ class LossSource(ABC):
     roles: str
     noise: float = 0.0
     world: Processes = ALONE
+    methods: tuple[Method, ...] = ("exact", "fast", "similarity")
+    kind: str = "this package's own path"
+
+    def check_method(self, method: Method) -> None:
+        """Raise ValueError for a way of searching that this source does not know."""
+        if method not in self.methods:
+            raise ValueError(
+                f"--method {method} does not run on {self.kind}; take {' or '.join(self.methods)}, "
+                "or this package's own path with the whole model in memory."
+            )
 
     def check(self) -> None:  # noqa: B027
         """Refuse a model whose weights cannot give a loss that means anything.
@@ -107,6 +123,20 @@ class LossSource(ABC):
             journal: the entries of an interrupted run, none of which is computed again.
             record: gets an entry {"pattern", "loss", ..} after each new evaluation.
         """
+
+    def samples(
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
+    ) -> Samples:
+        """Return what measures patterns on parts of the text; the arguments are `objective`'s."""
+        raise NotImplementedError
+
+    def overlap(self, batches: Sequence[Batch]) -> np.ndarray:
+        """Return what every two layers' selections have in common, [layers, layers]."""
+        raise NotImplementedError
 
     def expect(  # noqa: B027
         self, rounds: Sequence[int], later: Sequence[Pattern], say: Callable[[str], Any]
@@ -171,6 +201,18 @@ class ModelSource(LossSource):
             name,
         )
 
+    def samples(
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
+    ) -> Samples:
+        return ModelSamples(self.module, batches, name, journal, record)
+
+    def overlap(self, batches: Sequence[Batch]) -> np.ndarray:
+        return selection_overlap(self.module, batches)
+
 
 class StreamedSource(ModelSource):
     """The losses of a model whose layers are read one at a time; bitwise those of `ModelSource`.
@@ -181,6 +223,9 @@ class StreamedSource(ModelSource):
         world: the processes that compute together.
         out: the run folder, where states are saved and spilled to.
     """
+
+    methods = ("exact",)  # It computes whole rounds of candidates.
+    kind = "a streamed model"
 
     def __init__(self, model: AnyModel, stream: Stream, world: Processes, out: Path):
         super().__init__(model)
@@ -238,6 +283,8 @@ class VllmSource(LossSource):
     """
 
     roles = "FS"
+    methods = ("exact", "fast")  # Nobody sees the selections.
+    kind = "vLLM"
 
     def __init__(self, engine: VllmEngine):
         self.engine = engine
@@ -274,3 +321,16 @@ class VllmSource(LossSource):
         objective = EngineObjective(self.engine, batches, journal, record, name)
         self.noise = objective.noise
         return objective
+
+    def samples(
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
+    ) -> Samples:
+        samples = EngineSamples(self.engine, batches, name, journal, record)
+        combination = samples.combination if samples.shows_parts else None
+        self.noise = measure_noise(self.engine, batches, combination, journal, record)
+        samples.work.layer_tokens += NOISE_PASSES * samples.work.whole
+        return samples

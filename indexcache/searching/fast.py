@@ -1,0 +1,268 @@
+"""A search that measures less: races, a queue of old gains, joint flips, and swaps.
+
+Like `greedy` it flips layers to S until few are full, but it does not measure every candidate on
+the whole text in every round:
+
+- racing: candidates meet growing parts of the text; those that are clearly worse leave by a paired
+  test, and the race ends when the rest cannot matter.
+- lazy: only the candidate that promises most is measured again. The others keep their old value,
+  and are measured where it is below the new one.
+- together: what a race cannot tell apart is flipped at once, and verified on the whole text.
+- swaps: at the budgets 1/2, 1/4, .. and at the last one, a full layer and a shared one change
+  places where that loses less.
+
+Without all four it is `greedy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from indexcache.pattern import Pattern, full_count
+from indexcache.searching.greedy import FrontierPoint
+from indexcache.searching.samples import Difference, Parts, Samples
+from indexcache.searching.settings import Savings
+
+RELATIVE = 0.1
+"""Part of what a flip loses by which another may lose less without being preferred to it."""
+SHIFTS, OTHERS = 3, 4  # swaps of neighbours, and other ones, that are tried at a budget, ..
+ROUNDS = 2  # so many times at most
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a flip loses, as it was measured last.
+
+    Attributes:
+        flip: the trunk of that time with the flip.
+        base: the trunk of that time.
+        part: the part of the text on which it was measured.
+        value: the difference of the objective, nats per token.
+    """
+
+    flip: Pattern
+    base: Pattern
+    part: Parts
+    value: float
+
+
+@dataclass
+class FastSearch:
+    """The state of a search.
+
+    Args:
+        samples: measures patterns.
+        full: number of full layers at the end.
+        starts: the first layers of the pipeline stages, which stay full.
+        savings: which savings are on, and how much they may cost.
+        noise: how far two evaluations of one pattern lie apart, nats per token.
+    """
+
+    samples: Samples
+    full: int
+    starts: Sequence[int]
+    savings: Savings
+    noise: float = 0.0
+    trunk: Pattern = field(init=False)
+    loss: float = field(init=False)
+    known: bool = field(init=False, default=True)  # whether the loss is that of the whole text
+    gains: dict[int, Gain] = field(init=False, default_factory=dict)  # of full layers
+    losses: dict[int, Gain] = field(init=False, default_factory=dict)  # of layers that were flipped
+
+    def __post_init__(self) -> None:
+        if self.full < len(self.starts):
+            raise ValueError(
+                f"{self.full} full layers are too few: the first layer of each of the "
+                f"{len(self.starts)} stages stays full."
+            )
+        layers = self.samples.layers
+        self.trunk = self.samples.full
+        # Differences below this are not worth telling apart: what may be lost in all, by flip.
+        self.slack = max(self.savings.tolerance / max(layers - self.full, 1), self.noise)
+        self.parts = self.samples.parts() if self.savings.racing else [self.samples.whole]
+        self.budgets = {full_count(layers, 1 / 2**i) for i in range(1, 10)} | {self.full}
+
+    def run(self) -> Iterator[FrontierPoint]:
+        """Yield a point for every number of full layers, from all down to `full`.
+
+        The loss of a point between two that were measured is estimated.
+        """
+        self.samples.rebase(self.trunk)
+        self.loss = self.samples.evaluate(self.trunk).loss
+        yield FrontierPoint(self.trunk, self.loss)
+        ends = [*self.starts[1:], self.samples.layers]
+        stages = [range(a + 1, b) for a, b in zip(self.starts, ends, strict=True)]
+        while self.left:
+            for stage in stages:
+                candidates = [i for i in stage if self.trunk[i] == "F"]
+                if candidates and self.left:
+                    yield from self.step(candidates)
+
+    @property
+    def left(self) -> int:
+        """The number of layers still to flip."""
+        return len(self.trunk.full_layers) - self.full
+
+    def flipped(self, layers: Sequence[int]) -> Pattern:
+        """Return the trunk with layers flipped to S."""
+        pattern = self.trunk
+        for layer in layers:
+            pattern = pattern.replace(layer, "S")
+        return pattern
+
+    def step(self, candidates: Sequence[int]) -> Iterator[FrontierPoint]:
+        """Flip one of the candidates, or several at once, and refine at a budget."""
+        best = self.race(candidates)
+        layers = self.joint(candidates) if self.savings.together and len(self.starts) == 1 else []
+        layers = layers or [best]
+        before, count = self.loss, len(self.trunk.full_layers)
+        others = [self.gains[i].value for i in candidates if i not in layers]
+        patterns = [self.flipped(layers[: i + 1]) for i in range(len(layers))]
+        part = self.gains[best].part
+        self.losses |= {i: self.gains.pop(i) for i in layers}
+        expected = [self.losses[i].value for i in layers]
+        self.trunk = patterns[-1]
+        self.samples.rebase(self.trunk)
+        self.loss, self.known = before + sum(expected), False
+        budget = count - len(layers) in self.budgets
+        if len(layers) > 1 or part == self.samples.whole or budget:
+            self.loss, self.known = self.samples.evaluate(self.trunk).loss, True
+        # What a joint flip loses is divided as its parts promised.
+        each = [max(e, 1e-12) for e in expected]
+        for i, pattern in enumerate(patterns[:-1]):
+            loss = before + (self.loss - before) * sum(each[: i + 1]) / sum(each)
+            yield FrontierPoint(pattern, loss, layers[i], estimated=True)
+        if budget and self.savings.swaps:
+            self.refine()
+        yield FrontierPoint(
+            self.trunk,
+            self.loss,
+            layers[-1],
+            margin=min(others) - expected[-1] if others else None,
+            estimated=not self.known,
+        )
+
+    def race(self, candidates: Sequence[int]) -> int:
+        """Measure flips on growing parts until one is the best, or near enough to it; return it.
+
+        Where the queue is lazy, the flip that promises most is measured, and another one only where
+        what it lost before is less than what this one loses now.
+        """
+        samples, gains = self.samples, self.gains
+        alive = set(candidates)
+        fresh = {i for i in candidates if not self.savings.lazy or i not in gains}
+        rate = self.savings.error_rate / max(len(candidates) - 1, 1)
+        best = -1
+        for part in self.parts:
+            while True:
+                if not fresh & alive:
+                    fresh.add(min(alive, key=self.order))
+                runners = sorted(fresh & alive)
+                flips = {i: self.trunk.replace(i, "S") for i in runners}
+                samples.measure([samples.full, self.trunk, *flips.values()], part)
+                for i, flip in flips.items():
+                    lost = samples.difference([flip], [self.trunk], part).value
+                    gains[i] = Gain(flip, self.trunk, part, lost)
+                best = min(runners, key=self.order)
+                slack = self.near(gains[best].value)
+                apart = {i: self.apart(i, best) for i in sorted(alive) if i != best}
+                old = [i for i in apart if i not in fresh and apart[i].value < -slack]
+                if not old:
+                    break
+                fresh.add(min(old, key=lambda i: (apart[i].value, i)))
+            alive = {best, *(i for i in apart if apart[i].low(rate) <= 0)}
+            # The best may lose more than another one by no more than the slack.
+            if all(apart[i].low(rate) >= -slack for i in alive if i != best):
+                break
+        return best
+
+    def order(self, layer: int) -> tuple[float, int]:
+        """Sort layers by what their flip loses; of equal ones the lowest is first."""
+        return (self.gains[layer].value, layer)
+
+    def near(self, lost: float) -> float:
+        """Return by how much less another flip may lose than one that loses `lost`."""
+        return self.slack + (RELATIVE * max(lost, 0.0) if self.savings.tolerance else 0.0)
+
+    def apart(self, layer: int, best: int) -> Difference:
+        """Compare what two flips lose, on the part on which both were measured."""
+        own, other = self.gains[layer], self.gains[best]
+        part = min(own.part, other.part, key=len)
+        return self.samples.difference([own.flip, other.base], [own.base, other.flip], part)
+
+    def joint(self, candidates: Sequence[int]) -> list[int]:
+        """Return flips that a race cannot tell apart and that lose no more together than alone.
+
+        They are verified on the whole text; none where no two of them hold.
+        """
+        order = sorted(candidates, key=self.order)
+        least = self.gains[order[0]].value
+        slack = self.near(least)
+        group = [i for i in order if self.gains[i].value <= max(least, 0.0) + slack]
+        count = len(self.trunk.full_layers)
+        room = min(count - b for b in self.budgets if b < count)
+        group = group[: min(max(self.left // 2, 1), room)]
+        while len(group) > 1:
+            pattern = self.flipped(group)
+            self.samples.measure([self.samples.full, self.trunk, pattern], self.samples.whole)
+            promised = sum(max(self.gains[i].value, 0.0) + slack for i in group)
+            lost = self.samples.difference([pattern], [self.trunk], self.samples.whole).value
+            if lost <= promised:
+                return group
+            group = group[: len(group) // 2]
+        return []
+
+    def refine(self) -> None:
+        """Let full and shared layers change places while that loses less on the whole text."""
+        for _ in range(ROUNDS):
+            swaps = self.swaps()
+            if not swaps:
+                return
+            alive = list(swaps)
+            for part in self.parts:
+                self.samples.measure([self.samples.full, self.trunk], part)
+                self.samples.measure([swaps[s] for s in alive], part)
+                lost = {
+                    s: self.samples.difference([swaps[s]], [self.trunk], part).value for s in alive
+                }
+                alive = sorted((s for s in alive if lost[s] < 0), key=lambda s: (lost[s], s))
+                if not alive:
+                    return
+            dropped, restored = alive[0]
+            self.trunk = swaps[alive[0]]
+            self.samples.rebase(self.trunk)
+            self.loss = self.samples.evaluate(self.trunk).loss
+            for source, to, layer in (
+                (self.losses, self.gains, restored),
+                (self.gains, self.losses, dropped),
+            ):
+                if layer in source:
+                    to[layer] = source.pop(layer)
+
+    def swaps(self) -> dict[tuple[int, int], Pattern]:
+        """Propose swaps: (layer to flip to S, layer to make full again) and their patterns.
+
+        They are those that promise most: the full layer lost little when it was measured last, and
+        the shared one, full again on a small part of the text, gains much. Neighbours, which do
+        similar work, come first.
+        """
+        samples, part = self.samples, self.parts[0]
+        shared = [j for j in range(samples.layers) if self.trunk[j] == "S"]
+        restored = {j: self.trunk.replace(j, "F") for j in shared}
+        samples.measure([samples.full, self.trunk, *restored.values()], part)
+        change = {j: samples.difference([p], [self.trunk], part).value for j, p in restored.items()}
+        pairs = [
+            (self.gains[i].value + change[j], i, j)
+            for i in self.trunk.full_layers
+            for j in shared
+            if i in self.gains and self.stage(i) == self.stage(j)
+        ]
+        order = [(i, j) for _, i, j in sorted(pairs)]
+        shifts = [p for p in order if abs(p[0] - p[1]) == 1][:SHIFTS]
+        others = [p for p in order if abs(p[0] - p[1]) > 1][:OTHERS]
+        return {(i, j): self.trunk.replace(j, "F").replace(i, "S") for i, j in (*shifts, *others)}
+
+    def stage(self, layer: int) -> int:
+        """Return the first layer of the pipeline stage of a layer."""
+        return max(start for start in self.starts if start <= layer)
