@@ -41,7 +41,10 @@ def stream_model(
     """
     folder = Path(facts["path"])
     module = _skeleton(facts, weights, dtype, trust_remote_code)
-    layers = Layers(module, weights, torch.device(device))
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    layers = Layers(module, weights, place)
     module.config.name_or_path = str(folder)
     state_of(module).stream = Stream(layers, settings)
     applied = None

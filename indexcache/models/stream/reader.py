@@ -224,7 +224,7 @@ class Reader:
             largest = max(plan.size for plan in self.plans)
             empty: Any = torch.empty
             self._pinned += [empty(largest, dtype=torch.uint8, pin_memory=True) for _ in "ab"]
-        return self._pinned[turn]
+        return self._pinned[turn][:size]
 
     def _read_piece(self, shard: str, file: int, begin: int, part: Any) -> None:
         done = 0
