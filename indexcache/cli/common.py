@@ -358,7 +358,9 @@ def open_text(model: str, text: TextSettings, patterns: Sequence[Pattern] = ()) 
     return batches
 
 
-def open_retrieval(model: str, text: TextSettings, settings: RetrievalSettings) -> list[Batch]:
+def open_retrieval(
+    model: str, text: TextSettings, settings: RetrievalSettings, patterns: Sequence[Pattern] = ()
+) -> list[Batch]:
     """Make the retrieval sequences that are asked for, and say on stderr what they are.
 
     Raises:
@@ -374,6 +376,8 @@ def open_retrieval(model: str, text: TextSettings, settings: RetrievalSettings) 
     from indexcache.models.reader import Reader
 
     facts = describe(model)
+    topk, context = int(facts["index_topk"]), int(facts["max_position_embeddings"])
+    length = text.length if settings.retrieval_length is None else settings.retrieval_length
     source: str | Path = "heldout" if text.split == "heldout" else "calibration"
     split = None
     if text.data is not None:
@@ -383,7 +387,7 @@ def open_retrieval(model: str, text: TextSettings, settings: RetrievalSettings) 
         facts,
         source=source if settings.retrieval_filler == "text" else None,
         split=split if settings.retrieval_filler == "text" else text.split,
-        length=text.length if settings.retrieval_length is None else settings.retrieval_length,
+        length=check_length(length, topk, context, patterns),
         sequences=settings.retrieval_sequences,
         batch=text.batch,
         seed=text.seed,

@@ -12,6 +12,7 @@ from indexcache.cli.common import (
     FLAT,
     Checkpoint,
     EngineSettings,
+    HeldOutRetrieval,
     HeldOutText,
     ModelSettings,
     Output,
@@ -20,6 +21,7 @@ from indexcache.cli.common import (
     check_text,
     native_pattern,
     open_model,
+    open_retrieval,
     open_text,
     origin_of,
     parse_patterns,
@@ -55,6 +57,7 @@ def evaluate(
         ),
     ] = False,
     text: Annotated[HeldOutText, FLAT] = HeldOutText(),
+    retrieval: Annotated[HeldOutRetrieval, FLAT] = HeldOutRetrieval(),
     running: Annotated[ModelSettings, FLAT] = ModelSettings(),
     engine: Annotated[EngineSettings, FLAT] = EngineSettings(),
     stream: Annotated[StreamSettings, FLAT] = StreamSettings(),
@@ -63,7 +66,7 @@ def evaluate(
     """Prove a pattern safe on held-out text, against the full model or another pattern.
 
     The verb prints the difference in loss with its interval, the KL divergence, and how often the
-    two agree on the next token.
+    two agree on the next token; with --retrieval also how many answers are found.
     """
     from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.evals.evaluate import evaluate as run_evaluation
@@ -92,9 +95,10 @@ def evaluate(
     check_text(facts, model, text, [p.pattern for p in measured])
     check_delta(facts, running.delta, patterns)
     streamed = not engine.engine and streams(facts, running, stream)
+    asked = open_retrieval(model, text, retrieval, [p.pattern for p in measured])
     if stream.dry_run:
         rounds = [Round.of_patterns([base_pattern, *named.values()])]
-        batches = open_text(model, text, [p.pattern for p in measured])
+        batches = open_text(model, text, [p.pattern for p in measured]) + asked
         deliver_forecast(facts, rounds, batches, running, stream, output)
         return 0
     folder = claim_folder(out, model)
@@ -105,6 +109,7 @@ def evaluate(
         how = stream if streamed else None
         subject, batches = open_model(model, text, running, [p.pattern for p in measured], how)
         spill_to(subject, folder)
+    batches += asked
     for line in unknown_origins(measured):
         print(f"indexcache: note: {line}", file=sys.stderr)
     if most is not None:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from indexcache.data import ALL, Batch, check_unseen, document_groups
+from indexcache.data.retrieval import DOMAIN
 from indexcache.engines.vllm.engine import VllmEngine
+from indexcache.evals.recall import Recall, recall_of
 from indexcache.evals.statistics import TOO_FEW, bootstrap_interval
 from indexcache.evals.streamed import subject_of
-from indexcache.evals.subject import BUCKETS, FIELDS, TWIN, Key
+from indexcache.evals.subject import BUCKETS, FIELDS, TOKENS, TWIN, Key
 from indexcache.models.conditions import Conditions, Origin
 from indexcache.models.family import AnyModel
 from indexcache.models.soundness import blindness
@@ -50,6 +52,7 @@ class Measurement:
             where nobody counted.
         noise: how far two evaluations of all layers full lie apart on the same tokens, two standard
             errors over documents, nats per token; None where evaluations repeat bit for bit.
+        recall: the answers found; None where nothing was asked.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Measurement:
     by_document: tuple[tuple[float, int], ...] = field(repr=False)
     beyond: float | None = None
     noise: float | None = None
+    recall: Recall | None = None
 
     @property
     def within_noise(self) -> bool:
@@ -103,6 +107,7 @@ class Measurement:
                 if self.noise is None
                 else {"noise": self.noise, "within_noise": self.within_noise}
             ),
+            **({} if self.recall is None else self.recall.to_json()),
         }
 
 
@@ -166,6 +171,9 @@ class Evidence:
             _table_by_place(f"vs {baseline}, by domain", by_domain, _domain_cell),
             _table_by_place(f"vs {baseline}, by position", self.positions, _position_cell),
         ]
+        asked = [row for row in by_domain if row.recall is not None]
+        if asked:
+            parts.append(_table_by_place(f"answers found, vs {baseline}", asked, _recall_cell))
         few = {str(r.where): r.documents for r in self.rows if r.ci_low is None}
         if few:
             places = ", ".join(f"{where} ({count})" for where, count in few.items())
@@ -262,6 +270,10 @@ def _domain_cell(row: Measurement) -> str:
     return f"{row.delta_loss:+.4f}{interval}"
 
 
+def _recall_cell(row: Measurement) -> str:
+    return str(row.recall)
+
+
 def _position_cell(row: Measurement) -> str:
     """Format a difference; where the context is too short for any, there is a dash."""
     return "-" if row.beyond == 0 and row.delta_loss == 0 else f"{row.delta_loss:+.4f}"
@@ -328,6 +340,7 @@ def evaluate(
         )
         for name, pattern in named.items()
         for where in places
+        if _by_unit(sums[name], where)[:, TOKENS].sum()
     ]
     rows = tuple(m for m in measured if isinstance(m.where, str))
     positions = tuple(m for m in measured if not isinstance(m.where, str))
@@ -359,7 +372,7 @@ def _named(
 
 def _note_near_copies(batches: Sequence[Batch]) -> None:
     """Log how many documents are near copies of others: the interval takes them as independent."""
-    groups = document_groups(batches)
+    groups = document_groups([b for b in batches if not b.answers])
     copies = len(groups) - len(set(groups.values()))
     if copies:
         logger.warning(
@@ -387,8 +400,9 @@ def _measure(
         noise: see `Measurement`.
     """
     by_unit = _by_unit(sums, where)
-    loss, delta, _, agree, tokens, beyond = by_unit.sum(0)
-    low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, 4])
+    loss, delta, _, agree, tokens, beyond, *_ = by_unit.sum(0)
+    by_unit = by_unit[by_unit[:, TOKENS] > 0]
+    low, high = (0.0, 0.0) if same else bootstrap_interval(by_unit[:, 1], by_unit[:, TOKENS])
     return Measurement(
         name=name,
         pattern=pattern,
@@ -404,16 +418,24 @@ def _measure(
         by_document=tuple((float(unit[1]), int(unit[4])) for unit in by_unit),
         beyond=float(beyond / tokens),
         noise=noise,
+        recall=recall_of(by_unit, same=same),
     )
 
 
 def _by_unit(sums: Mapping[Key, np.ndarray], where: str | tuple[float, float]) -> np.ndarray:
-    """Add up FIELDS at one place by document, float64 [documents, fields]."""
+    """Add up FIELDS at one place by document, float64 [documents, fields].
+
+    Retrieval has its own rows: it is no part of all text, unless there is no text.
+    """
     units: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(FIELDS)))
+    text = any(not domain.startswith(DOMAIN) for domain, _, _ in sums)
     for (domain, unit, bucket), value in sums.items():
-        if where in (ALL, domain, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
+        own = where == domain
+        if text and domain.startswith(DOMAIN) and not own:
+            continue
+        if own or where in (ALL, (bucket / BUCKETS, (bucket + 1) / BUCKETS)):
             units[domain, unit] += value
-    return np.stack([units[k] for k in sorted(units)])
+    return np.stack([units[k] for k in sorted(units)]) if units else np.zeros((0, len(FIELDS)))
 
 
 def _mean_kl(by_unit: np.ndarray) -> float | None:

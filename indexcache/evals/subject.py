@@ -30,7 +30,9 @@ from indexcache.seen import Seen
 from indexcache.vacuity import Share, choosing_size
 
 BUCKETS = 4  # number of equal parts of a sequence
-FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond")
+FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond", "found", "base_found", "asked")
+"""What is summed up of the tokens that count; the last three are of the answers of retrieval."""
+TOKENS = FIELDS.index("tokens")
 TRIED = 8  # batches on which an engine's switches are tried
 TIE = 1e-6  # nats, the rounding of log-probabilities
 TWIN = "\0"
@@ -278,8 +280,9 @@ class EngineSubject(Subject):
         scores: Sequence[PromptScores],
         size: int | None,
     ) -> Tensor:
-        rows = []
-        for before, after in zip(reference, scores, strict=True):
+        rows, right = [], []
+        for before, after, ids in zip(reference, scores, batch.ids.numpy(), strict=True):
+            right.append(np.stack([one.top[:, 0] == ids[1:] for one in (after, before)]))
             same = after is before
             kl = np.full_like(after.own, 0.0 if same and self.kl_ids else np.nan)
             agree = after.top[:, 0] == before.top[:, 0]
@@ -291,7 +294,8 @@ class EngineSubject(Subject):
             rows.append(np.stack([np.asarray(v, dtype=np.float64) for v in values]))
         fields = torch.from_numpy(np.stack(rows, axis=1))
         beyond = _beyond(batch, slice(0, fields.shape[-1]), size).double()
-        return _finite(torch.cat([fields, beyond[None]]), kl=bool(self.kl_ids))
+        found = _answers(batch, *torch.from_numpy(np.stack(right, axis=1)))
+        return _finite(torch.cat([fields, beyond[None], found]), kl=bool(self.kl_ids))
 
 
 def by_bucket(fields: Tensor, batch: Batch) -> Iterator[tuple[Key, np.ndarray]]:
@@ -302,6 +306,8 @@ def by_bucket(fields: Tensor, batch: Batch) -> Iterator[tuple[Key, np.ndarray]]:
         batch: the sequences.
     """
     tokens = fields.shape[-1]
+    if not batch.plain:
+        fields = torch.where(batch.counted[:, 1:], fields, 0.0)
     bucket = torch.arange(tokens) * BUCKETS // tokens
     for row, unit in enumerate(batch.units):
         for i in range(BUCKETS):
@@ -333,6 +339,7 @@ def _fields(
     """
     length = batch.ids.shape[1]
     fields = torch.zeros(len(FIELDS), len(batch.units), length - 1, dtype=torch.float64)
+    right = torch.zeros(2, len(batch.units), length - 1, dtype=torch.bool)
     for chunk, (base_logits, logits) in logit_chunks(module, base_hidden, hidden):
         target = batch.ids[:, chunk.start + 1 : chunk.stop + 1].to(logits.device)[..., None]
         base_log_p = F.log_softmax(base_logits, -1)
@@ -344,8 +351,30 @@ def _fields(
         beyond = _beyond(batch, chunk, size).to(kl)
         delta = loss.double() - base_loss.double()
         values = (loss, delta, kl, agree, torch.ones_like(kl), beyond)
-        fields[..., chunk] = torch.stack([v.double() for v in values]).cpu()
+        fields[: len(values), :, chunk] = torch.stack([v.double() for v in values]).cpu()
+        if batch.answers:
+            best = [p.argmax(-1) == target[..., 0] for p in (log_p, base_log_p)]
+            right[..., chunk] = torch.stack(best).cpu()
+    fields[-3:] = _answers(batch, *right)
     return _finite(fields, kl=True)
+
+
+def _answers(batch: Batch, right: Tensor, base_right: Tensor) -> Tensor:
+    """Say at the last token of every answer whether it is found, float64 [3, B, T - 1].
+
+    Args:
+        right, base_right: whether each token but the first is the most likely one under the
+            pattern and under the baseline, bool [B, T - 1].
+
+    Returns:
+        1 where the pattern finds it, where the baseline does, and where an answer is.
+    """
+    values = torch.zeros(3, *right.shape, dtype=torch.float64)
+    for row, spans in enumerate(batch.answers):
+        for start, stop in spans:
+            found = [bool(r[row, start - 1 : stop - 1].all()) for r in (right, base_right)]
+            values[:, row, stop - 2] = torch.tensor([*found, 1.0], dtype=torch.float64)
+    return values
 
 
 def _finite(fields: Tensor, *, kl: bool) -> Tensor:

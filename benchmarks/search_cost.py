@@ -1,0 +1,142 @@
+"""Compare the fast search with the exact one: work, time, and held-out loss of what they find.
+
+    python -m benchmarks.search_cost --out work/search-cost
+    python -m benchmarks.search_cost --out work/search-cost --model FOLDER --data TEXT \\
+        --length 8192 --sequences 16 --device cuda --dtype bfloat16
+
+Every search is a run in a folder under --out, so an interrupted comparison goes on. Both see the
+same calibration text; their patterns of every budget are compared on the same held-out documents,
+in pairs. The rows of other models in the result file stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import indexcache as ic
+from indexcache.cli import guarded
+from indexcache.data import Batch
+from indexcache.evals.evaluate import Measurement
+from indexcache.pattern import full_count
+from indexcache.records import read_json, write_json
+from indexcache.searching.run import SearchResult
+
+RESULT = Path(__file__).parent / "results" / "search_cost.json"
+BUDGETS = (2, 4, 8)
+METHODS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "fast": {"method": "fast"},
+    "fast-no-racing": {"method": "fast", "racing": False},
+    "fast-no-lazy": {"method": "fast", "lazy": False},
+    "fast-no-together": {"method": "fast", "together": False},
+    "fast-no-swaps": {"method": "fast", "swaps": False},
+    "similarity": {"method": "similarity"},
+}
+ABLATED = tuple(METHODS)[2:]
+
+
+def timed_search(
+    model: Any, batches: list[Batch], folder: Path, method: str
+) -> tuple[SearchResult, float]:
+    """Run a search, or read how long it took when it ran; a resumed one counts what it ran."""
+    clock = folder / "seconds.json"
+    before = read_json(clock)["seconds"] if clock.exists() else 0.0
+    began = time.perf_counter()
+    settings = ic.SearchSettings(keep=1 / max(BUDGETS), uniform=False, **METHODS[method])
+    finished = (folder / "result.json").exists()
+    result = ic.search(model, batches, folder, settings, progress=True)
+    seconds = before if finished else before + time.perf_counter() - began
+    write_json(clock, {"seconds": seconds})
+    return result, seconds
+
+
+def compared(
+    model: Any, patterns: dict[str, ic.Pattern], heldout: list[Batch]
+) -> dict[str, Measurement]:
+    """Measure patterns on held-out text in pairs with that of the exact search."""
+    others = {n: p for n, p in patterns.items() if p != patterns["exact"]}
+    base = patterns["exact"]
+    # The baseline beside itself has its loss, and a difference of nothing.
+    evidence = ic.evaluate(model, {"exact": base, **others}, heldout, against=base)
+    found = {row.name: row for row in evidence.overall}
+    return {name: found.get(name, found["exact"]) for name in patterns}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--data", help="Calibration and held-out text; the default is tiny's.")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=36)
+    parser.add_argument("--documents", type=int, default=54, help="Held-out sequences.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ablations", type=int, default=1, help="Seeds with one saving off.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    o = parser.parse_args()
+    model = ic.load(o.model, dtype=o.dtype, device=o.device)
+    ic.accelerate(model.module)
+    name = Path(o.model).name
+    rows: list[dict[str, Any]] = []
+    for seed in range(o.seeds):
+        settings = {"length": o.length, "seed": seed}
+        shipped = o.data is None
+        batches = model.batches(
+            "calibration" if shipped else o.data,
+            split=None if shipped else "calibration",
+            sequences=o.sequences,
+            **settings,
+        )
+        heldout = model.batches(
+            "heldout" if shipped else o.data,
+            split=None if shipped else "heldout",
+            sequences=o.documents,
+            **settings,
+        )
+        methods = [m for m in METHODS if m not in ABLATED or seed < o.ablations]
+        found = {m: timed_search(model, batches, o.out / name / f"{seed}" / m, m) for m in methods}
+        for budget in BUDGETS:
+            full = full_count(model.layers, 1 / budget)
+            patterns = {
+                m: next(p.pattern for p in result.frontier if p.full == full)
+                for m, (result, _) in found.items()
+            }
+            measured = compared(model, patterns, heldout)
+            for m, (result, seconds) in found.items():
+                one, work = measured[m], result.work
+                rows.append(
+                    {
+                        "model": name,
+                        "full": full,
+                        "seed": seed,
+                        "method": m,
+                        "evaluations": work.evaluations,
+                        "layer_tokens": work.layer_tokens,
+                        "seconds": round(seconds, 1),
+                        "held_out_loss": one.loss,
+                        "ci_low": one.ci_low,
+                        "ci_high": one.ci_high,
+                        "above_exact": one.delta_loss,
+                        "pattern": str(patterns[m]),
+                        "layers": model.layers,
+                        "documents": one.documents,
+                        "device": o.device,
+                        "length": o.length,
+                        "sequences": o.sequences,
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    kept = read_json(o.result)["rows"] if o.result.exists() else []
+    kept = [r for r in kept if r["model"] != name]
+    write_json(o.result, {"rows": sorted(kept + rows, key=lambda r: r["model"])})
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
