@@ -212,6 +212,13 @@ def gluon_runs(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
+    return gluon_refusal() is None
+
+
+def gluon_refusal() -> str | None:
+    """Return why the Gluon kernels do not run with the triton that is installed; None: they do."""
     import triton
 
-    return bool(triton.__version__.startswith("3.6."))
+    if triton.__version__.startswith("3.6."):
+        return None
+    return f"they were measured with triton 3.6, and {triton.__version__} is installed"

@@ -18,6 +18,8 @@ KEPT = {
     "vllm": (
         "config/model.py",
         "distributed/utils.py",
+        "model_executor/layers/attention/mla_attention.py",
+        "model_executor/layers/attention/sparse_mla_attention.py",
         "model_executor/models/deepseek_v2.py",
         "model_executor/models/utils.py",
         "models/deepseek_v32/attention.py",
@@ -29,6 +31,10 @@ KEPT = {
         "models/minimax_m3/nvidia/model.py",
         "transformers_utils/config.py",
         "transformers_utils/configs/hy_v4.py",
+        "v1/attention/backend.py",
+        "v1/attention/backends/mla/flashattn_mla_sparse.py",
+        "v1/attention/backends/mla/sparse_utils.py",
+        "v1/attention/backends/registry.py",
     ),
     "sglang": (
         "srt/configs/glm5_next.py",

@@ -2,13 +2,14 @@
 
 vLLM calls `register` through the entry point group `vllm.general_plugins`. Nothing of vLLM is
 imported then: a class is changed when vLLM imports it, so other models cost nothing. Two things
-change for models with a lightning indexer:
+change for models with a lightning indexer, and one can be chosen:
 
 - Indexer weights of layers that run no indexer are left out while loading. The default class of
   vLLM 0.29 to 0.33 stops with a KeyError there, so a checkpoint as published could not be served
   under a pattern.
 - A config that asks for sharing is checked before weights are read (`sharing.check_sharing`). A
   pattern that vLLM would run differently stops the server with one sentence.
+- `--attention-backend CUSTOM` is this package's sparse attention (`attention`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ DECODERS = {
 """The modules of vLLM's classes that build layers with an indexer, and those classes."""
 
 INDEXER = ".indexer."
+BACKENDS = "vllm.v1.attention.backends.registry"
+ATTENTION = "indexcache.engines.vllm.attention.IndexCacheBackend"
 
 log = logging.getLogger("vllm.indexcache")  # vLLM prints what is logged below its own name.
 
@@ -51,6 +54,7 @@ def register() -> None:
         for name, classes in DECODERS.items()
     }
     changes["vllm.config.vllm"] = _change_config
+    changes[BACKENDS] = _register_attention
     for name, change in changes.items():
         if name in sys.modules:
             change(sys.modules[name])
@@ -123,6 +127,24 @@ def _change_config(module: Any) -> None:
         return result
 
     setattr(cls, method, verify)
+
+
+def _register_attention(module: Any) -> None:
+    """Give the backend that vLLM keeps free for plugins, CUSTOM, to this package's attention.
+
+    It is a fixed member of vLLM's enumeration, which its processes can send each other; a name of
+    one's own cannot be read by a process that has not loaded the plugin yet.
+    """
+    custom = getattr(getattr(module, "AttentionBackendEnum", None), "CUSTOM", None)
+    if custom is None or not hasattr(module, "register_backend"):
+        return
+    if not custom.is_overridden():
+        module.register_backend(custom, ATTENTION)
+    elif custom.get_path() != ATTENTION:
+        log.warning(
+            "The attention backend CUSTOM is %s already, so that of indexcache cannot be chosen.",
+            custom.get_path(),
+        )
 
 
 def untested(version: str) -> str | None:
