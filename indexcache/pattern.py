@@ -1,7 +1,7 @@
 """A sharing pattern: the role of every decoder layer, as one immutable value.
 
     F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool,
-                 the top c*k, when R layers follow
+                 the top c*k or a share of what a query sees, when R layers follow
     R  re-index  scores only the pool of the nearest F with its own indexer, and keeps the top k
     S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
 
@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,35 @@ TYPES = {"F": "full", "S": "shared"}
 class Pattern:
     """Roles of all layers, e.g. `Pattern("FSSFSS")`, or `Pattern("FRRFRR@8")` with pools of 8 k.
 
+    `Pattern("FRRFRR@1/8")` has pools of an eighth of the tokens that a query sees, and of at least
+    k.
+
     Args:
         roles: one character per layer, F, R or S, layer 0 first; or a sequence of "full"/"shared".
-            A string that has R may end in `@c`, the pool factor.
+            A string that has R may end in `@c`, the pool factor, or `@1/8`, the pool's share.
         pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. It is only for
-            patterns with R, where the default is 8; else it is None.
+            patterns with R, where the default is 8; else it is None. A `Fraction` below 1 is the
+            pool's share of what a query sees: the attribute `pool_share` holds it then, and
+            `pool_factor` is None.
         seen: the text that a search chose it on, which travels with it into files; two patterns
             that differ in nothing else are equal.
 
     Raises:
         ValueError: anything but F, R and S (lower case included), an empty pattern, a first layer
-            that is not F, or a pool factor that is not a positive integer.
+            that is not F, a pool factor that is not a positive integer, or a share that is not
+            between 0 and 1.
     """
 
     roles: str
     pool_factor: int | None
+    pool_share: Fraction | None
     seen: Seen = field(compare=False, repr=False)
 
     def __init__(
-        self, roles: str | Sequence[str], pool_factor: int | None = None, seen: Seen = Seen()
+        self,
+        roles: str | Sequence[str],
+        pool_factor: int | Fraction | None = None,
+        seen: Seen = Seen(),
     ):
         if not isinstance(roles, str):
             roles = _roles_of_types(roles)
@@ -81,7 +92,9 @@ class Pattern:
                 "A pool factor was given, but the pattern has no R layer that would use it."
             )
         object.__setattr__(self, "roles", roles)
-        object.__setattr__(self, "pool_factor", pool_factor)
+        share = isinstance(pool_factor, Fraction)
+        object.__setattr__(self, "pool_factor", None if share else pool_factor)
+        object.__setattr__(self, "pool_share", pool_factor if share else None)
         object.__setattr__(self, "seen", seen)
 
     # -- reading ---------------------------------------------------------------------------------
@@ -104,7 +117,7 @@ class Pattern:
         offset: int = 1,
         *,
         rest: str = "S",
-        pool_factor: int | None = None,
+        pool_factor: int | Fraction | None = None,
     ) -> Pattern:
         """Return the pattern with one full layer in `freq` and `rest` (S or R) between them.
 
@@ -231,7 +244,7 @@ class Pattern:
                 raise ValueError(
                     f"there is no pattern; it begins like JSON, but is none ({error!s:.200})."
                 ) from None
-            if not re.fullmatch(r"[\w@ ]*", text):
+            if not re.fullmatch(r"[\w@/ ]*", text):
                 raise ValueError(
                     "there is no pattern; a file holds FSSF.., JSON with a pattern, overrides of "
                     "an engine, or a config."
@@ -250,7 +263,7 @@ class Pattern:
     # -- writing ---------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        return self.roles if self.pool_factor is None else f"{self.roles}@{self.pool_factor}"
+        return self.roles if self.pool is None else f"{self.roles}@{self.pool}"
 
     def __repr__(self) -> str:
         return f"Pattern({str(self)!r})"
@@ -303,6 +316,11 @@ class Pattern:
 
     # -- asking ----------------------------------------------------------------------------------
 
+    @property
+    def pool(self) -> int | Fraction | None:
+        """The size of the pools: the factor of k, or the share of what a query sees."""
+        return self.pool_factor if self.pool_share is None else self.pool_share
+
     def __len__(self) -> int:
         return len(self.roles)
 
@@ -340,12 +358,10 @@ class Pattern:
         """Return the full layers whose pool an R layer reads."""
         return frozenset(self.source(i) for i, r in enumerate(self.roles) if r == "R")
 
-    def signature(self) -> tuple[tuple[str, int | None], ...]:
-        """Return what decides each layer's result: its role, and the factor of its pool."""
+    def signature(self) -> tuple[tuple[str, int | Fraction | None], ...]:
+        """Return what decides each layer's result: its role, and the size of its pool."""
         pools = self.publishers()
-        return tuple(
-            (r, self.pool_factor if i in pools else None) for i, r in enumerate(self.roles)
-        )
+        return tuple((r, self.pool if i in pools else None) for i, r in enumerate(self.roles))
 
     def frequency(self) -> tuple[int, int] | None:
         """Return (freq, offset) if the rule of `uniform` gives this pattern, else None.
@@ -375,13 +391,13 @@ class Pattern:
         if len(role) != 1:
             raise ValueError(f"A layer has one role, F, R or S, not {role!r:.60}.")
         roles = self.roles[:layer] + role + self.roles[layer + 1 :]
-        return Pattern(roles, self.pool_factor if "R" in roles else None, self.seen)
+        return Pattern(roles, self.pool if "R" in roles else None, self.seen)
 
     def chosen_on(self, seen: Seen) -> Pattern:
         """Return the same pattern, which a search chose on this text, perhaps beside another."""
-        return Pattern(self.roles, self.pool_factor, self.seen | seen) if seen else self
+        return Pattern(self.roles, self.pool, self.seen | seen) if seen else self
 
-    def with_rest(self, role: str, pool_factor: int | None = None) -> Pattern:
+    def with_rest(self, role: str, pool_factor: int | Fraction | None = None) -> Pattern:
         """Return the pattern with the same full layers and every other layer in `role` (S or R).
 
         Raises:
@@ -396,6 +412,7 @@ class Pattern:
         layers: int | None = None,
         stages: Iterable[int] | None = None,
         reindex: bool = True,
+        share: bool = True,
         without_indexer: Iterable[int] = (),
     ) -> Pattern:
         """Return the pattern itself if it can be used under these conditions.
@@ -405,6 +422,7 @@ class Pattern:
             stages: first layer of every pipeline stage; each must be F, since ids do not cross
                 stages.
             reindex: False refuses R, which no engine knows.
+            share: False refuses pools that are a share of the context.
             without_indexer: layers that have no indexer weights and so can be neither F nor R.
 
         Raises:
@@ -421,6 +439,12 @@ class Pattern:
         if not reindex and "R" in self.roles:
             raise ValueError(
                 f"Layer {self.roles.index('R')} is R (re-index), but the engine knows only F and S."
+            )
+        if not share and self.pool_share is not None:
+            raise ValueError(
+                f"The pool of {self!s:.80} is a share of the context, for which there is no "
+                "kernel yet: search, evaluate and overlap run it, nothing else; take a factor of "
+                "k, such as @8."
             )
         for layer in without_indexer:
             if layer < len(self) and self.roles[layer] != "S":
@@ -464,7 +488,7 @@ def _is_full(layers: int, freq: int, offset: int) -> list[bool]:
     return [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
 
 
-def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | None) -> Pattern:
+def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | Fraction | None) -> Pattern:
     """Return the pattern with F where `is_full` says so and `rest` elsewhere."""
     if rest not in ("S", "R"):
         raise ValueError(f"The layers between the full ones can be S or R, not {rest!r:.60}.")
@@ -504,19 +528,33 @@ def _roles_of_types(types: Any) -> str:
     return "".join(names[t] for t in types)
 
 
-def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | None]:
+def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | Fraction | None]:
     roles, mark, text = roles.partition("@")
     if mark:
         if pool_factor is not None:
             raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
-        pool_factor = int(text) if re.fullmatch("[0-9]{1,9}", text) else text
-    if pool_factor is not None:
+        pool_factor = parse_pool(text)
+    if isinstance(pool_factor, Fraction):
+        if not 0 < pool_factor < 1:
+            raise ValueError(
+                f"A pool that is a share of the context is above 0 and below 1, not {pool_factor}."
+            )
+    elif pool_factor is not None:
         _positive("The pool factor of a pattern", pool_factor)
         if pool_factor > MAX_POOL_FACTOR:
             raise ValueError(
                 f"The pool factor of a pattern is at most {MAX_POOL_FACTOR}, not {pool_factor}."
             )
     return roles, pool_factor
+
+
+def parse_pool(text: str) -> int | Fraction | str:
+    """Read the size of a pool: 8 is a factor of k, 1/8 a share; anything else stays a text."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    if re.fullmatch("[0-9]{1,9}/0*[1-9][0-9]{0,8}", text):
+        return Fraction(text)
+    return text
 
 
 def _seen_in(text: str) -> Seen:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from indexcache.checkpoint import read_header
-from indexcache.pattern import MAX_FILE, Pattern, full_count
+from indexcache.pattern import MAX_FILE, Pattern, full_count, parse_pool
 from indexcache.reading import parse_json, read_toml
 from indexcache.records import read_json
 from indexcache.seen import Seen
 
 SYNTAX = """one of
   FSSF..          a pattern, one character per layer; FRRF..@8 gives R layers
-                  a pool of 8 k
+                  a pool of 8 k, FRRF..@1/8 one of 1/8 of what a query sees
   full, all       every layer is full
   1/4             the first of every four layers is full; uniform:1/4 and
                   uniform:4 mean the same
@@ -31,7 +31,7 @@ SYNTAX = """one of
   RUN             the last pattern of a search's folder
   RUN:1/4, RUN:3  the search's pattern that keeps 1/4 of the layers full, or 3
 Any of them may end in +R8: its full layers stay, and all others become R layers
-with a pool of 8 k (+R means +R8). NAME= in front of it gives it a name."""
+with a pool of 8 k (+R means +R8; +R1/8 is a share). NAME= in front of it gives it a name."""
 
 
 NUMBER = r"-?[0-9]{1,9}(\.[0-9]{1,9}|/[0-9]{1,9})?"
@@ -68,15 +68,17 @@ def parse_pattern(spec: str, layers: int) -> NamedPattern:
     if not equals or _is_source(spec):
         body = spec
         name = spec
-    suffix = None if _is_source(body) else re.fullmatch(r"(.*)\+R(\w*)", body, re.DOTALL)
-    if suffix and not re.fullmatch("[0-9]{0,9}", suffix[2]):
+    suffix = None if _is_source(body) else re.fullmatch(r"(.*)\+R([\w/]*)", body, re.DOTALL)
+    pool = parse_pool(suffix[2]) if suffix and suffix[2] else None
+    if suffix and isinstance(pool, str):
         raise ValueError(
             f"{spec:.80}: behind +R stands {suffix[2]!r:.40}, which is no pool factor; a pool of "
-            "8 k is +R8."
+            "8 k is +R8, and one of an eighth of the context +R1/8."
         )
     pattern = _parse(suffix[1] if suffix else body, layers)
     if suffix:
-        pattern = pattern.with_rest("R", int(suffix[2]) if suffix[2] else None)
+        assert not isinstance(pool, str)
+        pattern = pattern.with_rest("R", pool)
     return NamedPattern(name, pattern.check(layers=layers))
 
 

@@ -78,7 +78,11 @@ class Share:
 
 
 def pool_of(pattern: Pattern, topk: int) -> int | None:
-    """Return the number of tokens in the pool of a pattern's R layers; None without R layers."""
+    """Return the number of tokens in the pool of a pattern's R layers; None without R layers.
+
+    It is None too where the pool is a share of what a query sees: such layers lose something
+    wherever shared ones do, at queries with more than k tokens.
+    """
     return pattern.pool_factor * topk if "R" in pattern.roles and pattern.pool_factor else None
 
 
@@ -87,7 +91,7 @@ def choosing_size(patterns: Sequence[Pattern], topk: int) -> int | None:
 
     It is k if one has S layers, else the smallest pool; None if all of them are full everywhere.
     """
-    sizes = [topk for p in patterns if "S" in p.roles]
+    sizes = [topk for p in patterns if "S" in p.roles or p.pool_share is not None]
     return min([*sizes, *pools_of(patterns, topk)], default=None)
 
 

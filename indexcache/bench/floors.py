@@ -59,7 +59,7 @@ def prefill_floor(
     k = shape.topk
     tokens = length * batch
     seconds = dict.fromkeys(PARTS, 0.0)
-    publishers = pattern.publishers()
+    publishers = pattern.check(share=False).publishers()
     unscored = count_pairs(min(length, k), k)
     for layer, role in enumerate(pattern.roles):
         if role == "S":
@@ -100,7 +100,7 @@ def decode_floor(
     """
     k = shape.topk
     seconds = dict.fromkeys(PARTS, 0.0)
-    for role in pattern.roles:
+    for role in pattern.check(share=False).roles:
         if role == "S":
             continue
         keys = 0

@@ -7,6 +7,7 @@ share too few.
 from __future__ import annotations
 
 import lzma
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -174,7 +175,11 @@ class RecordedSelector(FastSelector):
         self.pools: Stretched | None = None
 
     def topk(
-        self, call: IndexerCall, inputs: IndexInputs, pool: int, within: Selection | None = None
+        self,
+        call: IndexerCall,
+        inputs: IndexInputs,
+        pool: int | Fraction,
+        within: Selection | None = None,
     ) -> Selection:
         selection = super().topk(call, inputs, pool, within)
         if inputs.positions is not None:

@@ -90,7 +90,7 @@ class Grid:
                     f"give 1 to {longest}."
                 )
         for named in self.patterns:
-            named.pattern.check(layers=shape.layers)
+            named.pattern.check(share=False, layers=shape.layers)
         if FILL in self.batches and not on_gpu:
             raise ValueError(
                 "How many requests fill the memory is known for a GPU only; give --batch a number."

@@ -78,7 +78,7 @@ def check_model(
     """
     family_of(model)
     attentions = [layer.self_attn for layer in decoder_layers(model)]
-    pattern.check(layers=len(attentions), without_indexer=missing_indexers(model))
+    pattern.check(layers=len(attentions), share=False, without_indexer=missing_indexers(model))
     check_latent_queries(model, "Distillation")
     if in_force(model) or any("forward" in attention.__dict__ for attention in attentions):
         raise ValueError("Distil the model itself: leave use_pattern and undo accelerate first.")

@@ -225,6 +225,8 @@ class Evidence:
 
     def _pool_share(self, pattern: Pattern) -> float | None:
         """Return the pool over the longest context; None without R layers."""
+        if pattern.pool_share is not None:
+            return float(pattern.pool_share)
         pool = pool_of(pattern, self.conditions.k)
         return None if pool is None else self.conditions.share(pool).longest
 

@@ -176,6 +176,9 @@ def selects(pattern: Pattern, topk: int, longest: int) -> str:
     """
     if topk >= longest:
         return "F" * len(pattern)
+    if pattern.pool_share is not None:
+        all_k = pattern.pool_share * longest <= topk
+        return pattern.roles.replace("R", "S") if all_k else str(pattern)
     if pattern.pool_factor is None:
         return pattern.roles
     if pattern.pool_factor * topk >= longest:

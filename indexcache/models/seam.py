@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 from weakref import WeakSet
 
@@ -175,7 +176,10 @@ class Seam:
         if call.layer not in self._publishers:
             return self.selector.full(call)
         one.pool = None
-        selection = self.selector.full(call, call.indexer.index_topk * self.pattern.pool_factor)
+        size: int | Fraction = self.pattern.pool_share or (
+            call.indexer.index_topk * (self.pattern.pool_factor or 0)
+        )
+        selection = self.selector.full(call, size)
         assert selection.pool is not None
         one.pool = Selection(selection.pool)
         return replace(selection, pool=None)

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from indexcache.models.family import AnyModel, Family, either, family_of
 from indexcache.models.patch import Replaced
+from indexcache.models.pools import keep_first, sizes_of, width_of
 from indexcache.ops import Selection, index_scores
 
 _REPLACED = threading.RLock()
@@ -104,8 +106,11 @@ class Selector(ABC):
         self.family: Family = family_of(model)
 
     @abstractmethod
-    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
-        """Select the top k over all keys, and where `pool` > 0 also the top `pool`."""
+    def full(self, call: IndexerCall, pool: int | Fraction = 0) -> Selection:
+        """Select the top k over all keys, and where `pool` > 0 also the top `pool`.
+
+        A fraction is the share of the keys that each query sees.
+        """
 
     @abstractmethod
     def reindex(self, call: IndexerCall, pool: Selection) -> tuple[Selection, Selection]:
@@ -136,12 +141,18 @@ class StockSelector(Selector):
 
     path = "stock"
 
-    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
+    def full(self, call: IndexerCall, pool: int | Fraction = 0) -> Selection:
         if not pool:
             return Selection(call.stock())
         # One pass gives both: the top k are the first of the pool, up to equal scores.
-        candidates = call.stock(pool)
-        return Selection(candidates[..., : call.indexer.index_topk].contiguous(), candidates)
+        topk = call.indexer.index_topk
+        if isinstance(pool, Fraction):
+            candidates = call.stock(width_of(pool, call.mask.shape[-1], topk))
+            seen = _allowed(call.mask).sum(-1).expand(*candidates.shape[:2])
+            shared = keep_first(candidates, sizes_of(pool, seen, topk))
+        else:
+            candidates = shared = call.stock(pool)
+        return Selection(candidates[..., :topk].contiguous(), shared)
 
     def answer(self, selection: Selection) -> Tensor:
         return selection.ids
@@ -152,14 +163,23 @@ class StockSelector(Selector):
         q, k, w = self.family.project(call.indexer, call.x, call.q_latent, call.rope)
         if call.cache is not None:
             k = call.cache.update_indexer(k, call.layer)
-        scores = index_scores(q, k, w, candidates)
-        allowed = call.mask.expand(*candidates.shape[:2], -1).gather(-1, candidates.long())
+        # A pool that is a share has -1 where there is no key; the last key stands in for it.
+        last = call.mask.shape[-1] - 1
+        ids = torch.where(candidates < 0, last, candidates)
+        scores = index_scores(q, k, w, ids)
+        allowed = call.mask.expand(*ids.shape[:2], -1).gather(-1, ids.long())
         if allowed.dtype == torch.bool:
             scores = scores.masked_fill(~allowed, -torch.inf)
         else:
             scores = scores + allowed
-        best = scores.topk(min(call.indexer.index_topk, candidates.shape[-1]), dim=-1).indices
-        return Selection(candidates.gather(-1, best)), pool
+        scores = scores.masked_fill(candidates < 0, -torch.inf)
+        best = scores.topk(min(call.indexer.index_topk, ids.shape[-1]), dim=-1).indices
+        return Selection(ids.gather(-1, best)), pool
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Return which keys each query sees, bool [B or 1, S, T], of a mask of booleans or summands."""
+    return mask if mask.dtype == torch.bool else mask >= 0
 
 
 def on_device(selection: Selection, device: torch.device) -> Selection:

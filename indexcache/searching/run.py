@@ -105,6 +105,8 @@ class SearchResult:
     def _pool(self, pattern: Pattern) -> str:
         """Say what share of the longest context the pool of R layers is."""
         pool = pool_of(pattern, self.conditions.k)
+        if pattern.pool_share is not None:
+            return f", pool {float(pattern.pool_share):.0%} of the context"
         if pool is None:
             return ""
         return f", pool {self.conditions.share(pool).longest:.0%} of the context"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import without_autocast
 from indexcache.models.fast.visible import Ids
 from indexcache.models.mla import Rope
+from indexcache.models.pools import keep_best, sizes_of, width_of
 from indexcache.models.selector import IndexerCall, Selector
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
@@ -63,7 +65,7 @@ class FastSelector(Selector):
         self.project_one = project_one or self.family.project
 
     @torch.no_grad()
-    def full(self, call: IndexerCall, pool: int = 0) -> Selection:
+    def full(self, call: IndexerCall, pool: int | Fraction = 0) -> Selection:
         selection = self.topk(call, self._inputs(call), pool)
         return replace(self.grouped(selection.ids), pool=selection.pool)
 
@@ -79,9 +81,17 @@ class FastSelector(Selector):
         return _in_groups(ids, ops.query_group(ids, self.heads))
 
     def topk(
-        self, call: IndexerCall, inputs: IndexInputs, pool: int, within: Selection | None = None
+        self,
+        call: IndexerCall,
+        inputs: IndexInputs,
+        pool: int | Fraction,
+        within: Selection | None = None,
     ) -> Selection:
-        """Select the top k, within a pool or over all keys, and where `pool` > 0 the top `pool`."""
+        """Select the top k, within a pool or over all keys, and where `pool` > 0 the top `pool`.
+
+        Raises:
+            ValueError: a pool that is a share, where no kernel makes it.
+        """
         visible = call.mask
         if visible.spans is None:
             # In a step of a `Decoder` the positions say where each query is.
@@ -116,9 +126,11 @@ class FastSelector(Selector):
         call: IndexerCall,
         inputs: IndexInputs,
         offset: int | Tensor,
-        pool: int,
+        pool: int | Fraction,
         within: Selection | None,
     ) -> Selection:
+        if isinstance(pool, Fraction):
+            return self._shared_pool(call, inputs, offset, pool)
         with timed("index_topk"), without_autocast(inputs.q):
             return ops.index_topk(
                 inputs.q,
@@ -131,6 +143,31 @@ class FastSelector(Selector):
                 pool=pool,
                 groups=None if within is None else within.groups,
             )
+
+    def _shared_pool(
+        self, call: IndexerCall, inputs: IndexInputs, offset: int | Tensor, share: Fraction
+    ) -> Selection:
+        """Select the top k, and a pool that is a share of what each query sees.
+
+        There is no kernel for such pools: the largest one is selected for all queries, and torch
+        scores it again.
+
+        Raises:
+            ValueError: keys in fp8, or a step of a `Decoder`.
+        """
+        if inputs.k_scale is not None or isinstance(offset, Tensor):
+            raise ValueError(
+                f"The fast path has no kernel for pools of {share} of the context with fp8 keys or "
+                'in a Decoder; use index_dtype="bf16", stock transformers, or a pool such as @8.'
+            )
+        topk = call.indexer.index_topk
+        queries, keys = inputs.q.shape[1], inputs.k.shape[1]
+        found = self._topk(call, inputs, offset, width_of(share, keys, topk), None)
+        assert found.pool is not None
+        seen = torch.arange(offset + 1, offset + queries + 1, device=found.pool.device)
+        sizes = sizes_of(share, seen, topk)
+        pool = keep_best(inputs.q, inputs.k, inputs.w, found.pool, sizes)
+        return replace(found, pool=pool)
 
     def _inputs(self, call: IndexerCall) -> IndexInputs:
         """Project queries and keys, and store the keys in the dtype in which they are compared."""
