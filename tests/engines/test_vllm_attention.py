@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops
-from indexcache.engines.vllm import plugin
+from indexcache.engines.vllm import plugin, selecting
 from indexcache.ops import pages, tuning
 
 PAGE, STRIDE, VALUE, ROPE, HEADS, K = 32, 64, 32, 16, 5, 16
@@ -55,6 +55,7 @@ def row_view(cache, block_size):
 @pytest.fixture
 def attention(monkeypatch):
     """Import the backend over the stand-ins, with kernels in the interpreter."""
+    installed = []
     config = SimpleNamespace(attention_config=SimpleNamespace(hisparse_config=None))
     parts = {
         f"{FOLDER}.flashattn_mla_sparse": {
@@ -73,8 +74,9 @@ def attention(monkeypatch):
     monkeypatch.delitem(sys.modules, "indexcache.engines.vllm.attention", raising=False)
     monkeypatch.setattr(ops, "query_group", lambda ids, heads: 3 if heads <= 32 else 1)
     monkeypatch.setattr(pages, "SLICE", 4)
+    monkeypatch.setattr(selecting, "install", lambda: installed.append(True))
     module = importlib.import_module("indexcache.engines.vllm.attention")
-    module.config = config
+    module.config, module.installed = config, installed
     with ops.tuned(backend="triton", mla={"keys": 16}):
         yield module
     del sys.modules["indexcache.engines.vllm.attention"]
@@ -234,6 +236,13 @@ def test_refusals(attention, monkeypatch):
     assert cls.supported_dtypes == [torch.bfloat16]
     assert cls.supported_kv_cache_dtypes == ["auto", "bfloat16"]  # fp8 caches are refused
     assert not cls.get_impl_cls().supports_pcp
+
+
+def test_it_selects_where_that_is_not_turned_off(attention, monkeypatch):
+    attention.IndexCacheImpl(torch.zeros(1, K))
+    monkeypatch.setattr(attention.IndexCacheImpl, "selects", False)
+    attention.IndexCacheImpl(torch.zeros(1, K))
+    assert attention.installed == [True]
 
 
 def test_the_plugin_registers_it(attention, caplog):

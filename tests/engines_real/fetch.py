@@ -18,8 +18,8 @@ KEPT = {
     "vllm": (
         "config/model.py",
         "distributed/utils.py",
-        "model_executor/layers/attention/mla_attention.py",
         "model_executor/layers/attention/sparse_mla_attention.py",
+        "model_executor/layers/sparse_attn_indexer.py",
         "model_executor/models/deepseek_v2.py",
         "model_executor/models/utils.py",
         "models/deepseek_v32/attention.py",
@@ -33,6 +33,7 @@ KEPT = {
         "transformers_utils/configs/hy_v4.py",
         "v1/attention/backend.py",
         "v1/attention/backends/mla/flashattn_mla_sparse.py",
+        "v1/attention/backends/mla/indexer.py",
         "v1/attention/backends/mla/sparse_utils.py",
         "v1/attention/backends/registry.py",
     ),

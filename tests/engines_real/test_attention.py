@@ -72,7 +72,7 @@ def test_methods_have_vllms_names_and_arguments():
     }
     for name, known in theirs.items():
         for method, arguments in methods(classes(OURS)[name]).items():
-            if method == "_attend":
+            if method in ("__init__", "_attend"):
                 continue
             if method == "_forward_mqa_kernel" and method not in known:
                 continue  # before 0.33, where FA3 keeps decoding
@@ -150,3 +150,40 @@ def test_rows_are_those_that_vllm_looks_up(tmp_path):
     for s, row in enumerate(out.tolist()):
         mine = groups.union_BGU[0, s // 3][(groups.mask_BGU[0, s // 3] >> s % 3 & 1).bool()]
         assert set(mine.tolist()) == {i for i in row if i >= 0} and len(mine) == counts[s]
+
+
+def test_the_selection_stands_before_vllms():
+    """Arguments, metadata and the kernel that gathers keys are named as the selection needs."""
+    ours = ast.parse((Path(plugin.__file__).parent / "selecting.py").read_text(encoding="utf-8"))
+    needed = {
+        n.slice.value
+        for n in ast.walk(ours)
+        if isinstance(n, ast.Subscript)
+        and text(n.value) == "given"
+        and isinstance(n.slice, ast.Constant)
+    }
+    source = tree("vllm/model_executor/layers/sparse_attn_indexer.py")
+    function = next(
+        n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == "sparse_attn_indexer"
+    )
+    assert needed and needed <= {a.arg for a in function.args.args}
+    body = ast.unparse(function)
+    assert (
+        "ops.cp_gather_indexer_k_quant_cache(kv_cache, k_quant, k_scale, chunk.block_table, "
+        "chunk.local_cu_seq_lens)" in body
+    )
+    assert "for chunk in prefill_metadata.chunks:" in body
+    metadata = classes(tree(f"{FOLDER}/mla/indexer.py"))
+    fields = {
+        n.target.id
+        for name in ("PrefillChunkMetadata", "PrefillMetadata", "Metadata")
+        for n in metadata[f"DeepseekV32Indexer{name}"].body
+        if isinstance(n, ast.AnnAssign)
+    }
+    owners = ("chunk", "first", "last", "step", "prefill", "step.prefill")
+    read = {
+        n.attr for n in ast.walk(ours) if isinstance(n, ast.Attribute) and text(n.value) in owners
+    }
+    assert read and read <= fields
+    layers = tree("vllm/models/deepseek_v32/attention.py")
+    assert "sparse_attn_indexer(q_c, self.indexer.k_cache.prefix" in ast.unparse(layers)

@@ -11,9 +11,10 @@ layer in prefill, where `_forward_mqa_kernel` gives them to FA3. The cache of a 
 
 FA3 computes 64 heads whatever a rank has. This backend changes what happens in prefill with up to
 32 heads: the plan of a step (`ops.group_pages`), in which neighbouring queries share their latents,
-is made in the F layer and read by the S layers that follow. Everything else is FA3's as before:
-decoding and its CUDA graphs, prompts of at most k tokens, which vLLM attends to densely, and ranks
-with more heads, where no queries share a program.
+is made in the F layer and read by the S layers that follow, and the F layer's ids are selected by
+this package too (`selecting`). Everything else is FA3's as before: decoding and its CUDA graphs,
+prompts of at most k tokens, which vLLM attends to densely, and ranks with more heads, where no
+queries share a program.
 
 The module imports vLLM, and only vLLM imports it, by `PATH` (`plugin.register`).
 """
@@ -33,6 +34,7 @@ from vllm.v1.attention.backends.mla.flashattn_mla_sparse import (
 from vllm.v1.attention.backends.mla.sparse_utils import flat_kv_row_view
 
 from indexcache import ops
+from indexcache.engines.vllm import selecting
 from indexcache.ops import tuning
 from indexcache.ops.reference import QueryGroups
 
@@ -135,6 +137,13 @@ class IndexCacheImpl(FlashAttnMLASparseImpl):
     supports_pcp: bool = False
     decode_queries: ClassVar[int] = 0
     """Up to so many queries of a decoding step go to this package's kernel, and more to FA3."""
+    selects: ClassVar[bool] = True
+    """Whether this package selects in prefill too (`selecting`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.selects:
+            selecting.install()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Compile the kernels when a model is loaded, and not while the first prompt waits."""
@@ -142,6 +151,10 @@ class IndexCacheImpl(FlashAttnMLASparseImpl):
         ids = self.topk_indices_buffer
         if ids.is_cuda:
             _compile(self.num_heads, ids.shape[1], ids.device, self.scale)
+            indexer = getattr(self, "_indexer", None)
+            if self.selects and indexer is not None:
+                dims = indexer.n_head, indexer.head_dim
+                selecting.compile_kernels(*dims, ids.shape[1], ids.device)
 
     def forward_mqa(
         self, q: Any, kv_c_and_k_pe_cache: Tensor, attn_metadata: Any, layer: Any
