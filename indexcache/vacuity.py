@@ -279,6 +279,22 @@ def share_of(batches: Iterable[Sequences], size: int) -> Share:
     )
 
 
+def blindness(loss: float, blind: float) -> str | None:
+    """Say that a loss is no better than a blind guess; None where it is better.
+
+    Args:
+        loss: the model's loss on the text, nats per token.
+        blind: `blind_loss` of the model.
+    """
+    if loss < blind * (1 - 1e-5):  # A head of zeros gives it up to rounding.
+        return None
+    return (
+        f"The model's own loss on this text is {loss:.2f} nats, no better than a blind guess among "
+        f"all tokens ({blind:.2f}): its weights are random or were read wrongly, or its tokenizer "
+        "is another's, so no difference between patterns means anything."
+    )
+
+
 def sentence(shares: Mapping[int, Share]) -> str:
     """Say what part of the context k and the pools are; k is the first of the shares."""
     topk, *pools = shares

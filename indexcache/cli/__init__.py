@@ -25,6 +25,7 @@ from indexcache.cli import (
     overlap,
     plan,
     profile,
+    report,
     search,
 )
 from indexcache.cli.numbers import SHORT, number
@@ -46,6 +47,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "profile": profile.profile,
     "generate": generate.generate,
     "plan": plan.plan,
+    "report": report.report,
 }
 LARGEST = 2**53
 SPEC_HELP = f"```text\nSPEC is {SYNTAX}\n```"
@@ -142,7 +144,7 @@ def build_app() -> App:
         ),
     )
     for name, verb in VERBS.items():
-        takes_patterns = name not in ("inspect", "search", "plan")
+        takes_patterns = name not in ("inspect", "search", "plan", "report")
         app.command(
             verb, name=name, sort_key=0, help_epilogue=SPEC_HELP if takes_patterns else None
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.models.family import AnyModel, indexers, module_of
+from indexcache.vacuity import blindness as blindness  # It is said of any model's results.
 
 SELECTING = (".indexer.", ".mlp.gate.")
 """Parts of the names of tensors that only choose: of tokens, and of experts."""
@@ -134,19 +135,3 @@ def _terms(indexer: nn.Module) -> int:
 def blind_loss(model: AnyModel) -> float:
     """Return the loss of a model that gives every token the same probability: ln(vocabulary)."""
     return math.log(max(int(module_of(model).config.vocab_size), 1))
-
-
-def blindness(loss: float, blind: float) -> str | None:
-    """Say that a loss is no better than a blind guess; None where it is better.
-
-    Args:
-        loss: the model's loss on the text, nats per token.
-        blind: `blind_loss` of the model.
-    """
-    if loss < blind * (1 - 1e-5):  # A head of zeros gives it up to rounding.
-        return None
-    return (
-        f"The model's own loss on this text is {loss:.2f} nats, no better than a blind guess among "
-        f"all tokens ({blind:.2f}): its weights are random or were read wrongly, or its tokenizer "
-        "is another's, so no difference between patterns means anything."
-    )

@@ -1,0 +1,348 @@
+"""What run folders hold, as far as the page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from indexcache.pattern import Pattern
+from indexcache.report.html.markup import counted, listed
+from indexcache.report.html.nodes import Node
+from indexcache.vacuity import Share, sentence
+
+DIGITS = 12  # of a digest that are shown
+ALL = "all"  # the domain of a row over all domains
+ANSWERS = "retrieval:"  # begins the domain of a verdict on answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Which model a run is of, as far as its files say.
+
+    Attributes:
+        name: what the user called it.
+        digest: the fingerprint of the checkpoint.
+        weights: the digest of the weights as they were measured.
+        layers: the number of layers.
+        k: the number of tokens that a query selects.
+    """
+
+    name: str
+    digest: str | None = None
+    weights: str | None = None
+    layers: int | None = None
+    k: int | None = None
+
+    def differs(self, other: Identity) -> str | None:
+        """Say in what this cannot be the same model as another; None where it can."""
+        pairs: list[tuple[str, object, object]] = [("digest", self.digest, other.digest)]
+        if self.digest is None or other.digest is None:
+            pairs.append(("digest of the weights", self.weights, other.weights))
+        pairs += [("number of layers", self.layers, other.layers), ("k", self.k, other.k)]
+        for what, mine, theirs in pairs:
+            if mine is not None and theirs is not None and mine != theirs:
+                return f"{what} {theirs!s:.12} and {mine!s:.12}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a number holds for; see `models.conditions.Conditions`."""
+
+    node: Node = field(repr=False)
+    lengths: tuple[int, ...]
+    sequences: int
+    documents: int
+    k: int
+    shares: tuple[Share, ...]
+    delta: str | None
+
+    @classmethod
+    def of(cls, node: Node) -> Conditions:
+        """Read the conditions of a result."""
+        if not node.has("conditions"):
+            raise ValueError(
+                f"{node.file}: does not say what its numbers hold for (no 'conditions'), because "
+                "an older version wrote it; run the same verb again in a new folder."
+            )
+        c = node["conditions"]
+        shares = [
+            Share(
+                size=s["size"].whole(),
+                beyond=s["beyond"].number(),
+                mean=s["mean"].number(),
+                longest=s["longest"].number(),
+            )
+            for s in c["sparsity"]
+        ]
+        return cls(
+            node=c,
+            lengths=tuple(n.whole() for n in c["lengths"]),
+            sequences=c["sequences"].whole(),
+            documents=c["documents"].whole(),
+            k=c["k"].whole(),
+            shares=tuple(shares),
+            delta=c.maybe_text("delta_digest"),
+        )
+
+    @property
+    def length(self) -> str:
+        """The lengths of the sequences, in words."""
+        return f"{listed(map(str, self.lengths), 'or')} tokens"
+
+    def short(self) -> str:
+        """Say the most important conditions in a few words, for a caption."""
+        return f"{counted(self.documents, 'document')}, sequences of {self.length}, k = {self.k}"
+
+    def __str__(self) -> str:
+        c = self.node
+        split = f", split {c['split'].text()}" if c.has("split") else ""
+        seed = f", random seed {c['seed'].whole()}" if c.has("seed") else ""
+        text = c.maybe_text("text") or "a text without a name"
+        delta = ""
+        if self.delta:
+            delta = f" with the trained indexers {c.maybe_text('delta')} ({self.delta[:DIGITS]})"
+        versions = ", ".join(f"{name} {v.text()}" for name, v in c["versions"].items())
+        return (
+            f"{c.maybe_text('model') or 'A model in memory'}{delta}; {text} (digest "
+            f"{c['text_digest'].text()[:DIGITS]}{split}): {counted(self.sequences, 'sequence')} of "
+            f"{self.length} from {counted(self.documents, 'document')}{seed}; "
+            f"{sentence({share.size: share for share in self.shares})}; {c['dtype'].text()} on "
+            f"{c['device'].text()}, {c['path'].text()} path, {versions}."
+        )
+
+    def identity(self, layers: int) -> Identity:
+        """Return which model it was."""
+        return Identity(
+            name=self.node.maybe_text("model") or "a model in memory",
+            digest=self.node.maybe_text("model_digest"),
+            weights=self.node["weights_digest"].text(),
+            layers=layers,
+            k=self.k,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A pattern at one place of a text, compared with the baseline; see evidence.json."""
+
+    name: str
+    pattern: Pattern
+    where: str
+    length: int | None
+    loss: float
+    excess: float
+    low: float | None
+    high: float | None
+    kl: float | None
+    agreement: float
+    tokens: int
+    documents: int
+    beyond: float | None
+    pool_share: float | None
+    within_noise: bool
+
+    @classmethod
+    def of(cls, node: Node) -> Row:
+        """Read a row of evidence.json."""
+        if node.has("domain"):
+            where = node["domain"].text()
+        else:
+            where = f"{node['from'].number():.0%} to {node['to'].number():.0%}"
+        return cls(
+            name=node["name"].text(),
+            pattern=node["pattern"].pattern(),
+            where=where,
+            length=node.maybe_whole("length"),
+            loss=node["loss"].number(),
+            excess=node["delta_loss"].number(),
+            low=node.maybe_number("ci_low"),
+            high=node.maybe_number("ci_high"),
+            kl=node.maybe_number("kl"),
+            agreement=node["agreement"].number(),
+            tokens=node["tokens"].whole(),
+            documents=node["documents"].whole(),
+            beyond=node.maybe_number("beyond"),
+            pool_share=node.maybe_number("pool_share"),
+            within_noise=node.has("within_noise") and node["within_noise"].value is True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """How many answers a pattern finds of one kind of retrieval; see `recall` in evidence.json."""
+
+    name: str
+    pattern: Pattern
+    task: str
+    length: int
+    asked: int
+    before: int
+    found: int
+    lost: float
+    low: float | None
+    high: float | None
+    sequences: int
+
+    @classmethod
+    def of(cls, node: Node) -> Answers:
+        """Read a row of `recall`."""
+        return cls(
+            name=node["name"].text(),
+            pattern=node["pattern"].pattern(),
+            task=node["task"].text(),
+            length=node["length"].whole(),
+            asked=node["asked"].whole(),
+            before=node["found_baseline"].whole(),
+            found=node["found"].whole(),
+            lost=node["excess"].number(),
+            low=node.maybe_number("ci_low"),
+            high=node.maybe_number("ci_high"),
+            sequences=node["sequences"].whole(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a gate says of a pattern at one place."""
+
+    name: str
+    where: str
+    word: str
+    upper: float | None
+    documents: int
+    reason: str
+    length: int | None
+
+    @classmethod
+    def of(cls, node: Node) -> Verdict:
+        """Read a verdict of a gate."""
+        word = node["verdict"].text()
+        if word not in ("safe", "not safe", "inconclusive"):
+            node["verdict"].refuse("no verdict")
+        return cls(
+            name=node["name"].text(),
+            where=node["domain"].text(),
+            word=word,
+            upper=node.maybe_number("upper"),
+            documents=node["documents"].whole(),
+            reason=node["reason"].text(),
+            length=node.maybe_whole("length"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A result in a run folder.
+
+    Attributes:
+        verb: what wrote it.
+        folder: where.
+        node: its JSON.
+        identity: which model it is of.
+    """
+
+    verb: str
+    folder: str
+    node: Node = field(repr=False)
+    identity: Identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun(Run):
+    """Patterns on held-out text."""
+
+    conditions: Conditions
+    rows: tuple[Row, ...]
+    positions: tuple[Row, ...]
+    answers: tuple[Answers, ...]
+    verdicts: tuple[Verdict, ...]
+    most: float | None
+    recall_most: float | None
+    baseline: Pattern
+
+    @property
+    def against(self) -> str:
+        """What the patterns are compared with, in words."""
+        return "all layers full" if set(self.baseline.roles) == {"F"} else f"{self.baseline}"
+
+    def is_baseline(self, row: Row) -> bool:
+        """Say whether a row is the baseline beside itself."""
+        return row.pattern == self.baseline and not self.conditions.delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A pattern of a search, with its loss on calibration text."""
+
+    pattern: Pattern
+    loss: float
+    estimated: bool
+    found: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRun(Run):
+    """Patterns that a search found."""
+
+    conditions: Conditions
+    frontier: tuple[Point, ...]
+    uniform: tuple[Point, ...]
+    objective: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapRun(Run):
+    """How much the selections of the layers share."""
+
+    conditions: Conditions
+    shares: tuple[tuple[float, ...], ...]
+    chance: float
+    queries: int
+    pattern: Pattern | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A row of a bench: one pattern at one length."""
+
+    context: int
+    name: str
+    pattern: Pattern
+    asked: str
+    batch: int
+    ttft_s: float | None
+    step_tok_s: float
+    total_tok_s: float
+    gains: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun(Run):
+    """Times on a device."""
+
+    device: str
+    date: str
+    random: bool
+    note: str
+    dtype: str
+    rows: tuple[Timed, ...]
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(Run):
+    """A training of indexers."""
+
+    pattern: Pattern
+    steps: int
+    tokens: int
+    held_out: tuple[float, float, int, float] | None
+    delta: str | None
+
+
+def of_verb(runs: Sequence[Run], kind: type[Any]) -> list[Any]:
+    """Return the runs of one kind."""
+    return [run for run in runs if isinstance(run, kind)]
