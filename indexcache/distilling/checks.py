@@ -19,6 +19,7 @@ from indexcache.models.family import (
 )
 from indexcache.models.seam import in_force
 from indexcache.models.soundness import check_weights
+from indexcache.models.stream.loading import stream_of
 from indexcache.pattern import Pattern
 from indexcache.records import number_of
 from indexcache.vacuity import check_batches, check_context, pool_of
@@ -60,9 +61,29 @@ def check_run(
             f"A step has {settings.rows} rows, which {processes} processes cannot share evenly; "
             "change --batch-tokens."
         )
+    if stream_of(model) is not None:
+        check_streamed(settings, processes)
     if not settings.frozen:
         check_trainable(model)
     return beyond
+
+
+def check_streamed(settings: DistillSettings, processes: int) -> None:
+    """Refuse to train more of a streamed model than its indexers in the warm-up.
+
+    Raises:
+        ValueError: another stage, or several processes.
+    """
+    if settings.stage != "warmup":
+        raise ValueError(
+            "The layers of a streamed model are read one at a time, which trains indexers in the "
+            "warmup stage alone: in the sparse stage hidden states change while they learn. Load "
+            "the model whole (--no-stream), or take --stage warmup."
+        )
+    if processes > 1:
+        raise ValueError(
+            "One process trains the indexers of a streamed model; start it without torchrun."
+        )
 
 
 def check_model(

@@ -146,6 +146,16 @@ class DistillForward:
         if publishes:
             self._pool = [s.pool for s in selections if s.pool is not None]
 
+    def resume(self, ids: dict[int, list[Tensor]], pool: list[Tensor]) -> None:
+        """Put the selections and the pool in force that layers left in an earlier pass."""
+        self._selected.update(ids)
+        self._pool = pool
+
+    def left(self) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+        """Return what `resume` takes: the last selection that was made, and the pool."""
+        last = max(self._selected, default=None)
+        return {} if last is None else {last: self._selected[last]}, self._pool
+
     def selection(self, layer: int) -> list[Tensor]:
         """Return the ids that this layer attends over: int32 [1, n, k] for each document."""
         return self._selected[self.pattern.source(layer) if self.pattern[layer] == "S" else layer]
@@ -227,12 +237,17 @@ def run_decoder(model: DsaModule, row: Row, device: torch.device | str) -> Tenso
     Positions start anew at every document.
     """
     ids = torch.from_numpy(row.ids)[None].to(device)
+    return model.model(
+        input_ids=ids, use_cache=False, **decoder_arguments(model, row, device)
+    ).last_hidden_state
+
+
+def decoder_arguments(model: DsaModule, row: Row, device: torch.device | str) -> dict[str, Any]:
+    """Return the positions of a row for the decoder, int64 [1, T], and masks that mask nothing."""
     positions = torch.cat([torch.arange(b - a) for a, b in row.cuts])[None].to(device)
     # With a mask for every layer type, transformers makes none; the attention here needs none.
     masks = dict.fromkeys({*model.config.layer_types, "indexed_attention"})
-    return model.model(
-        input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False
-    ).last_hidden_state
+    return {"position_ids": positions, "attention_mask": masks}
 
 
 def _attention_forward(

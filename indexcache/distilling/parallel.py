@@ -92,9 +92,13 @@ class RowLoss(nn.Module):
             loss: False runs the decoder alone and returns (zero, 0).
         """
         hidden = run_decoder(self.inner, row, device)
-        total = hidden.new_zeros((), dtype=torch.float32)
         if not loss:
-            return total, 0
+            return hidden.new_zeros((), dtype=torch.float32), 0
+        return self.of_hidden(hidden, row, device)
+
+    def of_hidden(self, hidden: Tensor, row: Row, device: torch.device) -> tuple[Tensor, int]:
+        """Return what `forward` does, from the final hidden states [1, T, E]."""
+        total = hidden.new_zeros((), dtype=torch.float32)
         targets = torch.full((len(row.ids),), -100)
         for a, b in row.cuts:
             targets[a : b - 1] = torch.from_numpy(row.ids[a + 1 : b])

@@ -25,6 +25,7 @@ from indexcache.data import (
 )
 from indexcache.delta import check_delta, untrained
 from indexcache.distilling.carried import carry_over
+from indexcache.distilling.checks import check_streamed
 from indexcache.distilling.delta import apply_delta, save_checkpoint
 from indexcache.distilling.layer_weights import layer_weights
 from indexcache.distilling.result import DistillResult
@@ -33,9 +34,19 @@ from indexcache.distilling.settings import DistillSettings, RunSettings
 from indexcache.distilling.trainer import distill
 from indexcache.exporting import export
 from indexcache.models.family import family_of
-from indexcache.models.loading import Model, check_device, describe, fingerprint, load
+from indexcache.models.loading import (
+    DTYPES,
+    Model,
+    check_device,
+    describe,
+    fingerprint,
+    load,
+    open_weights,
+)
 from indexcache.models.reader import Reader
-from indexcache.models.world import first_process, local_device
+from indexcache.models.stream.loading import stream_of, too_large
+from indexcache.models.stream.settings import StreamSettings
+from indexcache.models.world import first_process, local_device, world_size
 from indexcache.pattern import Pattern
 from indexcache.records import publish
 from indexcache.seen import Seen
@@ -95,6 +106,7 @@ def distill_checkpoint(
         weights = layer_weights(run.layer_weights, len(pattern), digest)
         settings = replace(settings, layer_weights=tuple(weights))
     settings.check()
+    how = _streaming(facts, settings, run, device)
     # What is wrong with the text is said before the model is loaded.
     reader = Reader(Path(facts["path"]))
     vocabulary = int(facts["vocab_size"])
@@ -113,7 +125,10 @@ def distill_checkpoint(
         dtype=settings.compute_dtype if settings.frozen else "float32",
         device=device if settings.frozen else "cpu",
         trust_remote_code=run.trust_remote_code,
+        stream=how or False,
     )
+    if (stream := stream_of(loaded.module)) is not None:
+        stream.layers.load_indexers()
     if run.delta is not None:
         pattern = pattern.chosen_on(_begin_with(loaded, run.delta, pattern))
     check_unseen(held_out, pattern.seen)
@@ -140,6 +155,39 @@ def distill_checkpoint(
         settings.compute_dtype,
     )
     return result, checkpoint
+
+
+def _streaming(
+    facts: dict[str, Any], settings: DistillSettings, run: RunSettings, device: str
+) -> StreamSettings | None:
+    """Return how the layers are read one at a time; None where the model is loaded whole.
+
+    Raises:
+        ValueError: streaming cannot do what is asked for.
+    """
+    how = StreamSettings(host_memory=run.host_memory)
+    how.limit()
+    wanted = run.stream
+    if wanted is None and settings.stage == "warmup" and not run.whole:
+        dtype = DTYPES[settings.compute_dtype]
+        why = too_large(open_weights(facts), dtype, device)
+        wanted = why is not None
+        if why is not None and first_process():
+            log.warning(
+                "%s, so the layers are read one at a time (--stream); --no-stream loads them all.",
+                why,
+            )
+    if not wanted:
+        if run.host_memory is not None:
+            raise ValueError("--host-memory is a setting of streaming; add --stream.")
+        return None
+    check_streamed(settings, world_size())
+    if run.whole:
+        raise ValueError(
+            "--whole writes all weights, which are never together where layers are streamed; "
+            "write the checkpoint with `export --delta`."
+        )
+    return how
 
 
 def _rows(batch_tokens: int | None, length: int) -> int:

@@ -180,6 +180,14 @@ class RunSettings:
     whole: bool = False
     """Write the whole checkpoint beside the delta."""
 
+    stream: bool | None = None
+    """Read the layers from the disk one at a time, in the warmup stage. The default does so where
+    the weights do not fit the device."""
+
+    host_memory: str | None = None
+    """Max host memory for the hidden states of the rows between two layers, e.g. 64GB; the rest
+    lies in a file in the folder of --out. The default has no limit."""
+
     device: str = "cpu"
     """Where the model runs, e.g. cpu or cuda:0. Under torchrun, cuda is each process's own GPU."""
 

@@ -45,6 +45,7 @@ from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.family import indexers as indexers_of
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.models.soundness import blind_loss
+from indexcache.models.stream.loading import stream_of
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, open_run
@@ -120,7 +121,12 @@ def distill(
             except (ValueError, OSError) as error:
                 refusal = error
         world.agree(refusal)
-        trainer = Trainer(module, pattern, rows, Path(out), settings, held_out, world, run)
+        kind: type[Trainer] = Trainer
+        if stream_of(module) is not None:
+            from indexcache.distilling.streamed import StreamTrainer
+
+            kind = StreamTrainer
+        trainer = kind(module, pattern, rows, Path(out), settings, held_out, world, run)
         trainer.resume()
         trainer.fit(progress)
         return trainer.finish(base or {}, beyond, seen)
@@ -363,7 +369,7 @@ class Trainer:
                 if not s.frozen:
                     (lm / (len(row.ids) * len(rows))).backward()
                 losses = [forward.losses[layer].double() for layer in self.owners]
-                sums += torch.stack([*losses, *_sum_and_count(lm, count)])
+                sums += torch.stack([*losses, *sum_and_count(lm, count)])
         sums = w.mean(sums)
         for p, mask in self.zero_row_masks:
             assert p.grad is not None
@@ -448,7 +454,7 @@ class Trainer:
                 with forward.row(row, collect=False):
                     lm, tokens = self.row_loss(row, w.device, True)
                 if i < count:
-                    sums += torch.stack(_sum_and_count(lm, tokens))
+                    sums += torch.stack(sum_and_count(lm, tokens))
         sums = w.mean(sums)
         loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
@@ -516,6 +522,6 @@ class Trainer:
         return {name.removeprefix("inner."): value for name, value in weights.items()}
 
 
-def _sum_and_count(loss: Tensor, count: int) -> list[Tensor]:
+def sum_and_count(loss: Tensor, count: int) -> list[Tensor]:
     """Return a sum of losses and their number as fp64 scalars on the losses' device."""
     return [loss.detach().double(), loss.new_full((), count, dtype=torch.float64)]

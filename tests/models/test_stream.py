@@ -19,7 +19,7 @@ from indexcache.pattern import Pattern
 from tests.fp8_support import write_fp8
 from tests.support import FAMILIES, refused
 
-PATTERNS = [Pattern(p) for p in ("FFFF", "FSSS", "FSFS", "FRSF@2", "FFRR@3", "FRRS@2", "FSFS")]
+PATTERNS = [Pattern(p) for p in ("FFFF", "FSSS", "FSFS", "FRSF@2", "FFRR@3", "FRRS@1/2", "FSFS")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

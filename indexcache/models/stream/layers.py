@@ -98,9 +98,35 @@ class Layers:
         layer.load_state_dict({n[cut:]: t for n, t in found.items()}, assign=True)
         layer.requires_grad_(False)
 
-    def drop(self, index: int) -> None:
-        """Take a layer out of the model again."""
-        decoder_layers(self.module)[index].load_state_dict(self._meta[index], assign=True)
+    def drop(self, index: int, but: tuple[str, ...] = ()) -> None:
+        """Take a layer out of the model again.
+
+        Args:
+            but: what the names of tensors that stay begin with, within the layer.
+        """
+        gone = {n: t for n, t in self._meta[index].items() if not n.startswith(but or "\0")}
+        decoder_layers(self.module)[index].load_state_dict(gone, strict=False, assign=True)
+
+    def load_indexers(self) -> None:
+        """Put the indexers of all layers into the model, as the checkpoint has them.
+
+        A layer that is loaded or dropped later loses its own again.
+
+        Raises:
+            ValueError: their weights are not finite, or rank nothing.
+        """
+        dtypes = {n: t.dtype for n, t in self.module.state_dict().items()}
+        for index, layer in enumerate(decoder_layers(self.module)):
+            names = [n for n in self.names[index] if ".self_attn.indexer." in n]
+            found = {
+                n: self.weights.read(self.stored[n], dtype=dtypes[n], device=self.device)
+                for n in names
+            }
+            check_tensors(found, f"{self.weights.folder}: ")
+            cut = len(f"model.layers.{index}.")
+            layer.load_state_dict({n[cut:]: t for n, t in found.items()}, strict=False, assign=True)
+            layer.requires_grad_(False)
+        self.weights.close()
 
     def put_indexer(self, index: int, *, trained: bool) -> None:
         """Let a loaded layer have its trained indexer, where there is one, or its own again."""

@@ -105,9 +105,9 @@ class _Job:
     """One layer that runs in one forward pass of the decoder, and what it left."""
 
     layer: int
-    seam: Seam
-    ids: Tensor | None
-    pool: Tensor | None
+    seam: Seam | None = None  # None where no pattern is in force.
+    ids: Tensor | None = None
+    pool: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -176,6 +176,10 @@ class Stream:
                 selection = kwargs.get("prev_topk_indices")
                 return (hidden_states, selection) if self._native else hidden_states
             seam = job.seam
+            if seam is None:
+                output = node.below(hidden_states, *args, **kwargs)
+                job.hidden = output[0] if isinstance(output, tuple) else output
+                return output
             seam.resume(job.ids, job.pool)
             current = seam.current()
             if self._native and current.selection is not None:
@@ -355,11 +359,26 @@ class Stream:
             yield now()
             now = following
 
-    def _run(self, job: _Job, hidden: Tensor) -> Tensor:
+    def run_layer(self, layer: int, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """Run a layer that is loaded, without a pattern; behind the last one comes the last norm.
+
+        Args:
+            layer: its number.
+            hidden: hidden states [B, T, E] of the layer before.
+            kwargs: further arguments of the decoder's forward.
+
+        Returns:
+            The hidden states [B, T, E].
+        """
+        return self._run(_Job(layer), hidden, **kwargs)
+
+    def _run(self, job: _Job, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Run one layer; behind the last one comes the last norm."""
         self._job = job
         try:
-            out = self.module.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            out = self.module.model(
+                inputs_embeds=hidden, use_cache=False, **kwargs
+            ).last_hidden_state
         finally:
             self._job = None
         assert job.hidden is not None
