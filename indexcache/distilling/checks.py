@@ -46,7 +46,8 @@ def check_run(
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):
         raise ValueError("The training rows are all of one length, and there is at least one.")
-    check_model(model, pattern, length, settings.layer_weights)
+    longest = max(b - a for row in rows for a, b in row.cuts)
+    check_model(model, pattern, length, settings.layer_weights, longest)
     topk = int(model.config.index_topk)
     # In the warm-up stage attention is dense, and no R layer chooses from a pool.
     beyond = check_beyond(rows, topk, pool_of(pattern, topk) if settings.sparse else None)
@@ -87,9 +88,17 @@ def check_streamed(settings: DistillSettings, processes: int) -> None:
 
 
 def check_model(
-    model: DsaModule, pattern: Pattern, length: int, weights: Sequence[float] | None = None
+    model: DsaModule,
+    pattern: Pattern,
+    length: int,
+    weights: Sequence[float] | None = None,
+    longest: int | None = None,
 ) -> None:
     """Refuse a model, pattern, row length or layer weights that distillation cannot use.
+
+    Args:
+        length: number of tokens of a row.
+        longest: that of the longest document; None: a row is one.
 
     Raises:
         ValueError: an unknown family; no latent queries; a pattern of another length, or with F or
@@ -116,9 +125,9 @@ def check_model(
             "leave them out."
         )
     context = int(model.config.max_position_embeddings)
-    if length > context:
+    if (longest or length) > context:
         raise ValueError(
-            f"Rows of {length} tokens are longer than the model's context of {context}; "
+            f"Rows of {longest or length} tokens are longer than the model's context of {context}; "
             "give a smaller --length."
         )
     check_context(length, int(model.config.index_topk))

@@ -37,7 +37,8 @@ def flops_per_token(
     if not settings.frozen:
         backbone = 3 * (backbone + 2 * shape.head_weights)
 
-    indexer = 3 * (2 * shape.indexer_weights + shape.index_pair_operations * keys)
+    passes = 1 if settings.objective == "none" else 3
+    indexer = passes * (2 * shape.indexer_weights + shape.index_pair_operations * keys)
     if settings.sparse:  # The selection scores all visible keys.
         indexer += shape.index_pair_operations * length / 2
 

@@ -47,8 +47,9 @@ class DistillForward:
         indexers: the trainable indexers by layer number, from `trainable_indexers`.
         sparse: attention runs over the selection (sparse stage) instead of over all visible keys
             (warm-up).
-        objective: "multi" or "avg" (each F or R layer learns all layers it serves), or "own" (its
-            own attention alone).
+        objective: "multi", "avg" or "max" (each F or R layer learns all layers it serves, the mean
+            or the maximum), "own" (its own attention alone), or "none" (as "multi", and the
+            indexers have no gradients).
         weights: how much each layer of the model counts in its group; None: all the same.
 
     Attributes:
@@ -84,6 +85,9 @@ class DistillForward:
         self.collecting = False
         self.gradient_scale = 1.0
         self.cuts: tuple[tuple[int, int], ...] = ()
+        # (start, stop, number) of documents that run as a batch: all of a row where they have one
+        # length, in the sparse stage, whose selections tell them apart.
+        self.blocks: list[tuple[int, int, int]] = []
         self._selected: dict[int, list[Tensor]] = {}
         self._pool: list[Tensor] = []
         self._projected: dict[int, Projected] = {}
@@ -97,6 +101,9 @@ class DistillForward:
             collect: compute each indexer's loss and gradients, times `gradient_scale`.
         """
         self.cuts = row.cuts
+        self.blocks = [(a, b, 1) for a, b in row.cuts]
+        if self.sparse and len({b - a for a, b in row.cuts}) == 1:
+            self.blocks = [(0, len(row.ids), len(row.cuts))]
         self.collecting = collect
         self.gradient_scale = gradient_scale
         self.losses.clear()
@@ -129,19 +136,13 @@ class DistillForward:
         """Select the top k of every document; an F layer with R layers behind it makes pools."""
         publishes = layer in self.publishers
         pool_size = self.topk * (self.pattern.pool_factor or 0) if publishes else 0
-        selections = [
-            ops.index_topk(
-                q[:, a:b],
-                k[:, a:b],
-                w[:, a:b],
-                None,
-                self.topk,
-                0,
-                self._pool[i] if self.pattern[layer] == "R" else None,
-                pool=pool_size,
+        selections = []
+        for i, (a, b, number) in enumerate(self.blocks):
+            q_B, k_B, w_B = (x[0, a:b].unflatten(0, (number, -1)) for x in (q, k, w))
+            pool = self._pool[i] if self.pattern[layer] == "R" else None
+            selections.append(
+                ops.index_topk(q_B, k_B, w_B, None, self.topk, 0, pool, pool=pool_size)
             )
-            for i, (a, b) in enumerate(self.cuts)
-        ]
         self._selected[layer] = [selection.ids for selection in selections]
         if publishes:
             self._pool = [s.pool for s in selections if s.pool is not None]
@@ -157,7 +158,7 @@ class DistillForward:
         return {} if last is None else {last: self._selected[last]}, self._pool
 
     def selection(self, layer: int) -> list[Tensor]:
-        """Return the ids that this layer attends over: int32 [1, n, k] for each document."""
+        """Return the ids that this layer attends over: int32 [documents, n, k] by block."""
         return self._selected[self.pattern.source(layer) if self.pattern[layer] == "S" else layer]
 
     def add_target(self, layer: int, target: AttentionTarget) -> None:
@@ -180,13 +181,14 @@ class DistillForward:
                     w[0, a:b],
                     [target.cut(a, b) for target in targets],
                     self.weights[owner],
-                    objective="avg" if self.objective == "avg" else "multi",
-                    ids_SK=self._selected[owner][i][0] if self.sparse else None,
+                    objective=self.objective if self.objective in ("avg", "max") else "multi",
+                    ids_SK=_flat(self._selected[owner][i]) if self.sparse else None,
                 )
-                for i, (a, b) in enumerate(self.cuts)
+                for i, (a, b, _) in enumerate(self.blocks)
             ]
             loss = torch.stack(losses).sum() / q.shape[1]
-            (loss * self.gradient_scale).backward()
+            if loss.requires_grad:
+                (loss * self.gradient_scale).backward()
         self.losses[owner] = loss.detach()
 
 
@@ -314,18 +316,26 @@ def _sparse(
     """Attend in MQA form over each document's selection: [1, T, H, v]."""
     outs = []
     start = 0
-    for ids_1Sk in ids:
-        document = slice(start, start + ids_1Sk.shape[1])
+    for ids_BSk in ids:
+        batch, length, _ = ids_BSk.shape
+        documents = slice(start, start + batch * length)
         out, *_ = ops.sparse_mla(
-            q_BSHE[:, document],
-            latent_BTE[:, document],
-            ids_1Sk,
+            q_BSHE[0, documents].unflatten(0, (batch, length)),
+            latent_BTE[0, documents].unflatten(0, (batch, length)),
+            ids_BSk,
             attention.scaling,
             value_dim=attention.kv_lora_rank,
         )
-        outs.append(out)
-        start = document.stop
-    return torch.einsum("bthc,hvc->bthv", torch.cat(outs, 1), w_v)
+        outs.append(out.flatten(0, 1))
+        start = documents.stop
+    return torch.einsum("bthc,hvc->bthv", torch.cat(outs)[None], w_v)
+
+
+def _flat(ids_BSk: Tensor) -> Tensor:
+    """Number the ids of a batch of documents through: int32 [B S, k]."""
+    first = torch.arange(len(ids_BSk), device=ids_BSk.device, dtype=ids_BSk.dtype)
+    moved = ids_BSk + first[:, None, None] * ids_BSk.shape[1]
+    return torch.where(ids_BSk < 0, ids_BSk, moved).flatten(0, 1)
 
 
 def _dense(

@@ -1,4 +1,4 @@
-"""The distillation losses L_multi and L_avg, streamed over blocks of queries.
+"""The distillation losses L_multi, L_avg and L_max, streamed over blocks of queries.
 
 One indexer, of an F or R layer, learns the attention of the layers it serves: itself and the S
 layers that read its selection (https://arxiv.org/abs/2603.12201).
@@ -7,12 +7,14 @@ layers that read its selection (https://arxiv.org/abs/2603.12201).
     p_t^(j) = attention of layer j, summed over heads and divided by their number
     L_multi = sum_j weight_j sum_t KL(p_t^(j) || q_t)
     L_avg   = sum_t KL(sum_j weight_j p_t^(j) || q_t)
+    L_max   = sum_t KL(m_t / sum_s m_ts || q_t),  m_t = max_j weight_j p_t^(j)
 
-Both have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the weights
-sum to 1. So for each block of queries the forward pass computes the scores, one layer's attention
-at a time and their mean, and at once the gradients of the indexer's q, k and w. Nothing of size
-[S, T] is kept, and the backward pass needs only those three gradients, which are O(T).
-`ops.index_kl` does this for one document.
+The first two have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the
+weights sum to 1. L_max is no published loss: the mean dilutes what one layer alone needs. For each
+block of queries the forward pass computes the scores, one layer's attention at a time and their
+mean or maximum, and at once the gradients of the indexer's q, k and w. Nothing of size [S, T] is
+kept, and the backward pass needs only those three gradients, which are O(T). `ops.index_kl` does
+this for one document, and over selections for several at once, whose ids are numbered through.
 
 Shapes: S queries = T keys of one document (query s sees keys 0..s), J index heads, D index dim, H
 attention heads, E latent dims, K selected ids, t queries of a block, N keys of a block (N = its
@@ -30,7 +32,7 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.ops.reference import AttentionTarget, QueryBlock, query_blocks
 
-OBJECTIVES = ("multi", "avg")
+OBJECTIVES = ("multi", "avg", "max")
 
 BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 """Bytes of all intermediates of a block, by device."""
@@ -47,15 +49,15 @@ def distill_loss(
     ids_SK: Tensor | None = None,
     block_bytes: int | None = None,
 ) -> Tensor:
-    """Compute L_multi or L_avg of one indexer on one document.
+    """Compute L_multi, L_avg or L_max of one indexer on one document.
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer (`Family.project`), S = T;
             gradients reach these and nothing else. Products of bf16 are summed in fp32.
         targets: the served layers' attention, of the same document.
         weights: weights of the layers, which sum to 1; None: 1 / len(targets) each.
-        objective: "multi" or "avg"; they have the same gradient, and their values differ by a
-            term that does not depend on the indexer.
+        objective: "multi", "avg" or "max"; the first two have the same gradient, and their values
+            differ by a term that does not depend on the indexer.
         ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) both
             run over this set alone (the sparse stage). None: they run over all visible keys (the
             warm-up).

@@ -3,7 +3,8 @@
 Indexers are replicated and their gradients averaged: `fully_shard` on a mesh (replicate = all
 processes, shard = 1), one unit each, since they are megabytes. In full mode the backbone is
 sharded over all processes, one unit a decoder layer, with fp32 master shards and the compute
-dtype by FSDP2's mixed precision, and decoder layers are recomputed in the backward pass.
+dtype by FSDP2's mixed precision, and decoder layers are recomputed in the backward pass unless
+the settings say otherwise. One process that computes in fp32 needs none of FSDP2.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def open_world(device: torch.device, sharded: bool) -> Iterator[World]:
     """Join the processes that torchrun started, or run as one process.
 
     Args:
-        sharded: make a process group even for one process.
+        sharded: make a process group even for one process, which mixed precision needs.
     """
     size = world_size()
     rank = int(os.environ.get("RANK", "0"))
@@ -128,11 +129,29 @@ def replicate_indexers(indexers: nn.ModuleDict, world: World) -> None:
             fully_shard(indexer, mesh=mesh)
 
 
-def shard_model(row_loss: RowLoss, world: World, dtype: torch.dtype) -> None:
-    """Apply FSDP2 over all processes, and activation checkpointing.
+def place_model(
+    row_loss: RowLoss, world: World, dtype: torch.dtype, recompute: bool = True
+) -> None:
+    """Put the model on its device for training, with FSDP2 where there is a process group.
 
-    The model's own indexers are left out: their masters train.
+    Args:
+        recompute: apply activation checkpointing.
     """
+    model: Any = row_loss.inner
+    if world.grouped:
+        _shard(row_loss, world, dtype)
+    else:
+        row_loss.to(world.device)
+    # transformers has had the first name from 5.23 on. It ignores this outside of train mode;
+    # `check_trainable` has made sure that the model has no dropout.
+    if recompute:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    model.train()
+
+
+def _shard(row_loss: RowLoss, world: World, dtype: torch.dtype) -> None:
+    """Apply FSDP2 over all processes to all but the model's own indexers: their masters train."""
     model: Any = row_loss.inner
     stock_indexers = [indexer for indexer in indexers_of(model) if indexer is not None]
     ignored = {p for indexer in stock_indexers for p in indexer.parameters()}
@@ -145,8 +164,3 @@ def shard_model(row_loss: RowLoss, world: World, dtype: torch.dtype) -> None:
     fully_shard(row_loss, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     for indexer in stock_indexers:
         indexer.to(world.device)
-    # transformers has had the first name from 5.23 on. It ignores this outside of train mode;
-    # `check_trainable` has made sure that the model has no dropout.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
-    model.train()

@@ -34,6 +34,14 @@ class Row:
         """Make a row that is one document."""
         return cls(ids, ((0, len(ids)),))
 
+    @classmethod
+    def of_documents(cls, documents: Sequence[np.ndarray]) -> Row:
+        """Make a row of whole documents. Where they have one length, the sparse stage runs them as
+        a batch, which is faster on a GPU than a row for each.
+        """
+        ends = np.cumsum([len(ids) for ids in documents]).tolist()
+        return cls(np.concatenate(documents), tuple(zip([0, *ends[:-1]], ends, strict=True)))
+
 
 def pack_rows(documents: Sequence[Document], length: int, seed: int = 0) -> list[Row]:
     """Pack documents into rows of exactly `length` tokens, in an order drawn from `seed`.
@@ -57,9 +65,7 @@ def pack_rows(documents: Sequence[Document], length: int, seed: int = 0) -> list
             filled += len(pieces[-1])
             ids = ids[room:]
             if filled == length:
-                ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-                cuts = tuple(zip([0, *ends[:-1]], ends, strict=True))
-                rows.append(Row(np.concatenate(pieces), cuts))
+                rows.append(Row.of_documents(pieces))
                 pieces = []
                 filled = 0
     if not rows:

@@ -147,7 +147,7 @@ def distill_checkpoint(
     )
     if not first_process() or (settings.frozen and not run.whole):
         return result, None
-    checkpoint = _write_checkpoint(
+    checkpoint = write_checkpoint(
         folder / "checkpoint",
         loaded,
         pattern.chosen_on(seen),
@@ -284,7 +284,7 @@ def _held_out(
         return batches
 
 
-def _write_checkpoint(
+def write_checkpoint(
     target: Path, loaded: Model, pattern: Pattern, weights: dict[str, Any] | None, dtype: str
 ) -> Path:
     """Write the whole checkpoint for stock transformers, and return its folder.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 Stage = Literal["warmup", "sparse"]
-Objective = Literal["multi", "avg", "own"]
+Objective = Literal["multi", "avg", "max", "own", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 MAX_RATE = 1e30
@@ -36,8 +36,10 @@ class DistillSettings:
     loss trains all other weights."""
 
     objective: Objective = "multi"
-    """multi, avg: an indexer learns all layers it serves (the two have the same gradient).
-    own: an indexer learns the attention of its own layer alone."""
+    """multi, avg: an indexer learns the mean of all layers it serves (the two have the same
+    gradient). max: it learns the largest attention that any of them pays. own: it learns its own
+    layer alone. none: indexers stay as they are, and the language-modelling loss trains the
+    rest."""
 
     layer_weights: tuple[float, ...] | None = None
     """How much each layer of the model counts in what its indexer learns, relative to the other
@@ -68,6 +70,10 @@ class DistillSettings:
     lr_warmup: float = 0.03
     """Fraction of the steps over which the learning rate rises."""
 
+    recompute: bool = True
+    """Run decoder layers again in the backward pass of the whole model, which takes less memory
+    and more time than keeping what they computed."""
+
     compute_dtype: ComputeDtype = "float32"
     """Dtype to compute in. Full mode has fp32 master weights; with a frozen backbone a model
     computes in the dtype that it was loaded in."""
@@ -92,6 +98,11 @@ class DistillSettings:
         """Whether only the indexers train."""
         return self.freeze_backbone or not self.sparse
 
+    @property
+    def sharded(self) -> bool:
+        """Whether even one process holds the weights as shards, for FSDP2's mixed precision."""
+        return not self.frozen and self.compute_dtype != "float32"
+
     def lr_scale(self, step: int) -> float:
         """Return the learning rate of a step (0-based) as a fraction of its peak.
 
@@ -105,8 +116,14 @@ class DistillSettings:
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(angle))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings under the keys that settings.json has."""
-        return {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        """Return the settings under the keys that settings.json has.
+
+        `recompute` is there only where it is off, so that runs of earlier versions go on.
+        """
+        facts = {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        if self.recompute:
+            del facts["recompute"]
+        return facts
 
     def check(self) -> None:
         """Refuse values outside of their range.
@@ -123,6 +140,14 @@ class DistillSettings:
             raise ValueError(
                 "With the loss own an indexer learns one layer alone, so layers have no weights; "
                 "leave them out."
+            )
+        if self.layer_weights and self.objective == "none":
+            raise ValueError("With the loss none no indexer learns, so layers have no weights.")
+        if self.objective == "none" and self.frozen:
+            raise ValueError(
+                "With the loss none the indexers stay as they are, and without the whole model "
+                "nothing would train: take --stage sparse without --freeze-backbone, or another "
+                "loss."
             )
         choices = {
             "stage": get_args(Stage),

@@ -33,8 +33,8 @@ from indexcache.distilling.parallel import (
     RowLoss,
     World,
     open_world,
+    place_model,
     replicate_indexers,
-    shard_model,
     world_size,
 )
 from indexcache.distilling.result import DistillResult, HeldOutLosses
@@ -111,7 +111,7 @@ def distill(
         **library_versions(),
     }
     target = torch.device(device) if device else weight.device
-    with open_world(target, sharded=not settings.frozen) as world, ExitStack() as stack:
+    with open_world(target, sharded=settings.sharded) as world, ExitStack() as stack:
         run = None
         refusal = None
         if world.rank == 0:
@@ -169,17 +169,21 @@ class Trainer:
         self.owners = list(served_layers(pattern))
         self.indexers = trainable_indexers(model, pattern, dtype).to(world.device)
         replicate_indexers(self.indexers, world)
-        self.zero_row_masks = matrices_with_zero_rows(self.indexers) if settings.keep_zeros else []
+        learns = settings.objective != "none"
+        self.indexers.requires_grad_(learns)
+        masked = settings.keep_zeros and learns
+        self.zero_row_masks = matrices_with_zero_rows(self.indexers) if masked else []
         model.requires_grad_(not settings.frozen)
         self.row_loss = RowLoss(model)
-        self.trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
-            "indexers": (self.indexers, self._optimizer(self.indexers, settings.lr))
-        }
+        self.trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+        if learns:
+            optimizer = self._optimizer(self.indexers, settings.lr)
+            self.trained["indexers"] = (self.indexers, optimizer)
         if not settings.frozen:
             for indexer in indexers_of(model):
                 if indexer is not None:
                     indexer.requires_grad_(False)
-            shard_model(self.row_loss, world, dtype)
+            place_model(self.row_loss, world, dtype, settings.recompute)
             optimizer = self._optimizer(self.row_loss, settings.backbone_lr)
             self.trained["backbone"] = (self.row_loss, optimizer)
         self.training_forward = DistillForward(

@@ -343,13 +343,14 @@ def index_kl(
 
     With q_t = softmax(I_t) over the keys that query t sees, and p_t^(j) the attention of target j,
     averaged over its heads: "multi" is sum_j weight_j sum_t KL(p_t^(j) || q_t), "avg" is
-    sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have the same gradient.
+    sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have the same gradient. "max", which has no
+    kernel, is sum_t KL(max_j weight_j p_t^(j), normalised || q_t).
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer on one document, S = T.
         targets: attention of the layers that read the indexer's selection, of the same document.
         weights: one for each target, summing to 1.
-        kind: "multi" or "avg".
+        kind: "multi", "avg" or "max".
         block_bytes: memory of the intermediates of a block of queries.
         ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) are
             over this set alone. None: over all visible keys, the only form with kernels.
@@ -361,7 +362,7 @@ def index_kl(
     Raises:
         ValueError: backend "triton" cannot run here.
     """
-    refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK)
+    refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK, kind)
     options: dict[str, Any] = {"kind": kind, "block_bytes": block_bytes, "gradients": gradients}
     if _use_triton(backend, q_SJD, "index_kl", refuse):
         from indexcache.ops.kl import index_kl
@@ -372,9 +373,12 @@ def index_kl(
 
 
 def _kl_reason(
-    q_SJD: Tensor, targets: Sequence[AttentionTarget], ids_SK: Tensor | None
+    q_SJD: Tensor, targets: Sequence[AttentionTarget], ids_SK: Tensor | None, kind: str
 ) -> str | None:
     from indexcache.ops.kl import refuse
+
+    if kind == "max":
+        return "they compute the mean of the layers' attention, not the maximum"
 
     if ids_SK is not None:
         return "they compare all visible keys, not a selection"

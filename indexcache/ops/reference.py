@@ -432,11 +432,16 @@ def _block_kl(
     entropy = torch.zeros((), dtype=torch.float64, device=scores.device)
     for layer, weight in zip(targets, weights, strict=True):
         p = block.attention(layer)
-        target.add_(p, alpha=weight)
+        if kind == "max":
+            torch.maximum(target, p.mul_(weight), out=target)
+        else:
+            target.add_(p, alpha=weight)
         if kind == "multi":
             entropy = entropy + weight * torch.xlogy(p, p).sum(dtype=torch.float64)
         del p
-    if kind == "avg":
+    if kind == "max":
+        target.div_(target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny))
+    if kind != "multi":
         entropy = torch.xlogy(target, target).sum(dtype=torch.float64)
     log_q = scores.sub_(scores.logsumexp(-1, keepdim=True))
     value = entropy - torch.where(target > 0, target * log_q, 0.0).sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Test L_multi and L_avg, streamed, against autograd over whole [L, L] matrices."""
+"""Test L_multi, L_avg and L_max, streamed, against autograd over whole [L, L] matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OBJECTIVES = ("multi", "avg")
+OBJECTIVES = ("multi", "avg", "max")
 
 
 def definition(q, k, w, targets, objective, ids=None):
@@ -52,6 +52,9 @@ def definition(q, k, w, targets, objective, ids=None):
         inside = p > 0
         return (p[inside] * (p[inside].log() - log_q[inside])).sum()
 
+    if objective == "max":
+        most = torch.stack(ps).amax(0)
+        return kl(most / most.sum(-1, keepdim=True))
     return sum(kl(p) for p in ps) / len(ps) if objective == "multi" else kl(sum(ps) / len(ps))
 
 
