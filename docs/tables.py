@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from indexcache.distilling.flops import flops_per_token
+from indexcache.distilling.settings import DistillSettings
+from indexcache.pattern import Pattern
 from indexcache.searching.greedy import evaluations
-from indexcache.shapes import Shape, count_pairs, shape_of
+from indexcache.shapes import DEVICES, Shape, count_pairs, shape_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -466,6 +469,59 @@ def large_hours() -> str:
     ]
     rows = zip(titles, *columns, strict=True)
     return markdown(["", *LARGE], rows)
+
+
+ARMS = {
+    "full": "all full",
+    "uniform_multi": "uniform, L_multi",
+    "uniform_own": "uniform, own targets",
+    "uniform_lm": "uniform, language-modelling loss alone",
+    "searched": "searched before, L_multi",
+    "uniform_r": "uniform F, R elsewhere",
+    "uniform_max": "uniform, maximum over layers",
+    "uniform_weighted": "uniform, layers weighted by a search",
+    "searched_max": "searched before, maximum over layers",
+    "searched_own": "searched before, own targets",
+}
+
+
+@table("training-aware")
+def training_aware() -> str:
+    """Compare the arms with the full one; nothing where the comparison has no result yet."""
+    if not (RESULTS / "training_aware.json").exists():
+        return ""
+    rows = [
+        [
+            ARMS[r["arm"]] + (f", offset {r['offset']}" if r["offset"] > 1 else ""),
+            r["kept"],
+            str(r["seeds"]),
+            f"{r['delta_loss']:+.4f} [{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]",
+            f"{r['share_of_loss']:+.2%}",
+            f"{r['recall']:.1%} ({100 * r['delta_recall']:+.1f})",
+        ]
+        for r in read("training_aware.json")["summary"]
+    ]
+    against = "loss against all full, nats a token"
+    return markdown(["arm", "kept", "seeds", against, "of its loss", "answers found"], rows)
+
+
+TRAINED = {"30B": "glm-4.7-flash-dsa", "DeepSeek-V3.2, 671B": "deepseek-v3.2"}
+
+
+@table("training-cost")
+def training_cost() -> str:
+    tokens, peak, length = 1e9, DEVICES["H100"].peak, 131072
+    rows = []
+    for name, source in TRAINED.items():
+        shape = shape_of(source)
+        for full, pattern in (("all", "F" * shape.layers), ("1/4", None)):
+            roles = Pattern(pattern) if pattern else Pattern.uniform(shape.layers, 4)
+            operations = flops_per_token(shape, roles, DistillSettings(stage="sparse"), length)
+            hours = [tokens * operations / (peak * mfu) / 3600 for mfu in (0.13, 0.3)]
+            cells = [f"{h:,.0f}" for h in hours]
+            rows.append([name, full, f"{operations / 1e9:,.0f}", *cells])
+    header = ["model", "full", "GFLOP a token", "GPU hours at 13 % MFU", "at 30 %"]
+    return markdown(header, rows)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import lzma
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,13 +115,25 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(
-    stage: str, model: Tiny, batches: Batches, out: Path, o: argparse.Namespace, check
+    stage: str,
+    model: Tiny,
+    batches: Any,
+    out: Path,
+    o: argparse.Namespace,
+    check: Any,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Train one stage, write its weights, and log the result of `check(model, stage)`."""
-    s = dict(STAGES[stage])
-    s["length"] = o.sequence or s["length"]
-    s["batch"] = o.batch or s["batch"]
-    s["steps"] = o.steps or s["steps"]
+    """Train one stage, write its weights, and log the result of `check(model, stage)`.
+
+    Args:
+        batches: the token ids of a step, from (step, batch, length): int64 [batch, length + 1].
+        settings: steps, batch, length, lr, micro, and schedule for a longer one; None: STAGES'.
+    """
+    s = dict(STAGES[stage]) if settings is None else dict(settings)
+    if settings is None:
+        s["length"] = o.sequence or s["length"]
+        s["batch"] = o.batch or s["batch"]
+        s["steps"] = o.steps or s["steps"]
     s["micro"] = min(s["micro"], s["batch"])
     opt = optimiser(model, s["lr"], stage == "warmup")
     first = 0
