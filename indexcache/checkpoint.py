@@ -390,3 +390,39 @@ def fingerprint(path: Path) -> str:
                     f.seek(i * max(size - (1 << 16), 0) // 63)
                     h.update(f.read(1 << 16))
     return h.hexdigest()
+
+
+def tensor_digests(folder: Path) -> tuple[str, dict[int, str]]:
+    """Return a digest of all weights but the indexers', and that of each layer's indexer, hex.
+
+    They do not depend on how tensors are divided into files, so pruning an indexer changes that of
+    no other weight. Weights are read completely if those outside the indexers have at most
+    `MAX_BYTES_READ`; else 16 blocks of 64 KiB of each tensor.
+
+    Raises:
+        ValueError: see `read_headers`.
+    """
+    headers = read_headers(folder)
+    places = sorted(
+        (name, file, header.data_start + entry.begin, entry)
+        for file, header in headers.items()
+        for name, entry in header.tensors.items()
+    )
+    outside = sum(e.end - e.begin for name, _, _, e in places if indexer_part(name) is None)
+    rest, indexers = hashlib.sha256(), dict[int, Any]()
+    files = {file: open(folder / file, "rb") for file in headers}
+    try:
+        for name, file, begin, entry in places:
+            part = indexer_part(name)
+            h = rest if part is None else indexers.setdefault(part[0], hashlib.sha256())
+            h.update(f"{name}|{entry.dtype}|{entry.shape}|".encode())
+            size = entry.end - entry.begin
+            sampled = outside > MAX_BYTES_READ and size > 16 << 16
+            blocks = [i * (size - (1 << 16)) // 15 for i in range(16)] if sampled else [0]
+            for at in blocks:
+                files[file].seek(begin + at)
+                h.update(files[file].read(1 << 16 if sampled else size))
+    finally:
+        for f in files.values():
+            f.close()
+    return rest.hexdigest(), {layer: h.hexdigest() for layer, h in sorted(indexers.items())}

@@ -35,6 +35,7 @@ __all__ = [
     "read_journal",
     "read_json",
     "write_json",
+    "write_text",
     "writing",
 ]
 
@@ -147,6 +148,12 @@ def write_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, allow_nan=False)
         f.write("\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Run:

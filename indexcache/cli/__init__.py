@@ -157,6 +157,10 @@ def read_value(type_: Any, tokens: Sequence[Any]) -> Any:
     A point in an integer is refused, and an integer that no tensor could count.
     """
     text = tokens[0].value if tokens else ""
+    numbers = {tuple[int, ...]: int, tuple[float, ...]: float}
+    for several, one in numbers.items():
+        if type_ in (several, several | None):
+            return tuple(read_value(one, [token]) for token in tokens)
     if type_ in (int, int | None) and SHORT.fullmatch(text):
         return number(text)
     if type_ is int and "." in text:

@@ -82,6 +82,11 @@ class TextSettings:
     seed: int = 0
     "Random seed for which sequences are taken."
 
+    @property
+    def lengths(self) -> tuple[int | None, ...]:
+        """The lengths of the sequences; None is the default."""
+        return (self.length,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutText(TextSettings):
@@ -91,6 +96,20 @@ class HeldOutText(TextSettings):
     sequences: int | None = None
     """Number of sequences, spread over the domains. The default is one of each document, 36 of a
     domain at most, which is the least number for a verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText(HeldOutText):
+    """Which text becomes which batches, at one length or several."""
+
+    length: tuple[int, ...] | None = None  # type: ignore[assignment]
+    """Numbers of tokens of a sequence; each length is measured by itself. The default is 4 k, or 4
+    pools with R layers, at least 1024, and at most the model's context."""
+
+    @property
+    def lengths(self) -> tuple[int | None, ...]:
+        """The lengths of the sequences in ascending order; None is the default."""
+        return tuple(sorted(set(self.length or ()))) or (None,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +129,8 @@ class RetrievalSettings:
     key-value, variables, common-words, frequent-words, graph, repeat, or all."""
     retrieval_sequences: int = 6
     "Number of retrieval sequences of each kind."
-    retrieval_length: int | None = None
-    "Number of tokens of a retrieval sequence. The default is that of the text."
+    retrieval_length: tuple[int, ...] | None = None
+    "Numbers of tokens of a retrieval sequence. The default is that of the text."
     retrieval_filler: Literal["text", "generated"] = "text"
     "What lies between the facts: passages of the text, or generated sentences."
 
@@ -269,7 +288,8 @@ def check_text(
             pattern.
     """
     text_for(model, text.data, text.split)
-    check_length(text.length, facts["index_topk"], facts["max_position_embeddings"], patterns)
+    for length in text.lengths:
+        check_length(length, facts["index_topk"], facts["max_position_embeddings"], patterns)
 
 
 def open_model(
@@ -331,31 +351,38 @@ def open_text(model: str, text: TextSettings, patterns: Sequence[Pattern] = ()) 
 
     facts = describe(model)
     source, split = text_for(model, text.data, text.split)
-    batches = Reader(Path(facts["path"])).batches(
-        source,
-        facts,
-        split=split,
-        length=text.length,
-        sequences=text.sequences,
-        batch=text.batch,
-        seed=text.seed,
-        patterns=patterns,
-        progress=True,
-    )
+    batches = [
+        batch
+        for length in text.lengths
+        for batch in Reader(Path(facts["path"])).batches(
+            source,
+            facts,
+            split=split,
+            length=length,
+            sequences=text.sequences,
+            batch=text.batch,
+            seed=text.seed,
+            patterns=patterns,
+            progress=True,
+        )
+    ]
     if patterns:  # The text is to be evidence.
         own = Seen.from_json(read_config(facts["path"]))
         for seen in (own, *(p.seen for p in patterns)):
             check_unseen(batches, seen)
     topk = int(facts["index_topk"])
     sizes = (topk, *pools_of(patterns, topk))
-    length = batches[0].ids.shape[1]
     domains = ", ".join(sorted({b.domain for b in batches}))
     print(
-        f"{sum(len(b.units) for b in batches)} sequences of {length} tokens ({domains}); "
-        f"{sentence({size: share_of(batches, size) for size in sizes})}",
+        f"{sum(len(b.units) for b in batches)} sequences of {_lengths(batches)} tokens "
+        f"({domains}); {sentence({size: share_of(batches, size) for size in sizes})}",
         file=sys.stderr,
     )
     return batches
+
+
+def _lengths(batches: Sequence[Batch]) -> str:
+    return " or ".join(map(str, sorted({int(b.ids.shape[1]) for b in batches})))
 
 
 def open_retrieval(
@@ -377,24 +404,28 @@ def open_retrieval(
 
     facts = describe(model)
     topk, context = int(facts["index_topk"]), int(facts["max_position_embeddings"])
-    length = text.length if settings.retrieval_length is None else settings.retrieval_length
+    given = sorted(set(settings.retrieval_length or ())) or text.lengths
     source: str | Path = "heldout" if text.split == "heldout" else "calibration"
     split = None
     if text.data is not None:
         source, split = text_for(model, text.data, text.split)
-    batches = Reader(Path(facts["path"])).retrieval(
-        settings.retrieval,
-        facts,
-        source=source if settings.retrieval_filler == "text" else None,
-        split=split if settings.retrieval_filler == "text" else text.split,
-        length=check_length(length, topk, context, patterns),
-        sequences=settings.retrieval_sequences,
-        batch=text.batch,
-        seed=text.seed,
-    )
+    batches = [
+        batch
+        for length in [check_length(length, topk, context, patterns) for length in given]
+        for batch in Reader(Path(facts["path"])).retrieval(
+            settings.retrieval,
+            facts,
+            source=source if settings.retrieval_filler == "text" else None,
+            split=split if settings.retrieval_filler == "text" else text.split,
+            length=length,
+            sequences=settings.retrieval_sequences,
+            batch=text.batch,
+            seed=text.seed,
+        )
+    ]
     kinds = ", ".join(dict.fromkeys(b.domain.partition(":")[2] for b in batches))
     print(
-        f"{sum(len(b.units) for b in batches)} retrieval sequences of {batches[0].ids.shape[1]} "
+        f"{sum(len(b.units) for b in batches)} retrieval sequences of {_lengths(batches)} "
         f"tokens ({kinds}) with {sum(len(a) for b in batches for a in b.answers)} answers",
         file=sys.stderr,
     )

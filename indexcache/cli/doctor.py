@@ -48,6 +48,14 @@ def doctor(
             help="Settings of a training run (Megatron-LM or prime-rl), to compare with serving.",
         ),
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        Parameter(
+            metavar="FILE",
+            help="The certificate.json of `evaluate --certificate`: fail unless it holds for this "
+            "checkpoint, its config, and the pattern that is asked for.",
+        ),
+    ] = None,
     output: Annotated[Output, FLAT] = Output(),
 ) -> int:
     """Say what each engine would really run, and fail where that is not what is asked for.
@@ -57,9 +65,10 @@ def doctor(
     shared layer, missing or surplus weights. The exit code is 1 if one of them is an error.
     """
     from indexcache.checkpoint import read_config, resolve_config
-    from indexcache.engines.doctor import examine
+    from indexcache.engines.doctor import Hazard, examine
     from indexcache.engines.rules import ENGINES
     from indexcache.engines.schedules import family_of
+    from indexcache.evals.certificate import check_certificate
 
     path = resolve_config(model)
     config = read_config(path)
@@ -79,6 +88,11 @@ def doctor(
         pipeline_parallel_size=pipeline_parallel_size,
         train_config=train_config,
     )
+    if certificate is not None:
+        found = check_certificate(certificate, path, config, roles=result.asked, overridden=configs)
+        result = result.with_hazards(
+            Hazard("error" if f.error else "note", "certificate", None, f.text) for f in found
+        )
     deliver(result.table(), result.to_json(), output)
     return GATE_FAILED if result.failed else 0
 

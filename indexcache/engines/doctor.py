@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class Diagnosis:
     def failed(self) -> bool:
         """Whether one of the hazards is an error."""
         return any(h.level == "error" for h in self.hazards)
+
+    def with_hazards(self, found: Iterable[Hazard]) -> Diagnosis:
+        """Return a diagnosis with further hazards, errors first."""
+        order = {level: i for i, level in enumerate(LEVELS)}
+        every = sorted([*self.hazards, *found], key=lambda h: order[h.level])
+        return replace(self, hazards=tuple(dict.fromkeys(every)))
 
     def table(self) -> str:
         """Return the schedules as a table, and the hazards below it, one a line."""
@@ -151,8 +157,6 @@ def examine(
         with_indexer=_layers_with_indexer(Path(model)),
     )
     found = [h for check in CHECKS for h in check(case)]
-    order = {level: i for i, level in enumerate(LEVELS)}
-    unique = dict.fromkeys(sorted(found, key=lambda h: order[h.level]))
     return Diagnosis(
         model=str(model),
         family=family,
@@ -160,8 +164,8 @@ def examine(
         asked=case.wanted,
         schedules=tuple(schedules),
         trained=trained,
-        hazards=tuple(unique),
-    )
+        hazards=(),
+    ).with_hazards(found)
 
 
 def _layers_with_indexer(model: Path) -> frozenset[int] | None:

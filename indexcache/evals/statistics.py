@@ -5,7 +5,8 @@ seen and lies beyond the furthest one. With a value of that document that nothin
 Gaffke's bound (2005), for which no failing distribution is known, and Clopper and Pearson's
 interval where documents have one of two values. Nobody knows such a value, so it is extrapolated
 from the documents that lie furthest out; `benchmarks/coverage.py` shows for which distributions
-that is enough, and what it costs in width.
+that is enough, and what it costs in width. Of answers to be found such a value is known: a sequence
+can lose no more than all of them.
 
 No random number is drawn: a mean under random weights is above a margin with a probability that an
 integral gives (Gil-Pelaez 1951).
@@ -37,7 +38,11 @@ CHUNK = 2_000_000  # max numbers in memory at once
 
 
 def bootstrap_interval(
-    sums: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, level: float = LEVEL
+    sums: Sequence[float] | Floats,
+    counts: Sequence[float] | Floats,
+    *,
+    level: float = LEVEL,
+    bound: float | None = None,
 ) -> tuple[float, float]:
     """Compute the interval of sum(sums) / sum(counts) over documents.
 
@@ -48,6 +53,7 @@ def bootstrap_interval(
         sums: per document, the sum of a paired per-token difference.
         counts: per document, the number of tokens, or another denominator of the sums.
         level: the coverage of the interval, between 0 and 1.
+        bound: see `upper_end`, for both ends.
 
     Returns:
         (low, high); (nan, nan) for fewer than LEAST_DOCUMENTS documents, among which a fault in one
@@ -55,8 +61,8 @@ def bootstrap_interval(
     """
     if len(sums) < LEAST_DOCUMENTS:
         return math.nan, math.nan
-    values = per_document(sums, counts)
-    return 0.0 - upper_end(-values, (1 - level) / 2), upper_end(values, (1 - level) / 2)
+    values, tail = per_document(sums, counts), (1 - level) / 2
+    return 0.0 - upper_end(-values, tail, bound), upper_end(values, tail, bound)
 
 
 def per_document(sums: Sequence[float] | Floats, counts: Sequence[float] | Floats) -> Floats:
@@ -70,15 +76,20 @@ def per_document(sums: Sequence[float] | Floats, counts: Sequence[float] | Float
     return values
 
 
-def unseen_above(values: Floats) -> Floats:
-    """Return the value of the unseen document that is above all of `values` [.., documents]."""
+def unseen_above(values: Floats, bound: float | None = None) -> Floats:
+    """Return the value of the unseen document that is above all of `values` [.., documents].
+
+    It is extrapolated from those that lie furthest out, or `bound` where nothing can exceed that.
+    """
+    if bound is not None:
+        return np.maximum(values.max(-1), bound)
     place = min(NEIGHBOUR, values.shape[-1])
     ordered = np.partition(values, (-place, -1), -1)
     most: Floats = ordered[..., -1]
     return most + TAIL * (most - ordered[..., -place])
 
 
-def chance_above(values: Floats, margin: ArrayLike) -> Floats:
+def chance_above(values: Floats, margin: ArrayLike, bound: float | None = None) -> Floats:
     """Compute the chance that the mean of documents under random weights is above a margin.
 
     The weights are those of the Bayesian bootstrap, exponential variables over their sum, and the
@@ -87,12 +98,13 @@ def chance_above(values: Floats, margin: ArrayLike) -> Floats:
     Args:
         values: one value per document, [.., documents].
         margin: broadcastable to [..].
+        bound: see `upper_end`.
 
     Returns:
         Probabilities [..]. Where all values are equal, 1 if the margin is at most them, else 0.
     """
     level = np.asarray(margin, np.float64)
-    excess = np.concatenate([values, unseen_above(values)[..., None]], -1) - level[..., None]
+    excess = np.concatenate([values, unseen_above(values, bound)[..., None]], -1) - level[..., None]
     flat = excess.reshape(-1, excess.shape[-1])
     rows = max(CHUNK // flat.shape[-1] // 300, 1)
     chances = [_chance_positive(flat[i : i + rows]) for i in range(0, len(flat), rows)]
@@ -127,21 +139,22 @@ def _chance_positive(a: Floats) -> Floats:
     return result
 
 
-def upper_end(values: Floats, tail: float) -> float:
+def upper_end(values: Floats, tail: float, bound: float | None = None) -> float:
     """Return the margin that the mean of documents is above with the chance `tail`.
 
     Args:
         values: one value per document; for any number of documents, also too few.
         tail: between 0 and 0.5, both excluded.
+        bound: the largest value that a document can have, where that is known.
     """
-    mean, most = float(values.mean()), float(unseen_above(values))
+    mean, most = float(values.mean()), float(unseen_above(values, bound))
     if most - mean <= 1e-12 * float(np.abs(values).max()):
         return mean
 
     def missing(margin: float) -> float:
-        return float(chance_above(values, margin)) - tail
+        return float(chance_above(values, margin, bound)) - tail
 
-    error = float(values.std()) / math.sqrt(len(values))
+    error = float(values.std()) / math.sqrt(len(values)) or (most - mean) / len(values)
     low, high = mean, min(mean + 3 * error, most)
     while high < most and missing(high) > 0:
         low, high = high, min(mean + 2 * (high - mean), most)

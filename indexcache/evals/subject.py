@@ -30,8 +30,9 @@ from indexcache.seen import Seen
 from indexcache.vacuity import Share, choosing_size
 
 BUCKETS = 4  # number of equal parts of a sequence
-FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond", "found", "base_found", "asked")
-"""What is summed up of the tokens that count; the last three are of the answers of retrieval."""
+ANSWERS = ("found", "base_found", "asked", "lost", "gained")
+FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond", *ANSWERS)
+"""What is summed up of the tokens that count; the last five are of the answers of retrieval."""
 TOKENS = FIELDS.index("tokens")
 TRIED = 8  # batches on which an engine's switches are tried
 TIE = 1e-6  # nats, the rounding of log-probabilities
@@ -39,7 +40,7 @@ TWIN = "\0"
 """The name under which an engine's second evaluation of all layers full is compared with its first;
 no pattern is called so."""
 
-Key = tuple[str, str, int]  # (domain, unit, position bucket)
+Key = tuple[str, str, int, int]  # (domain, unit, length, position bucket)
 
 
 class Subject(ABC):
@@ -311,7 +312,7 @@ def by_bucket(fields: Tensor, batch: Batch) -> Iterator[tuple[Key, np.ndarray]]:
     bucket = torch.arange(tokens) * BUCKETS // tokens
     for row, unit in enumerate(batch.units):
         for i in range(BUCKETS):
-            yield (batch.domain, unit, i), fields[:, row, bucket == i].sum(-1).numpy()
+            yield (batch.domain, unit, tokens + 1, i), fields[:, row, bucket == i].sum(-1).numpy()
 
 
 def _about_kl(ids: int) -> str:
@@ -355,25 +356,27 @@ def _fields(
         if batch.answers:
             best = [p.argmax(-1) == target[..., 0] for p in (log_p, base_log_p)]
             right[..., chunk] = torch.stack(best).cpu()
-    fields[-3:] = _answers(batch, *right)
+    fields[-len(ANSWERS) :] = _answers(batch, *right)
     return _finite(fields, kl=True)
 
 
 def _answers(batch: Batch, right: Tensor, base_right: Tensor) -> Tensor:
-    """Say at the last token of every answer whether it is found, float64 [3, B, T - 1].
+    """Say at the last token of every answer whether it is found: ANSWERS, float64 [5, B, T - 1].
 
     Args:
         right, base_right: whether each token but the first is the most likely one under the
             pattern and under the baseline, bool [B, T - 1].
 
     Returns:
-        1 where the pattern finds it, where the baseline does, and where an answer is.
+        1 where the pattern finds it, where the baseline does, where an answer is, where only the
+        baseline finds it, and where only the pattern does.
     """
-    values = torch.zeros(3, *right.shape, dtype=torch.float64)
+    values = torch.zeros(len(ANSWERS), *right.shape, dtype=torch.float64)
     for row, spans in enumerate(batch.answers):
         for start, stop in spans:
-            found = [bool(r[row, start - 1 : stop - 1].all()) for r in (right, base_right)]
-            values[:, row, stop - 2] = torch.tensor([*found, 1.0], dtype=torch.float64)
+            now, before = (bool(r[row, start - 1 : stop - 1].all()) for r in (right, base_right))
+            every = (now, before, True, before and not now, now and not before)
+            values[:, row, stop - 2] = torch.tensor(every, dtype=torch.float64)
     return values
 
 
