@@ -5,8 +5,8 @@
 In text, neighbouring queries share many ids, and the cost of attention depends on how many. This
 runs the packaged `tiny` (k = 32) over 2,048 tokens of its held-out text and keeps the ids of the
 last 1,024 queries. There k is at least 1.6 % of the keys, as 2,048 is of 131,072. It writes int16
-tensors to a safetensors file and packs that by xz (FILE.xz): `topk.LAYER` [1024, 32] and
-`pool.LAYER` [1024, 256].
+tensors to a safetensors file and packs that by xz (FILE.xz): `topk.LAYER` [1024, 32] of three
+layers, and `pool.10` [1024, 256].
 
 `tile` makes ids for long contexts from them: it copies the text, and each id appears in every copy.
 """
@@ -31,6 +31,7 @@ TEXT = ROOT / "indexcache" / "assets" / "text" / "heldout.jsonl"
 LENGTH = 2048
 QUERIES = 1024
 LAYERS = (4, 8, 10)
+POOL_LAYER = 10
 POOL = 8  # A pool has this many times k ids.
 
 
@@ -81,6 +82,8 @@ def record() -> dict[str, Tensor]:
             wide = index_topk(q, k, w, scale, topk, offset, pool=POOL * topk)
             for name, ids in (("topk", wide.ids), ("pool", wide.pool)):
                 assert ids is not None
+                if name == "pool" and layer != POOL_LAYER:
+                    continue
                 recorded[f"{name}.{layer}"] = ids[0, -QUERIES:].to(torch.int16).contiguous()
         return index_topk(*arguments, **options)
 
