@@ -64,6 +64,9 @@ def search(
         settings.check_engine()
     stages = engine.pipeline_parallel_size if engine.engine else None
     settings.full_layers(facts["num_hidden_layers"], stages)
+    stage_of = stage_starts(facts["num_hidden_layers"], stages or settings.stages)
+    full = settings.full_layers(facts["num_hidden_layers"], stages)
+    settings.fixed_layers(facts["num_hidden_layers"], stage_of, full)
     check_text(facts, model, text)
     check_delta(facts, running.delta)
     streamed = not engine.engine and streams(facts, running, stream)
@@ -75,7 +78,9 @@ def search(
     if stream.dry_run:
         layers = facts["num_hidden_layers"]
         full = settings.full_layers(layers)
-        passes = search_rounds(layers, full, stage_starts(layers, settings.stages))
+        starts = stage_starts(layers, settings.stages)
+        fixed = settings.fixed_layers(layers, starts, full)
+        passes = search_rounds(layers, full, starts, fixed)
         found = [Round.of_search(layers, count, flips) for flips, count in enumerate(passes)]
         deliver_forecast(facts, found, open_text(model, text) + asked, running, stream, output)
         return
@@ -103,6 +108,7 @@ def search(
         "",
         *result.notes,
         f"{result.work}.",
+        *([] if result.costs is None else [str(result.costs)]),
         str(result.conditions),
         "",
         f"{out}: pattern.json, result.json, journal.jsonl. Calibration losses flatter a searched "

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from indexcache.pattern import Pattern, full_count
-from indexcache.searching.greedy import FrontierPoint
+from indexcache.searching.greedy import FrontierPoint, candidates_of
 from indexcache.searching.samples import Difference, Parts, Samples
 from indexcache.searching.settings import Savings
 
@@ -57,6 +57,7 @@ class FastSearch:
         starts: the first layers of the pipeline stages, which stay full.
         savings: which savings are on, and how much they may cost.
         noise: how far two evaluations of one pattern lie apart, nats per token.
+        fixed: further layers that stay full.
     """
 
     samples: Samples
@@ -64,6 +65,7 @@ class FastSearch:
     starts: Sequence[int]
     savings: Savings
     noise: float = 0.0
+    fixed: Sequence[int] = ()
     trunk: Pattern = field(init=False)
     loss: float = field(init=False)
     known: bool = field(init=False, default=True)  # whether the loss is that of the whole text
@@ -71,7 +73,7 @@ class FastSearch:
     losses: dict[int, Gain] = field(init=False, default_factory=dict)  # of layers that were flipped
 
     def __post_init__(self) -> None:
-        if self.full < len(self.starts):
+        if self.full < len({*self.starts, *self.fixed}):
             raise ValueError(
                 f"{self.full} full layers are too few: the first layer of each of the "
                 f"{len(self.starts)} stages stays full."
@@ -91,8 +93,7 @@ class FastSearch:
         self.samples.rebase(self.trunk)
         self.loss = self.samples.evaluate(self.trunk).loss
         yield FrontierPoint(self.trunk, self.loss)
-        ends = [*self.starts[1:], self.samples.layers]
-        stages = [range(a + 1, b) for a, b in zip(self.starts, ends, strict=True)]
+        stages = candidates_of(self.samples.layers, self.starts, self.fixed)
         while self.left:
             for stage in stages:
                 candidates = [i for i in stage if self.trunk[i] == "F"]

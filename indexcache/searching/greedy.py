@@ -27,6 +27,7 @@ class FrontierPoint:
         margin: how much more the best of the other layers would have cost, nats per token; None
             where there was no other.
         estimated: whether the loss was not measured on the whole text.
+        cost: the indexers' cost over that of all full, where a search counts it.
     """
 
     pattern: Pattern
@@ -35,6 +36,7 @@ class FrontierPoint:
     tied: tuple[int, ...] = ()
     margin: float | None = None
     estimated: bool = False
+    cost: float | None = None
 
     @property
     def full(self) -> int:
@@ -55,7 +57,12 @@ def together(loss: Loss, patterns: Sequence[Pattern], trunk: Pattern | None = No
 
 
 def greedy(
-    loss: Loss, layers: int, full: int, starts: Sequence[int] = (0,), noise: float = 0.0
+    loss: Loss,
+    layers: int,
+    full: int,
+    starts: Sequence[int] = (0,),
+    noise: float = 0.0,
+    fixed: Sequence[int] = (),
 ) -> Iterator[FrontierPoint]:
     """Yield the nested family of patterns from all full down to `full` full layers.
 
@@ -68,19 +75,18 @@ def greedy(
 
     `starts` are the first layers of the pipeline stages. The first layer of each stage stays F, and
     each round flips one layer per stage, stage after stage. One stage is Algorithm 1 itself; P
-    stages take P times fewer evaluations.
+    stages take P times fewer evaluations. `fixed` are further layers that stay full.
 
     Raises:
         ValueError: fewer full layers than stages, whose first layers always stay full.
     """
-    if full < len(starts):
+    if full < len({*starts, *fixed}):
         raise ValueError(
             f"{full} full layers are too few: the first layer of each of the {len(starts)} stages "
             "stays full."
         )
     pattern = Pattern.full(layers)
-    ends = [*starts[1:], layers]
-    remaining = [list(range(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
+    remaining = [list(own) for own in candidates_of(layers, starts, fixed)]
     # Where losses are computed together, all full goes with the first round, which begins at it.
     shared = hasattr(loss, "together") and layers > full
     first = next((c for c in remaining if c), []) if shared else []
@@ -105,12 +111,23 @@ def greedy(
             yield FrontierPoint(pattern, losses[best], best, tuple(tied), margin)
 
 
-def rounds(layers: int, full: int, starts: Sequence[int] = (0,)) -> list[int]:
+def candidates_of(
+    layers: int, starts: Sequence[int] = (0,), fixed: Sequence[int] = ()
+) -> list[list[int]]:
+    """Return the layers of every pipeline stage that may be flipped."""
+    ends = [*starts[1:], layers]
+    pairs = zip(starts, ends, strict=True)
+    return [[i for i in range(a + 1, b) if i not in fixed] for a, b in pairs]
+
+
+def rounds(
+    layers: int, full: int, starts: Sequence[int] = (0,), fixed: Sequence[int] = ()
+) -> list[int]:
     """Return the number of candidates of every flip of `greedy`."""
     counts = []
     full_now = layers
-    remaining = [b - a - 1 for a, b in zip(starts, [*starts[1:], layers], strict=True)]
-    while full_now > max(full, len(starts)):
+    remaining = [len(own) for own in candidates_of(layers, starts, fixed)]
+    while full_now > max(full, len({*starts, *fixed})):
         for stage, candidates in enumerate(remaining):
             if candidates and full_now > full:
                 counts.append(candidates)
@@ -119,6 +136,8 @@ def rounds(layers: int, full: int, starts: Sequence[int] = (0,)) -> list[int]:
     return counts
 
 
-def evaluations(layers: int, full: int, starts: Sequence[int] = (0,)) -> int:
+def evaluations(
+    layers: int, full: int, starts: Sequence[int] = (0,), fixed: Sequence[int] = ()
+) -> int:
     """Count the patterns that `greedy` evaluates: all full, and the candidates of every flip."""
-    return 1 + sum(rounds(layers, full, starts))
+    return 1 + sum(rounds(layers, full, starts, fixed))

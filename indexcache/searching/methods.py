@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from indexcache.data import Batch
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run
+from indexcache.searching.costs import RoleCosts
 from indexcache.searching.fast import FastSearch
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy, rounds, together
+from indexcache.searching.mixed import MixedSearch
 from indexcache.searching.objective import Evaluation, shows_parts
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.similarity import best_patterns
@@ -21,7 +23,26 @@ from indexcache.searching.source import Entry, LossSource
 from indexcache.searching.streamed import Follower
 from indexcache.searching.work import Work
 
-Asked = tuple[int, Sequence[int], Sequence[Pattern]]  # full layers, stages, patterns to compare
+
+@dataclass(frozen=True)
+class Asked:
+    """What a search is asked for.
+
+    Attributes:
+        full: number of full layers at the end.
+        starts: first layers of the pipeline stages.
+        fixed: layers that stay full, those of `starts` among them.
+        comparisons: patterns to evaluate beside it.
+        costs: the cost of patterns, where R layers are chosen too.
+    """
+
+    full: int
+    starts: Sequence[int]
+    fixed: Sequence[int]
+    comparisons: Sequence[Pattern]
+    costs: RoleCosts | None = None
+
+
 Found = tuple[list[FrontierPoint], list[FrontierPoint], dict[str, Evaluation], Work]
 
 
@@ -34,8 +55,9 @@ def exact(
     progress: bool,
 ) -> Found:
     """Run the paper's search, which measures every candidate on the whole text."""
-    full, starts, comparisons = asked
-    total = evaluations(source.layers, full, starts) + len({str(p) for p in comparisons})
+    full, starts, comparisons = asked.full, asked.starts, asked.comparisons
+    total = evaluations(source.layers, full, starts, asked.fixed)
+    total += len({str(p) for p in comparisons})
     done = sum("pattern" in entry for entry in run.journal)
     shown = progress and source.world.rank == 0
     with progress_bar(total, "eval", done, shown=shown) as bar:
@@ -44,11 +66,13 @@ def exact(
             run.append(entry)
             bar.update("pattern" in entry)
 
-        source.expect(rounds(source.layers, full, starts), comparisons, _said_on(bar))
+        source.expect(rounds(source.layers, full, starts, asked.fixed), comparisons, _said_on(bar))
         loss = source.objective(batches, run.journal, record, settings.objective)
         frontier: list[FrontierPoint] = []
-        for point in greedy(loss, source.layers, full, starts, source.noise):
+        for point in greedy(loss, source.layers, full, starts, source.noise, asked.fixed):
             source.advance(len(frontier))
+            if _too_much(point, frontier, settings):
+                break
             frontier.append(point)
             _record_tie(run, point)
             bar.set_postfix_str(f"{point.full} full, best loss {point.loss:.4f}")
@@ -69,19 +93,31 @@ def sampled(
     progress: bool,
 ) -> Found:
     """Run a search that measures parts of the text, or only what similarity has chosen."""
-    full, starts, comparisons = asked
+    full, starts, comparisons = asked.full, asked.starts, asked.comparisons
     with progress_bar(source.layers - full + 1, "budget", shown=progress) as bar:
         samples = source.samples(batches, run.journal, run.append, settings.objective)
         if settings.method == "similarity":
-            chosen = best_patterns(source.overlap(batches), full, starts)
+            chosen = best_patterns(source.overlap(batches), full, asked.fixed)
             samples.work.layer_tokens += samples.work.whole
             points: Iterable[FrontierPoint] = (
                 FrontierPoint(p, samples.evaluate(p).loss) for p in chosen.values()
             )
+        elif asked.costs is not None:
+            points = MixedSearch(
+                samples,
+                asked.costs,
+                settings.pool_size(),
+                frozenset(asked.fixed),
+                settings,
+                settings.keep,
+                settings.most_loss,
+            ).run()
         else:
-            points = FastSearch(samples, full, starts, settings, source.noise).run()
-        frontier = []
+            points = FastSearch(samples, full, starts, settings, source.noise, asked.fixed).run()
+        frontier: list[FrontierPoint] = []
         for point in points:
+            if _too_much(point, frontier, settings):
+                break
             frontier.append(point)
             bar.update()
             bar.set_postfix_str(f"{point.full} full, loss {point.loss:.4f}; {samples.work}")
@@ -93,6 +129,15 @@ def sampled(
         measured = [*(p for p in frontier if not p.estimated), *uniform]
         parts = {str(p.pattern): samples.evaluate(p.pattern) for p in measured}
     return frontier, uniform, parts, work
+
+
+def _too_much(
+    point: FrontierPoint, frontier: Sequence[FrontierPoint], settings: SearchSettings
+) -> bool:
+    """Return whether a pattern loses more than the search may."""
+    if settings.most_loss is None or not frontier:
+        return False
+    return point.loss - frontier[0].loss > settings.most_loss
 
 
 def _said_on(bar: Any) -> Callable[[str], None]:

@@ -19,8 +19,9 @@ from indexcache.models.world import Processes, join
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import number_of
 from indexcache.report.tables import table
+from indexcache.searching.costs import RoleCosts, by_arithmetic, fitted
 from indexcache.searching.greedy import FrontierPoint
-from indexcache.searching.methods import exact, sampled
+from indexcache.searching.methods import Asked, exact, sampled
 from indexcache.searching.objective import Evaluation
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.source import Entry, LossSource, ModelSource, StreamedSource, VllmSource
@@ -46,6 +47,7 @@ class SearchResult:
         objective: the name of what `loss` is; None for the mean loss of plain text.
         evaluations: the parts of the objective, by pattern, where it has any.
         method: how the patterns were found; the losses of "fast" are estimated between budgets.
+        costs: the costs of roles, where R layers were chosen too.
     """
 
     frontier: tuple[FrontierPoint, ...]
@@ -58,6 +60,7 @@ class SearchResult:
     objective: str | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     method: str = "exact"
+    costs: RoleCosts | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -84,23 +87,25 @@ class SearchResult:
         return table(["calibration", self.objective or "loss", "vs full", *extra, head], rows)
 
     def _parts_head(self) -> list[str]:
-        """Name the columns about the parts of the objective; none where it has no parts."""
+        """Name the columns about cost and the parts of the objective, where there are any."""
         first = self.evaluations.get(str(self.frontier[0].pattern))
+        head = [] if self.costs is None else ["cost"]
         if first is None:
-            return []
-        return ["worst part", *(["answers found"] if first.found else [])]
+            return head
+        return [*head, "worst part", *(["answers found"] if first.found else [])]
 
     def _cells(self, point: FrontierPoint, head: Sequence[str]) -> list[str]:
-        """Format what loses most, and how many answers are found."""
+        """Format the cost, what loses most, and how many answers are found."""
+        cost = [] if self.costs is None else [f"{self.costs.of(point.pattern):.1%}"]
         parts = self.evaluations.get(str(point.pattern))
         if parts is None:
-            return [""] * len(head)
+            return [*cost, *[""] * (len(head) - len(cost))]
         full = self.evaluations[str(self.frontier[0].pattern)]
         excess = {name: mean - full.parts[name] for name, mean in parts.parts.items()}
         worst = max(excess, key=lambda name: excess[name])
         found = [sum(pair[i] for pair in parts.found.values()) for i in (0, 1)]
         cells = [f"{worst} {excess[worst]:+.4f}", f"{found[0]} of {found[1]}"]
-        return cells[: len(head)]
+        return [*cost, *cells][: len(head)]
 
     def _pool(self, pattern: Pattern) -> str:
         """Say what share of the longest context the pool of R layers is."""
@@ -117,7 +122,9 @@ class SearchResult:
         def facts(point: FrontierPoint) -> dict[str, Any]:
             parts = self.evaluations.get(str(point.pattern))
             value = {"full": point.full, "pattern": str(point.pattern), "loss": point.loss}
-            estimated = {"estimated": True} if point.estimated else {}
+            estimated: dict[str, Any] = {"estimated": True} if point.estimated else {}
+            if point.cost is not None:
+                estimated["cost_share"] = point.cost
             return value | (parts.to_json() if parts else {}) | estimated
 
         def choice(point: FrontierPoint) -> dict[str, Any]:
@@ -129,6 +136,8 @@ class SearchResult:
         noise: dict[str, Any] = {"noise": self.noise} if self.noise else {}
         if self.objective is not None:
             noise["objective"] = self.objective
+        if self.costs is not None:
+            noise["costs"] = self.costs.to_json()
         if self.method != "exact":
             noise["method"] = self.method
         return {
@@ -212,8 +221,11 @@ def _search(
     check_batches(batches, source.topk)
     starts = source.starts(settings)
     full = settings.full_layers(layers, len(starts))
+    fixed = settings.fixed_layers(layers, starts, full)
+    costs = _costs(source, settings)
     comparisons, notes = _comparisons(batches, source, starts, full, settings)
-    shares = check_batches(batches, source.topk, comparisons)
+    pools = [] if costs is None else [Pattern("F" + "R" * (layers - 1), settings.pool_size())]
+    shares = check_batches(batches, source.topk, [*comparisons, *pools])
     conditions = source.conditions(batches, shares, origin)
     facts = {**settings.facts(), "data": digest_of(batches), **source.facts(), **identity}
     check = partial(
@@ -226,7 +238,7 @@ def _search(
     with open_together(source.world, out, facts, check) as run:
         find = exact if settings.method == "exact" else sampled
         frontier, uniform, parts, work = find(
-            run, source, batches, settings, (full, starts, comparisons), progress
+            run, source, batches, settings, Asked(full, starts, fixed, comparisons, costs), progress
         )
         notes += about_full(frontier[0], parts, settings.objective, source.blind_loss())
         seen = seen_in(batches)
@@ -243,11 +255,27 @@ def _search(
             settings.objective if parts else None,
             parts,
             settings.method,
+            costs,
         )
         run.save("result.json", result.to_json())
         run.save("pattern.json", result.pattern.facts() | seen.to_pattern_file())
     source.close()
     return result
+
+
+def _costs(source: LossSource, settings: SearchSettings) -> RoleCosts | None:
+    """Return the costs by which layers are chosen among F, R and S; None among F and S.
+
+    Raises:
+        ValueError: R layers do not run here, or the file of a bench gives no costs.
+    """
+    if settings.roles == "FS":
+        return None
+    if "R" not in source.roles:
+        raise ValueError(f"There are no R layers on {source.kind}; take --roles FS.")
+    context = settings.cost_context or source.context
+    sizes = context, settings.pool_size(), source.topk
+    return by_arithmetic(*sizes) if settings.costs is None else fitted(settings.costs, *sizes)
 
 
 def about_full(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from typing import Any, Literal
 
-from indexcache.pattern import full_count, stage_starts
+from indexcache.pattern import Pattern, full_count, parse_pool, stage_starts
 
 ObjectiveName = Literal["weighted", "mean", "worst", "kl", "key-kl"]
 Method = Literal["exact", "fast", "similarity"]
@@ -58,6 +60,53 @@ class SearchSettings(Savings):
     """How patterns are looked for: "exact", the paper's greedy search; "fast", which measures less;
     or "similarity", which measures no loss and is there to compare with."""
 
+    roles: Literal["FS", "FRS"] = "FS"
+    """Roles to choose among. With FRS, which takes --method fast, R layers run their indexer over a
+    pool, and --keep and --most-loss bound the indexers' cost and the loss."""
+    pool: str = "1/8"
+    """Size of the pools of R layers that FRS chooses: a share of what a query sees, or a factor of
+    k such as 8."""
+    cost_context: int | None = None
+    "Number of tokens at which FRS counts costs. The default is the model's context."
+    costs: str | None = None
+    """bench.json whose rows with R layers give the costs. The default is arithmetic, the least that
+    is possible."""
+    most_loss: float | None = None
+    "Nats per token above all full at which the search ends, before --keep."
+    stay_full: tuple[int, ...] = ()
+    "Layers that stay full."
+
+    def pool_size(self) -> int | Fraction:
+        """Return the size of the pools of R layers.
+
+        Raises:
+            ValueError: it is no factor and no share.
+        """
+        size = parse_pool(self.pool)
+        if isinstance(size, str):
+            raise ValueError(
+                f"--pool is a share such as 1/8 or a factor of k such as 8, not {self.pool!r:.40}."
+            )
+        Pattern("FR", size)  # It refuses what is out of range.
+        return size
+
+    def fixed_layers(self, layers: int, starts: Sequence[int], full: int) -> tuple[int, ...]:
+        """Return the layers that stay full, the first ones of the stages among them.
+
+        Raises:
+            ValueError: there is no such layer, or more of them than full layers at the end.
+        """
+        for layer in self.stay_full:
+            if not 0 <= layer < layers:
+                raise ValueError(f"--stay-full {layer}: the model has layers 0 to {layers - 1}.")
+        fixed = tuple(sorted({*starts, *self.stay_full}))
+        if self.roles == "FS" and full < len(fixed):
+            raise ValueError(
+                f"{len(fixed)} layers stay full ({', '.join(map(str, fixed[:8]))}), but --keep "
+                f"leaves {full} of {layers}; keep more."
+            )
+        return fixed
+
     def facts(self) -> dict[str, Any]:
         """Return what a run folder holds of the settings."""
         default = asdict(SearchSettings())
@@ -74,6 +123,19 @@ class SearchSettings(Savings):
                 flag = f.name.replace("_", "-")
                 flag = f"no-{flag}" if f.default is True else flag
                 raise ValueError(f"--{flag} is a setting of the fast search; add --method fast.")
+        if self.roles == "FRS" and self.method != "fast":
+            raise ValueError("--roles FRS is searched by --method fast; add that.")
+        for name in ("pool", "cost_context", "costs"):
+            if self.roles == "FS" and getattr(self, name) != getattr(SearchSettings, name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is a setting of R layers; add --roles FRS.")
+        self.pool_size()
+        if self.most_loss is not None and not 0 <= self.most_loss < math.inf:
+            raise ValueError(
+                f"--most-loss is a number of nats per token, 0 or more, not {self.most_loss}."
+            )
+        if self.cost_context is not None and self.cost_context < 1:
+            raise ValueError(f"--cost-context is a number of tokens, not {self.cost_context}.")
         if not 0 < self.error_rate < 0.5:
             raise ValueError(
                 f"The error rate of a race is above 0 and below 0.5, not {self.error_rate}."
@@ -85,6 +147,10 @@ class SearchSettings(Savings):
 
     def check_engine(self) -> None:
         """Raise ValueError for an objective or a method that no engine gives."""
+        if self.roles == "FRS":
+            raise ValueError(
+                "vLLM knows no R layers, so --roles FRS needs this package's own path."
+            )
         if self.method == "similarity":
             raise ValueError(
                 "The selections of layers cannot be seen in vLLM; --method similarity needs this "

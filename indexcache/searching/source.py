@@ -55,6 +55,7 @@ class LossSource(ABC):
     Attributes:
         layers: number of decoder layers.
         topk: the number of tokens that a query selects.
+        context: the longest context of the model.
         without_indexer: layers that can never be full.
         roles: the roles that it can run.
         noise: how far two evaluations of one pattern lie apart, nats per token.
@@ -65,6 +66,7 @@ class LossSource(ABC):
 
     layers: int
     topk: int
+    context: int = 0
     without_indexer: tuple[int, ...]
     roles: str
     noise: float = 0.0
@@ -167,6 +169,7 @@ class ModelSource(LossSource):
         self.module = module_of(model)
         self.layers = self.module.config.num_hidden_layers
         self.topk = int(self.module.config.index_topk)
+        self.context = int(self.module.config.max_position_embeddings)
         self.without_indexer = tuple(missing_indexers(self.module))
 
     def check(self) -> None:
