@@ -191,7 +191,7 @@ def test_speed_and_cost_name_what_they_hold_for(runs, whole):
     assert f"single requests of 64 tokens on {device}" in page
     cost = [2 / 3600 * (r["ttft_s"] + 100 / r["decode_total_tok_s"]) / 164e-6 for r in (full, half)]
     assert f"{cost[0] - cost[1]:.4g}" in page
-    assert "at 2 a GPU hour; prompts of 64 tokens, 100 decoded, single requests" in page
+    assert "at 2 a GPU hour; single requests of 64 tokens, 100 decoded for each" in page
 
 
 def gate(*words):
@@ -275,23 +275,37 @@ def test_too_few_documents_have_no_interval(changed):
 
 
 def test_recall_is_shown_by_task_and_length(changed):
-    row = {
-        "pattern": "FSFSFS", "name": 'a <b>&"c', "task": "all", "length": 64, "asked": 80,
-        "found_baseline": 60, "found": 33, "lost": 30, "gained": 3, "excess": 0.3375,
-        "ci_low": 0.21, "ci_high": 0.45, "sequences": 40,
-    }  # fmt: skip
-
     def answers(value):
-        value["recall"] = [row, row | {"task": "needle", "found": 7}]
+        own = next(r for r in value["rows"] if r["pattern"] == "FSFSFS")
+        asked = own | {"answers": 80, "found_baseline": 60, "found_ci_low": -0.45, "length": 64}
+        value["rows"] += [
+            asked | {"domain": "retrieval:needles", "found": 33, "found_ci_high": -0.21},
+            asked | {"domain": "retrieval:passkey", "found": 7, "found_ci_low": -0.9}
+            | {"found_ci_high": -0.4, "length": 128},
+        ]  # fmt: skip
 
     made = make_report([changed("evaluate", "evidence.json", answers)])
     page = Page(made.html)
     assert "recall" in made.sections
-    assert {0.3375, 0.21, 0.45} <= set(page.numbers)
-    assert "+33.8%" in page.text
-    assert "33 of 80 found, 60 by all layers full, at 64 tokens" in page.text
-    assert "7 of 80" in page.text
+    assert {27 / 80, 0.21, 0.45, 53 / 80, 0.4, 0.9} <= set(page.numbers)
+    assert "33 of 80" in page.text
+    assert "+66.2% [ +40.0% , +90.0% ] with 95 % confidence; the highest of 2 tasks" in page.text
+    assert "passkey: 7 of 80 found, 60 by all layers full" in page.text
+    assert "of 128 tokens" in page.text
     assert not any("Recall was not tested" in gap for gap in made.gaps)
+    domains = page.text.split("By kind of text")[-1].split("Recall")[0]
+    assert "needles" not in domains
+
+
+def test_a_pool_that_is_a_share_says_so(changed):
+    def share(value):
+        for row in value["rows"]:
+            if row["pattern"] == "FSFSFS":
+                row.update(pattern="FRFSFS@1/8", pool_share=0.125)
+
+    page = Page(make_report([changed("evaluate", "evidence.json", share)]).html).text
+    assert "with a pool of 1/8 of what a query sees" in page
+    assert "1 layer scores only a pool of 12.5% of the context, at any length" in page
 
 
 def test_all_text_of_the_files_is_escaped(changed):
@@ -341,7 +355,8 @@ def test_every_figure_has_a_caption_a_name_and_its_numbers(whole):
     page = Page(whole.html)
     count = len(page.all("figure"))
     assert count >= 7
-    assert len(page.all("figcaption")) == len(page.all("details")) == count
+    reasons = 1  # The verdicts have a second table.
+    assert len(page.all("figcaption")) == len(page.all("details")) - reasons == count
     for svg in page.all("svg"):
         assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and svg["aria-label"])
     assert len(page.all("caption")) == len(page.all("table"))

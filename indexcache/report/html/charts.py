@@ -121,7 +121,13 @@ def forest(
         [
             [
                 el("line", x1=_n(across(t)), x2=_n(across(t)), y1=6, y2=bottom, class_="grid"),
-                el("text", f"{t:g}", x=_n(across(t)), y=bottom + 15, class_="mid"),
+                el(
+                    "text",
+                    f"{100 * t:g}%" if "%" in form else f"{t:g}",
+                    x=_n(across(t)),
+                    y=bottom + 15,
+                    class_="mid",
+                ),
             ]
             for t in ticks
         ],

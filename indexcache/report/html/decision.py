@@ -10,7 +10,7 @@ from indexcache.pattern import Pattern
 from indexcache.report.html.markup import counted, listed
 from indexcache.report.html.results import (
     ALL,
-    Answers,
+    ANSWERS,
     DistillRun,
     EvaluateRun,
     Row,
@@ -34,7 +34,7 @@ class Candidate:
         delta: the digest of the trained indexers that it runs with.
         name: its first name in the runs.
         rows: what it loses on all text, by run and length.
-        answers: what it finds of all kinds of retrieval, by run and length.
+        answers: what it finds of each kind of retrieval, by run and length.
         word: the verdict.
         reasons: why, in sentences.
     """
@@ -43,7 +43,7 @@ class Candidate:
     delta: str | None
     name: str
     rows: list[tuple[EvaluateRun, Row]] = field(default_factory=list)
-    answers: list[tuple[EvaluateRun, Answers]] = field(default_factory=list)
+    answers: list[tuple[EvaluateRun, Row]] = field(default_factory=list)
     word: str = UNTESTED
     reasons: list[str] = field(default_factory=list)
 
@@ -53,6 +53,17 @@ class Candidate:
         return max(self.rows, key=lambda pair: (_upper(pair[1]), pair[1].excess))
 
     @property
+    def most_lost(self) -> tuple[EvaluateRun, Row] | None:
+        """The run and the kind of retrieval with the highest upper end of what is lost."""
+
+        def key(pair: tuple[EvaluateRun, Row]) -> tuple[float, float]:
+            answers = pair[1].answers
+            assert answers is not None
+            return (math.inf if answers.high is None else answers.high, answers.lost)
+
+        return max(self.answers, key=key, default=None)
+
+    @property
     def left(self) -> float:
         """The share of the scores of the indexers of all layers that is still computed."""
         return work_left(self.pattern, self.pool_share)
@@ -60,6 +71,8 @@ class Candidate:
     @property
     def pool_share(self) -> float | None:
         """The pool of R layers over the longest context; None where nobody measured it."""
+        if self.pattern.pool_share is not None:
+            return float(self.pattern.pool_share)
         return next((row.pool_share for _, row in self.rows if row.pool_share is not None), None)
 
     @property
@@ -97,7 +110,11 @@ def about_work(candidate: Candidate) -> str:
         if share is not None:
             run, _ = candidate.worst
             pool = f"of {share:.1%} of the longest context ({run.conditions.length})"
-        parts.append(f"{counted(pooled, 'layer')} score only a pool {pool}")
+            if candidate.pattern.pool_share is not None:
+                pool = f"of {share:.1%} of the context, at any length"
+        parts.append(
+            f"{counted(pooled, 'layer')} score{'s' if pooled == 1 else ''} only a pool {pool}"
+        )
     return "; ".join(parts) or "every layer runs its indexer"
 
 
@@ -114,9 +131,9 @@ def candidates(runs: Sequence[Run]) -> list[Candidate]:
             if row.where == ALL and not run.is_baseline(row):
                 candidate = of(row.pattern, run.conditions.delta, row.name)
                 candidate.rows.append((run, row))
-        for row in run.answers:
+        for row in run.answer_rows:
             key = (str(row.pattern), run.conditions.delta)
-            if row.task == ALL and key in found:
+            if key in found:
                 found[key].answers.append((run, row))
     for candidate in found.values():
         _judge(candidate)
@@ -176,8 +193,8 @@ def place(where: str) -> str:
     """Name a domain or a kind of retrieval in words."""
     if where == ALL:
         return "all text"
-    if where.startswith("retrieval:"):
-        kind = where.removeprefix("retrieval:")
+    if where.startswith(ANSWERS):
+        kind = where.removeprefix(ANSWERS)
         return "the answers of all retrieval" if kind == ALL else f"the answers of {kind}"
     return where
 
@@ -264,15 +281,15 @@ def _why_safe(shown: Candidate) -> str:
         places = [v for v in own.verdicts if v.name == name]
         if own.most is None or not places:
             continue
-        recall = ""
+        margins = f"a margin of {own.most:g} nats per token"
         if own.recall_most is not None:
-            recall = f", and at most {own.recall_most:.1%} of the answers"
+            margins = f"margins of {own.most:g} nats per token and {own.recall_most:.1%} of answers"
         where = "on all text"
         if domains := {v.where for v in places if v.where != ALL}:
             where += f" and on each of {counted(len(domains), 'domain or task')}"
             where = where.replace("domain or tasks", "domains and tasks")
         parts.append(
-            f"It is safe at a margin of {own.most:g} nats per token{recall}, {where} "
+            f"It is safe at {margins}, {where} "
             f"({own.folder}: {own.conditions.short()}): with 95 % confidence it loses no more than "
             f"that against {own.against}."
         )

@@ -11,10 +11,9 @@ from typing import Any
 from indexcache.report.html import quality, speed, structure
 from indexcache.report.html.decision import Decision, about_work, decide
 from indexcache.report.html.markup import Html, counted, data, el, interval, join, table
-from indexcache.report.html.results import DIGITS, BenchRun, EvaluateRun, Run, of_verb
+from indexcache.report.html.results import DIGITS, BenchRun, EvaluateRun, Row, Run, of_verb
 from indexcache.report.html.runs import read_runs
 from indexcache.report.html.theme import DARK, LIGHT, style_sheet
-from indexcache.report.speed import format_length
 
 WORDS = {
     "indexer": "the part of a layer that scores all earlier tokens and selects the k best",
@@ -243,7 +242,7 @@ def _cards(runs: Sequence[Run], decision: Decision, settings: ReportSettings) ->
         worst = ""
         if len(shown.rows) > 1:
             worst = f"the highest of {len(shown.rows)} measurements; "
-        tokens = f"{row.length} tokens" if row.length else run.conditions.length
+        tokens = run.tokens(row.length)
         few = "" if row.low is not None else f"only {counted(row.documents, 'document')}: "
         value = data(row.excess, unit=" nats")
         rest = join(
@@ -259,16 +258,9 @@ def _cards(runs: Sequence[Run], decision: Decision, settings: ReportSettings) ->
     else:
         cards.append(_card("Excess loss", None, "no evaluation on held-out text"))
     cards.append(_card("Indexer scores saved", data(1 - shown.left, ".1%"), about_work(shown)))
-    for run, answers in shown.answers[:1]:
-        value = data(answers.lost, "+.1%")
-        rest = join(
-            [
-                interval(answers.low, answers.high, "+.1%"),
-                f"; {answers.found} of {answers.asked} found, {answers.before} by {run.against}, "
-                f"at {answers.length} tokens ({run.folder})",
-            ]
-        )
-        cards.append(_card("Share of answers lost", value, rest))
+    if shown.most_lost is not None:
+        run, row = shown.most_lost
+        cards.append(_answers_card(run, row, len(shown.answers)))
     gain = speed.best_gain(runs, shown)
     if gain is None:
         cards.append(_card("Speed-up", None, _no_bench(runs)))
@@ -282,6 +274,21 @@ def _cards(runs: Sequence[Run], decision: Decision, settings: ReportSettings) ->
         cards.append(_card("Speed-up", value, join([*also, "; ", about])))
     cards.append(_cost_card(runs, gain, settings))
     return el("dl", cards, class_="cards")
+
+
+def _answers_card(run: EvaluateRun, row: Row, count: int) -> Html:
+    answers = row.answers
+    assert answers is not None
+    worst = f"the highest of {count} tasks and lengths; " if count > 1 else ""
+    rest = join(
+        [
+            interval(answers.low, answers.high, "+.1%"),
+            f" with 95 % confidence; {worst}{row.task}: {answers.found} of {answers.asked} found, "
+            f"{answers.before} by {run.against}; {counted(row.documents, 'sequence')} of "
+            f"{run.tokens(row.length)} ({run.folder})",
+        ]
+    )
+    return _card("Share of answers lost", data(answers.lost, "+.1%"), rest)
 
 
 def _cost_card(runs: Sequence[Run], gain: Any, settings: ReportSettings) -> Html | None:
@@ -304,8 +311,8 @@ def _cost_card(runs: Sequence[Run], gain: Any, settings: ReportSettings) -> Html
             value = data(base.per_million - own.per_million, ".4g")
             rest = (
                 f"{own.saving:.1%} of {base.per_million:.4g} for a million tokens, at "
-                f"{settings.price:g} a GPU hour; prompts of {format_length(row.context)} tokens, "
-                f"{settings.output_tokens} decoded, single requests ({run.folder})"
+                f"{settings.price:g} a GPU hour; {speed.requests(row)}, "
+                f"{settings.output_tokens} decoded for each ({run.folder})"
             )
             return _card("Cost saved per million tokens", value, rest)
     return _card("Cost saved per million tokens", None, _no_bench(runs))

@@ -18,47 +18,55 @@ from indexcache.report.html.markup import (
     listed,
     table,
 )
-from indexcache.report.html.results import ALL, EvaluateRun, Row, Run, of_verb
+from indexcache.report.html.results import ALL, ANSWERS, EvaluateRun, Row, Run, Verdict, of_verb
 
 HEAD = ["pattern", "full layers", "excess loss, nats", "95 % interval", "KL, nats", "same top-1"]
 
 
 def verdicts(runs: Sequence[Run], decision: Decision) -> Html | None:
-    """Show what every gate says of every pattern at every place."""
+    """Show what every gate says of every pattern at every place, and why in a second table."""
     parts = []
     for run in of_verb(runs, EvaluateRun):
         if not run.verdicts:
             continue
+        limits = f"{run.most:g} nats per token"
+        if run.recall_most is not None:
+            limits += f" and {run.recall_most:.1%} of the answers"
+        caption = f"Gate of {limits} against {run.against} ({run.folder}: {run.conditions.short()})"
+        names = list(dict.fromkeys(v.name for v in run.verdicts))
+        found = {(v.name, v.where, v.length): v for v in run.verdicts}
+        places = list(dict.fromkeys((v.where, v.length) for v in run.verdicts))
         rows = [
             [
-                v.name,
-                place(v.where),
-                v.length or run.conditions.length.removesuffix(" tokens"),
-                badge(v.word),
-                data(v.upper, "+.1%" if v.where.startswith("retrieval:") else "+.4f"),
-                v.documents,
-                v.reason,
+                join([place(where), f", {run.tokens(length)}"]),
+                *(_judged(found.get((name, where, length)), run) for name in names),
             ]
+            for where, length in places
+        ]
+        parts.append(table(caption, ["where", *names], rows))
+        reasons = [
+            [v.name, place(v.where), run.tokens(v.length), v.word, v.documents, v.reason]
             for v in run.verdicts
         ]
-        recall = ""
-        if run.recall_most is not None:
-            recall = f" and {run.recall_most:.1%} of the answers"
-        head = ["pattern", "where", "tokens", "verdict", "upper end", "documents", "why"]
-        caption = (
-            f"Gate of {run.most:g} nats per token{recall} against {run.against} "
-            f"({run.folder}: {run.conditions.short()})"
-        )
-        parts.append(table(caption, head, rows))
+        head = ["pattern", "where", "length", "verdict", "documents", "why"]
+        reasoned = table(f"Reasons of the gate of {limits}", head, reasons)
+        parts.append(el("details", el("summary", "The reason of every verdict"), reasoned))
     if not parts:
         return None
     note = (
         "A pattern is safe where the upper end of the 95 % interval of what it loses is at or "
         "below the margin, with Holm's correction over domains and tasks. It is not safe where the "
         "whole interval lies above the margin, and inconclusive anywhere else; inconclusive is no "
-        "pass."
+        "pass. The number is the upper end."
     )
     return join([el("p", note), parts])
+
+
+def _judged(verdict: Verdict | None, run: EvaluateRun) -> Html:
+    if verdict is None:
+        return Html("–")
+    form = "+.1%" if verdict.where.startswith(ANSWERS) and run.recall_most else "+.4f"
+    return el("span", badge(verdict.word), " ", data(verdict.upper, form), class_="ends")
 
 
 def badge(word: str) -> Html:
@@ -70,11 +78,11 @@ def badge(word: str) -> Html:
 
 def frontier(runs: Sequence[Run], decision: Decision) -> Html | None:
     """Draw cost against excess loss, one picture for every evaluation and length."""
-    parts = []
+    parts: list[Html] = []
     for run in of_verb(runs, EvaluateRun):
-        for length in dict.fromkeys(r.length for r in run.rows):
-            rows = [r for r in run.rows if r.where == ALL and r.length == length]
-            parts.append(_frontier(run, rows, length, decision))
+        for length in dict.fromkeys(r.length for r in run.text_rows):
+            rows = [r for r in run.text_rows if r.where == ALL and r.length == length]
+            parts.append(_frontier(run, rows, length, decision, first=not parts))
     if not parts:
         return None
     text = (
@@ -85,7 +93,7 @@ def frontier(runs: Sequence[Run], decision: Decision) -> Html | None:
 
 
 def _frontier(
-    run: EvaluateRun, rows: Sequence[Row], length: int | None, decision: Decision
+    run: EvaluateRun, rows: Sequence[Row], length: int | None, decision: Decision, *, first: bool
 ) -> Html:
     marks, lines = [], []
     words = {(str(c.pattern), c.delta): c.word for c in decision.all}
@@ -108,7 +116,7 @@ def _frontier(
                 "within the engine's noise" if row.within_noise else word,
             ]
         )
-    at = f"{length} tokens" if length else run.conditions.length
+    at = run.tokens(length)
     caption = (
         f"What patterns cost and lose at {at}, against {run.against} ({run.folder}: "
         f"{run.conditions.short()})"
@@ -127,7 +135,7 @@ def _frontier(
         "same top-1", "verdict",
     ]  # fmt: skip
     numbers = table(caption, head, lines)
-    return figure(join([svg, key]), caption, numbers, open_=True)
+    return figure(join([svg, key]), caption, numbers, open_=first)
 
 
 def domains(runs: Sequence[Run], decision: Decision) -> Html | None:
@@ -135,8 +143,8 @@ def domains(runs: Sequence[Run], decision: Decision) -> Html | None:
     shown = decision.shown
     parts = []
     for run in of_verb(runs, EvaluateRun):
-        for length in dict.fromkeys(r.length for r in run.rows):
-            rows = [r for r in run.rows if r.length == length]
+        for length in dict.fromkeys(r.length for r in run.text_rows):
+            rows = [r for r in run.text_rows if r.length == length]
             parts.append(_places(run, rows, length, shown, "domain"))
             own = [r for r in run.positions if r.length == length]
             parts.append(_places(run, own, length, shown, "part of the sequence"))
@@ -154,7 +162,7 @@ def _places(
     name = names[-1]
     if shown is not None and run.conditions.delta == shown.delta:
         name = next((r.name for r in rows if r.pattern == shown.pattern), name)
-    at = f"{length} tokens" if length else run.conditions.length
+    at = run.tokens(length)
     marks = [
         Mark(label=place(r.where), value=r.excess, low=r.low, high=r.high)
         for r in rows
@@ -194,39 +202,44 @@ def recall(runs: Sequence[Run], decision: Decision) -> Html | None:
     """Draw how many answers the shown pattern finds by task and length, beside the baseline."""
     parts = []
     for run in of_verb(runs, EvaluateRun):
-        if not run.answers:
+        if not run.answer_rows:
             continue
-        names = list(dict.fromkeys(a.name for a in run.answers))
-        name = names[-1]
+        name = run.answer_rows[-1].name
         if decision.shown is not None:
-            own = [a.name for a in run.answers if a.pattern == decision.shown.pattern]
+            own = [r.name for r in run.answer_rows if r.pattern == decision.shown.pattern]
             name = own[0] if own else name
-        marks = []
-        for a in run.answers:
-            if a.name == name:
-                where = f"{a.task}, {a.length}"
-                marks.append(Mark(label=f"{where}: full", value=a.before / max(a.asked, 1), kind=3))
-                marks.append(Mark(label=where, value=a.found / max(a.asked, 1), kind=0))
-        title = f"Answers found by {name}, and by {run.against}, by task and length ({run.folder})"
-        rows = [
-            [
-                a.name,
-                a.task,
-                a.length,
-                f"{a.before} of {a.asked}",
-                f"{a.found} of {a.asked}",
-                data(a.lost, "+.1%"),
-                interval(a.low, a.high, "+.1%"),
-                a.sequences,
-            ]
-            for a in run.answers
-        ]
+        marks, lines = [], []
+        for row in run.answer_rows:
+            answers = row.answers
+            assert answers is not None
+            low, high = answers.low, answers.high
+            lines.append(
+                [
+                    row.name,
+                    row.task,
+                    run.tokens(row.length),
+                    f"{answers.before} of {answers.asked}",
+                    f"{answers.found} of {answers.asked}",
+                    data(answers.lost, "+.1%"),
+                    interval(low, high, "+.1%"),
+                    data(row.excess),
+                    row.documents,
+                ]
+            )
+            if row.name == name:
+                at = f", {row.length}" if row.length else ""
+                marks.append(Mark(label=row.task + at, value=answers.lost, low=low, high=high))
+        title = (
+            f"Share of the answers that {name} loses by task and number of tokens, against "
+            f"{run.against} ({run.folder})"
+        )
         head = [
-            "pattern", "task", "tokens", run.against, "pattern", "share lost", "95 % interval",
-            "sequences",
+            "pattern", "task", "length", f"found by {run.against}", "found", "share lost",
+            "95 % interval", "excess loss of answers, nats", "sequences",
         ]  # fmt: skip
-        picture = charts.bars(marks, title, ".0%", most=1.0)
-        parts.append(figure(picture, title, table("Answers found by task and length", head, rows)))
+        picture = charts.forest(marks, title, "share of answers lost", run.recall_most, "+.1%")
+        numbers = table(f"Answers found by task and length ({run.folder})", head, lines)
+        parts.append(figure(picture, title, numbers))
     if not parts:
         return None
     text = (
@@ -255,7 +268,7 @@ def gaps(runs: Sequence[Run], decision: Decision) -> list[str]:
             note = vacuous(run, name)
             if note and note not in found:
                 found.append(note)
-        if len({r.where for r in run.rows} - {ALL}) < 2:
+        if len({r.where for r in run.text_rows} - {ALL}) < 2:
             found.append(f"{run.folder} has one kind of text: other kinds may lose more.")
         generous = {r.name for r in run.rows if (r.pool_share or 0) > 0.25}
         if generous:
@@ -265,7 +278,7 @@ def gaps(runs: Sequence[Run], decision: Decision) -> list[str]:
             )
         if run.node.has("gate") and (note := run.node["gate"].maybe_text("note")):
             found.append(note)
-    if not any(run.answers for run in evaluated):
+    if not any(run.answer_rows for run in evaluated):
         found.append(
             "Recall was not tested: the mean loss can stay flat while the model stops finding "
             "facts far back in its prompt."

@@ -124,6 +124,46 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """How many answers of retrieval a pattern finds, beside the baseline.
+
+    Attributes:
+        asked: number of answers asked for.
+        before: number that the baseline finds.
+        found: number that the pattern finds.
+        low: lower end of the 95 % interval of the share that is lost; None without one.
+        high: its upper end.
+    """
+
+    asked: int
+    before: int
+    found: int
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, node: Node) -> Answers | None:
+        """Read the answers of a row of evidence.json, whose interval is of the share found."""
+        if not node.has("answers"):
+            return None
+        if not node["answers"].whole():
+            node["answers"].refuse("no number of answers")
+        low, high = node.maybe_number("found_ci_low"), node.maybe_number("found_ci_high")
+        return cls(
+            asked=node["answers"].whole(),
+            before=node["found_baseline"].whole(),
+            found=node["found"].whole(),
+            low=None if high is None else 0.0 - high,
+            high=None if low is None else 0.0 - low,
+        )
+
+    @property
+    def lost(self) -> float:
+        """The share of the answers that is lost on balance."""
+        return (self.before - self.found) / self.asked
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A pattern at one place of a text, compared with the baseline; see evidence.json."""
 
@@ -142,6 +182,7 @@ class Row:
     beyond: float | None
     pool_share: float | None
     within_noise: bool
+    answers: Answers | None
 
     @classmethod
     def of(cls, node: Node) -> Row:
@@ -166,41 +207,13 @@ class Row:
             beyond=node.maybe_number("beyond"),
             pool_share=node.maybe_number("pool_share"),
             within_noise=node.has("within_noise") and node["within_noise"].value is True,
+            answers=Answers.of(node),
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """How many answers a pattern finds of one kind of retrieval; see `recall` in evidence.json."""
-
-    name: str
-    pattern: Pattern
-    task: str
-    length: int
-    asked: int
-    before: int
-    found: int
-    lost: float
-    low: float | None
-    high: float | None
-    sequences: int
-
-    @classmethod
-    def of(cls, node: Node) -> Answers:
-        """Read a row of `recall`."""
-        return cls(
-            name=node["name"].text(),
-            pattern=node["pattern"].pattern(),
-            task=node["task"].text(),
-            length=node["length"].whole(),
-            asked=node["asked"].whole(),
-            before=node["found_baseline"].whole(),
-            found=node["found"].whole(),
-            lost=node["excess"].number(),
-            low=node.maybe_number("ci_low"),
-            high=node.maybe_number("ci_high"),
-            sequences=node["sequences"].whole(),
-        )
+    @property
+    def task(self) -> str:
+        """The kind of retrieval, of a row of answers."""
+        return self.where.removeprefix(ANSWERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,11 +269,24 @@ class EvaluateRun(Run):
     conditions: Conditions
     rows: tuple[Row, ...]
     positions: tuple[Row, ...]
-    answers: tuple[Answers, ...]
     verdicts: tuple[Verdict, ...]
     most: float | None
     recall_most: float | None
     baseline: Pattern
+
+    @property
+    def text_rows(self) -> list[Row]:
+        """The rows of text, without those of answers."""
+        return [row for row in self.rows if row.answers is None]
+
+    @property
+    def answer_rows(self) -> list[Row]:
+        """The rows of retrieval."""
+        return [row for row in self.rows if row.answers is not None]
+
+    def tokens(self, length: int | None) -> str:
+        """Say how long the sequences of a row are."""
+        return f"{length} tokens" if length else self.conditions.length
 
     @property
     def against(self) -> str:

@@ -9,7 +9,6 @@ from indexcache.report.html.nodes import Node
 from indexcache.report.html.results import (
     ALL,
     ANSWERS,
-    Answers,
     BenchRun,
     Conditions,
     DistillRun,
@@ -40,7 +39,6 @@ def _evaluate(folder: str, node: Node) -> EvaluateRun:
         conditions=conditions,
         rows=rows,
         positions=tuple(Row.of(r) for r in node["positions"]),
-        answers=tuple(Answers.of(r) for r in node.list_of("recall")),
         verdicts=() if gate is None else tuple(Verdict.of(v) for v in gate["verdicts"]),
         most=None if gate is None else gate["most"].number(),
         recall_most=None if gate is None else gate.maybe_number("recall_most"),

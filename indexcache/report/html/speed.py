@@ -78,18 +78,28 @@ def stands_for(row: Timed, candidate: Candidate | None) -> bool:
     if row.pattern == candidate.pattern:
         return True
     mixed = "R" in row.pattern.roles + candidate.pattern.roles
-    return not mixed and row.pattern.full_layers.__len__() == len(candidate.pattern.full_layers)
+    return not mixed and len(row.pattern.full_layers) == len(candidate.pattern.full_layers)
 
 
 def best_gain(runs: Sequence[Run], candidate: Candidate | None) -> tuple[BenchRun, Timed] | None:
-    """Return the row for a candidate at the longest context of single requests."""
+    """Return the row for a candidate at the longest context, of single requests where there are."""
     found = [
         (run, row)
         for run in of_verb(runs, BenchRun)
         for row in run.rows
-        if row.asked == ONE and row.gains[1] is not None and stands_for(row, candidate)
+        if row.gains[1] is not None and stands_for(row, candidate)
     ]
-    return max(found, key=lambda pair: pair[1].context, default=None)
+    return max(found, key=lambda pair: (pair[1].asked == ONE, pair[1].context), default=None)
+
+
+def requests(row: Timed) -> str:
+    """Say how many requests of which length a row is of."""
+    prompts = f"of {format_length(row.context)} tokens"
+    return (
+        f"single requests {prompts}"
+        if row.batch == 1
+        else f"{row.batch} requests {prompts} decoded together"
+    )
 
 
 def about_gain(run: BenchRun, row: Timed, candidate: Candidate) -> str:
@@ -98,10 +108,7 @@ def about_gain(run: BenchRun, row: Timed, candidate: Candidate) -> str:
     if row.pattern != candidate.pattern:
         how = f", timed on {row.name}, which has as many full layers"
     weights = ", with random weights" if run.random else ""
-    return (
-        f"single requests of {format_length(row.context)} tokens on {run.device}, {run.dtype}"
-        f"{weights}{how} ({run.folder}, {run.date})"
-    )
+    return f"{requests(row)} on {run.device}, {run.dtype}{weights}{how} ({run.folder}, {run.date})"
 
 
 def speed(runs: Sequence[Run], decision: Decision) -> Html | None:
@@ -109,22 +116,25 @@ def speed(runs: Sequence[Run], decision: Decision) -> Html | None:
     parts: list[object] = []
     for run in of_verb(runs, BenchRun):
         where = f"{run.folder}: {run.identity.name} on {run.device}, {run.dtype}, {run.date}"
+        figures = []
         names = list(dict.fromkeys(r.name for r in run.rows if set(r.pattern.roles) != {"F"}))
         for i, what in enumerate(("to the first token", "of decoding, tokens/s")):
-            rows = [r for r in run.rows if r.asked == ONE and r.gains[i] and r.name in names]
+            rows = [r for r in run.rows if r.gains[i] and r.name in names]
             if not rows:
                 continue
             marks = [
                 Mark(
-                    label=f"{format_length(r.context)}: {r.name}",
+                    label=f"{format_length(r.context)}: {r.name}"
+                    + ("" if r.batch == 1 else f", {r.batch}"),
                     value=r.gains[i] or 0.0,
                     kind=0 if stands_for(r, decision.shown) else 3,
                 )
                 for r in rows
             ]
-            title = f"Gain {what} over all full, single requests ({where})"
+            title = f"Gain {what} over all full by context, pattern and batch ({where})"
             picture = charts.bars(marks, title, ".2f", reference=1.0)
-            parts.append(figure(picture, title, _gains(run, where)))
+            figures.append(figure(picture, title, _gains(run, where)))
+        parts += [el("div", figures, class_="pair")] if figures else []
         parts += [el("p", f"Could not be measured: {text}") for text in run.failed]
         if run.note:
             parts.append(el("p", run.note))

@@ -31,7 +31,9 @@ def pattern_figure(pattern: Pattern, name: str) -> Html:
         }[role]
         rows.append([i, f"{role}, {ROLES[role]}", does])
     caption = f"{name}: {describe(pattern)}"
-    pool = f", with a pool of {pattern.pool_factor} k" if "R" in pattern.roles else ""
+    pool = f", with a pool of {pattern.pool_factor} k" if pattern.pool_factor else ""
+    if pattern.pool_share is not None:
+        pool = f", with a pool of {pattern.pool_share} of what a query sees"
     text = join([caption, pool, ". As a text: ", el("code", pattern), "."])
     numbers = table(caption, ["layer", "role", "what it does"], rows)
     return figure(charts.strip(pattern.roles, f"The pattern {pattern}. {caption}"), text, numbers)
