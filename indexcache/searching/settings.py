@@ -69,8 +69,8 @@ class SearchSettings(Savings):
     cost_context: int | None = None
     "Number of tokens at which FRS counts costs. The default is the model's context."
     costs: str | None = None
-    """bench.json whose rows with R layers give the costs. The default is arithmetic, the least that
-    is possible."""
+    """The bench.json whose rows with R layers give the costs. The default is arithmetic, the least
+    that is possible."""
     most_loss: float | None = None
     "Nats per token above all full at which the search ends, before --keep."
     stay_full: tuple[int, ...] = ()
