@@ -29,7 +29,7 @@ LEVELS = (
     {"shapes", "spec", "engines", "delta"},
     {"models"},
     {"searching", "evals", "exporting", "bench"},
-    {"distilling"},
+    {"distilling", "crossing"},
     {"cli"},
     {"__init__"},
     {"__main__"},

@@ -22,6 +22,7 @@ from indexcache.cli import (
     export,
     generate,
     inspect,
+    matrix,
     overlap,
     plan,
     profile,
@@ -47,6 +48,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "profile": profile.profile,
     "generate": generate.generate,
     "plan": plan.plan,
+    "matrix": matrix.matrix,
     "report": report.report,
 }
 LARGEST = 2**53
@@ -144,7 +146,7 @@ def build_app() -> App:
         ),
     )
     for name, verb in VERBS.items():
-        takes_patterns = name not in ("inspect", "search", "plan", "report")
+        takes_patterns = name not in ("inspect", "search", "plan", "report", "matrix")
         app.command(
             verb, name=name, sort_key=0, help_epilogue=SPEC_HELP if takes_patterns else None
         )

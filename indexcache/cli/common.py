@@ -385,6 +385,20 @@ def _lengths(batches: Sequence[Batch]) -> str:
     return " or ".join(map(str, sorted({int(b.ids.shape[1]) for b in batches})))
 
 
+def domains_of(model: str, text: TextSettings) -> int:
+    """Return the number of domains of a text, of which no document is tokenised.
+
+    Raises:
+        ValueError: there is no text, or it cannot be read.
+    """
+    from indexcache.data import scan, split_documents
+    from indexcache.models.loading import describe
+
+    source, split = text_for(model, text.data, text.split)
+    found = scan(source, int(describe(model)["vocab_size"]))
+    return len({d.domain for d in split_documents(found.documents, split)})
+
+
 def open_retrieval(
     model: str, text: TextSettings, settings: RetrievalSettings, patterns: Sequence[Pattern] = ()
 ) -> list[Batch]:
