@@ -46,7 +46,7 @@ def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
 
     Returns:
         "codes": uint8 [rows, width * bits / 8]; "scales": fp16 [rows, width / 32];
-        "rows": int32 [rows], the places of the rows.
+        "rows": int16 [rows], the places of the rows.
     """
     rows = w.float().abs().amax(1).nonzero()[:, 0]
     groups = w.float()[rows].unflatten(1, (-1, GROUP))
@@ -58,7 +58,7 @@ def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 4:
         codes = codes[:, ::2] | codes[:, 1::2] << 4
     codes = codes.to(torch.uint8)
-    return {"codes": codes.contiguous(), "scales": scales.contiguous(), "rows": rows.int()}
+    return {"codes": codes.contiguous(), "scales": scales.contiguous(), "rows": rows.to(torch.int16)}
 
 
 def unpack_matrix(packed: dict[str, Tensor], height: int) -> Tensor:
