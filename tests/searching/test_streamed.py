@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -165,20 +170,21 @@ def test_every_objective_is_that_of_the_loaded_model(glm5, tmp_path, monkeypatch
 
 
 SCRIPT = """
-import sys, torch
+import os, pathlib, sys, torch
 torch.set_num_threads(1)
 import indexcache as ic
 from tests.searching.test_streamed import SETTINGS, opened, texts
 model = opened(sys.argv[1], True)
 ic.search(model, texts(), sys.argv[2], SETTINGS)
-print(ic.evaluate(model, ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"])
+rows = ic.evaluate(model, ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"]
+pathlib.Path(sys.argv[2] + "-" + os.environ["RANK"]).write_text(str(rows))
 """
 
 
 def test_two_processes_write_the_journal_of_one(glm5, whole, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
+    subprocess.run(
         [sys.executable, *command, tmp_path / "run.py", glm5, tmp_path / "out"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -187,7 +193,43 @@ def test_two_processes_write_the_journal_of_one(glm5, whole, tmp_path):
     )
     same(tmp_path / "out", whole)
     rows = ic.evaluate(opened(glm5, False), ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"]
-    assert done.stdout.splitlines() == [str(rows)] * 2
+    assert [(tmp_path / f"out-{rank}").read_text() for rank in (0, 1)] == [str(rows)] * 2
+
+
+@pytest.mark.long
+def test_kill_nine_at_random_moments(glm5, tmp_path):
+    """A search that was killed twenty times ends with the files of one that ran through."""
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, 128, 3000))
+    flags = f"--data {tmp_path}/text.npy --split all --length 64 --sequences 6 --keep 0.4 --out"
+    search = ["search", str(glm5), *flags.split()]
+    how = ["--stream", "--host-memory", "20KB", "--checkpoint-layers", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "indexcache", *search, tmp_path / "whole"],
+        check=True, capture_output=True, env=env,
+    )  # fmt: skip
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    began = time.monotonic()
+    run = [sys.executable, "-m", "indexcache", *search, out, *how]
+    subprocess.run(run, check=True, capture_output=True, env=env)
+    taken = time.monotonic() - began
+    shutil.rmtree(out)
+    kills = 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
+            start_new_session=True,
+        )  # fmt: skip
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.6, 1.0) * taken)
+        kills += process.poll() is None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(run, check=True, capture_output=True, env=env)
+    assert kills
+    same(out, tmp_path / "whole")
 
 
 def test_settings_that_make_no_sense_are_refused(glm5):
