@@ -58,7 +58,11 @@ def pack_matrix(w: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 4:
         codes = codes[:, ::2] | codes[:, 1::2] << 4
     codes = codes.to(torch.uint8)
-    return {"codes": codes.contiguous(), "scales": scales.contiguous(), "rows": rows.to(torch.int16)}
+    return {
+        "codes": codes.contiguous(),
+        "scales": scales.contiguous(),
+        "rows": rows.to(torch.int16),
+    }
 
 
 def unpack_matrix(packed: dict[str, Tensor], height: int) -> Tensor:
