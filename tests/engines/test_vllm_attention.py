@@ -79,7 +79,7 @@ def attention(monkeypatch):
     module.config, module.installed = config, installed
     with ops.tuned(backend="triton", mla={"keys": 16}):
         yield module
-    del sys.modules["indexcache.engines.vllm.attention"]
+    sys.modules.pop("indexcache.engines.vllm.attention", None)
 
 
 class Step:
@@ -236,6 +236,13 @@ def test_refusals(attention, monkeypatch):
     assert cls.supported_dtypes == [torch.bfloat16]
     assert cls.supported_kv_cache_dtypes == ["auto", "bfloat16"]  # fp8 caches are refused
     assert not cls.get_impl_cls().supports_pcp
+
+
+def test_an_older_vllm_is_named(attention, monkeypatch):
+    del sys.modules["indexcache.engines.vllm.attention"]
+    monkeypatch.delattr(sys.modules[f"{FOLDER}.sparse_utils"], "flat_kv_row_view")
+    with pytest.raises(ImportError, match=r"of vLLM 0.32 and 0.33, which this vLLM lacks"):
+        importlib.import_module("indexcache.engines.vllm.attention")
 
 
 def test_it_selects_where_that_is_not_turned_off(attention, monkeypatch):

@@ -55,12 +55,10 @@ def contiguous(ids, requests, table, cache, page_rows):
         ((0,), (1,), 4, 3),
     ],
 )
-@pytest.mark.parametrize("words", [None, 2])
-def test_groups(queries, contexts, k, group, words, monkeypatch):
-    """words: number of words in a window of bitmaps; None takes all positions at once."""
+def test_groups(queries, contexts, k, group, monkeypatch):
+    """A window of bitmaps has two words, so that longer contexts take several."""
     monkeypatch.setattr(page_kernels, "SLICE", 4)
-    if words:
-        monkeypatch.setattr(page_kernels, "WORDS", words)
+    monkeypatch.setattr(page_kernels, "WORDS", 2 if group > 2 else 64)
     ids, requests, table = batch(queries, contexts, k)
     got, want = (
         ops.group_pages(ids, requests, table, group, page=PAGE, page_rows=48, backend=backend)

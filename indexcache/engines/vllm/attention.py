@@ -27,16 +27,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backends.mla.flashattn_mla_sparse import (
-    FlashAttnMLASparseBackend,
-    FlashAttnMLASparseImpl,
-)
-from vllm.v1.attention.backends.mla.sparse_utils import flat_kv_row_view
 
 from indexcache import ops
 from indexcache.engines.vllm import selecting
 from indexcache.ops import tuning
 from indexcache.ops.reference import QueryGroups
+
+try:
+    from vllm.v1.attention.backends.mla.flashattn_mla_sparse import (
+        FlashAttnMLASparseBackend,
+        FlashAttnMLASparseImpl,
+    )
+    from vllm.v1.attention.backends.mla.sparse_utils import flat_kv_row_view
+except ImportError as error:
+    raise ImportError(
+        "indexcache's attention extends FLASH_ATTN_MLA_SPARSE of vLLM 0.32 and 0.33, which this "
+        f"vLLM lacks ({error}): leave --attention-backend CUSTOM out."
+    ) from error
 
 VALUE_DIM, ROPE_DIM = 512, 64  # of the kernel for Hopper
 
