@@ -27,8 +27,8 @@ def report(
 ) -> None:
     """Make one HTML page of run folders: what to deploy, why, and the numbers behind it.
 
-    It takes folders of search, evaluate, overlap, bench and distill. The page is one file that
-    needs no network and runs no script.
+    It takes folders of search, evaluate, overlap, bench, distill and matrix, and certificates. The
+    page is one file that needs no network and runs no script.
     """
     from indexcache.records import atomic
     from indexcache.report.html import make_report

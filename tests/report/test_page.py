@@ -12,9 +12,11 @@ from html.parser import HTMLParser
 import pytest
 
 from indexcache.cli import main
+from indexcache.pattern import Pattern
 from indexcache.report.html import ReportSettings, make_report
 from indexcache.report.html.charts import nice_ticks
 from indexcache.report.html.markup import VOID, escape
+from indexcache.report.html.structure import flip_order
 from indexcache.report.html.theme import DARK, LIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,10 +71,12 @@ def runs(checkpoint, tmp_path_factory):
     data = f"{checkpoint} --data {root / 'text.jsonl'}"
     search = f"search {data} --out {root / 'search'} --keep 4/6 --length 64 --sequences 2"
     evaluate = f"evaluate {data} --out {root / 'evaluate'} {TEXT} --most 1000 --allow-blind"
+    certify = evaluate.replace(f"{root / 'evaluate'}", f"{root / 'certificate'}")
     distill = f"distill {data} --out {root / 'distill'} --length 64 --steps 1 --eval-every 0"
     for command in (
         search,
         f"{evaluate} --pattern 'best={root / 'search'}' 'a <b>&\"c=1/2'",
+        f"{certify} --pattern FSFSFS --certificate",
         f"overlap {data} --out {root / 'overlap'} --length 64 --sequences 2",
         f"bench {checkpoint} --out {root / 'bench'} --contexts 64 --patterns all FFSFFS 1/2 "
         "--device cpu --decode-tokens 2 --no-plot",
@@ -295,6 +299,63 @@ def test_recall_is_shown_by_task_and_length(changed):
     assert not any("Recall was not tested" in gap for gap in made.gaps)
     domains = page.text.split("By kind of text")[-1].split("Recall")[0]
     assert "needles" not in domains
+
+
+def test_a_certificate_is_shown_and_stands_for_its_evaluation(runs, tmp_path):
+    file = runs / "certificate" / "certificate.json"
+    value = json.loads(file.read_text())
+    both = make_report(folders(runs, "certificate"))
+    assert [run.verb for run in both.runs] == ["evaluate", "certificate"]
+    asked = {
+        "task": "passkey", "length": 64, "sequences": 40, "answers": 80, "found_baseline": 60,
+        "found": 33, "lost": 30, "gained": 3, "excess": 27 / 80, "ci_low": 0.21, "ci_high": 0.45,
+        "delta_loss": 0.5, "beyond": 0.9, "upper": 0.45, "verdict": "safe", "why": "of the test",
+    }  # fmt: skip
+    value |= {"recall": [asked], "blind_loss": 9.0, "margins": {"loss": 1000.0, "recall": 0.5}}
+    (tmp_path / "certificate.json").write_text(json.dumps(value))
+    alone = make_report([str(tmp_path)])
+    page = Page(alone.html)
+    assert alone.decision.word == "safe"
+    assert alone.sections.index("certificate") > 0
+    for row in value["loss"]:
+        assert {row["delta_loss"], row["ci_low"], row["ci_high"], row["upper"]} <= set(page.numbers)
+    assert {0.21, 0.45, 27 / 80} <= set(page.numbers)
+    assert value["digest"] in page.text
+    assert f"doctor MODEL --certificate {tmp_path / 'certificate.json'}" in page.text
+    assert f"margins of 1000 nats per token and {0.5:.1%} of answers" in page.text
+
+
+def test_the_matrix_of_domains_compares_both_objectives(runs, tmp_path):
+    evidence = json.loads((runs / "evaluate" / "evidence.json").read_text())
+    excess = {("a", "mean"): 0.01, ("all", "mean"): 0.25, ("all", "worst"): 0.125}
+    rows = [
+        {
+            "calibrated": domain, "objective": objective, "keep": 0.5, "full": 3, "tested": tested,
+            "pattern": "FSFSFS", "length": 64, "delta_loss": own * (1 + i), "ci_low": own / 2,
+            "ci_high": own * 3, "documents": 40,
+        }
+        for (domain, objective), own in excess.items()
+        for i, tested in enumerate("ab")
+    ]  # fmt: skip
+    value = {"domains": ["a", "b"], "rows": rows}
+    value["conditions"] = dict.fromkeys("ab", evidence["conditions"])
+    (tmp_path / "matrix.json").write_text(json.dumps(value))
+    made = make_report([str(tmp_path)])
+    page = Page(made.html)
+    assert made.sections[1] == "matrix"
+    for row in rows:
+        assert {row["delta_loss"], row["ci_low"], row["ci_high"]} <= set(page.numbers)
+    assert "by the mean loss leaves +0.5000 nats on its worst domain, b" in page.text
+    assert "one by the worst domain leaves +0.2500 on b" in page.text
+    value["rows"] = []
+    (tmp_path / "matrix.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="no matrix"):
+        make_report([str(tmp_path)])
+
+
+def test_layers_are_numbered_by_the_step_that_gave_them_their_role():
+    patterns = [Pattern(p) for p in ("FFFFF", "FFFRF@8", "FFRSS@8", "FFSSF")]
+    assert flip_order(patterns) == {2: 3, 3: 2}
 
 
 def test_a_pool_that_is_a_share_says_so(changed):

@@ -140,7 +140,7 @@ def candidates(runs: Sequence[Run]) -> list[Candidate]:
     known = {str(c.pattern) for c in found.values()}
     for run in of_verb(runs, SearchRun):
         last = run.frontier[-1].pattern
-        if "S" in last.roles and str(last) not in known:
+        if set(last.roles) != {"F"} and str(last) not in known:
             of(last, None, f"searched, {len(last.full_layers)} full")
     for run in of_verb(runs, DistillRun):
         if str(run.pattern) not in known:
@@ -177,12 +177,13 @@ def _verdict(own: list[tuple[EvaluateRun, Row]], margin: float | None) -> tuple[
                 f"has an interval up to {above[0].high:+.4f} nats, above {margin:g}"
             )
         return UNDECIDED, None
+    several = len({v.length for v in run.verdicts}) > 1
     for word in (UNSAFE, UNSURE):
         bad = [v for v in verdicts if v.word == word]
         if bad:
             places: dict[str, list[str]] = {}
             for v in bad:
-                at = f" at {v.length} tokens" if v.length else ""
+                at = f" at {run.tokens(v.length)}" if several else ""
                 places.setdefault(v.reason, []).append(place(v.where) + at)
             why = "; ".join(f"on {listed(where)} ({why})" for why, where in places.items())
             return word, f"{run.folder}: {word} {why}"
@@ -325,4 +326,7 @@ def _none(tested: list[Candidate], shown: Candidate) -> tuple[str, list[str]]:
             f"There {'is' if rest == 1 else 'are'} {rest} more "
             "of these; the verdicts below have all.",
         ]
+    if len(tested) == 1:
+        headline = f"Do not deploy {shown.name}: it is not shown to be safe."
+        return headline, reasons
     return f"Deploy none of them: none of {count} is shown to be safe.", [nearest, *reasons]

@@ -95,7 +95,7 @@ def table(
     ]
     inner = el(
         "table",
-        el("caption", caption),
+        el("caption", el("span", caption)),
         el("thead", el("tr", cells("th", head, scope="col"))),
         el("tbody", body),
         class_="wide" if wide else None,

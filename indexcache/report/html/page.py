@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from indexcache.report.html import quality, speed, structure
+from indexcache.report.html import proof, quality, speed, structure
+from indexcache.report.html.conditions import DIGITS
 from indexcache.report.html.decision import Decision, about_work, decide
 from indexcache.report.html.markup import Html, counted, data, el, interval, join, table
-from indexcache.report.html.results import DIGITS, BenchRun, EvaluateRun, Row, Run, of_verb
+from indexcache.report.html.results import BenchRun, EvaluateRun, Row, Run, of_verb
 from indexcache.report.html.runs import read_runs
 from indexcache.report.html.theme import DARK, LIGHT, style_sheet
 
@@ -114,7 +115,9 @@ def make_report(folders: Sequence[str], settings: ReportSettings = ReportSetting
         ("frontier", "Cost against loss", quality.frontier(runs, decision)),
         ("domains", "By kind of text", quality.domains(runs, decision)),
         ("recall", "Recall", quality.recall(runs, decision)),
+        ("matrix", "Domains that were not calibrated on", proof.matrix(runs)),
         ("verdicts", "Verdicts", quality.verdicts(runs, decision)),
+        ("certificate", "Certificate", proof.certificates(runs)),
         ("speed", "Speed", speed.speed(runs, decision)),
         ("cost", "Cost", speed.cost(runs, decision, settings.price, settings.output_tokens)),
         ("flips", "Search", structure.flips(runs, decision)),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from indexcache.report.html.conditions import Conditions, Identity
 from indexcache.report.html.nodes import Node
 from indexcache.report.html.results import (
     ALL,
     ANSWERS,
     BenchRun,
-    Conditions,
+    CertificateRun,
+    Crossed,
     DistillRun,
     EvaluateRun,
-    Identity,
+    MatrixRun,
     OverlapRun,
     Point,
     Row,
@@ -60,6 +62,7 @@ def _search(folder: str, node: Node) -> SearchRun:
             pattern=one["pattern"].pattern(),
             loss=one["loss"].number(),
             estimated=one.has("estimated"),
+            cost=one.maybe_number("cost_share"),
             found=tuple(found),
         )
 
@@ -177,11 +180,117 @@ def _distill(folder: str, node: Node) -> DistillRun:
     )
 
 
+def _certificate(folder: str, node: Node) -> CertificateRun:
+    """Read a certificate, as the evaluation that it certifies."""
+    if not node.has("certificate") or node["certificate"].whole() != 1:
+        raise ValueError(
+            f"{node.file}: is no certificate of version 1, which this program reads; make the "
+            "report with the program that wrote it."
+        )
+    text = next(iter(node["data"]))
+    model, pattern = node["model"], node["pattern"]
+    longest = max((s["length"].whole() for s in node["sparsity"]), default=0)
+    name = {"name": pattern["name"].text(), "pattern": pattern["pattern"].text()}
+    rows, verdicts = [], []
+    for row in (*node["loss"], *node["recall"]):
+        value = dict(row.value)
+        if "task" in value:
+            value |= {"domain": f"{ANSWERS}{row['task'].text()}", "loss": 0.0, "flips": 0.0}
+            value |= {"documents": row["sequences"].whole(), "tokens": row["answers"].whole()}
+            ends = [row.maybe_number(key) for key in ("ci_high", "ci_low")]
+            found = [None if end is None else 0.0 - end for end in ends]
+            value |= {"found_ci_low": found[0], "found_ci_high": found[1]}
+            value |= {"ci_low": None, "ci_high": None}
+        flips = Node(row.file, value, row.place)["flips"].number()
+        pool = None if pattern["pool"].value is None else _pool_share(node, longest)
+        rows.append(value | name | {"agreement": 1 - flips, "pool_share": pool})
+        verdicts.append(value | name | {"reason": row["why"].text()})
+    margins = node["margins"]
+    evidence = {
+        "rows": rows,
+        "positions": [],
+        "baseline": node["baseline"].value,
+        "baseline_loss": node["baseline_loss"].value,
+        "blind_loss": node["blind_loss"].value,
+        "conditions": {
+            "model": model["path"].value,
+            "model_digest": model["digest"].value,
+            "weights_digest": model["weights_digest"].value,
+            "text": text["source"].value,
+            "text_digest": text["digest"].value,
+            **{key: text[key].value for key in ("split", "lengths", "sequences", "documents")},
+            **{key: node[key].value for key in ("k", "dtype", "device", "path", "versions")},
+            "seed": text["seed"].value,
+            "sparsity": [s.value for s in node["sparsity"] if s["length"].whole() == longest],
+        },
+        "gate": {
+            "most": margins["loss"].value,
+            "recall_most": margins["recall"].value,
+            "note": node["note"].value,
+            "verdicts": verdicts,
+        },
+    }
+    evaluation = _evaluate(folder, Node(node.file, evidence))
+    return CertificateRun(
+        verb="certificate",
+        folder=folder,
+        node=node,
+        identity=Identity(
+            name=evaluation.identity.name,
+            digest=evaluation.identity.digest,
+            layers=evaluation.identity.layers,
+            k=evaluation.identity.k,
+        ),
+        pattern=pattern["pattern"].pattern(),
+        word=node["verdict"].text(),
+        evaluation=evaluation,
+    )
+
+
+def _pool_share(node: Node, longest: int) -> float:
+    """Return the pool over the longest context, which a certificate has beside that of k."""
+    sizes = [s for s in node["sparsity"] if s["length"].whole() == longest]
+    return sizes[-1]["longest"].number()
+
+
+def _matrix(folder: str, node: Node) -> MatrixRun:
+    domains = tuple(d.text() for d in node["domains"])
+    cells = tuple(
+        Crossed(
+            calibrated=row["calibrated"].text(),
+            objective=row["objective"].text(),
+            full=row["full"].whole(),
+            pattern=row["pattern"].pattern(),
+            tested=row["tested"].text(),
+            excess=row["delta_loss"].number(),
+            low=row.maybe_number("ci_low"),
+            high=row.maybe_number("ci_high"),
+            documents=row["documents"].whole(),
+        )
+        for row in node["rows"]
+    )
+    if not cells or not domains:
+        node["rows"].refuse("no matrix")
+    first = Node(node.file, {"conditions": node["conditions"][domains[0]].value})
+    conditions = Conditions.of(first)
+    return MatrixRun(
+        verb="matrix",
+        folder=folder,
+        node=node,
+        identity=conditions.identity(len(cells[0].pattern)),
+        conditions=conditions,
+        domains=domains,
+        cells=cells,
+    )
+
+
 READERS: dict[str, Callable[[str, Node], Run]] = {
     "evidence.json": _evaluate,
     "overlap.json": _overlap,
     "bench.json": _bench,
+    "matrix.json": _matrix,
 }
+CERTIFICATE = "certificate.json"
 UNFINISHED = ("journal.jsonl", "settings.json")
 
 
@@ -227,6 +336,11 @@ def _read_folder(folder: str) -> list[Run]:
                 f"{node.file}: is the result of no search and of no distillation, so it is not a "
                 "file that the report knows."
             )
+    if (place / CERTIFICATE).exists():
+        certificate = _certificate(folder, Node.read(place / CERTIFICATE))
+        if not any(isinstance(run, EvaluateRun) for run in runs):
+            runs.append(certificate.evaluation)  # The evaluation itself was not kept.
+        runs.append(certificate)
     if runs:
         return runs
     if any((place / name).exists() for name in UNFINISHED):
@@ -237,13 +351,13 @@ def _read_folder(folder: str) -> list[Run]:
     inside = [str(p) for p in sorted(place.iterdir()) if p.is_dir() and _holds_run(p)]
     hint = f"; it holds run folders: name them ({' '.join(inside[:6])})" if inside else ""
     raise ValueError(
-        f"{folder}: is not a run folder: it has no evidence.json, overlap.json, bench.json or "
-        f"result.json{hint}."
+        f"{folder}: is not a run folder: it has no evidence.json, overlap.json, bench.json, "
+        f"matrix.json, certificate.json or result.json{hint}."
     )
 
 
 def _holds_run(place: Path) -> bool:
-    return any((place / name).is_file() for name in (*READERS, "result.json"))
+    return any((place / name).is_file() for name in (*READERS, CERTIFICATE, "result.json"))
 
 
 def _check_same_model(runs: Sequence[Run]) -> None:

@@ -66,7 +66,7 @@ def _flips(run: SearchRun) -> Html:
     texts = [str(order.get(i, "·")) for i in range(len(last))]
     base = run.frontier[0].loss
     where = f"{run.folder}: {run.conditions.short()}, calibration text"
-    title = f"Order in which the search made layers shared ({where})"
+    title = f"Order in which layers got their roles in the search ({where})"
     first = sorted(order, key=lambda layer: (order[layer], layer))
     spoken = ", ".join(f"layer {layer}" for layer in first) or "no layer"
     rows = []
@@ -76,23 +76,22 @@ def _flips(run: SearchRun) -> Html:
         rows.append(_point_row(point, base, name, now or "–"))
     rows += [_point_row(p, base, "uniform", "–") for p in run.uniform]
     tasks = list(dict.fromkeys(kind for p in run.frontier for kind, _, _ in p.found))
-    head = ["pattern", "layer made shared", run.objective, "above all full", "roles"]
+    head = ["pattern", "layer that changed", run.objective, "above all full", "roles"]
     head += [f"answers of {task}" for task in tasks]
     numbers = table(f"Searched and uniform patterns ({where})", head, rows)
     strip = charts.strip(last.roles, f"{title}: {spoken}", texts)
+    costed = all(p.cost is not None for p in run.frontier[1:]) and len(run.frontier) > 1
+    axis = "cost by the search's cost model, % of all full" if costed else "number of full layers"
     series = [("searched", _points(run.frontier, base))]
-    for role, name in (("S", "uniform"), ("R", "uniform, rest R")):
+    for role, name in () if costed else (("S", "uniform"), ("R", "uniform, rest R")):
         own = [p for p in run.uniform if ("R" in p.pattern.roles) == (role == "R")]
         if own:
             series.append((name, _points(own, base)))
     curve = charts.lines(
-        series,
-        f"Calibration loss above all full by number of full layers ({where})",
-        "number of full layers",
-        "above all full, nats",
+        series, f"Calibration loss above all full by {axis} ({where})", axis, "above all full, nats"
     )
     words = (
-        f"{title}. 1 went first, because it costs least; a dot stays full. These losses are on the "
+        f"{title}. 1 went first, because it loses least; a dot stays full. These losses are on the "
         "text that chose the pattern and flatter it; they are no evidence."
     )
     notes = [el("p", note) for note in run.notes]
@@ -100,18 +99,20 @@ def _flips(run: SearchRun) -> Html:
 
 
 def flip_order(patterns: Sequence[Pattern]) -> dict[int, int]:
-    """Return of every layer that the last pattern shares at which step it last became shared."""
+    """Return of every layer that is not full in the last pattern at which step it got its role."""
     order: dict[int, int] = {}
     for i, (before, after) in enumerate(pairwise(patterns), 1):
         for layer, (a, b) in enumerate(zip(before.roles, after.roles, strict=True)):
-            if a == "F" != b:
-                order[layer] = i
-            elif b == "F":
+            if b == "F":
                 order.pop(layer, None)
+            elif a != b:
+                order[layer] = i
     return order
 
 
 def _points(points: Sequence[Point], base: float) -> list[tuple[float, float]]:
+    if any(p.cost is not None for p in points):
+        return [(100 * (1.0 if p.cost is None else p.cost), p.loss - base) for p in points]
     return [(len(p.pattern.full_layers), p.loss - base) for p in points]
 
 
