@@ -6,6 +6,7 @@
 
 Pieces, in this order; each is a process, and what is finished is never done again:
 
+  bank    Writes retrieval sequences to train on, from the first file of --tokens.
   base    A dense stage and the warm-up of all indexers, on all files of --tokens.
   before  Measures the base under all patterns, and searches on it: the pattern of the arm
           "searched".
@@ -25,10 +26,12 @@ begins with it. `--small --devices cpu` goes through all of it, without a useful
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -51,8 +54,10 @@ UNFINISHED = 3
 """Exit code where --minutes were over before everything was done."""
 RATE_STEPS = 12
 KEPT = ("*.json", "times.jsonl", "base/*", "search/*", "seed*/*/*.json*", "stages/*.jsonl")
-"""What of --out a later session needs."""
+KEPT_OF_BASE = ("stages/dense.pt",)
+"""What of --out a later session needs, and what of an unfinished base."""
 PIECE = 15 << 20
+BANK_PARTS = 16  # Another number makes other sequences.
 SEARCHED_AFTER = ("full", "multi-4")
 UNTRAINED = ("full", "multi-2", "multi-4", "multi-8", "searched-4", "r-4")
 """The patterns of these arms are measured on the base and on the trained arm "full" too."""
@@ -92,7 +97,7 @@ def settings() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--arms", nargs="+", choices=ALL, default=list(ARMS))
     add("--minutes", type=float, default=1e9, help="Stop after this time; go on later.")
-    add("--steps", type=int, help="Number of steps of every arm.")
+    add("--steps", type=int, default=0, help="Number of steps of every arm.")
     add("--minutes-per-arm", type=float, default=1.2, help="Sets the steps, unless --steps does.")
     add("--length", type=int, default=4096, help="Number of tokens of a training sequence.")
     add("--rows", type=int, default=8, help="Number of sequences of an arm's step.")
@@ -149,21 +154,22 @@ def vocabulary_of(o: argparse.Namespace) -> int:
 
 
 def windows_of(o: argparse.Namespace, files: Sequence[Path]) -> Windows:
-    """Return the training sequences from some files of tokens; the bank is made first."""
-    tokens, vocabulary = read_tokens(files), vocabulary_of(o)
-    bank = o.out / "bank.npy"
+    """Return the training sequences from some files of tokens."""
+    bank = np.load(o.out / "bank.npy", mmap_mode="r")
+    return Windows(read_tokens(files), bank, o.tokenizer, vocabulary_of(o), o.retrieval)
+
+
+def job_bank(o: argparse.Namespace) -> None:
     make_bank(
-        bank,
-        tokens,
+        o.out / "bank.npy",
+        read_tokens(o.tokens[:1]),
         o.tokenizer,
         o.kinds,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary_of(o),
         length=o.length + 1,
         sequences=o.bank,
-        processes=1 if o.small else min(os.cpu_count() or 1, 16),
+        parts=1 if o.small else BANK_PARTS,
     )
-    stored = np.load(bank, mmap_mode="r")
-    return Windows(tokens, stored, o.tokenizer, vocabulary, o.retrieval)
 
 
 def job_base(o: argparse.Namespace) -> None:
@@ -231,34 +237,38 @@ def steps_of(o: argparse.Namespace) -> int | None:
     path = o.out / "plan.json"
     if path.exists():
         return int(json.loads(path.read_text())["steps"])
-    rates = [json.loads(p.read_text())["tokens_s"] for p in o.out.glob("rate/*/rate.json")]
-    steps = o.steps
-    if steps is None:
-        if len(rates) < o.workers + 1:
-            return None
+    steps, rates = o.steps, []
+    if not steps:
         # The first ran alone, to compile the kernels.
-        together = [
-            json.loads((o.out / "rate" / f"{i}" / "rate.json").read_text())["tokens_s"]
-            for i in range(1, o.workers + 1)
-        ]
-        steps = max(int(o.minutes_per_arm * 60 * min(together) / (o.rows * o.length)), 1)
-    write_json(o.out / "plan.json", {"steps": steps, "tokens_s": rates})
+        measured = [o.out / "rate" / f"{i}" / "rate.json" for i in range(1, o.workers + 1)]
+        if not all(p.exists() for p in measured):
+            return None
+        rates = [json.loads(p.read_text())["tokens_s"] for p in measured]
+        steps = max(int(o.minutes_per_arm * 60 * min(rates) / (o.rows * o.length)), 1)
+    write_json(path, {"steps": steps, "tokens_s": rates})
     return steps
 
 
 def run_job(o: argparse.Namespace) -> None:
     """Do one piece in this process."""
     torch.set_float32_matmul_precision("high")
+    if torch.device(o.device).type == "cuda" and o.job != "bank":
+        torch.cuda.set_device(o.device)
     kind, *rest = o.job.split(":")
     if kind == "rate":
         measure_rate(o, int(rest[0]), windows_of(o, o.tokens[:1]), RATE_STEPS)
     elif kind in ("arm", "after"):
         {"arm": job_arm, "after": job_after}[kind](o, int(rest[0]), rest[1])
     else:
-        {"base": job_base, "before": job_before}[kind](o)
+        {"bank": job_bank, "base": job_base, "before": job_before}[kind](o)
 
 
 # ---- running the pieces
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Driver:
@@ -309,6 +319,7 @@ class Driver:
                 stdout=f,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
 
     def log(self, job: str) -> Path:
@@ -346,7 +357,8 @@ def run_all(o: argparse.Namespace, arguments: Sequence[str]) -> int:
         for name in SEARCHED_AFTER
         if name in o.arms
     }
-    done = need({"base": o.out / "base"}) and need({"before": o.out / "before.json"})
+    done = need({"bank": o.out / "bank.npy"}) and need({"base": o.out / "base"})
+    done = done and need({"before": o.out / "before.json"})
     if done and steps_of(o) is None:
         rates = {f"rate:{i}": o.out / "rate" / f"{i}" / "rate.json" for i in range(o.workers + 1)}
         first = {job: path for job, path in rates.items() if job == "rate:0"}
@@ -384,7 +396,8 @@ def collect(o: argparse.Namespace) -> None:
     """Pack what a later session needs into files of at most PIECE bytes in `o.collect`."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for path in sorted({p for pattern in KEPT for p in o.out.glob(pattern) if p.is_file()}):
+        names = KEPT if (o.out / "base").exists() else KEPT + KEPT_OF_BASE
+        for path in sorted({p for pattern in names for p in o.out.glob(pattern) if p.is_file()}):
             tar.add(path, path.relative_to(o.out))
     o.collect.mkdir(parents=True, exist_ok=True)
     for old in o.collect.glob("state.*"):
@@ -397,7 +410,7 @@ def collect(o: argparse.Namespace) -> None:
 
 def restore(o: argparse.Namespace) -> None:
     """Unpack what `collect` has packed, unless there is a run already."""
-    if (o.out / "base").exists():
+    if any(o.out.iterdir()):
         return
     pieces = sorted(o.restore.glob("state.*"))
     if not pieces:

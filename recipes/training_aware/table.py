@@ -184,6 +184,8 @@ def untrained_of(facts: Facts) -> list[Facts]:
 def table(out: Path, model: str, setup: Facts) -> Facts:
     """Return the content of the result file."""
     measured = read_measured(out)
+    if len({facts["tokens"] for facts in measured.values()}) > 1:
+        raise SystemExit(f"{out}: arms were trained on different numbers of tokens.")
     rows = [
         row_of(model, seed, name, facts, measured[seed, "full"])
         for (seed, name), facts in sorted(measured.items())

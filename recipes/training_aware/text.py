@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import lzma
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -124,25 +125,27 @@ def make_bank(
     vocabulary: int,
     length: int,
     sequences: int,
-    processes: int,
+    parts: int,
 ) -> None:
-    """Write `out`, uint16 [kinds x sequences, length]: retrieval in real text, to train on."""
-    if out.exists():
-        return
+    """Write `out`, uint16 [kinds x sequences, length]: retrieval in real text, to train on.
+
+    Args:
+        parts: number of parts, each of its own random seed, which processes make at once.
+    """
     rng = np.random.default_rng(ROWS_SEED)
-    starts = rng.integers(0, len(tokens) - length, 64 * processes)
+    starts = rng.integers(0, len(tokens) - length, 64 * parts)
     filler = [tokens[s : s + length][tokens[s : s + length] != 0] for s in starts]
-    size = -(-sequences // processes)
+    size = -(-sequences // parts)
     jobs = [
-        (i, filler[i::processes], tokenizer, tuple(kinds), vocabulary, length, size)
-        for i in range(processes)
+        (i, filler[i::parts], tokenizer, tuple(kinds), vocabulary, length, size)
+        for i in range(parts)
     ]
-    if processes == 1:
-        parts = [_part_of_bank(*jobs[0])]
+    if parts == 1:
+        made = [_part_of_bank(*jobs[0])]
     else:
-        with ProcessPoolExecutor(processes) as pool:
-            parts = list(pool.map(_part_of_bank, *zip(*jobs, strict=True)))
-    bank = np.concatenate(parts)
+        with ProcessPoolExecutor(min(parts, os.cpu_count() or 1)) as pool:
+            made = list(pool.map(_part_of_bank, *zip(*jobs, strict=True)))
+    bank = np.concatenate(made)
     with atomic(out) as temporary, open(temporary, "wb") as f:
         np.save(f, np.random.default_rng(1).permutation(bank))
 
