@@ -5,8 +5,8 @@
 The checkpoint is rewritten to FP8 in blocks of 128 x 128. The loss of sharing each layer alone is
 measured with its own weights, with the FP8 weights dequantised to fp32 and to bf16, and with FP8
 products: the input of every quantised projection is rounded to e4m3 too, with a scale for each
-token and 128 channels. All run on stock transformers. Spearman's correlations with the fp32 row
-go to benchmarks/results/fp8_ranking.json, and so do the losses.
+token and 128 channels, which runs on stock transformers. Spearman's correlations with the fp32
+row go to benchmarks/results/fp8_ranking.json, and so do the losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.random_fp8 import BLOCK, KEPT
-from indexcache import load
+from indexcache import accelerate, load
 from indexcache.checkpoint import read_config, resolve
 from indexcache.models.fp8 import scale_shape
 from indexcache.models.lm import hidden_states, token_losses
@@ -85,7 +85,9 @@ def losses(folder: Path, dtype: str, products: bool, o: argparse.Namespace) -> l
     """Return the loss of all full, then of each layer but the first shared alone."""
     model = load(folder, dtype=dtype)
     batches = model.batches("heldout", length=o.length, sequences=o.sequences)
-    if products:
+    if not products:
+        accelerate(model)
+    else:
         for name, module in model.module.named_modules():
             kept = any(part in f"{name}.weight" for part in KEPT)
             if (isinstance(module, nn.Linear) and not kept) or name.endswith(".experts"):

@@ -67,8 +67,18 @@ def dequantize(
             dequantize(w, s, block, dtype, part)
         return out
     rows, columns = weight.shape
-    wide = scales.repeat_interleave(block[1], 1)[:, :columns]
     blocks = max(ELEMENTS // max(block[0] * columns, 1), 1)
+    if rows % block[0] == columns % block[1] == 0 and out.is_contiguous():
+        # Whole blocks take two kernels: one converts, one multiplies and rounds.
+        w, to = (
+            t.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+            for t in (weight.contiguous(), out)
+        )
+        for first in range(0, len(scales), blocks):
+            span = slice(first, first + blocks)
+            torch.mul(w[span].float(), scales[span, None, :, None], out=to[span])
+        return out
+    wide = scales.repeat_interleave(block[1], 1)[:, :columns]
     for first in range(0, len(wide), blocks):
         span = slice(first * block[0], min((first + blocks) * block[0], rows))
         tall = wide[first : first + blocks].repeat_interleave(block[0], 0)

@@ -108,6 +108,21 @@ def test_long_matrices_are_dequantised_in_pieces(monkeypatch):
     assert torch.equal(dequantize(weight, scales, (128, 128)), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_blocks_are_dequantised_into_a_place(dtype, monkeypatch):
+    """They take another way than partial blocks, and than a place with gaps."""
+    monkeypatch.setattr("indexcache.models.fp8.ELEMENTS", 128 * 256)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 256, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2, generator=generator)
+    whole = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    expected = (weight.float() * whole).to(dtype)
+    for place in (torch.empty(2, 384, 256, dtype=dtype)[1], torch.empty(256, 384, dtype=dtype).T):
+        found = dequantize(weight, scales, (128, 128), dtype, place)
+        assert found is place
+        assert torch.equal(place, expected)
+
+
 def test_scales_in_e8m0_and_fused_experts_are_read(damaged):
     folder, tensors = damaged
     for name in [n for n in tensors if n.endswith("_scale_inv")]:
