@@ -265,13 +265,15 @@ def heat_map(shares: Sequence[Sequence[float]], title: str, groups: Sequence[ran
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Return round numbers that enclose a range, about as many as are wanted."""
-    if not high > low:
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    if not high - low > 1e-200:
+        size = max(abs(low), abs(high))
+        half = 0.5 if size <= 1e-200 else size / 2
+        low, high = low - half, high + half
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def shorten(text: str, width: float) -> str:

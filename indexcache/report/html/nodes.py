@@ -10,6 +10,8 @@ from typing import Any
 from indexcache.pattern import Pattern
 from indexcache.records import read_json
 
+LARGEST = 1e15
+
 
 @dataclass(frozen=True)
 class Node:
@@ -67,6 +69,8 @@ class Node:
         """Return a number; a truth value is none."""
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             self.refuse("no number")
+        if abs(self.value) > LARGEST:
+            self.refuse("larger than any number that a run gives")
         return self.value
 
     def whole(self) -> int:

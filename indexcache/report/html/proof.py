@@ -70,12 +70,12 @@ def _matrix(run: MatrixRun, own: Sequence[Crossed], full: int) -> Html:
     cells = {(c.label, c.tested): c for c in own}
     rows = []
     for label in dict.fromkeys(c.label for c in own):
-        line = [cells[label, d] for d in run.domains if (label, d) in cells]
-        worst = max(line, key=lambda c: c.excess)
+        line = [cells.get((label, d)) for d in run.domains]
+        worst = max(filter(None, line), key=_excess)
         rows.append(
             [
                 label,
-                *(_cell(c, most) for c in line),
+                *("–" if c is None else _cell(c, most) for c in line),
                 join([worst.tested, " ", data(worst.excess)]),
                 el("code", worst.pattern),
             ]

@@ -170,26 +170,15 @@ def _places(
     ]
     title = f"Excess loss of {name} by {what} at {at}, against {run.against} ({run.folder})"
     cells = {(r.name, r.where): r for r in rows}
-    lines = [
-        [
-            one,
-            *(
-                join(
-                    [
-                        data(cells[one, p].excess),
-                        el("br"),
-                        interval(cells[one, p].low, cells[one, p].high),
-                    ]
-                )
-                if what == "domain"
-                else data(cells[one, p].excess)
-                for p in places
-                if (one, p) in cells
-            ),
-        ]
-        for one in names
-    ]
-    documents = [f"{place(p)} ({counted(cells[name, p].documents, 'document')})" for p in places]
+
+    def cell(row: Row | None) -> Html:
+        if row is None or what != "domain":
+            return data(None if row is None else row.excess)
+        return join([data(row.excess), el("br"), interval(row.low, row.high)])
+
+    lines = [[one, *(cell(cells.get((one, p))) for p in places)] for one in names]
+    counts = {r.where: r.documents for r in rows}
+    documents = [f"{place(p)} ({counted(counts[p], 'document')})" for p in places]
     caption = f"Excess loss by {what}, nats per token, at {at}, against {run.against}"
     return figure(
         charts.forest(marks, title, "excess loss, nats per token", run.most),

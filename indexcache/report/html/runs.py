@@ -193,7 +193,7 @@ def _certificate(folder: str, node: Node) -> CertificateRun:
     name = {"name": pattern["name"].text(), "pattern": pattern["pattern"].text()}
     rows, verdicts = [], []
     for row in (*node["loss"], *node["recall"]):
-        value = dict(row.value)
+        value = {key: inner.value for key, inner in row.items()}
         if "task" in value:
             value |= {"domain": f"{ANSWERS}{row['task'].text()}", "loss": 0.0, "flips": 0.0}
             value |= {"documents": row["sequences"].whole(), "tokens": row["answers"].whole()}
@@ -269,8 +269,8 @@ def _matrix(folder: str, node: Node) -> MatrixRun:
         )
         for row in node["rows"]
     )
-    if not cells or not domains:
-        node["rows"].refuse("no matrix")
+    if not cells or {c.tested for c in cells} != set(domains):
+        node["rows"].refuse("no matrix of these domains")
     first = Node(node.file, {"conditions": node["conditions"][domains[0]].value})
     conditions = Conditions.of(first)
     return MatrixRun(
