@@ -17,6 +17,8 @@ from indexcache.pattern import Pattern, full_count
 from indexcache.records import write_json
 from indexcache.spec import parse_pattern
 
+ADAPT_SEED = 1000
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -124,6 +126,13 @@ def train_arm(o: argparse.Namespace, name: str, seed: int, steps: int, windows: 
     if arm.weighted:
         weights = layer_weights(str(o.out / "search"), loaded.layers)
         settings = replace(settings, layer_weights=tuple(weights))
+    if o.adapt_steps and arm.objective != "none":
+        # As in the paper, the kept indexers first learn their targets from dense attention. In the
+        # sparse stage they learn about the keys they select alone.
+        adapting = replace(settings, stage="warmup", steps=o.adapt_steps, recompute=True)
+        rows = windows.rows(ADAPT_SEED + seed, o.adapt_steps * o.rows, 1, o.length)
+        adapting = replace(adapting, rows=o.rows)
+        distill(loaded.module, pattern, rows, folder / "adapt", adapting, device=o.device)
     result = distill(
         loaded.module,
         pattern,

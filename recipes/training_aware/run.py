@@ -14,6 +14,7 @@ Pieces, in this order; each is a process, and what is finished is never done aga
           the number of steps of all arms and seeds. --steps fixes it at once.
   arms    Trains every arm of every seed from the base, on the same rows of the first file of
           --tokens, with the same steps and learning rates; then measures it. --workers run at once.
+          The kept indexers first take --adapt-steps of the warm-up under the arm's pattern.
   after   Searches on the trained arm "full" and on "multi-4" of the first seed.
   table   Writes --result from all that was measured so far.
 
@@ -38,13 +39,14 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from indexcache.models.loading import load
 from indexcache.pattern import Pattern
-from indexcache.records import write_json
+from indexcache.records import claim, write_json
 from recipes.training_aware import base, table
 from recipes.training_aware.arms import ALL, ARMS, checkpoint_of, folder_of, measure_rate, train_arm
 from recipes.training_aware.measure import Texts, measure, search_batches, search_on
@@ -56,6 +58,30 @@ RATE_STEPS = 12
 KEPT = ("*.json", "times.jsonl", "base/*", "search/*", "seed*/*/*.json*", "stages/*.jsonl")
 KEPT_OF_BASE = ("stages/dense.pt",)
 """What of --out a later session needs, and what of an unfinished base."""
+SHARED = (
+    "length",
+    "rows",
+    "together",
+    "lr",
+    "backbone_lr",
+    "weight_decay",
+    "retrieval",
+    "bank",
+    "kinds",
+    "dense_steps",
+    "warmup_steps",
+    "adapt_steps",
+    "dense_batch",
+    "dense_layers",
+    "documents",
+    "windows",
+    "sequences",
+    "recall_lengths",
+    "calibration",
+    "pool",
+    "small",
+)
+"""Settings that all sessions of a run share."""
 PIECE = 15 << 20
 BANK_PARTS = 16  # Another number makes other sequences.
 SEARCHED_AFTER = ("full", "multi-4")
@@ -65,6 +91,7 @@ KINDS = ("passkey", "needles", "key-value", "variables")
 SMALL = {
     "length": 256,
     "dense_steps": 3,
+    "adapt_steps": 1,
     "warmup_steps": 2,
     "dense_batch": 2,
     "steps": 3,
@@ -109,6 +136,7 @@ def settings() -> argparse.ArgumentParser:
     add("--retrieval", type=float, default=0.4, help="Share of sequences with a retrieval task.")
     add("--bank", type=int, default=1500, help="Retrieval sequences of each kind to train on.")
     add("--kinds", nargs="+", default=list(KINDS), help="Kinds of retrieval.")
+    add("--adapt-steps", type=int, default=40, help="Warm-up steps under the arm's pattern.")
     add("--dense-steps", type=int, default=2000)
     add("--warmup-steps", type=int, default=240)
     add("--dense-batch", type=int, default=32, help="Number of sequences of a dense step.")
@@ -206,7 +234,8 @@ def job_arm(o: argparse.Namespace, seed: int, name: str) -> None:
     pattern = ALL[name].pattern(loaded.layers, o.out / "search", o.pool)
     facts = measure(loaded, pattern, Texts(o, vocabulary_of(o)))
     facts |= {"steps": steps, "tokens": steps * o.rows * o.length}
-    for old in folder.glob("state-*"):
+    facts["adapt_tokens"] = o.adapt_steps * o.rows * o.length if (folder / "adapt").exists() else 0
+    for old in (*folder.glob("state-*"), *folder.glob("adapt/state-*")):
         shutil.rmtree(old)
     write_json(folder / "measured.json", facts)
     if not (o.keep_weights or (name in SEARCHED_AFTER and seed == o.seeds[0])):
@@ -341,6 +370,7 @@ def run_all(o: argparse.Namespace, arguments: Sequence[str]) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
     if o.restore:
         restore(o)
+    claim(o.out, settings_of(o))
     driver = Driver(o, arguments)
 
     def need(jobs: dict[str, Path], workers: int = 1) -> bool:
@@ -377,10 +407,14 @@ def _has_weights(folder: Path) -> bool:
     return (folder / "measured.json").exists() and checkpoint_of(folder).is_dir()
 
 
+def settings_of(o: argparse.Namespace) -> dict[str, Any]:
+    """Return what all sessions of a run must share."""
+    return {name: getattr(o, name) for name in SHARED}
+
+
 def finish(o: argparse.Namespace) -> None:
     """Write the result file of what there is, and collect what a later session needs."""
-    names = ("length", "rows", "lr", "backbone_lr", "weight_decay", "retrieval", "dense_steps")
-    setup = {name: getattr(o, name) for name in (*names, "warmup_steps", "kinds", "small")}
+    setup = settings_of(o)
     setup["device"] = "CPU"
     if torch.cuda.is_available():
         setup["device"] = torch.cuda.get_device_name()
@@ -426,7 +460,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if o.job:
         run_job(o)
         return 0
-    return run_all(o, given)
+    try:
+        return run_all(o, given)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def row_of(model: str, seed: int, name: str, facts: Facts, full: Facts) -> Facts
         "recall": rounded(share(found_of(facts))),
         "recall_full": rounded(share(found_of(full))),
         "tokens": facts["tokens"],
+        "adapt_tokens": facts["adapt_tokens"],
         "name": name,
         "offset": arm.offset,
         "pattern": facts["pattern"],

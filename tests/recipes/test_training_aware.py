@@ -102,6 +102,10 @@ def test_every_piece_killed_and_resumed(files, tmp_path, monkeypatch, capsys):
     assert {p["pattern_name"] for p in searched["patterns"]} >= {"multi-4", "searched-4-after"}
     assert "multi-4" in capsys.readouterr().out
 
+    # Other settings would make other arms.
+    with pytest.raises(SystemExit, match="lr"):
+        run.main(arguments(files, out, "--lr", "0.5"))
+
     # Another machine goes on from what was collected, and does nothing twice.
     other = tmp_path / "other"
     again = ("--restore", str(tmp_path / "kept"))
