@@ -7,7 +7,8 @@ the whole text in every round:
   test, and the race ends when the rest cannot matter.
 - lazy: only the candidate that promises most is measured again. The others keep their old value,
   and are measured where it is below the new one.
-- together: what a race cannot tell apart is flipped at once, and verified on the whole text.
+- together: half of the flips that are left to the next budget are made at once, where together
+  they lose what they lost alone.
 - swaps: at the budgets 1/2, 1/4, .. and at the last one, a full layer and a shared one change
   places where that loses less.
 
@@ -114,13 +115,12 @@ class FastSearch:
 
     def step(self, candidates: Sequence[int]) -> Iterator[FrontierPoint]:
         """Flip one of the candidates, or several at once, and refine at a budget."""
-        best = self.race(candidates)
         layers = self.joint(candidates) if self.savings.together and len(self.starts) == 1 else []
-        layers = layers or [best]
+        layers = layers or [self.race(candidates)]
         before, count = self.loss, len(self.trunk.full_layers)
         others = [self.gains[i].value for i in candidates if i not in layers]
         patterns = [self.flipped(layers[: i + 1]) for i in range(len(layers))]
-        part = self.gains[best].part
+        part = self.gains[layers[0]].part
         self.losses |= {i: self.gains.pop(i) for i in layers}
         expected = [self.losses[i].value for i in layers]
         self.trunk = patterns[-1]
@@ -150,7 +150,7 @@ class FastSearch:
         Where the queue is lazy, the flip that promises most is measured, and another one only where
         what it lost before is less than what this one loses now.
         """
-        samples, gains = self.samples, self.gains
+        gains = self.gains
         alive = set(candidates)
         fresh = {i for i in candidates if not self.savings.lazy or i not in gains}
         rate = self.savings.error_rate / max(len(candidates) - 1, 1)
@@ -160,11 +160,7 @@ class FastSearch:
                 if not fresh & alive:
                     fresh.add(min(alive, key=self.order))
                 runners = sorted(fresh & alive)
-                flips = {i: self.trunk.replace(i, "S") for i in runners}
-                samples.measure([samples.full, self.trunk, *flips.values()], part)
-                for i, flip in flips.items():
-                    lost = samples.difference([flip], [self.trunk], part).value
-                    gains[i] = Gain(flip, self.trunk, part, lost)
+                self.measure(runners, part)
                 best = min(runners, key=self.order)
                 slack = self.near(gains[best].value)
                 apart = {i: self.apart(i, best) for i in sorted(alive) if i != best}
@@ -193,26 +189,40 @@ class FastSearch:
         return self.samples.difference([own.flip, other.base], [own.base, other.flip], part)
 
     def joint(self, candidates: Sequence[int]) -> list[int]:
-        """Return flips that a race cannot tell apart and that lose no more together than alone.
+        """Return flips that lose together what they lost alone; none where no two of them do.
 
-        They are verified on the whole text; none where no two of them hold.
+        They are the first half of those that are left to the next budget, by what each of them lost
+        when it was measured last, so the flips that matter at the budget are still raced. The
+        pattern is measured on the whole text, and what it loses is compared on the part on which
+        all of them were measured alone.
         """
-        order = sorted(candidates, key=self.order)
-        least = self.gains[order[0]].value
-        slack = self.near(least)
-        group = [i for i in order if self.gains[i].value <= max(least, 0.0) + slack]
+        samples = self.samples
         count = len(self.trunk.full_layers)
         room = min(count - b for b in self.budgets if b < count)
-        group = group[: min(max(self.left // 2, 1), room)]
+        if room < 2:
+            return []
+        new = [i for i in candidates if i not in self.gains or not self.savings.lazy]
+        self.measure(new, self.parts[0])
+        group = sorted(candidates, key=self.order)[: -(-room // 2)]
         while len(group) > 1:
             pattern = self.flipped(group)
-            self.samples.measure([self.samples.full, self.trunk, pattern], self.samples.whole)
-            promised = sum(max(self.gains[i].value, 0.0) + slack for i in group)
-            lost = self.samples.difference([pattern], [self.trunk], self.samples.whole).value
-            if lost <= promised:
+            samples.measure([samples.full, self.trunk, pattern], samples.whole)
+            alone = [self.gains[i] for i in group]
+            part = min((gain.part for gain in alone), key=len)
+            lost = [samples.difference([g.flip], [g.base], part).value for g in alone]
+            together = samples.difference([pattern], [self.trunk], part).value
+            if together <= sum(lost) + sum(self.near(x) for x in lost):
                 return group
             group = group[: len(group) // 2]
         return []
+
+    def measure(self, layers: Sequence[int], part: Parts) -> None:
+        """Measure what single flips lose on a part, and remember it."""
+        flips = {i: self.trunk.replace(i, "S") for i in sorted(layers)}
+        self.samples.measure([self.samples.full, self.trunk, *flips.values()], part)
+        for i, flip in flips.items():
+            lost = self.samples.difference([flip], [self.trunk], part).value
+            self.gains[i] = Gain(flip, self.trunk, part, lost)
 
     def refine(self) -> None:
         """Let full and shared layers change places while that loses less on the whole text."""
@@ -228,6 +238,7 @@ class FastSearch:
                     s: self.samples.difference([swaps[s]], [self.trunk], part).value for s in alive
                 }
                 alive = sorted((s for s in alive if lost[s] < 0), key=lambda s: (lost[s], s))
+                alive = alive[: -(-len(alive) // 2)]
                 if not alive:
                     return
             dropped, restored = alive[0]
