@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from indexcache.pattern import Pattern
 from tests.fp8_support import write_fp8
 from tests.support import refused
 
-SETTINGS = DistillSettings(steps=6, eval_every=4, save_every=3)
+SETTINGS = DistillSettings(steps=3, eval_every=2)
 TIMES = ("tokens_s", "mfu")
 
 
@@ -55,7 +56,7 @@ def same(a, b):
 def test_streamed_training_gives_the_same_delta(tmp_path, family, pattern, objective):
     (tmp_path / "model").mkdir()
     folder = checkpoint(tmp_path / "model", family)
-    settings = DistillSettings(steps=6, eval_every=4, objective=objective)
+    settings = replace(SETTINGS, objective=objective)
     loaded, lines = distill(folder, tmp_path / "a", pattern, settings)
     found, streamed_lines = distill(
         folder, tmp_path / "b", pattern, settings, stream=True, host_memory="20KB"

@@ -27,6 +27,11 @@ def folder(request, tmp_path_factory):
     return write_fp8(tmp_path_factory.mktemp("fp8"), request.param, num_hidden_layers=4)
 
 
+@pytest.fixture(scope="module")
+def deepseek4(tmp_path_factory):
+    return write_fp8(tmp_path_factory.mktemp("one"), "deepseek_v32", num_hidden_layers=4)
+
+
 def inputs():
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 128, shape, generator=generator) for shape in ((2, 60), (1, 37))]
@@ -68,14 +73,14 @@ def test_a_pass_over_the_layers_gives_the_bits_of_whole_passes(folder, fast, tmp
     assert all(p.is_meta for p in streamed.module.model.layers.parameters())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_digest_of_weights_is_that_of_the_loaded_model(folder, dtype):
     loaded, streamed = load(folder, dtype=dtype), load(folder, dtype=dtype, stream=True)
     assert weights_digest(streamed) == weights_digest(loaded)
 
 
-def test_a_streamed_model_has_no_whole_pass(folder):
-    model = load(folder, stream=True)
+def test_a_streamed_model_has_no_whole_pass(deepseek4):
+    model = load(deepseek4, stream=True)
     refused(lambda: hidden_states(model, inputs()[0]), "streamed layer by layer")
 
 
@@ -108,8 +113,8 @@ def nan(tensors, name):
         ),
     ],
 )
-def test_damaged_layers_are_named(folder, tmp_path, part, change, says):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_damaged_layers_are_named(deepseek4, tmp_path, part, change, says):
+    copy = shutil.copytree(deepseek4, tmp_path / "copy")
     edit(copy, part, change)
     refused(lambda: run(load(copy, stream=True)), says)
 
@@ -122,8 +127,8 @@ def test_damaged_layers_are_named(folder, tmp_path, part, change, says):
         (lambda file: os.utime(file, ns=(1, 1)), "has changed since"),
     ],
 )
-def test_files_that_change_under_a_run_are_named(folder, tmp_path, change, says):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_files_that_change_under_a_run_are_named(deepseek4, tmp_path, change, says):
+    copy = shutil.copytree(deepseek4, tmp_path / "copy")
     model = load(copy, stream=True)
     run(model)
     shard = stream_of(model).layers.reader.plans[2].spans[0].shard
@@ -133,4 +138,4 @@ def test_files_that_change_under_a_run_are_named(folder, tmp_path, change, says)
             change(copy / shard)
 
     refused(lambda: (run(model, report=later), run(model)), shard, says)
-    shutil.copy2(folder / shard, copy / shard)
+    shutil.copy2(deepseek4 / shard, copy / shard)

@@ -24,16 +24,11 @@ from indexcache.models.stream.loading import stream_of
 from indexcache.models.stream.settings import SearchStreamSettings
 from indexcache.searching import meter
 from tests.fp8_support import write_fp8
-from tests.support import FAMILIES, documents, refused
+from tests.support import documents, refused
 
 FILES = ("journal.jsonl", "result.json", "settings.json", "pattern.json")
 SETTINGS = SearchSettings(keep=0.4)
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request, tmp_path_factory):
-    return write_fp8(tmp_path_factory.mktemp("fp8"), request.param, num_hidden_layers=5)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +61,11 @@ def opened(folder, stream, fast=True):
     return model
 
 
-@pytest.mark.parametrize(("stages", "fast"), [(1, True), (2, False)])
-def test_streamed_runs_write_the_bytes_of_loaded_ones(folder, tmp_path, stages, fast):
+@pytest.mark.parametrize(
+    ("family", "stages", "fast"), [("glm_moe_dsa", 2, False), ("deepseek_v32", 1, True)]
+)
+def test_streamed_runs_write_the_bytes_of_loaded_ones(tmp_path, family, stages, fast):
+    folder = write_fp8(tmp_path / "model", family, num_hidden_layers=5)
     settings = SearchSettings(keep=0.4, stages=stages)
     results = []
     for stream in (False, True):
@@ -135,15 +133,13 @@ def test_an_interrupted_round_goes_on_behind_its_last_checkpoint(glm5, whole, tm
     assert not (tmp_path / "stream").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
+@pytest.mark.parametrize("damage", ["cut", "other"])
 def test_a_checkpoint_that_does_not_fit_is_not_used(glm5, whole, tmp_path, damage):
     settings = SearchStreamSettings(checkpoint_layers=2)
     killed(glm5, tmp_path, settings)
     (saved,) = (tmp_path / "stream").glob("*.bin")
     if damage == "cut":
         saved.write_bytes(saved.read_bytes()[:-100])
-    elif damage == "garbage":
-        saved.write_bytes(b"\0" * 100)
     else:
         journal = tmp_path / "journal.jsonl"  # The round before is the one under way.
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
