@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from indexcache.evals.certificate import content_digest
 from tests.support import make_model
 
 PATTERN = "FSSFSS"
+ROOT = Path(__file__).parents[2]
 RUN = "--split all --sequences 80 --length 64 --batch 40 --allow-blind"
 
 
@@ -107,6 +110,33 @@ def test_doctor_refuses_another_k_config_or_pattern(
         errors = [line for line in said.splitlines() if "certificate" in line]
         assert any(line.startswith("error") and word in line for line in errors), said
         assert "holds for this checkpoint" not in said
+
+
+def test_the_job_of_the_docs_passes_and_stops_another_model(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    """Its commands are run as they stand, with a random model and text for MODEL and TEXT."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    (job,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    lines = [line.strip() for line in job.replace("\\\n", " ").splitlines()]
+    certify, export, check = [line for line in lines if line.startswith("indexcache ")]
+    model = changed(checkpoint, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str, rest: str = "") -> int:
+        words = shlex.split(f"{line} {rest}")[1:]
+        return main([{"MODEL": str(model), "TEXT": str(text)}.get(w, w) for w in words])
+
+    assert run(certify, f"{RUN} --most 100") == 0
+    assert run(export) == run(check) == 0
+    assert "holds for this checkpoint" in capsys.readouterr().out
+    # A certificate that was not passed stops the job before the export, and doctor too.
+    assert run(certify, f"{RUN} --most -100") == 1
+    assert run(check) == 1
+    assert run(certify, f"{RUN} --most 100") == 0
+    config = tmp_path / "exported" / "transformers" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"index_topk": 16}))
+    assert run(check) == 1
 
 
 @pytest.mark.parametrize("where", ["indexer", "mlp", "another"])
