@@ -13,6 +13,7 @@ from indexcache.cli import main
 from indexcache.crossing.run import matrix
 from indexcache.crossing.settings import MatrixSettings
 from indexcache.data import make_batches
+from indexcache.report.html import make_report
 from indexcache.searching.settings import SearchSettings
 from tests.support import documents, refused
 
@@ -149,3 +150,10 @@ def test_the_verb_writes_the_matrix(checkpoint, tmp_path, capsys):
         assert main(shlex.split(f"{command} --out {tmp_path / 'no'} {rest}")) == 2, rest
         assert word in capsys.readouterr().err
         assert not (tmp_path / "no").exists()
+
+
+def test_the_page_shows_the_matrix(whole):
+    out, result = whole
+    made = make_report([str(out)])
+    assert "matrix" in made.sections
+    assert all(f'value="{row["delta_loss"]!r}"' in made.html for row in result.rows)

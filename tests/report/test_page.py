@@ -78,7 +78,7 @@ def runs(checkpoint, tmp_path_factory):
         f"{evaluate} --pattern 'best={root / 'search'}' 'a <b>&\"c=1/2'",
         f"{certify} --pattern FSFSFS --certificate",
         f"overlap {data} --out {root / 'overlap'} --length 64 --sequences 2",
-        f"bench {checkpoint} --out {root / 'bench'} --contexts 64 --patterns all FFSFFS 1/2 "
+        f"bench {checkpoint} --out {root / 'bench'} --contexts 64 --patterns all 1/2 "
         "--device cpu --decode-tokens 2 --no-plot",
         f"{distill} --pattern FFSFFS",
     ):

@@ -266,8 +266,8 @@ def decide(runs: Sequence[Run]) -> Decision:
     else:
         return Decision(
             word=UNTESTED,
-            headline="Nothing is decided: these runs hold no pattern that shares.",
-            why=["Search for a pattern and evaluate it on held-out text with a margin (--most)."],
+            headline="Nothing is decided: none of these runs judges a pattern.",
+            why=["Evaluate a pattern on held-out text with a margin (evaluate --most)."],
             shown=None,
             all=[],
         )
