@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from indexcache.ops.barrier import thread_barrier
 from indexcache.ops.index.scores_hopper import (
     key_score,
     lane_ranks,
@@ -184,7 +185,7 @@ def scores_pools(
         p_id += at
         min_score = key_score(gl.load(p_thr + first + o_i, mask=m_query, other=NONE))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     zero = gl.zeros([64, columns], gl.float32, acc)
 
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, key_layout))
@@ -217,7 +218,7 @@ def scores_pools(
         if p_scale is not None:
             scale_1 = gl.load(p_scale + ids_1)
         ids_1 = gl.load(p_at + (320 + o_m) * STRIDE, mask=o_m < n_left - 320, other=0)
-        gl.thread_barrier()
+        thread_barrier()
         for i in gl.static_range(4):
             score = row_sums(sums_0 if i < 2 else sums_1, i % 2, queries)
             keep = (masks[i].to(gl.int32)[None, :] & bit) != 0

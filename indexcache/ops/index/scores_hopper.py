@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from indexcache.ops.barrier import thread_barrier
 from indexcache.ops.primitives import NONE
 
 BALLOT = gl.constexpr("""{
@@ -306,7 +307,7 @@ def scores_tiles(
         flying = _start_product(k_smem, q_0, next_slot, 0, zero)
         _fold(warpgroup_mma_wait(1, deps=[after]), weight_1, sums_1, 1, H)
         # Now the sums are stored, and every warp is past the products that read this slot.
-        gl.thread_barrier()
+        thread_barrier()
         _fetch(keys, k_smem, ready, tile + STAGES, tiles, start, STAGES)
         count = _leave(
             sums_0, o_0, scales_0, visible, min_score, count, p_out, p_out_id, queries, CAP

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from indexcache.ops.barrier import thread_barrier
 from indexcache.ops.primitives import LN2
 
 ROWS = gl.constexpr(64)  # rows of a program
@@ -70,7 +71,7 @@ def _pairs_of_tiles(p_count, n_slots):
 @gluon.jit
 def _arrive(bar):
     """Arrive once, when every warp of the partition is here."""
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(bar, count=1)
 
 
@@ -214,7 +215,7 @@ def _own_tile(
     weight = gl.exp2(logits * scale2 - gl.where(higher == float("-inf"), 0.0, higher)[:, None])
     fade = gl.where(grown, gl.exp2(top - now), 1.0)
     half = weight.to(q_smem.dtype)
-    gl.thread_barrier()  # every warp's product is past the rotary dims
+    thread_barrier()  # every warp's product is past the rotary dims
     r_smem.index(W).store(half)
     top_smem.index(W).store(higher)
     fence_async_shared()
@@ -322,7 +323,7 @@ def _attend(
         gl.store(p_lse + i_row + o_m, lse, mask=o_m < rows)
     out = out * _spread(1.0 / gl.where(mass == 0.0, 1.0, mass), out)
     q_smem.index(W).store(out.to(q_smem.dtype))
-    gl.thread_barrier()
+    thread_barrier()
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, flat))
     o_v = gl.arange(0, half, layout=gl.SliceLayout(0, flat))
