@@ -156,4 +156,4 @@ def test_the_page_shows_the_matrix(whole):
     out, result = whole
     made = make_report([str(out)])
     assert "matrix" in made.sections
-    assert all(f'value="{row["delta_loss"]!r}"' in made.html for row in result.rows)
+    assert all(f'value="{float(row["delta_loss"])!r}"' in made.html for row in result.rows)
