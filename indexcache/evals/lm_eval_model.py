@@ -74,6 +74,8 @@ class IndexCacheLM(HFLM):
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r:.40}; it is one of {', '.join(DTYPES)}.")
+        if isinstance(batch_size, int) and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         facts = describe(pretrained)
         layers = facts["num_hidden_layers"]
         self.pattern = None

@@ -113,7 +113,7 @@ def test_doctor_refuses_another_k_config_or_pattern(
 
 
 def test_the_job_of_the_docs_passes_and_stops_another_model(
-    checkpoint, text, tmp_path, monkeypatch, capsys
+    checkpoint, text, certified, tmp_path, monkeypatch, capsys
 ):
     """Its commands are run as they stand, with a random model and text for MODEL and TEXT."""
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
@@ -127,13 +127,22 @@ def test_the_job_of_the_docs_passes_and_stops_another_model(
         words = shlex.split(f"{line} {rest}")[1:]
         return main([{"MODEL": str(model), "TEXT": str(text)}.get(w, w) for w in words])
 
-    assert run(certify, f"{RUN} --most 100") == 0
-    assert run(export) == run(check) == 0
-    assert "holds for this checkpoint" in capsys.readouterr().out
     # A certificate that was not passed stops the job before the export, and doctor too.
     assert run(certify, f"{RUN} --most -100") == 1
+    assert run(export) == 0
     assert run(check) == 1
+    assert "allows nothing" in capsys.readouterr().out
     assert run(certify, f"{RUN} --most 100") == 0
+    assert run(check) == 0
+    assert "holds for this checkpoint" in capsys.readouterr().out
+    # The same weights and text give the same figures.
+    same, value = (
+        json.loads((folder / "certificate.json").read_text())
+        for folder in (certified, tmp_path / "certified")
+    )
+    for key in ("loss", "sparsity", "sentence", "versions", "k"):
+        assert value[key] == same[key]
+    assert value["model"]["weights_digest"] == same["model"]["weights_digest"]
     config = tmp_path / "exported" / "transformers" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"index_topk": 16}))
     assert run(check) == 1
@@ -240,3 +249,33 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
     assert word in captured.err
     assert captured.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_digests_of_weights_do_not_depend_on_files(tmp_path, monkeypatch):
+    """Of large weights blocks are read; the last value of a tensor is always in one."""
+    import torch
+    from safetensors.torch import save_file
+
+    from indexcache import checkpoint as module
+
+    names = ("model.norm.weight", "model.layers.1.self_attn.indexer.wk.weight")
+    weights = {name: torch.arange(300_000.0) for name in names}
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    save_file(weights, tmp_path / "one" / "model.safetensors")
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name, file in zip(names, files, strict=True):
+        save_file({name: weights[name]}, tmp_path / "two" / file)
+    index = {"metadata": {}, "weight_map": dict(zip(names, files, strict=True))}
+    (tmp_path / "two" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(module, "MAX_BYTES_READ", most)
+        before = module.tensor_digests(tmp_path / "one")
+        assert before == module.tensor_digests(tmp_path / "two")
+        for place, name in enumerate(names):
+            changed = weights | {name: weights[name].clone()}
+            changed[name][-1] += 1
+            save_file(changed, tmp_path / "one" / "model.safetensors")
+            after = module.tensor_digests(tmp_path / "one")
+            assert [a == b for a, b in zip(before, after, strict=True)] == [place == 1, place == 0]
+        save_file(weights, tmp_path / "one" / "model.safetensors")

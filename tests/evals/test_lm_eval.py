@@ -10,6 +10,7 @@ import pytest
 
 from indexcache.cli import main as indexcache
 from indexcache.evals import lm_eval as command
+from tests.support import refused
 
 PATTERN = "FSSFSS"
 TASKS = {
@@ -166,15 +167,22 @@ def test_the_command_line_runs_a_pattern(tasks, ended, tmp_path, capsys):
     ("rest", "word"),
     [
         ("pretrained={},pattern=FFS", "layers"),
-        ("pretrained={},pattern=nonsense", "nonsense"),
+        ("pretrained={},pattern=nonsense", "role 'n'"),
         ("pretrained={},patern=1/4", "patern"),
         ("pretrained={}/none", "none"),
         ("pretrained={},dtype=int9", "int9"),
+        ("pretrained={},batch_size=0", "batch_size"),
+        ("pretrained={},device=tpu", "tpu"),
         ("pattern=1/4", "pretrained"),
     ],
 )
-def test_bad_arguments_are_one_sentence(tasks, checkpoint, capsys, rest, word):
-    arguments = ["--model_args", rest.format(checkpoint), "--tasks", "roll"]
-    assert command.main([*arguments, "--include_path", str(tasks)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("indexcache: ") and word in line for line in said)
+def test_bad_arguments_are_one_sentence(harness, checkpoint, rest, word):
+    from indexcache.evals.lm_eval_model import IndexCacheLM
+
+    refused(lambda: IndexCacheLM.create_from_arg_string(rest.format(checkpoint)), word)
+
+
+def test_the_command_line_says_it_and_ends_with_2(tasks, capsys):
+    arguments = ["--model_args", "pattern=1/4", "--tasks", "roll", "--include_path", str(tasks)]
+    assert command.main(arguments) == 2
+    assert "indexcache: --model_args names no checkpoint" in capsys.readouterr().err
