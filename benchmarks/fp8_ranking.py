@@ -1,6 +1,6 @@
 """Compare the ranking of single flips under FP8 weights as they are read, and as engines multiply.
 
-    python -m benchmarks.fp8_ranking MODEL [--length 1024] [--sequences 6]
+    python -m benchmarks.fp8_ranking MODEL [--length 1024] [--sequences 6] [--device cuda]
 
 The checkpoint is rewritten to FP8 in blocks of 128 x 128. The loss of sharing each layer alone is
 measured with its own weights, with the FP8 weights dequantised to fp32 and to bf16, and with FP8
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULT)
     o = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fp8-"))
@@ -62,7 +63,7 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.fp8_ranking {Path(o.model).name}",
         "date": datetime.date.today().isoformat(),
-        "device": "cpu",
+        "device": o.device,
         "torch": torch.__version__,
         "model": Path(o.model).name,
         "length": o.length,
@@ -83,7 +84,7 @@ def main() -> None:
 
 def losses(folder: Path, dtype: str, products: bool, o: argparse.Namespace) -> list[float]:
     """Return the loss of all full, then of each layer but the first shared alone."""
-    model = load(folder, dtype=dtype)
+    model = load(folder, dtype=dtype, device=o.device)
     batches = model.batches("heldout", length=o.length, sequences=o.sequences)
     if not products:
         accelerate(model)

@@ -421,6 +421,23 @@ def measured_rates() -> list[tuple[int, float, float, float]]:
     return found
 
 
+@table("fp8-ranking")
+def fp8_ranking() -> str:
+    header = ["arithmetic", "loss of all full", "rank correlation", "largest difference of a flip"]
+    return markdown(
+        header,
+        [
+            [
+                row["arithmetic"],
+                f"{row['full']:.4f}",
+                f"{row['spearman']:.3f}",
+                f"{row['largest_difference']:.4f}",
+            ]
+            for row in read("fp8_ranking.json")["rows"]
+        ],
+    )
+
+
 @table("large-measured")
 def large_measured() -> str:
     result = read("vllm_evaluation_h200.json")
