@@ -164,7 +164,13 @@ class FastSearch:
                 best = min(runners, key=self.order)
                 slack = self.near(gains[best].value)
                 apart = {i: self.apart(i, best) for i in sorted(alive) if i != best}
-                old = [i for i in apart if i not in fresh and apart[i].value < -slack]
+                # It promises more beside the best on a part, or against all that is known of it.
+                old = [
+                    i
+                    for i in apart
+                    if i not in fresh
+                    and min(apart[i].value, gains[i].value - gains[best].value) < -slack
+                ]
                 if not old:
                     break
                 fresh.add(min(old, key=lambda i: (apart[i].value, i)))

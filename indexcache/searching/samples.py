@@ -29,7 +29,7 @@ from indexcache.searching.settings import ObjectiveName
 from indexcache.searching.work import Work
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
-LEAST = 3
+LEAST = 6
 """Sequences of text, and of each kind of retrieval, in the smallest part, where there are so many;
 fewer say nothing of their spread."""
 
@@ -301,9 +301,9 @@ class ModelSamples(Samples):
         for b in new:
             prefix = self.prefixes[b]
             with nullcontext() if self.watched else check_scores(self.model):
+                prefix.rebase(self.base)
                 if self.meter.divergence and b not in self.meter.base:
                     self.meter.base = {**self.meter.base, b: prefix.hidden(0, self.full)}
-                prefix.rebase(self.base)
                 hidden = prefix.hidden(0, pattern)
             self.watched = True
             rows = self.meter.rows(b, hidden)
