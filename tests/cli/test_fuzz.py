@@ -24,6 +24,7 @@ COMMANDS = {
     "profile": "profile {model} --contexts 64 --pattern FSSSSS --device cpu",
     "generate": "generate {model} --prompt-file prompt.txt",
     "plan": "plan {model} --gpu H200 --context 64 --output-tokens 10 --price 1",
+    "matrix": "matrix {model} --data text.jsonl --length 64 --keep 1/2 --out o",
     "report": "report folder --out page.html",
 }
 NUMBERS = ["-1", "nan", "1e999", "9" * 400, "1e3", "1/0", "", "x", "9223372036854775808", "٤٤"]

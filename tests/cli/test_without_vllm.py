@@ -30,6 +30,11 @@ def place(tmp_path_factory):
     (root / "prompt.txt").write_text("Once")
     lines = [json.dumps({"ids": [(7 * i + j) % 128 for j in range(600)]}) for i in range(8)]
     (root / "ids.jsonl").write_text("\n".join(lines))
+    kinds = [
+        json.dumps({"ids": [(i + (i + 3) * j * j) % 127 for j in range(80)], "domain": "ab"[i % 2]})
+        for i in range(24)
+    ]
+    (root / "kinds.jsonl").write_text("\n".join(kinds))
     return root
 
 
@@ -39,6 +44,8 @@ COMMANDS = {
     "overlap": f"{TEXT} --out runs/overlap",
     "search": f"{TEXT} --out runs/search --keep 5/6 --no-uniform",
     "evaluate": f"{TEXT} --pattern 1/2",
+    "matrix": "--data kinds.jsonl --length 64 --sequences 1 --heldout-sequences 2 --keep 5/6 "
+    "--out runs/matrix",
     "distill": "--data ids.jsonl --length 64 --steps 1 --eval-every 0 --pattern 1/2 "
     "--out runs/distill",
     "export": "--pattern 1/2 --out runs/export",
