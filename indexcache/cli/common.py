@@ -385,8 +385,8 @@ def _lengths(batches: Sequence[Batch]) -> str:
     return " or ".join(map(str, sorted({int(b.ids.shape[1]) for b in batches})))
 
 
-def domains_of(model: str, text: TextSettings) -> int:
-    """Return the number of domains of a text, of which no document is tokenised.
+def domains_of(model: str, text: TextSettings) -> list[str]:
+    """Return the domains of a text, of which no document is tokenised.
 
     Raises:
         ValueError: there is no text, or it cannot be read.
@@ -396,7 +396,7 @@ def domains_of(model: str, text: TextSettings) -> int:
 
     source, split = text_for(model, text.data, text.split)
     found = scan(source, int(describe(model)["vocab_size"]))
-    return len({d.domain for d in split_documents(found.documents, split)})
+    return sorted({d.domain for d in split_documents(found.documents, split)})
 
 
 def open_retrieval(

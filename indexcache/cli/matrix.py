@@ -60,7 +60,7 @@ def matrix(
     It shows what a pattern loses on text that it was not calibrated on. On all domains two
     objectives are searched: the mean loss, and the most that a domain loses.
     """
-    from indexcache.crossing.run import check_domains
+    from indexcache.crossing.run import check_domains, check_several
     from indexcache.crossing.run import matrix as run_matrix
     from indexcache.delta import delta_digest
     from indexcache.engines.vllm.engine import VllmEngine, start
@@ -73,19 +73,21 @@ def matrix(
     if engine.engine:
         settings.search(0.5, "worst").check_engine()
     settings.budgets(facts["num_hidden_layers"], stages)
+    claim_folder(out, model)
     common: dict[str, Any] = {
         "data": text.data,
         "length": text.length,
         "batch": text.batch,
         "seed": text.seed,
     }
-    count = domains_of(model, TextSettings(**common))
+    domains = domains_of(model, TextSettings(**common))
+    check_several(domains)
+    count = len(domains)
     chosen = TextSettings(**common, sequences=text.sequences * count)
     each = text.heldout_sequences
     tested = HeldOutText(**common, sequences=None if each is None else each * count)
     check_text(facts, model, chosen)
     check_delta(facts, running.delta)
-    claim_folder(out, model)
     heldout = open_text(model, tested)
     subject: Model | VllmEngine
     if engine.engine:

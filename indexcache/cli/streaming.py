@@ -21,10 +21,11 @@ def streams(facts: dict[str, Any], running: ModelSettings, stream: StreamSetting
     Raises:
         ValueError: a setting makes no sense, or one of streaming was given without streaming.
     """
-    from indexcache.models.loading import DTYPES, open_weights
+    from indexcache.models.loading import DTYPES, check_device, open_weights
     from indexcache.models.stream.loading import too_large
 
     stream.limit()
+    check_device(running.device)
     if stream.stream is not None:
         wanted = stream.stream
     else:

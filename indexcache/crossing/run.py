@@ -214,11 +214,7 @@ def check_domains(calibration: Sequence[Batch], heldout: Sequence[Batch]) -> tup
         ValueError: there is one only, or one is missing on a side.
     """
     sides = [sorted({b.domain for b in batches}) for batches in (calibration, heldout)]
-    if len(sides[0]) < 2:
-        raise ValueError(
-            f"The text has one domain ({', '.join(sides[0])}), but a matrix compares several; name "
-            "them by the field domain of each document, or by sub-folders."
-        )
+    check_several(sides[0])
     if sides[0] != sides[1]:
         missing = sorted({*sides[0]} ^ {*sides[1]})
         raise ValueError(
@@ -226,6 +222,15 @@ def check_domains(calibration: Sequence[Batch], heldout: Sequence[Batch]) -> tup
             "only; give text of each for both."
         )
     return tuple(sides[0])
+
+
+def check_several(domains: Sequence[str]) -> None:
+    """Raise ValueError where there are not two domains or more."""
+    if len(domains) < 2:
+        raise ValueError(
+            f"The text has one domain ({', '.join(domains)}), but a matrix compares several; name "
+            "them by the field domain of each document, or by sub-folders."
+        )
 
 
 def _calibrations(domains: Sequence[str]) -> list[Calibration]:

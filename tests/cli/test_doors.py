@@ -106,10 +106,14 @@ def walk(place, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(place)
     text = ["--data", "ids", "--split", "all", "--length", "256", "--sequences", "4"]
     out = str(tmp_path / "out")
+    rows = [{"ids": [(i * j) % 90 for j in range(300)], "domain": "ab"[i % 2]} for i in range(16)]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    two = ["--data", str(tmp_path / "two.jsonl"), "--length", "256", "--sequences", "1"]
     more = {
         "inspect": [],
         "overlap": ["--out", out, *text],
         "search": ["--out", out, *text],
+        "matrix": ["--out", out, *two],
         "evaluate": text,
         "distill": ["--out", out, *text[:2], "--length", "256", "--eval-every", "0"],
         "export": ["--out", out, "--engine", "vllm"],
@@ -137,9 +141,8 @@ def walk(place, monkeypatch, capsys, tmp_path):
 
 
 NEEDS_PATTERN = ("evaluate", "distill", "export")
-# A report takes no model, and a matrix takes one as search does, but text of several domains.
-TAKES_MODEL = [v for v in VERBS if v not in ("report", "matrix")]
-LOADS = ("overlap", "search", "evaluate", "distill", "bench", "profile", "generate")
+TAKES_MODEL = [v for v in VERBS if v != "report"]
+LOADS = ("overlap", "search", "matrix", "evaluate", "distill", "bench", "profile", "generate")
 
 
 @pytest.mark.parametrize("verb", TAKES_MODEL)
@@ -195,7 +198,9 @@ SOURCES = (
 NO_SOURCES = ("text.txt", "missing.json", "empty", "ids/0.npy", "model.safetensors", "run:1/4", "")
 
 
-@pytest.mark.parametrize("verb", [v for v in TAKES_MODEL if v not in ("inspect", "search", "plan")])
+@pytest.mark.parametrize(
+    "verb", [v for v in TAKES_MODEL if v not in ("inspect", "search", "matrix", "plan")]
+)
 def test_every_verb_reads_every_source_of_a_pattern(walk, verb):
     taken = REACHED if verb in LOADS else ""
     for i, source in enumerate(SOURCES):

@@ -22,6 +22,7 @@ def no_model(*args, **kwargs):
 
 VERBS = {
     "search": "search {model} --data {text} --length 64",
+    "matrix": "matrix {model} --data {text} --length 64 --sequences 1",
     "evaluate": "evaluate {model} --data {text} --length 64 --pattern FSSSSS",
     "overlap": "overlap {model} --data {text} --length 64",
     "distill": "distill {model} --data {text} --length 64 --pattern FSSSSS",

@@ -137,9 +137,12 @@ def test_the_verb_writes_the_matrix(checkpoint, tmp_path, capsys):
     assert "fewer than 36 documents" in printed
     found = tmp_path / "out" / "searches" / "0-a" / "pattern.json"
     assert json.loads(found.read_text())["full"] == 3
-    data.write_text("\n".join(json.dumps(row | {"domain": "a"}) for row in rows))
+    one = tmp_path / "one.jsonl"
+    alone = command.replace(str(data), str(one))
+    one.write_text("\n".join(json.dumps(row | {"domain": "a"}) for row in rows))
+    assert main(shlex.split(f"{alone} --out {tmp_path / 'no'}")) == 2
+    assert "one domain" in capsys.readouterr().err
     for rest, word in (
-        ("", "one domain"),
         ("--keep 2", "keep"),
         ("--keep 1", "keep"),
         ("--sequences 0", "sequences"),
