@@ -41,7 +41,7 @@ class DistillResult:
     """The result of a distillation run.
 
     Attributes:
-        objective: "multi", "avg", "max", "own" or "none".
+        objective: "multi", "avg", "own", "max" or "none".
         frozen: whether only the indexers trained.
         tokens: number of training tokens, over all steps.
         kl: by layer, the loss of its indexer in the last step, in nats a token.

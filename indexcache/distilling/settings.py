@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 Stage = Literal["warmup", "sparse"]
-Objective = Literal["multi", "avg", "max", "own", "none"]
+Objective = Literal["multi", "avg", "own", "max", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 MAX_RATE = 1e30

@@ -129,7 +129,9 @@ def test_fp8_and_fp32(small):
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("width", [1, 63, 257, 2049, pytest.param(8193, marks=LONG)])
+@pytest.mark.parametrize(
+    "width", [1, 63, 257, *(pytest.param(n, marks=LONG) for n in (2049, 8193))]
+)
 def test_topk_rows_of_floats(small, width):
     x = torch.randn(4, width, device=DEVICE)
     x[0, ::7] = torch.nan
@@ -142,7 +144,9 @@ def test_topk_rows_of_floats(small, width):
     assert torch.equal(pool, best(x, 12))
 
 
-@pytest.mark.parametrize("burst", [0, 200, 2000])
+@pytest.mark.parametrize(
+    "burst", [pytest.param(0, marks=LONG), 200, pytest.param(2000, marks=LONG)]
+)
 def test_topk_of_one_long_row(small, burst):
     """One row has many short lists. A burst of good keys makes one longer than the others' tile."""
     x = torch.randn(1, 12000, device=DEVICE)
