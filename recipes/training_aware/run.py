@@ -35,8 +35,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -429,10 +429,10 @@ def finish(o: argparse.Namespace) -> None:
 def collect(o: argparse.Namespace) -> None:
     """Pack what a later session needs into files of at most PIECE bytes in `o.collect`."""
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         names = KEPT if (o.out / "base").exists() else KEPT + KEPT_OF_BASE
         for path in sorted({p for pattern in names for p in o.out.glob(pattern) if p.is_file()}):
-            tar.add(path, path.relative_to(o.out))
+            archive.write(path, path.relative_to(o.out))
     o.collect.mkdir(parents=True, exist_ok=True)
     for old in o.collect.glob("state.*"):
         old.unlink()
@@ -450,8 +450,8 @@ def restore(o: argparse.Namespace) -> None:
     if not pieces:
         raise SystemExit(f"{o.restore}: there is nothing that --collect has written.")
     content = io.BytesIO(b"".join(p.read_bytes() for p in pieces))
-    with tarfile.open(fileobj=content) as tar:
-        tar.extractall(o.out, filter="data")
+    with zipfile.ZipFile(content) as archive:
+        archive.extractall(o.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
