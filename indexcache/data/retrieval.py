@@ -122,7 +122,7 @@ def filler_documents(
 class _Row:
     ids: np.ndarray  # int64 [length]
     answers: tuple[tuple[int, int], ...]
-    documents: tuple[Document, ...]  # of which the filler is
+    documents: tuple[Document, ...]  # the filler is taken from these
 
 
 def _batch(kind: str, rows: Sequence[_Row], units: Sequence[str]) -> Batch:

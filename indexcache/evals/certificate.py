@@ -205,7 +205,7 @@ def content_digest(value: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check of a certificate found.
+    """A finding of the check of a certificate.
 
     Attributes:
         error: whether the certificate does not hold.

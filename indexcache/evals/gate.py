@@ -350,7 +350,7 @@ def little_text(batches: Iterable[Batch], recall_most: float | None = None) -> l
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """What a pattern loses at one place.
+    """The loss of a pattern at one place, which is a domain or a kind of retrieval.
 
     Attributes:
         domain, length, documents, most: as in `Verdict`.

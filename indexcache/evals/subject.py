@@ -32,7 +32,7 @@ from indexcache.vacuity import Share, choosing_size
 BUCKETS = 4  # number of equal parts of a sequence
 ANSWERS = ("found", "base_found", "asked", "lost", "gained")
 FIELDS = ("loss", "delta", "kl", "agree", "tokens", "beyond", *ANSWERS)
-"""What is summed up of the tokens that count; the last five are of the answers of retrieval."""
+"""The sums over the tokens that count. The last five count the answers of retrieval."""
 TOKENS = FIELDS.index("tokens")
 TRIED = 8  # batches on which an engine's switches are tried
 TIE = 1e-6  # nats, the rounding of log-probabilities

@@ -135,7 +135,7 @@ def trained_bytes(checkpoint: Path, headers: Mapping[str, Header], delta: Path) 
 
 
 class Written(NamedTuple):
-    """What became of the weight files that did not change.
+    """The links and copies of the weight files that did not change.
 
     Attributes:
         links: number of hard links to the checkpoint's files.

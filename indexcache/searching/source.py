@@ -133,12 +133,18 @@ class LossSource(ABC):
         record: Callable[[Entry], None],
         name: ObjectiveName = DEFAULT_OBJECTIVE,
     ) -> Samples:
-        """Return what measures patterns on parts of the text; the arguments are `objective`'s."""
-        raise NotImplementedError
+        """Return what measures patterns on parts of the text; the arguments are `objective`'s.
+
+        Only a source with the method "fast" has it; `check_method` refuses the others before.
+        """
+        raise NotImplementedError(f"{self.kind} lists a method that it does not have.")
 
     def overlap(self, batches: Sequence[Batch]) -> np.ndarray:
-        """Return what every two layers' selections have in common, [layers, layers]."""
-        raise NotImplementedError
+        """Return what every two layers' selections have in common, [layers, layers].
+
+        Only a source with the method "similarity" has it; `check_method` refuses the others before.
+        """
+        raise NotImplementedError(f"{self.kind} lists a method that it does not have.")
 
     def expect(  # noqa: B027
         self, rounds: Sequence[int], later: Sequence[Pattern], say: Callable[[str], Any]

@@ -45,7 +45,7 @@ except ImportError as error:
         f"vLLM lacks ({error}): leave --attention-backend CUSTOM out."
     ) from error
 
-VALUE_DIM, ROPE_DIM = 512, 64  # of the kernel for Hopper
+VALUE_DIM, ROPE_DIM = 512, 64  # the dims that the kernel for Hopper takes
 
 
 class IndexCacheBackend(FlashAttnMLASparseBackend):

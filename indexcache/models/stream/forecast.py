@@ -61,7 +61,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What streaming takes.
+    """The passes, bytes, memory and hours that streaming takes.
 
     Attributes:
         passes: passes over the layers.

@@ -46,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read for a group of tensors, where each tensor then lies, and the buffer's bytes."""
+    """The parts of files that hold a group of tensors, and each tensor's place in a buffer."""
 
     spans: tuple[Span, ...]
     places: dict[str, int]

@@ -39,7 +39,7 @@ ONE_BY_ONE = (
 
 @dataclass(frozen=True)
 class Variant:
-    """What runs: a pattern, with the trained indexers where there are some, or without them."""
+    """A pattern to run, with the trained indexers where there are some, or without them."""
 
     pattern: Pattern
     trained: bool = True
