@@ -459,12 +459,17 @@ class Pattern:
 def full_count(layers: int, keep: float) -> int:
     """Count the full layers of a pattern that keeps the fraction `keep`: rounded half up, min 1.
 
+    A whole number from 2 on is the count itself; 1 is the fraction, all layers.
+
     Raises:
-        ValueError: keep is not in (0, 1].
+        ValueError: keep is not in (0, 1], and no whole number up to that of the layers.
     """
+    if 1 < keep <= layers and keep == int(keep):
+        return int(keep)
     if not 0 < keep <= 1:
         raise ValueError(
-            f"The fraction of full layers to keep must be above 0 and at most 1, not {keep}."
+            "The full layers to keep are a fraction above 0 and at most 1, or a whole number from "
+            f"2 to {layers}, not {keep:g}."
         )
     return max(int(layers * keep + 0.5), 1)
 

@@ -13,7 +13,8 @@ class MatrixSettings:
     """The settings of a domain matrix."""
 
     keep: tuple[float, ...] = (0.25,)
-    "Fractions of the layers that stay full, e.g. 1/4 1/8. Each is one matrix."
+    """Fractions of the layers that stay full, e.g. 1/4 1/8, or from 2 on their numbers. Each is one
+    matrix."""
     stages: int = 1
     "Number of pipeline stages of the engine. The first layer of each stays full."
     method: Method = "exact"

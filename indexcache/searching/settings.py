@@ -42,7 +42,8 @@ class SearchSettings(Savings):
     """The settings of a search."""
 
     keep: float = 0.25
-    "Fraction of the layers that stay full at the end, e.g. 1/4. Each stage keeps at least one."
+    """Fraction of the layers that stay full at the end, e.g. 1/4, or from 2 on their number, e.g.
+    13. Each stage keeps at least one. With --roles FRS the indexers' cost over that of all full."""
     stages: int = 1
     "Number of pipeline stages of the engine. The first layer of each stays full."
     uniform: bool = True
@@ -130,6 +131,11 @@ class SearchSettings(Savings):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is a setting of R layers; add --roles FRS.")
         self.pool_size()
+        if self.roles == "FRS" and not 0 < self.keep <= 1:
+            raise ValueError(
+                "With --roles FRS, --keep is a share of the indexers' cost, above 0 and at most 1, "
+                f"not {self.keep:g}."
+            )
         if self.most_loss is not None and not 0 <= self.most_loss < math.inf:
             raise ValueError(
                 f"--most-loss is a number of nats per token, 0 or more, not {self.most_loss}."

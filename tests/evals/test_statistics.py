@@ -352,3 +352,10 @@ def test_full_count_rounds_half_up():
     for bad in (0, -0.1, 1.01, math.nan, math.inf):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             full_count(6, bad)
+
+
+def test_a_budget_can_be_a_number_of_layers():
+    assert [full_count(30, n) for n in (2, 13, 13.0, 30, 1)] == [2, 13, 13, 30, 30]
+    for bad in (31, 2.5, -3):
+        with pytest.raises(ValueError, match="a whole number from 2 to 30"):
+            full_count(30, bad)

@@ -131,7 +131,7 @@ def test_a_run_has_costs_and_resumes(glm, batches, tmp_path):
 
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_layers_stay_full_and_a_loss_ends_any_search(glm, batches, tmp_path, method):
-    settings = SearchSettings(method=method, keep=1 / 3, stay_full=(3,), uniform=False)
+    settings = SearchSettings(method=method, keep=2, stay_full=(3,), uniform=False)
     result = search(glm, batches, tmp_path / "a", settings)
     assert result.pattern.full_layers == (0, 3)
     assert all(p.pattern[3] == "F" for p in result.frontier)
@@ -161,6 +161,9 @@ def test_limits_that_do_not_fit_are_refused(glm, batches, tmp_path):
     refused(run(**mix, pool="8"), "pool")  # It holds all 64 tokens.
     refused(run(**mix, costs=str(tmp_path / "no.json")), "no.json")
     refused(run(**mix, cost_context=0), "--cost-context")
+    refused(run(**mix, keep=2), "--keep is a share of the indexers' cost", "not 2")
+    refused(run(keep=7), "a whole number from 2 to 6", "not 7")
+    refused(run(keep=2.5), "a whole number from 2 to 6", "not 2.5")
     refused(run(most_loss=float("nan")), "--most-loss is a number")
     refused(run(stay_full=(6,)), "layers 0 to 5")
     refused(run(stay_full=(1, 2, 3), keep=1 / 3), "4 layers stay full", "keep more")
