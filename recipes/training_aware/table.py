@@ -192,8 +192,9 @@ def table(out: Path, model: str, setup: Facts) -> Facts:
         for (seed, name), facts in sorted(measured.items())
         if (seed, "full") in measured
     ]
-    content: Facts = {"setup": setup, "rows": rows, "summary": summary_of(measured)}
-    content["pairs"] = pairs_of(measured)
+    content: Facts = {"setup": setup, "rows": rows}
+    content["summary"] = [{"model": model, **row} for row in summary_of(measured)]
+    content["pairs"] = [{"model": model, **row} for row in pairs_of(measured)]
     before = out / "before.json"
     if before.exists():
         facts = json.loads(before.read_text())
@@ -217,6 +218,22 @@ def table(out: Path, model: str, setup: Facts) -> Facts:
         if name in ("full", "multi-4")
     }
     return content
+
+
+def merged(old: Facts, new: Facts, model: str) -> Facts:
+    """Put the content of one model into a result file that may have other models.
+
+    Rows, summary and pairs are those of all models. The rest of tiny's lies on top, that of another
+    model under its name.
+    """
+    lists = ("rows", "summary", "pairs")
+    out = {
+        name: [r for r in old.get(name, []) if r.get("model", "tiny") != model] for name in lists
+    }
+    out = {name: sorted(out[name] + new[name], key=lambda r: r["model"] != "tiny") for name in out}
+    rest = {name: value for name, value in new.items() if name not in lists}
+    kept = {name: value for name, value in old.items() if name not in lists}
+    return kept | (rest if model == "tiny" else {model: rest}) | out
 
 
 def text_of(content: Facts) -> str:

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from indexcache.checkpoint import read_header
 from indexcache.data import load_documents, shipped_text
+from indexcache.distilling import DistillSettings, distill
+from indexcache.distilling.rows import Row
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import describe, fingerprint, load
 from indexcache.models.seam import use_pattern
@@ -23,6 +25,7 @@ from recipes.smollm2.apply_delta import build, pack, read_delta
 from recipes.smollm2.check import dense
 from recipes.smollm2.rewrite import attention_inputs, backbone, frequencies, save, settings, start
 from recipes.smollm2.tasks import make_tasks, score
+from recipes.smollm2.trainable import PADS, trainable
 from recipes.smollm2.weights import llama_weights, read_gguf
 from tests.recipes.support import DIGEST, LLAMA
 from tests.support import refused
@@ -371,3 +374,46 @@ def test_held_out_text_is_no_training_text(tiny, monkeypatch, tmp_path):
     documents = load_documents(tmp_path / "train", tiny.encode, 4096)
     assert {d.domain for d in documents} == {"sotu", "austen", "rust"}
     assert {tiny.tokenizer.decode(d.ids.tolist()) for d in documents} == {r["text"] for r in train}
+
+
+def test_all_weights_can_be_moved(rewritten, llama, tiny, text, tmp_path):
+    """The form to train computes the same, and no step of an optimiser is lost in its entries."""
+    state, c = trainable(*rewritten)
+    save(state, c, tiny.tokenizer, tmp_path, torch.float32, DIGEST)
+    with torch.no_grad():
+        model = load(tmp_path).module
+        with dense(model):
+            assert relative(model(text).logits, llama(text).logits) < 1e-5
+        with accelerate(model):
+            for layer in model.model.layers:
+                layer.self_attn.indexer.index_topk = 96
+            assert relative(model(text).logits, llama(text).logits) < 1e-5
+            for layer in model.model.layers:
+                layer.self_attn.indexer.index_topk = 16
+        old, new = (
+            {n: v for n, v in s.items() if v.dim() > 1 and ".indexer." not in n}
+            for s in (rewritten[0], state)
+        )
+        assert min(float(v[v != 0].abs().median()) for v in new.values()) > 1e-3
+        assert min(float(v[v != 0].abs().median()) for v in old.values()) < 1e-6
+    rows = [Row.one_document(ids.numpy()) for ids in text]
+    settings = DistillSettings(
+        stage="sparse", steps=4, rows=1, lr=1e-3, backbone_lr=1e-3, weight_decay=0.1, eval_every=0
+    )
+    trained = distill(model, "FSS", rows, tmp_path / "run", settings).weights
+    assert trained is not None
+    for name, v in state.items():
+        if ".indexer." in name:
+            continue
+        moved = (trained[name] - v).abs()
+        if v.dim() > 1:
+            assert float(moved[v != 0].median()) > 1e-3 * 1e-1, name
+        # What a zero weight of the norm hides stays zero, and constants stay what they are.
+        if name.endswith(("kv_b_proj.weight", "q_b_proj.weight")):
+            assert not trained[name][:, -PADS if "q_b" in name else -1 :].any()
+        if "_a_" in name:
+            assert not (moved > 1e-6 * v).logical_and(v >= 1024).any(), name
+        if "_a_layernorm" in name:
+            assert not moved[v == 0].any(), name
+    losses = [json.loads(line)["lm_loss"] for line in (tmp_path / "run/journal.jsonl").open()]
+    assert losses[2] < losses[0]  # The same row again.

@@ -7,13 +7,20 @@ import lzma
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from indexcache.data import shipped_text
 from indexcache.evals.statistics import LEAST_DOCUMENTS
-from recipes.training_aware import run, table
+from indexcache.records import write_json
+from recipes.smollm2.rewrite import save
+from recipes.smollm2.trainable import trainable
+from recipes.training_aware import run, smollm2, table
 from recipes.training_aware.arms import ALL, ARMS
 from recipes.training_aware.text import main as cut
-from recipes.training_aware.text import read_tokens
+from recipes.training_aware.text import read_tokens, split
+from tests.recipes.support import DIGEST
 
 FORMAT = {"model", "arm", "kept", "seed", "loss", "delta_loss", "ci_low", "ci_high", "recall"}
 FORMAT |= {"recall_full", "tokens"}
@@ -148,3 +155,44 @@ def test_bad_arguments_are_refused(files, tmp_path, capsys):
     assert "no multiple" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="nothing that --collect"):
         run.main(arguments(files, tmp_path / "o", "--restore", str(tmp_path / "no")))
+
+
+def test_smollm2_has_the_same_arms(llama, rewritten, tiny, files, tmp_path, monkeypatch, capsys):
+    """Its base is the form that can be trained, in bf16 with fp32 masters; it stays there."""
+
+    def write_base(o):
+        save(*trainable(*rewritten), tiny.tokenizer, o.out / "base", torch.float32, DIGEST)
+
+    monkeypatch.setattr(run.smollm2, "write_base", write_base)
+    result = tmp_path / "result.json"
+    write_json(result, {"rows": [{"model": "tiny", "arm": "full"}], "setup": {"length": 1}})
+    more = ("--model", "smollm2", "--wheel", "w", "--searched", "FSS", "--result", str(result))
+    argv = arguments(files, tmp_path / "out", *more, arms=("full", "searched-4"))
+    assert run.main([*argv, "--collect", str(tmp_path / "kept")]) == 0
+    content = json.loads(result.read_text())
+    assert [r["model"] for r in content["rows"]] == ["tiny", "SmolLM2", "SmolLM2"]
+    assert content["setup"] == {"length": 1}
+    assert content["SmolLM2"]["setup"]["dtype"] == "bfloat16"
+    assert content["SmolLM2"]["before"]["search"] == {"pattern": "FSS"}
+    assert {r["pattern"] for r in content["rows"][1:]} == {"FFF", "FSS"}
+    assert sum(p.stat().st_size for p in (tmp_path / "kept").glob("state.*")) < 1 << 20
+
+    with pytest.raises(SystemExit):
+        run.parsed([x for x in argv if x not in ("--wheel", "w")])
+    assert "needs --wheel" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.parsed([*argv[: argv.index("--arms")], "--arms", "weighted-4", *more])
+    assert "need a search" in capsys.readouterr().err
+
+
+def test_held_out_text_in_another_vocabulary(tiny, files):
+    """Documents stay what they are, one by one, in order."""
+    old = Tokenizer.from_file(str(files["tokenizer"]))
+    new = Tokenizer(BPE({chr(i): i for i in range(256)} | {"<unk>": 256}, [], unk_token="<unk>"))
+    with np.load(files["val"]) as sources:
+        ids = smollm2.recoded(sources, old, new)
+        texts = [old.decode(p.tolist()) for p in split(sources["new"])]
+    pieces = split(ids["new"])
+    assert [len(p) for p in pieces] == [len(t) for t in texts]
+    plain = [t for t in texts if t.isascii()]
+    assert plain and "".join(map(chr, pieces[texts.index(plain[0])])) == plain[0]
