@@ -457,6 +457,49 @@ def fp8_ranking() -> str:
     )
 
 
+STREAMED = "stream_h200.json"
+"""Results of benchmarks/stream.py, which needs a GPU; without them their tables say so."""
+NOT_MEASURED = "Nobody has measured this yet; `python -m benchmarks.stream` does, on a GPU.\n"
+
+
+@table("stream-measured")
+def stream_measured() -> str:
+    if not (RESULTS / STREAMED).exists():
+        return NOT_MEASURED
+    result = read(STREAMED)
+    header = ["layer", "candidates", "seconds", "TFLOP/s", "read, GB/s", "waits for weights"]
+    rows = [
+        [
+            f"{r['layer']}: {r['kind']}",
+            str(r["candidates"]),
+            seconds(r["seconds"]),
+            f"{r['tflops']:.0f}",
+            f"{r['read_gb_s']:.2f}",
+            f"{r['wait_share']:.1%}",
+        ]
+        for r in result["rows"]
+    ]
+    return markdown(header, rows)
+
+
+@table("stream-hours")
+def stream_hours() -> str:
+    if not (RESULTS / STREAMED).exists():
+        return NOT_MEASURED
+    result = read(STREAMED)
+    said = result.get("forecast_hours", {})
+    rows = [
+        [f"{name} full, one GPU", f"{hours:.1f} h", f"{said[name]:.1f} h" if name in said else ""]
+        for name, hours in result["projected_hours"].items()
+    ]
+    forecast = result.get("forecast", {})
+    for what in ("device", "host"):
+        memory, key = result[f"peak_{what}_gb"], f"{what}_gb"
+        before = f"{forecast[key]:.0f} GB" if key in forecast else ""
+        rows.append([f"peak {what} memory of this run", f"{memory:.0f} GB", before])
+    return markdown(["", "from the measured layers", "the forecast said before"], rows)
+
+
 @table("large-measured")
 def large_measured() -> str:
     result = read("vllm_evaluation_h200.json")

@@ -15,7 +15,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "changed",
     "claim",
     "finished_journal",
+    "in_use",
     "locked",
     "number_of",
     "open_run",
@@ -121,10 +122,30 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise ValueError(f"{busy}; wait for it or choose another --out.") from None
+            raise in_use(busy or str(path), handle) from None
         yield
     finally:
         os.close(handle)
+
+
+def in_use(busy: str, handle: int) -> ValueError:
+    """Return the error for an open file that another process has locked, which it names.
+
+    Args:
+        busy: what is wrong.
+        handle: the open file.
+    """
+    inode = os.fstat(handle).st_ino
+    with suppress(OSError, ValueError, IndexError):  # Linux alone knows who locks a file.
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            kind, process, place = (line.split()[i] for i in (1, 4, 5))
+            same = kind == "FLOCK" and int(place.split(":")[-1]) == inode
+            if same and int(process) not in (0, os.getpid()):
+                return ValueError(
+                    f"{busy}, process {process}; wait for it, end it by kill {process}, or choose "
+                    "another --out."
+                )
+    return ValueError(f"{busy}; wait for it or choose another --out.")
 
 
 @contextmanager

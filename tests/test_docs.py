@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,33 @@ def commands(block: str) -> list[list[str]]:
     lines = block.replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [w[1:] for w in words if w and w[0] == "indexcache"]
+
+
+def test_the_tables_of_streaming_appear_with_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.stream_measured() == tables.stream_hours() == tables.NOT_MEASURED
+    layer = {"layer": 0, "kind": "dense, F", "candidates": 20, "seconds": 9.96, "tflops": 401.2}
+    measured: dict[str, Any] = {
+        "device": "NVIDIA H200",
+        "shape": "deepseek-v3.2",
+        "layers_timed": 1,
+        "tokens": 131072,
+        "rows": [layer | {"read_gb_s": 5.256, "wait_share": 0.0312}],
+        "peak_device_gb": 49.6,
+        "peak_host_gb": 138.2,
+        "projected_hours": {"61 to 15": 11.26, "78 to 20": 15.0},
+    }
+    (tmp_path / tables.STREAMED).write_text(json.dumps(measured))
+    line = "| 0: dense, F | 20 | 10.0 | 401 | 5.26 | 3.1% |"
+    assert tables.stream_measured().splitlines()[2:] == [line]
+    more = {"forecast_hours": {"61 to 15": 9.0}, "forecast": {"device_gb": 51.0, "host_gb": 140}}
+    for extra, said in (({}, ("", "")), (more, ("9.0 h", "51 GB"))):
+        (tmp_path / tables.STREAMED).write_text(json.dumps(measured | extra))
+        rows = tables.stream_hours().splitlines()[2:]
+        assert rows[0] == f"| 61 to 15 full, one GPU | 11.3 h | {said[0]} |"
+        assert rows[1] == "| 78 to 20 full, one GPU | 15.0 h |  |"
+        assert rows[2] == f"| peak device memory of this run | 50 GB | {said[1]} |"
+        assert len(rows) == 4
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

@@ -267,7 +267,7 @@ def test_second_process_is_refused_and_a_kill_frees_the_lock(tmp_path):
             before = (tmp_path / "journal.jsonl").read_bytes()
             with pytest.raises(ValueError) as error, open_run(tmp_path, {"a": 1}):  # noqa: PT011
                 pass
-            one_line(error.value, str(tmp_path), "another process")
+            one_line(error.value, str(tmp_path), "another process", f"kill {holder.pid},")
             # The writer's torn line is still there.
             assert (tmp_path / "journal.jsonl").read_bytes() == before
         finally:

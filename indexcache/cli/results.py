@@ -104,15 +104,14 @@ def _real(folder: Path) -> str:
 
 
 def _lock(folder: Path) -> None:
+    from indexcache.records import in_use
+
     handle = os.open(folder, os.O_RDONLY)
     CLAIMS.handles.append(handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another process is writing this folder; wait for it or choose another "
-            "--out."
-        ) from None
+        raise in_use(f"{folder}: another process is writing this folder", handle) from None
     except OSError:
         return  # Some network file systems lock no folders.
 

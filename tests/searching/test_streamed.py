@@ -192,39 +192,77 @@ def test_two_processes_write_the_journal_of_one(glm5, whole, tmp_path):
     assert [(tmp_path / f"out-{rank}").read_text() for rank in (0, 1)] == [str(rows)] * 2
 
 
+def workers(process):
+    """Return the processes that a process has started."""
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
+def running(process):
+    """Return whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_ends_with_the_torchrun_that_started_it(tmp_path):
+    script = "from indexcache.models import world as w; w._end_with_parent(); input(print(1))"
+    shell = f"exec 3<&0; {sys.executable} -c '{script}' <&3 & wait"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen(["sh", "-c", shell], **pipes) as parent:
+        assert parent.stdout.readline() == b"1\n"
+        (child,) = workers(parent.pid)
+        parent.kill()
+        parent.wait()
+        until_gone([child])
+
+
+def until_gone(processes):
+    for _ in range(300):
+        if not any(map(running, processes)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(processes)
+
+
 @pytest.mark.long
-def test_kill_nine_at_random_moments(glm5, tmp_path):
-    """A search that was killed twenty times ends with the files of one that ran through."""
+@pytest.mark.parametrize(("size", "kills"), [(1, 20), (2, 5)])
+def test_kill_nine_at_random_moments(glm5, tmp_path, size, kills):
+    """A search that was killed many times ends with the files of one that ran through.
+
+    Of two processes torchrun, which started them, or either of them is killed.
+    """
     np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, 128, 3000))
     flags = f"--data {tmp_path}/text.npy --split all --length 64 --sequences 6 --keep 0.4 --out"
-    search = ["search", str(glm5), *flags.split()]
+    search = ["-m", "indexcache", "search", str(glm5), *flags.split()]
     how = ["--stream", "--host-memory", "20KB", "--checkpoint-layers", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "indexcache", *search, tmp_path / "whole"],
-        check=True, capture_output=True, env=env,
-    )  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, *search, tmp_path / "whole"], check=True, **quiet)
     rng = random.Random(0)
     out = tmp_path / "killed"
+    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    run = [sys.executable, *(together if size > 1 else []), *search, out, *how]
     began = time.monotonic()
-    run = [sys.executable, "-m", "indexcache", *search, out, *how]
-    subprocess.run(run, check=True, capture_output=True, env=env)
+    subprocess.run(run, check=True, **quiet)
     taken = time.monotonic() - began
+    same(out, tmp_path / "whole")
     shutil.rmtree(out)
-    kills = 0
-    for _ in range(20):
-        process = subprocess.Popen(
-            run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
-            start_new_session=True,
-        )  # fmt: skip
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.6, 1.0) * taken)
-        kills += process.poll() is None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(run, check=True, capture_output=True, env=env)
-    assert kills
+    killed = 0
+    for _ in range(kills):
+        with subprocess.Popen(run, **quiet) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.6, 1.0) * taken)
+            if process.poll() is None:
+                started = workers(process.pid)
+                killed += 1
+                os.kill(rng.choice([process.pid, *started]), signal.SIGKILL)
+                process.wait()
+                until_gone(started)
+        if process.returncode == 0:
+            shutil.rmtree(out)
+    assert killed
+    subprocess.run(run, check=True, **quiet)
     same(out, tmp_path / "whole")
 
 
