@@ -8,6 +8,7 @@ from itertools import pairwise, product
 
 import pytest
 
+from benchmarks.frs_frontier import MEASURED_POOL, write_costs
 from indexcache import Pattern, SearchSettings, search
 from indexcache.data import make_batches
 from indexcache.searching.costs import RoleCosts, by_arithmetic, fitted, pool_tokens
@@ -127,6 +128,17 @@ def test_a_run_has_costs_and_resumes(glm, batches, tmp_path):
     assert whole.pattern.pool in (None, Fraction(1, 4))
     assert "cost" in whole.table()
     assert any("R" in json.loads(line)["pattern"] for line in lines)
+
+
+def test_the_costs_of_the_frontier_are_those_that_the_kernels_took(tmp_path):
+    file = write_costs(tmp_path / "costs.json")
+    at = {p: fitted(file, 200_000, p, 64) for p in (MEASURED_POOL, Fraction(1, 32))}
+    full = (9262.53 + 341.22 + 291.0) / 47
+    again = (341.22 + 291.0) / 47 + 66.1481
+    assert at[MEASURED_POOL].reindex == pytest.approx(again / full, rel=0.05)
+    publish = (272.298 - 190.2665 + 26.6718) / full
+    assert at[MEASURED_POOL].publish == pytest.approx(publish, rel=0.05)
+    assert at[Fraction(1, 32)].reindex < 0.6 * at[MEASURED_POOL].reindex
 
 
 @pytest.mark.parametrize("method", ["exact", "fast"])
