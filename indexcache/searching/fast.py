@@ -116,7 +116,8 @@ class FastSearch:
     def step(self, candidates: Sequence[int]) -> Iterator[FrontierPoint]:
         """Flip one of the candidates, or several at once, and refine at a budget."""
         layers = self.joint(candidates) if self.savings.together and len(self.starts) == 1 else []
-        layers = layers or [self.race(candidates)]
+        last = len(self.trunk.full_layers) - 1 in self.budgets
+        layers = layers or [self.race(candidates, renew=last)]
         before, count = self.loss, len(self.trunk.full_layers)
         others = [self.gains[i].value for i in candidates if i not in layers]
         patterns = [self.flipped(layers[: i + 1]) for i in range(len(layers))]
@@ -144,15 +145,16 @@ class FastSearch:
             estimated=not self.known,
         )
 
-    def race(self, candidates: Sequence[int]) -> int:
+    def race(self, candidates: Sequence[int], renew: bool = False) -> int:
         """Measure flips on growing parts until one is the best, or near enough to it; return it.
 
         Where the queue is lazy, the flip that promises most is measured, and another one only where
-        what it lost before is less than what this one loses now.
+        what it lost before is less than what this one loses now. `renew` measures all of them on
+        the smallest part: a flip may have become cheaper since, which no old value shows.
         """
         gains = self.gains
         alive = set(candidates)
-        fresh = {i for i in candidates if not self.savings.lazy or i not in gains}
+        fresh = {i for i in candidates if renew or not self.savings.lazy or i not in gains}
         rate = self.savings.error_rate / max(len(candidates) - 1, 1)
         best = -1
         for part in self.parts:

@@ -117,6 +117,25 @@ def test_what_is_bad_together_is_not_flipped_together():
     assert points[-1].loss == pytest.approx(2 + loss(points[-1].pattern))
 
 
+@pytest.mark.parametrize("helped", [9, 10])
+def test_a_layer_that_sharing_makes_cheaper_is_seen_at_a_budget(helped):
+    costs = [0, *(0.001 * i for i in range(1, 9)), 0.2, 0.3, 0.4]
+
+    def loss(pattern):
+        cheaper = pattern.roles[2] == pattern.roles[helped] == "S"
+        return additive(costs)(pattern) - cheaper * costs[helped]
+
+    found = [
+        {p.full: p.pattern for p in points}[6]
+        for points in (
+            greedy(MadeUp(12, loss).mean, 12, 6),
+            fast(MadeUp(12, loss), 6, swaps=False, together=False),
+            fast(MadeUp(12, loss), 6, swaps=False),
+        )
+    ]
+    assert found[0][helped] == found[1][helped] == found[2][helped] == "S"
+
+
 def test_a_swap_leaves_a_path_that_ends_badly():
     def loss(pattern):
         # Layer 2 is cheapest first, but with it shared all others are dear.
