@@ -35,6 +35,7 @@ from indexcache.ops.index import topk_host
 from indexcache.ops.mla import host as mla_host
 from indexcache.ops.pages import group_pages
 from indexcache.ops.quantize import quantize
+from indexcache.ops.step import host as step_host
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAX_SHARED = 232448  # bytes of shared memory that a program can have on Hopper
@@ -180,6 +181,53 @@ def quantize_rotated() -> None:
     quantize(x, angle, angle, rotate=True, interleaved=True)
 
 
+def step_products() -> None:
+    """Launch the products of attention of a layer that runs its indexer."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    def products(width: int, rows: list[int], norm: bool, **options: Any) -> None:
+        weights = [zeros(n, width) for n in rows]
+        arguments = {"norm": (zeros(width), 1e-5) if norm else None, "add": None, "normed": norm}
+        step_host.products(
+            zeros(width), weights, **(arguments | {"dtype": torch.bfloat16} | options)
+        )
+
+    products(2048, [768, 576, 128, 32], True)
+    products(768, [5120, 4096], True)
+    products(5120, [2048], False, add=zeros(2048))
+    none: dict[str, Any] = {"norm": None, "add": None, "dtype": torch.bfloat16, "normed": False}
+    key_value = zeros(20, 448, 512)
+    step_host.products(zeros(20, 512), [key_value[:, 192:]], **none)
+    rope, position = (zeros(64), zeros(64)), torch.zeros(1, dtype=torch.int64)
+    norm = zeros(512), 1e-5
+    latents = zeros(300, 576)
+    step_host.absorb(zeros(20, 256), key_value[:, :192], zeros(576), norm, rope, position, latents)
+    keys = torch.zeros(300, 128, dtype=torch.float8_e4m3fn), torch.zeros(300)
+    for interleaved in (False, True):
+        index = zeros(32, 128), zeros(128), zeros(2048), torch.zeros(32, 2048)
+        norms = zeros(128), zeros(128), 1e-6
+        step_host.index_rows(*index, norms, rope, 0.1, interleaved, position, *keys)
+
+
+def step_experts(count: int = 64, topk: int = 4) -> None:
+    """Launch the router and the experts."""
+    hidden, inner = 2048, 1536
+    x = torch.zeros(hidden, dtype=torch.bfloat16)
+    router = torch.zeros(count, hidden)
+    options: dict[str, Any] = {"norm": (x, 1e-5), "add": None, "normed": True}
+    logits, y = step_host.products(x, [router], dtype=torch.float32, **options)
+    gate_up = torch.zeros(1, dtype=torch.bfloat16).expand(count, 2 * inner, hidden)
+    down = torch.zeros(1, dtype=torch.bfloat16).expand(count, hidden, inner)
+    shared = tuple(
+        torch.zeros(1, dtype=torch.bfloat16).expand(*s)
+        for s in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
+    assert y is not None
+    step_host.experts(x, y, logits, torch.zeros(count), gate_up, down, shared, topk, True, 1.8)
+
+
 def tasks() -> dict[str, Callable[[], Any]]:
     """Return label -> a call of the launch code, which launches the kernels of one task."""
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
@@ -210,6 +258,8 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),
         "quantize": quantize_rotated,
+        "step products": step_products,
+        "step experts": step_experts,
         "distill warm-up": lambda: index_kl((9, 256), 9, 256),
         "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),

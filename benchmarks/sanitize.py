@@ -4,8 +4,8 @@
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize index
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize dispatch
 
-The tasks index, rows, pools, plain, gluon, paged and distill run the kernels of the package. The
-tasks dispatch and dispatch-all run none of them: they show what the tool reports for code that
+The tasks index, rows, pools, plain, gluon, paged, step and distill run the kernels of the package.
+The tasks dispatch and dispatch-all run none of them: they show what the tool reports for code that
 Triton generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not
 launched.
 """
@@ -27,6 +27,7 @@ from indexcache import ops
 from indexcache.distilling.loss import distill_loss
 from indexcache.ops import pages as pages_host
 from indexcache.ops import reference
+from indexcache.ops import step as step_ops
 from indexcache.ops.index import topk_host
 from indexcache.ops.mla import host as mla_host
 
@@ -73,6 +74,13 @@ KERNELS = {
         "kl.compare",
         "kl.grad_queries",
         "kl.grad_keys",
+    },
+    "step": {
+        "step.kernels.products",
+        "step.kernels.absorb",
+        "step.kernels.index_rows",
+        "step.kernels.experts_up",
+        "step.kernels.experts_down",
     },
     "dispatch": {"benchmarks.dispatch.start"},
     "dispatch-all": {"benchmarks.dispatch.start"},
@@ -210,6 +218,40 @@ def paged() -> None:
             need(not isinstance(a, Tensor) or torch.equal(a, b), "the paged groups")
 
 
+def step() -> None:
+    def half(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16() * 0.1
+
+    def compare(name: str, *arguments: Any, **options: Any) -> None:
+        call = getattr(step_ops, name)
+        got, want = (call(*arguments, **options, backend=b) for b in ("triton", "torch"))
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        for a, b in pairs:
+            need(a is b is None or relative(a.float(), b.float()) < 2e-2, name)
+
+    x, key_value = half(300), half(5, 72, 64)
+    position = torch.tensor([7], device="cuda")
+    norm = half(300), 1e-5
+    weights = [half(24, 300), half(8, 300), half(16, 300), half(8, 300)]
+    for pdl in (True, False):
+        with ops.tuned(step={"pdl": pdl}):
+            compare("products", x, weights, norm=norm, normed=True)
+            compare("products", x, weights[:1], add=half(24), dtype=torch.float32)
+            compare("products", half(5, 64), [key_value[:, 40:]])
+            rope = half(16), half(16)
+            latent = half(72 + 8), (half(64), 1e-5), rope, position, half(9, 80)
+            compare("absorb", half(5, 56), key_value[:, :40], *latent)
+            keys = torch.zeros(9, 64, device="cuda").to(torch.float8_e4m3fn)
+            index = half(8, 64), half(64), x, torch.randn(8, 300, device="cuda")
+            norms = half(64), half(64), 1e-6
+            where = position, keys, torch.zeros(9, device="cuda")
+            compare("index_rows", *index, norms, rope, 0.5, True, *where)
+            logits = torch.randn(12, device="cuda"), torch.randn(12, device="cuda")
+            experts = half(12, 80, 300), half(12, 300, 40)
+            shared = half(48, 300), half(48, 300), half(300, 48)
+            compare("experts", x, half(300), *logits, *experts, shared, 4, True, 1.8)
+
+
 def distill() -> None:
     def small(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda") * 0.1
@@ -241,6 +283,7 @@ TASKS: dict[str, Callable[[], None]] = {
     "plain": partial(attention, hopper=False),
     "gluon": partial(attention, hopper=True),
     "paged": paged,
+    "step": step,
     "distill": distill,
     "dispatch": partial(control, all_arrive=False),
     "dispatch-all": partial(control, all_arrive=True),

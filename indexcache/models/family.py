@@ -58,6 +58,8 @@ class Family:
             rotates dims that lie half of the rotary dims apart.
         rotate: applies RoPE to the queries and the shared key of attention. It is transformers'
             own function, with the arguments (q, k, cos, sin, unsqueeze_dim=).
+        rotates_neighbours: whether `rotate` rotates neighbouring dims together and leaves them half
+            of the rotary dims apart.
     """
 
     model_type: str
@@ -65,6 +67,7 @@ class Family:
     project: Projection
     interleaved: bool
     rotate: Callable[..., tuple[Tensor, Tensor]]
+    rotates_neighbours: bool = False
 
 
 def project_with(

@@ -65,6 +65,12 @@ class MlaTuning:
     "Warps of a program in prefill."
     decode_warps: int = 8
     "Warps of a program whose ids are split over programs."
+    decode_keys: int = 64
+    "Keys of a tile of such a program: fewer make more programs."
+    splits: int = 64
+    "Max number of programs that share the ids of a query."
+    pdl: bool = False
+    "Whether such programs may start while the kernel before them still runs."
     programs: int = 132
     "With fewer programs than this the ids of a query are split over programs."
     hopper: bool = True
@@ -79,6 +85,28 @@ class MlaTuning:
     "Max rows of a program for fp32, which takes twice the shared memory."
     keys_fp32: int = 16
     "Max keys of a tile for fp32."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTuning:
+    """The products of one token in a step of decoding (ops/step)."""
+
+    products: bool = False
+    "Whether these kernels run the projections of attention. Not measured yet, hence off."
+    experts: bool = False
+    "Whether they run the router and the experts."
+    indexer: bool = False
+    "Whether they run the indexer's projections and its quantisation, where `products` is on too."
+    pdl: bool = True
+    "Whether a kernel of the step may start and load its weights while the one before runs."
+    tile: int = 8192
+    "Weights that a program loads at a time."
+    down_tile: int = 2048
+    "The same for the down projections of experts."
+    columns: int = 2048
+    "Max columns of a tile."
+    warps: int = 4
+    "Warps of a program."
 
 
 @dataclass(frozen=True)
@@ -136,6 +164,7 @@ class Tuning:
     index: IndexTuning = field(default_factory=IndexTuning)
     mla: MlaTuning = field(default_factory=MlaTuning)
     kl: KlTuning = field(default_factory=KlTuning)
+    step: StepTuning = field(default_factory=StepTuning)
 
 
 _current = Tuning()
@@ -153,6 +182,7 @@ def tuned(
     index: Mapping[str, Any] | None = None,
     mla: Mapping[str, Any] | None = None,
     kl: Mapping[str, Any] | None = None,
+    step: Mapping[str, Any] | None = None,
 ) -> Iterator[Tuning]:
     """Change the tuning within a block: `with ops.tuned(mla={"hopper": False}): ...`.
 
@@ -160,7 +190,8 @@ def tuned(
 
     Args:
         backend: "auto", "torch" or "triton", for calls whose backend is "auto".
-        index, mla, kl: fields of `IndexTuning`, `MlaTuning` and `KlTuning` and their new values.
+        index, mla, kl, step: fields of `IndexTuning`, `MlaTuning`, `KlTuning` and `StepTuning` and
+            their new values.
 
     Raises:
         TypeError: there is no such field.
@@ -172,6 +203,7 @@ def tuned(
         index=replace(before.index, **(index or {})),
         mla=replace(before.mla, **(mla or {})),
         kl=replace(before.kl, **(kl or {})),
+        step=replace(before.step, **(step or {})),
     )
     try:
         yield _current

@@ -23,4 +23,5 @@ FAMILY = Family(
     project=project,
     interleaved=False,
     rotate=apply_rotary_pos_emb_interleave,
+    rotates_neighbours=True,
 )

@@ -20,4 +20,5 @@ FAMILY = Family(
     project=project,
     interleaved=True,
     rotate=apply_rotary_pos_emb_interleave,
+    rotates_neighbours=True,
 )

@@ -185,7 +185,9 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             stacklevel=2,
         )
     wrap_one = wrap_step() if compile else wrap
-    selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
+    selector = FastSelector(
+        module, index_dtype, wrap(family.project), wrap_one(family.project), compile
+    )
     fast = FastModel(module, compiles=compile)
     try:
         fast.patches.wrap(module.model, partial(_model_forward, module, fast))
@@ -200,7 +202,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             if indexer is not None:
                 fast.replace(indexer, indexer_forward(i, indexer, partial(_full, state)))
             if step is not None and in_pieces[i]:
-                fast.patches.replace(layer, layer_forward(layer, family.native_sharing, step))
+                fast.patches.replace(layer, layer_forward(layer, family, step))
         for submodule in module.modules():
             if "forward" in submodule.__dict__ and not moves_inputs_only(submodule):
                 continue

@@ -72,26 +72,9 @@ class FastLayer(CacheLayerMixin):
         Raises:
             ValueError: another batch size, width or dtype than before, or the cache is full.
         """
-        batch, new, self.width = latent_BSc.shape
-        if batch != self.batch_size:
-            raise ValueError(
-                f"This cache is for a batch of {self.batch_size}, got {batch} sequences; make one "
-                f"with batch={batch}."
-            )
+        batch, new, width = latent_BSc.shape
         start, end = self.length, self.length + new
-        width = self.width + rotary_BSr.shape[-1]
-        self.latents = latents = self._allocated(self.latents, end, (width,), latent_BSc)
-        if latents.shape[-1] != width:
-            raise ValueError(
-                f"This cache holds {latents.shape[-1]} values a token, got {width}; start a new "
-                "cache for this model."
-            )
-        if latents.dtype != latent_BSc.dtype:
-            raise ValueError(
-                f"This cache holds {latents.dtype}, the model gives {latent_BSc.dtype}; start a "
-                "new cache."
-            )
-        self.ran_indexer = False
+        latents = self.room(batch, new, width, rotary_BSr.shape[-1], latent_BSc)
         if self.positions is not None:
             _scatter(latents[..., : self.width], self.positions, latent_BSc)
             _scatter(latents[..., self.width :], self.positions, rotary_BSr)
@@ -100,6 +83,35 @@ class FastLayer(CacheLayerMixin):
         latents[:, start:end, self.width :] = rotary_BSr
         self.length = end
         return latents[:, :end]
+
+    def room(self, batch: int, new: int, width: int, rotary: int, like: Tensor) -> Tensor:
+        """Return the latents [B, >= T, c + r] with room for new tokens, which the caller writes.
+
+        In a step of a `Decoder` that is all; otherwise the caller counts them.
+
+        Raises:
+            ValueError: as `store`.
+        """
+        if batch != self.batch_size:
+            raise ValueError(
+                f"This cache is for a batch of {self.batch_size}, got {batch} sequences; make one "
+                f"with batch={batch}."
+            )
+        self.width = width
+        width += rotary
+        self.latents = latents = self._allocated(self.latents, self.length + new, (width,), like)
+        if latents.shape[-1] != width:
+            raise ValueError(
+                f"This cache holds {latents.shape[-1]} values a token, got {width}; start a new "
+                "cache for this model."
+            )
+        if latents.dtype != like.dtype:
+            raise ValueError(
+                f"This cache holds {latents.dtype}, the model gives {like.dtype}; start a new "
+                "cache."
+            )
+        self.ran_indexer = False
+        return latents
 
     def store_index(
         self, keys_BSD: Tensor, scales_BS: Tensor | None = None
@@ -114,23 +126,8 @@ class FastLayer(CacheLayerMixin):
             ValueError: earlier tokens have no keys, or have keys of another dtype.
         """
         new = keys_BSD.shape[1]
+        keys = self.room_for_keys(new, keys_BSD, scales_BS)
         end = self.length if self.positions is None else self.length + new
-        if self.indexed != end - new:
-            raise ValueError(
-                "A layer runs its indexer now, but it was shared while this cache was filled: the "
-                f"indexer keys of {end - new - self.indexed} cached tokens are missing; start a "
-                "new cache after switching the pattern."
-            )
-        self.indexer_keys = keys = self._allocated(
-            self.indexer_keys, end, (keys_BSD.shape[-1],), keys_BSD
-        )
-        if keys.dtype != keys_BSD.dtype:
-            raise ValueError(
-                f"This cache holds indexer keys in {keys.dtype}, got {keys_BSD.dtype}; start a new "
-                "one for another index_dtype."
-            )
-        if scales_BS is not None:
-            self.indexer_scales = self._allocated(self.indexer_scales, end, (), scales_BS)
         for cached, new_values in ((keys, keys_BSD), (self.indexer_scales, scales_BS)):
             if cached is None or new_values is None:
                 continue
@@ -139,10 +136,35 @@ class FastLayer(CacheLayerMixin):
             else:
                 cached[:, self.indexed : end] = new_values
         if self.positions is not None:
-            self.ran_indexer = True
             return keys, self.indexer_scales
         self.indexed = end
         return keys[:, :end], None if self.indexer_scales is None else self.indexer_scales[:, :end]
+
+    def room_for_keys(self, new: int, like: Tensor, like_scales: Tensor | None) -> Tensor:
+        """Return the indexer keys [B, >= T, D] with room for new tokens, which the caller writes.
+
+        The scales have room then too. In a step of a `Decoder` that is all.
+
+        Raises:
+            ValueError: as `store_index`.
+        """
+        end = self.length if self.positions is None else self.length + new
+        if self.indexed != end - new:
+            raise ValueError(
+                "A layer runs its indexer now, but it was shared while this cache was filled: the "
+                f"indexer keys of {end - new - self.indexed} cached tokens are missing; start a "
+                "new cache after switching the pattern."
+            )
+        self.indexer_keys = keys = self._allocated(self.indexer_keys, end, (like.shape[-1],), like)
+        if keys.dtype != like.dtype:
+            raise ValueError(
+                f"This cache holds indexer keys in {keys.dtype}, got {like.dtype}; start a new "
+                "one for another index_dtype."
+            )
+        if like_scales is not None:
+            self.indexer_scales = self._allocated(self.indexer_scales, end, (), like_scales)
+        self.ran_indexer = self.positions is not None
+        return keys
 
     def advance(self) -> None:
         """Count the token that each sequence wrote in a step of a `Decoder`."""

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from indexcache import ops
 from indexcache.models.effective import has_stock_forward, is_plain, weight_of
-from indexcache.models.family import either
+from indexcache.models.family import Family, either
+from indexcache.models.fast import token
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.visible import Visible
 from indexcache.models.mla import Norm, Projections, Rope, head_weights, project, split_heads
 from indexcache.models.selector import on_device
 from indexcache.models.timing import timed
+from indexcache.ops.tuning import current
 
 INFERENCE_ONLY = "The fast path is for inference: call model.eval() and use torch.no_grad()."
 
@@ -311,22 +313,37 @@ def _materialised(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def layer_forward(layer: Any, returns_ids: bool, step: CompiledStep) -> Callable[..., Any]:
+def layer_forward(layer: Any, family: Family, step: CompiledStep) -> Callable[..., Any]:
     """Make the forward of a decoder layer: `step` for one token of one sequence, else stock.
 
-    The step needs a `FastCache`.
+    The step needs a `FastCache`. In a `Decoder` the kernels of `ops.step` take its place where the
+    tuning says so.
     """
     a = layer.self_attn
     stock = layer.forward
+    returns_ids = family.native_sharing
+    fits_attention = token.fits_attention(layer, family)
+    fits_experts = hasattr(layer.mlp, "experts") and token.fits_experts(
+        layer, has_one_choice_of_groups(layer.mlp.gate)
+    )
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = either(kwargs.get("cache"), kwargs.get("past_key_values"))
         if args or hidden_states.shape[:2] != (1, 1) or not isinstance(cache, FastCache):
             return stock(hidden_states, *args, **kwargs)
         rope = kwargs["position_embeddings"]
+        entry = cache.layers[a.layer_idx]
+        tuning = current().step
+        in_decoder = entry.positions is not None and not torch.is_autocast_enabled(
+            hidden_states.device.type
+        )
+        by_kernels = in_decoder and fits_attention and tuning.products
         with timed("linears"):
-            x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
-            latents = _cached(cache, a, latent, k_rot)
+            if by_kernels:
+                x, q_latent, q, latents = token.before(layer, hidden_states, rope, entry)
+            else:
+                x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
+                latents = _cached(cache, a, latent, k_rot)
         visible = kwargs.get("attention_mask") or Visible()
         positions = kwargs.get("position_ids")
         previous = kwargs.get("prev_topk_indices")
@@ -336,9 +353,10 @@ def layer_forward(layer: Any, returns_ids: bool, step: CompiledStep) -> Callable
                 q, latents, selection.ids, a.scaling, value_dim=a.kv_lora_rank
             )
         with timed("linears"):
-            x = step.after(layer, hidden_states, out)
+            x = (token if by_kernels else step).after(layer, hidden_states, out)
         with timed("mlp"):
-            x = step.feed(layer, x)
+            by_kernels = in_decoder and fits_experts and tuning.experts
+            x = (token if by_kernels else step).feed(layer, x)
         return (x, selection) if returns_ids else x
 
     return forward

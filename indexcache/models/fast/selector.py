@@ -10,6 +10,7 @@ from torch import Tensor
 
 from indexcache import ops
 from indexcache.models.family import DsaModule, Projection
+from indexcache.models.fast import token
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import without_autocast
 from indexcache.models.fast.visible import Ids
@@ -18,6 +19,7 @@ from indexcache.models.pools import keep_best, sizes_of, width_of
 from indexcache.models.selector import IndexerCall, Selector
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
+from indexcache.ops.tuning import current
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class FastSelector(Selector):
         index_dtype: see `accelerate`.
         project, project_one: replace the family's projection of the indexer, the second one for a
             single token of a single sequence.
+        compiles: whether later changes of the model are refused, so that weights may be read.
     """
 
     path = "fast"
@@ -57,10 +60,12 @@ class FastSelector(Selector):
         index_dtype: str = "auto",
         project: Projection | None = None,
         project_one: Projection | None = None,
+        compiles: bool = False,
     ):
         super().__init__(model)
         self.index_dtype = index_dtype
         self.heads = int(model.config.num_attention_heads)
+        self.compiles = compiles
         self.project = project or self.family.project
         self.project_one = project_one or self.family.project
 
@@ -172,6 +177,8 @@ class FastSelector(Selector):
     def _inputs(self, call: IndexerCall) -> IndexInputs:
         """Project queries and keys, and store the keys in the dtype in which they are compared."""
         with timed("indexer"):
+            if (ready := self._by_kernels(call)) is not None:
+                return ready
             project = self.project_one if call.x.shape[:2] == (1, 1) else self.project
             # The quantisation applies RoPE, unless the cache keeps unquantised keys.
             fused = self.index_dtype == "fp8" and (
@@ -180,6 +187,28 @@ class FastSelector(Selector):
             rope = self._quantiser_rope(call) if fused else None
             q, k, w = project(call.indexer, call.x, call.q_latent, None if rope else call.rope)
             return self._stored(call, q, k, w, rope)
+
+    def _by_kernels(self, call: IndexerCall) -> IndexInputs | None:
+        """Project with the kernels of `ops.step`, in a `Decoder` and where the tuning says so."""
+        tuning = current().step
+        entry = call.cache.layers[call.layer] if isinstance(call.cache, FastCache) else None
+        fits = (
+            tuning.products
+            and tuning.indexer
+            and entry is not None
+            and entry.positions is not None
+            and entry.indexer_scales is not None
+            and call.x.shape[:2] == (1, 1)
+            and self.compiles
+            and token.fits_indexer(call.indexer)
+        )
+        if not fits:
+            return None
+        assert entry is not None
+        q, w, k, scale = token.index(
+            call.indexer, call.x, call.q_latent, call.rope, self.family.interleaved, entry
+        )
+        return IndexInputs(q, w, k, scale, entry.positions)
 
     def _quantiser_rope(self, call: IndexerCall) -> tuple[Tensor, Tensor]:
         """Return cos and sin [B, S, r] as the quantisation takes them.

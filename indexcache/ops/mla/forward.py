@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from indexcache.ops.primitives import LN2
 
@@ -41,6 +42,7 @@ def attend(
     RP: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Attend to selected latents. grid (groups x row blocks, splits, batch).
 
@@ -49,6 +51,9 @@ def attend(
     scale2 = scale * log2(e). SPLIT: out and lse are fp32 partial results [splits, rows, ..], each
     normalised and with a base-2 log-sum; otherwise they are final.
     """
+    if PDL:  # In a step of decoding the next kernel may start now, and this one waits.
+        gdc_launch_dependents()
+        gdc_wait()
     blocks: tl.constexpr = (GROUP * H + M - 1) // M
     i_group, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_split, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -116,8 +121,12 @@ def combine(
     SP: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add the partial results of `attend` up, always in the same order. grid (rows, V / BLOCK)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, SP)
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -12,14 +12,13 @@ from indexcache.ops import tuning
 from indexcache.ops.groups import group_queries
 from indexcache.ops.mla import backward as backward_kernels
 from indexcache.ops.mla import forward as forward_kernels
-from indexcache.ops.primitives import LOG2E
+from indexcache.ops.primitives import INTERPRETED, LOG2E
 from indexcache.ops.reference import QueryGroups, ascending
 from indexcache.ops.tuning import current, power
 
 MAX_DIM = 640  # dims of a latent, the rotary ones rounded up to a power of two
 MAX_PIPELINED = 576  # dims of a latent of which two tiles fit into shared memory
 MAX_GROUP = 8  # bits of a group's masks
-MAX_SPLITS = 64
 
 
 def refuse(q: Tensor, latent: Tensor, value_dim: int) -> str | None:
@@ -109,7 +108,10 @@ def launch_forward(
     n_groups = -(-queries // group)
     blocks = -(-group * heads // rows)
     slots = lists["p_ids"].shape[-1]
-    splits, per_split = _split(n_groups * blocks * batch, slots, keys)
+    programs = n_groups * blocks * batch
+    if 2 * programs < settings.programs:
+        keys = min(keys, settings.decode_keys)
+    splits, per_split = _split(programs, slots, keys)
 
     strides = {"s_lb": latent.stride(0) if batch > 1 else 0, "s_lt": latent.stride(1)}
     sizes = {"n_queries": queries, "n_groups": n_groups, "n_slots": slots}
@@ -129,19 +131,22 @@ def launch_forward(
     pipelined = rows == settings.rows and splits == 1 and value_dim + rope_width <= MAX_PIPELINED
     tile = {"M": rows, "N": keys, "RP": rope_width, "STAGES": settings.stages if pipelined else 1}
     tile |= {"per_split": per_split, "SPLIT": splits > 1}
+    pdl = splits > 1 and settings.pdl and not INTERPRETED.value
+    launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     tile["num_warps"] = settings.decode_warps if splits > 1 else settings.warps
     partial, partial_lse = out, lse
     if splits > 1:
         partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     forward_kernels.attend[(n_groups * blocks, splits, batch)](
-        **arguments, p_out=partial, p_lse=partial_lse, **tile
+        **arguments, p_out=partial, p_lse=partial_lse, **tile, **launch
     )
     if splits > 1:
         block, n_rows = min(value_dim, 128), batch * queries * heads
         constants = {"SPLITS": splits, "SP": power(splits), "V": value_dim, "BLOCK": block}
+        launch["num_warps"] = max(power(splits) // 32, 1)
         forward_kernels.combine[(n_rows, value_dim // block)](
-            partial, partial_lse, out, lse, n_rows, **constants, num_warps=1
+            partial, partial_lse, out, lse, n_rows, **constants, **launch
         )
     return out, lse
 
@@ -231,7 +236,7 @@ def _split(programs: int, slots: int, keys: int) -> tuple[int, int]:
     filling = current().mla.programs
     splits = 1
     if 2 * programs < filling:
-        splits = max(1, min(-(-filling // programs), -(-slots // keys), MAX_SPLITS))
+        splits = max(1, min(-(-filling // programs), -(-slots // keys), current().mla.splits))
     per_split = triton.cdiv(triton.cdiv(slots, splits), keys) * keys
     return -(-slots // per_split), per_split
 
