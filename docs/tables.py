@@ -558,7 +558,12 @@ ARMS = {
     "searched": "searched before, L_multi",
     "uniform_r": "uniform F, R elsewhere",
     "uniform_max": "uniform, maximum over layers",
+    "uniform_cover": "uniform, coverage",
     "uniform_weighted": "uniform, layers weighted by a search",
+    "uniform_answers": "uniform, L_multi and the term on answers",
+    "uniform_cover_answers": "uniform, coverage and the term on answers",
+    "searched_cover": "searched before, coverage",
+    "searched_answers": "searched before, L_multi and the term on answers",
     "searched_max": "searched before, maximum over layers",
     "searched_own": "searched before, own targets",
 }

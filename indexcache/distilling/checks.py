@@ -57,24 +57,39 @@ def check_run(
         raise ValueError(
             "There is no held-out text to evaluate on; give some, or set eval_every to 0."
         )
+    if settings.answer_weight and not any(row.answers for row in rows):
+        raise ValueError(
+            "answer_weight counts the queries that must find an answer, and no training row has "
+            "one: mix in retrieval (--retrieval and --retrieval-share), or leave it out."
+        )
     if settings.rows % processes:
         raise ValueError(
             f"A step has {settings.rows} rows, which {processes} processes cannot share evenly; "
             "change --batch-tokens."
         )
+    if any(b.answers for b in held_out) and all(b.answers for b in held_out):
+        raise ValueError("Beside retrieval an evaluation has held-out text, whose loss decides.")
     if stream_of(model) is not None:
-        check_streamed(settings, processes)
+        check_streamed(settings, processes, retrieval=any(b.answers for b in held_out))
     if not settings.frozen:
         check_trainable(model)
     return beyond
 
 
-def check_streamed(settings: DistillSettings, processes: int) -> None:
+def check_streamed(settings: DistillSettings, processes: int, *, retrieval: bool = False) -> None:
     """Refuse to train more of a streamed model than its indexers in the warm-up.
 
+    Args:
+        retrieval: whether the answers found are to be counted.
+
     Raises:
-        ValueError: another stage, or several processes.
+        ValueError: another stage, several processes, or retrieval.
     """
+    if retrieval:
+        raise ValueError(
+            "The answers found are not counted where layers are streamed; leave out --retrieval, "
+            "or load the model whole (--no-stream)."
+        )
     if settings.stage != "warmup":
         raise ValueError(
             "The layers of a streamed model are read one at a time, which trains indexers in the "

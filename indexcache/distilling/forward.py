@@ -23,7 +23,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from indexcache import ops
-from indexcache.distilling.loss import distill_loss
+from indexcache.distilling.loss import OBJECTIVES, distill_loss
 from indexcache.distilling.rows import Row
 from indexcache.models.family import DsaModule, decoder_layers, family_of
 from indexcache.models.mla import Rope, head_weights, project, stock_norm
@@ -47,10 +47,11 @@ class DistillForward:
         indexers: the trainable indexers by layer number, from `trainable_indexers`.
         sparse: attention runs over the selection (sparse stage) instead of over all visible keys
             (warm-up).
-        objective: "multi", "avg" or "max" (each F or R layer learns all layers it serves, the mean
-            or the maximum), "own" (its own attention alone), or "none" (as "multi", and the
-            indexers have no gradients).
+        objective: one of `loss.OBJECTIVES` (each F or R layer learns all layers it serves), "own"
+            (its own attention alone), or "none" (as "multi", and the indexers have no gradients).
         weights: how much each layer of the model counts in its group; None: all the same.
+        answer_weight: weight of an additional loss, the mean over the queries of a row that must
+            find an answer; `losses` do not count it.
 
     Attributes:
         losses: by layer, each indexer's loss in the last pass, fp32 scalars, nats a token.
@@ -65,7 +66,9 @@ class DistillForward:
         sparse: bool,
         objective: str = "multi",
         weights: Sequence[float] | None = None,
+        answer_weight: float = 0.0,
     ):
+        self.answer_weight = answer_weight
         self.pattern = pattern
         self.indexers = indexers
         self.sparse = sparse
@@ -85,6 +88,7 @@ class DistillForward:
         self.collecting = False
         self.gradient_scale = 1.0
         self.cuts: tuple[tuple[int, int], ...] = ()
+        self.asked: tuple[tuple[int, int], ...] = ()
         # (start, stop, number) of documents that run as a batch: all of a row where they have one
         # length, in the sparse stage, whose selections tell them apart.
         self.blocks: list[tuple[int, int, int]] = []
@@ -101,6 +105,7 @@ class DistillForward:
             collect: compute each indexer's loss and gradients, times `gradient_scale`.
         """
         self.cuts = row.cuts
+        self.asked = row.asked if self.answer_weight else ()
         self.blocks = [(a, b, 1) for a, b in row.cuts]
         if self.sparse and len({b - a for a, b in row.cuts}) == 1:
             self.blocks = [(0, len(row.ids), len(row.cuts))]
@@ -173,22 +178,30 @@ class DistillForward:
     def _finish_group(self, owner: int, targets: list[AttentionTarget]) -> None:
         """Compute the loss of the indexer of layer `owner` on its group, and its gradients."""
         q, k, w = self._projected.pop(owner)
+
+        def summed(block: int, spans: list[tuple[int, int]] | None = None) -> Tensor:
+            a, b, _ = self.blocks[block]
+            return distill_loss(
+                q[0, a:b],
+                k[0, a:b],
+                w[0, a:b],
+                [target.cut(a, b) for target in targets],
+                self.weights[owner],
+                objective=self.objective if self.objective in OBJECTIVES else "multi",
+                ids_SK=_flat(self._selected[owner][block]) if self.sparse else None,
+                topk=self.topk,
+                spans=spans,
+            )
+
         with torch.enable_grad(), _saved_apart():
-            losses = [
-                distill_loss(
-                    q[0, a:b],
-                    k[0, a:b],
-                    w[0, a:b],
-                    [target.cut(a, b) for target in targets],
-                    self.weights[owner],
-                    objective=self.objective if self.objective in ("avg", "max") else "multi",
-                    ids_SK=_flat(self._selected[owner][i]) if self.sparse else None,
-                )
-                for i, (a, b, _) in enumerate(self.blocks)
-            ]
-            loss = torch.stack(losses).sum() / q.shape[1]
+            loss = torch.stack([summed(i) for i in range(len(self.blocks))]).sum() / q.shape[1]
+            trained = loss
+            for i, (a, b, _) in enumerate(self.blocks):
+                if spans := [(x - a, y - a) for x, y in self.asked if a <= x < b]:
+                    count = sum(y - x for x, y in self.asked)
+                    trained = trained + summed(i, spans) * (self.answer_weight / count)
             if loss.requires_grad:
-                (loss * self.gradient_scale).backward()
+                (trained * self.gradient_scale).backward()
         self.losses[owner] = loss.detach()
 
 

@@ -1,4 +1,4 @@
-"""The distillation losses L_multi, L_avg and L_max, streamed over blocks of queries.
+"""The distillation losses L_multi, L_avg, L_max and L_cover, streamed over blocks of queries.
 
 One indexer, of an F or R layer, learns the attention of the layers it serves: itself and the S
 layers that read its selection (https://arxiv.org/abs/2603.12201).
@@ -8,9 +8,12 @@ layers that read its selection (https://arxiv.org/abs/2603.12201).
     L_multi = sum_j weight_j sum_t KL(p_t^(j) || q_t)
     L_avg   = sum_t KL(sum_j weight_j p_t^(j) || q_t)
     L_max   = sum_t KL(m_t / sum_s m_ts || q_t),  m_t = max_j weight_j p_t^(j)
+    L_cover = the same with  m_t = sum_j weight_j p_t^(j) / sum_s p_ts^(j) min(k q_ts, 1)
 
 The first two have the gradient sum_t (q_t - sum_j weight_j p_t^(j)) with respect to I, since the
-weights sum to 1. L_max is no published loss: the mean dilutes what one layer alone needs. For each
+weights sum to 1. L_max and L_cover are no published losses: the mean dilutes what one layer alone
+needs. L_cover goes up the sum of the logarithms of what the selection keeps of each layer's
+attention: a layer counts the more the less is kept of it, query by query. For each
 block of queries the forward pass computes the scores, one layer's attention at a time and their
 mean or maximum, and at once the gradients of the indexer's q, k and w. Nothing of size [S, T] is
 kept, and the backward pass needs only those three gradients, which are O(T). `ops.index_kl` does
@@ -32,7 +35,7 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.ops.reference import AttentionTarget, QueryBlock, query_blocks
 
-OBJECTIVES = ("multi", "avg", "max")
+OBJECTIVES = ("multi", "avg", "max", "cover")
 
 BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 """Bytes of all intermediates of a block, by device."""
@@ -47,20 +50,24 @@ def distill_loss(
     *,
     objective: str = "multi",
     ids_SK: Tensor | None = None,
+    topk: int | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
     block_bytes: int | None = None,
 ) -> Tensor:
-    """Compute L_multi, L_avg or L_max of one indexer on one document.
+    """Compute L_multi, L_avg, L_max or L_cover of one indexer on one document.
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer (`Family.project`), S = T;
             gradients reach these and nothing else. Products of bf16 are summed in fp32.
         targets: the served layers' attention, of the same document.
         weights: weights of the layers, which sum to 1; None: 1 / len(targets) each.
-        objective: "multi", "avg" or "max"; the first two have the same gradient, and their values
+        objective: one of `OBJECTIVES`; the first two have the same gradient, and their values
             differ by a term that does not depend on the indexer.
         ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) both
             run over this set alone (the sparse stage). None: they run over all visible keys (the
             warm-up).
+        topk: size of a selection, for "cover"; None is the width of `ids_SK`.
+        spans: the queries (start, stop) to sum over, without overlap; None: all.
         block_bytes: memory of a block (default: `BLOCK_BYTES` of the device).
 
     Returns:
@@ -87,7 +94,7 @@ def distill_loss(
         )
     size = block_bytes or _block_bytes(q_SJD)
     return _IndexKl.apply(
-        q_SJD, k_TD, w_SJ, tuple(targets), tuple(weights), objective, ids_SK, size
+        q_SJD, k_TD, w_SJ, tuple(targets), tuple(weights), objective, ids_SK, topk, spans, size
     )
 
 
@@ -149,6 +156,8 @@ class _IndexKl(torch.autograd.Function):
         weights: Sequence[float],
         objective: str,
         ids: Tensor | None,
+        topk: int | None,
+        spans: Sequence[tuple[int, int]] | None,
         block_bytes: int,
     ) -> Tensor:
         value, grads = ops.index_kl(
@@ -159,6 +168,8 @@ class _IndexKl(torch.autograd.Function):
             weights,
             kind=objective,
             ids_SK=ids,
+            topk=topk,
+            spans=spans,
             gradients=any(ctx.needs_input_grad[:3]),
             block_bytes=block_bytes,
             backend="auto" if ids is None else "torch",  # The sparse stage has no kernel.
@@ -169,4 +180,4 @@ class _IndexKl(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None)
+        return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), *[None] * 7)

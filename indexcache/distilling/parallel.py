@@ -27,7 +27,7 @@ from indexcache.distilling.forward import run_decoder
 from indexcache.distilling.rows import Row
 from indexcache.models.family import DsaModule, decoder_layers
 from indexcache.models.family import indexers as indexers_of
-from indexcache.models.lm import LOGIT_BYTES
+from indexcache.models.lm import LOGIT_BYTES, counted_losses
 from indexcache.models.world import Processes, local_device, world_size
 
 
@@ -86,15 +86,26 @@ class RowLoss(nn.Module):
         super().__init__()
         self.inner = model
 
-    def forward(self, row: Row, device: torch.device, loss: bool) -> tuple[Tensor, int]:
+    def forward(
+        self, row: Row, device: torch.device, loss: bool, answers: bool = False
+    ) -> tuple[Tensor, int | Tensor]:
         """Return the sum of the next-token losses within documents, in nats, and their number.
 
         Args:
             loss: False runs the decoder alone and returns (zero, 0).
+            answers: only the tokens of the row's answers count, and beside the sum comes whether
+                each of them is the most likely one, bool [n] on the CPU.
         """
         hidden = run_decoder(self.inner, row, device)
         if not loss:
             return hidden.new_zeros((), dtype=torch.float32), 0
+        if answers:
+            counted = torch.zeros(1, len(row.ids), dtype=torch.bool)
+            for a, b in row.answers:
+                counted[0, a:b] = True
+            ids = torch.from_numpy(row.ids)[None]
+            losses, right = counted_losses(self.inner, hidden, ids, counted)
+            return losses.sum(), right
         return self.of_hidden(hidden, row, device)
 
     def of_hidden(self, hidden: Tensor, row: Row, device: torch.device) -> tuple[Tensor, int]:

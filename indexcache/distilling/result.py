@@ -41,7 +41,7 @@ class DistillResult:
     """The result of a distillation run.
 
     Attributes:
-        objective: "multi", "avg", "own", "max" or "none".
+        objective: what the indexers learnt, as in the settings.
         frozen: whether only the indexers trained.
         tokens: number of training tokens, over all steps.
         kl: by layer, the loss of its indexer in the last step, in nats a token.
@@ -50,6 +50,8 @@ class DistillResult:
         queries_beyond_k: share of the training queries that see more than k tokens.
         delta: the name of the delta's file in the run folder; None in full mode.
         layer_weights: as in the settings; not in result.json.
+        recall: the shares of the answers found by kind and of "all", before the "first" step, at
+            the "best" held-out loss and at the "last" step; empty without retrieval.
         weights: in full mode, on the first process, all weights on the CPU under their names in
             the model; not in result.json.
     """
@@ -66,6 +68,7 @@ class DistillResult:
     queries_beyond_k: float
     delta: str | None
     layer_weights: tuple[float, ...] | None = None
+    recall: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class DistillResult:
             "held_out": None if self.held_out is None else asdict(self.held_out),
             "queries_beyond_k": self.queries_beyond_k,
             "delta": self.delta,
+            **({"recall": self.recall} if self.recall else {}),
             **({"calibration": self.pattern.seen.to_json()} if self.pattern.seen else {}),
         }
 
@@ -110,5 +114,17 @@ class DistillResult:
             f"{losses.best:.4f} at step {losses.best_step} (the one kept), "
             f"{losses.last:.4f} at the end"
             + (f"\n{sentence(shares)}" if shares else "")
+            + self._recall()
             + ("" if note is None else f"\n\n{note}")
+        )
+
+    def _recall(self) -> str:
+        """Return a line of the answers found, at the steps of the held-out losses."""
+        if not self.recall:
+            return ""
+        kinds = [kind for kind in self.recall["best"] if kind != "all"]
+        each = ", ".join(f"{kind} {self.recall['best'][kind]:.0%}" for kind in kinds)
+        first, best, last = (self.recall[name]["all"] for name in ("first", "best", "last"))
+        return (
+            f"\nanswers found: {first:.0%} before, {best:.0%} kept ({each}), {last:.0%} at the end"
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from indexcache.data import Document
+from indexcache.data import Batch, Document
 
 MIN_BEYOND = 0.25
 """Min share of the packed queries that see more than k tokens of their own document, and more than
@@ -24,15 +24,22 @@ class Row:
     Attributes:
         ids: token ids, int64 [T].
         cuts: the (start, stop) of each document; together they cover the row without gaps.
+        answers: the (start, stop) of answers that the model has to find in the text before them.
     """
 
     ids: np.ndarray
     cuts: tuple[tuple[int, int], ...]
+    answers: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def one_document(cls, ids: np.ndarray) -> Row:
         """Make a row that is one document."""
         return cls(ids, ((0, len(ids)),))
+
+    @property
+    def asked(self) -> tuple[tuple[int, int], ...]:
+        """The queries (start, stop) that must find an answer: they predict its tokens."""
+        return tuple((start - 1, stop - 1) for start, stop in self.answers)
 
     @classmethod
     def of_documents(cls, documents: Sequence[np.ndarray]) -> Row:
@@ -75,6 +82,15 @@ def pack_rows(documents: Sequence[Document], length: int, seed: int = 0) -> list
             "give more text or a smaller --length."
         )
     return rows
+
+
+def retrieval_rows(batches: Sequence[Batch]) -> list[Row]:
+    """Make a row of every retrieval sequence."""
+    return [
+        replace(Row.one_document(ids.numpy()), answers=answers)
+        for b in batches
+        for ids, answers in zip(b.ids, b.answers, strict=True)
+    ]
 
 
 def check_beyond(rows: Sequence[Row], topk: int, pool: int | None = None) -> float:
@@ -121,5 +137,5 @@ def digest_of_rows(rows: Sequence[Row]) -> str:
     """Return one digest of all rows, which depends on their order and boundaries too."""
     h = hashlib.sha256()
     for row in rows:
-        h.update(f"{row.cuts}".encode() + row.ids.tobytes())
+        h.update(f"{row.cuts}{row.answers or ''}".encode() + row.ids.tobytes())
     return h.hexdigest()

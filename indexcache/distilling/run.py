@@ -17,11 +17,8 @@ from indexcache.data import (
     check_unseen,
     close_documents,
     make_batches,
-    named_source,
     seen_in_documents,
-    shipped_text,
     split_documents,
-    text_for,
 )
 from indexcache.delta import check_delta, untrained
 from indexcache.distilling.carried import carry_over
@@ -29,6 +26,7 @@ from indexcache.distilling.checks import check_streamed
 from indexcache.distilling.delta import apply_delta, save_checkpoint
 from indexcache.distilling.layer_weights import layer_weights
 from indexcache.distilling.result import DistillResult
+from indexcache.distilling.retrieval import check_retrieval, held_out_retrieval, mixed_rows, sources
 from indexcache.distilling.rows import pack_rows
 from indexcache.distilling.settings import DistillSettings, RunSettings
 from indexcache.distilling.trainer import distill
@@ -106,6 +104,7 @@ def distill_checkpoint(
         weights = layer_weights(run.layer_weights, len(pattern), digest)
         settings = replace(settings, layer_weights=tuple(weights))
     settings.check()
+    check_retrieval(run, settings)
     how = _streaming(facts, settings, run, device)
     # What is wrong with the text is said before the model is loaded.
     reader = Reader(Path(facts["path"]))
@@ -117,6 +116,10 @@ def distill_checkpoint(
     held_out: list[Batch] = []
     if settings.eval_every:
         held_out = _held_out(evaluation, training, length, run.eval_sequences, settings.seed)
+    if run.retrieval_share:
+        rows = mixed_rows(model, run, settings, reader, facts, rows)
+    if run.retrieval and settings.eval_every:
+        held_out += held_out_retrieval(model, run, settings, reader, facts, length)
     pattern = pattern.chosen_on(Seen.from_json(read_config(facts["path"])))
     check_unseen(held_out, pattern.seen)
 
@@ -181,7 +184,7 @@ def _streaming(
         if run.host_memory is not None:
             raise ValueError("--host-memory is a setting of streaming; add --stream.")
         return None
-    check_streamed(settings, world_size())
+    check_streamed(settings, world_size(), retrieval=bool(run.retrieval and settings.eval_every))
     if run.whole:
         raise ValueError(
             "--whole writes all weights, which are never together where layers are streamed; "
@@ -218,20 +221,11 @@ def _begin_with(loaded: Model, delta: str, pattern: Pattern) -> Seen:
     return trained_for.seen
 
 
-def _sources(model: str, run: RunSettings) -> tuple[Path, str, Path | None]:
-    """Return the training text, its split, and the held-out text if it is another one."""
-    source, split = text_for(model, run.data, "calibration")
-    held_out = None if run.held_out is None else named_source(run.held_out)
-    if held_out is None and run.data is None:
-        held_out = shipped_text("heldout")
-    return source, split, held_out
-
-
 def _documents(
     model: str, run: RunSettings, reader: Reader, vocabulary: int, *, evaluate: bool
 ) -> tuple[list[Document], list[Document]]:
     """Return the training documents and the held-out documents, which share none."""
-    source, split, held_out_source = _sources(model, run)
+    source, split, held_out_source = sources(model, run)
     shown = first_process()
     documents = reader.documents(source, vocabulary, progress=shown)
     if held_out_source is None:

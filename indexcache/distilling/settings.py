@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 Stage = Literal["warmup", "sparse"]
-Objective = Literal["multi", "avg", "own", "max", "none"]
+Objective = Literal["multi", "avg", "own", "max", "cover", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 MAX_RATE = 1e30
@@ -37,13 +37,18 @@ class DistillSettings:
 
     objective: Objective = "multi"
     """multi, avg: an indexer learns the mean of all layers it serves (the two have the same
-    gradient). max: it learns the largest attention that any of them pays. own: it learns its own
-    layer alone. none: indexers stay as they are, and the language-modelling loss trains the
+    gradient). max: it learns the largest attention that any of them pays. cover: it learns more of
+    a layer, the less of that layer's attention its selection keeps. own: it learns its own layer
+    alone. none: indexers stay as they are, and the language-modelling loss trains the
     rest."""
 
     layer_weights: tuple[float, ...] | None = None
     """How much each layer of the model counts in what its indexer learns, relative to the other
     layers of its group. By default all count the same, as in the paper."""
+
+    answer_weight: float = 0.0
+    """Weight of an additional loss of the indexers: the mean over the queries that must find an
+    answer, in training rows with retrieval."""
 
     keep_zeros: bool = False
     """Keep the rows of the indexers' matrices that are all zero as they are, so that they take no
@@ -118,11 +123,14 @@ class DistillSettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings under the keys that settings.json has.
 
-        `recompute` is there only where it is off, so that runs of earlier versions go on.
+        `recompute` is there only where it is off, and `answer_weight` where it is not 0, so that
+        runs of earlier versions go on.
         """
         facts = {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
         if self.recompute:
             del facts["recompute"]
+        if not self.answer_weight:
+            del facts["answer_weight"]
         return facts
 
     def check(self) -> None:
@@ -143,6 +151,10 @@ class DistillSettings:
             )
         if self.layer_weights and self.objective == "none":
             raise ValueError("With the loss none no indexer learns, so layers have no weights.")
+        if not 0 <= self.answer_weight <= MAX_RATE:
+            raise ValueError(f"answer_weight lies in 0..{MAX_RATE:g}, not {self.answer_weight}.")
+        if self.objective == "none" and self.answer_weight:
+            raise ValueError("With the loss none no indexer learns, so answer_weight must be 0.")
         if self.objective == "none" and self.frozen:
             raise ValueError(
                 "With the loss none the indexers stay as they are, and without the whole model "
@@ -198,6 +210,16 @@ class RunSettings:
 
     eval_sequences: int = 16
     """Number of held-out sequences, spread over the domains."""
+
+    retrieval: tuple[str, ...] = ()
+    """Kinds of retrieval of which every evaluation counts the answers found: passkey, needles,
+    key-value, variables, common-words, frequent-words, graph, repeat, or all."""
+
+    retrieval_sequences: int = 8
+    """Number of held-out retrieval sequences of each kind."""
+
+    retrieval_share: float = 0.0
+    """Share of the training rows that are retrieval sequences of these kinds, in training text."""
 
     resume: bool = True
     """Continue what is in --out. --no-resume refuses a folder that has a run."""

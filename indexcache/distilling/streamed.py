@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from indexcache.distilling.evaluation import sum_and_count
 from indexcache.distilling.forward import attention_replaced, decoder_arguments
 from indexcache.distilling.gradients import clip, local_shard
 from indexcache.distilling.result import DistillResult
 from indexcache.distilling.rows import Row, rows_of_step
-from indexcache.distilling.trainer import Trainer, sum_and_count
+from indexcache.distilling.trainer import Trainer
 from indexcache.models.family import decoder_layers
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.stream.run import Stream

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from indexcache.data import Batch
 from indexcache.distilling.checks import check_entry, check_run
 from indexcache.distilling.delta import save_delta
+from indexcache.distilling.evaluation import mean_loss, recall, rows_by_kind, sum_and_count
 from indexcache.distilling.flops import flops_of_rows, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
 from indexcache.distilling.gradients import clip, local_shard, matrices_with_zero_rows
@@ -84,7 +85,8 @@ def distill(
         out: run folder. Frozen, it gets `delta.safetensors` for `apply_delta`.
         held_out: batches for the evaluation at intervals, which is the mean next-token loss under
             the pattern with sparse attention. The result is the indexers with the lowest loss
-            there; without batches, the last ones.
+            there; without batches, the last ones. Of retrieval sequences
+            (`indexcache.data.retrieval_batches`) the answers found are counted instead.
         base: {"base", "base_digest"}: which checkpoint a delta belongs to; part of what a resumed
             run must share.
         seen: the text that the rows are made of and that chose the pattern, which the delta and
@@ -153,15 +155,18 @@ class Trainer:
         self.settings = settings
         self.world = world
         self.run = run
-        self.held_out = [Row.one_document(ids.numpy()) for b in held_out for ids in b.ids]
+        plain = [b for b in held_out if not b.answers]
+        self.held_out = [Row.one_document(ids.numpy()) for b in plain for ids in b.ids]
+        self.retrieval = rows_by_kind(held_out)
         sizes = (int(model.config.index_topk), *pools_of([pattern], int(model.config.index_topk)))
-        self.sparsity = tuple(share_of(held_out, size) for size in sizes) if held_out else ()
+        self.sparsity = tuple(share_of(plain, size) for size in sizes) if plain else ()
         self.shape = Shape.of(model.config)
 
         self.done = 0  # steps
         self.saved = 0  # step of the last checkpoint
         self.best = math.inf
         self.best_step = -1
+        self.found: float | None = None  # share of the answers at the last evaluation
 
         dtype = DTYPES[settings.compute_dtype]
         if settings.frozen:
@@ -193,6 +198,7 @@ class Trainer:
             sparse=settings.sparse,
             objective=settings.objective,
             weights=settings.layer_weights,
+            answer_weight=settings.answer_weight,
         )
         self.evaluation_forward = DistillForward(model, pattern, self.indexers, sparse=True)
 
@@ -347,6 +353,8 @@ class Trainer:
             text += f", lm {entry['lm_loss']:.4f}"
         if self.best < math.inf:
             text += f", best held-out {self.best:.4f}"
+        if self.found is not None:
+            text += f", answers {self.found:.0%}"
         text += f", {entry['tokens_s']:,.0f} tokens/s"
         return text if entry["mfu"] is None else f"{text}, MFU {entry['mfu']:.1%}"
 
@@ -432,35 +440,22 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Log the held-out loss, and save the weights if it is the lowest so far."""
+        """Log the held-out loss and the answers found, and save the weights of the lowest loss."""
         loss = self.held_out_loss()
-        self._log({"step": self.done, "held_out": loss}, "held_out")
+        entry: dict[str, Any] = {"step": self.done, "held_out": loss}
+        if self.retrieval:
+            forward = self.evaluation_forward
+            entry["recall"] = recall(self.row_loss, forward, self.retrieval, self.world)
+            self.found = entry["recall"]["all"]
+        self._log(entry, "held_out")
         if loss < self.best:
             self.best = loss
             self.best_step = self.done
             self._save_state("best", optimizers=False)
 
-    @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Return the mean next-token loss over the held-out sequences, in nats a token.
-
-        The model runs under the pattern, with the selections of the indexers as they are.
-        """
-        w = self.world
-        sums = torch.zeros(2, dtype=torch.float64, device=w.device)
-        count = len(self.held_out)
-        # Every process runs as many sequences, because FSDP2 gathers weights in each.
-        padded = count + (-count) % w.size
-        forward = self.evaluation_forward
-        with attention_replaced(self.model, forward):
-            for i in range(w.rank, padded, w.size):
-                row = self.held_out[i % count]
-                with forward.row(row, collect=False):
-                    lm, tokens = self.row_loss(row, w.device, True)
-                if i < count:
-                    sums += torch.stack(sum_and_count(lm, tokens))
-        sums = w.mean(sums)
-        loss = float(sums[0] / sums[1])
+        """Return the mean next-token loss over the held-out sequences; see `mean_loss`."""
+        loss = mean_loss(self.row_loss, self.evaluation_forward, self.held_out, self.world)
         if not math.isfinite(loss):
             raise ValueError(
                 f"The held-out loss is not finite after step {self.done}: the model gives no "
@@ -499,10 +494,14 @@ class Trainer:
         s = self.settings
         steps = {e["step"]: e for e in run.journal if "loss" in e}
         evaluations = {e["step"]: e["held_out"] for e in run.journal if "held_out" in e}
+        found = {e["step"]: e["recall"] for e in run.journal if "recall" in e}
         held_out = None
         if evaluations:
             losses = (evaluations[0], self.best, self.best_step, evaluations[s.steps])
             held_out = HeldOutLosses(*losses, self.sparsity, blind_loss(self.model))
+        if found:
+            kept = {"first": 0, "best": self.best_step, "last": s.steps}
+            found = {name: found[step] for name, step in kept.items()}
         last = steps[s.steps]
         return DistillResult(
             pattern=self.pattern,
@@ -517,6 +516,7 @@ class Trainer:
             queries_beyond_k=beyond,
             delta=DELTA if s.frozen else None,
             layer_weights=s.layer_weights,
+            recall=found,
         )
 
     def _gather_weights(self) -> dict[str, Tensor]:
@@ -524,8 +524,3 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(self.row_loss, options=options)
         return {name.removeprefix("inner."): value for name, value in weights.items()}
-
-
-def sum_and_count(loss: Tensor, count: int) -> list[Tensor]:
-    """Return a sum of losses and their number as fp64 scalars on the losses' device."""
-    return [loss.detach().double(), loss.new_full((), count, dtype=torch.float64)]

@@ -337,49 +337,65 @@ def index_kl(
     block_bytes: int = 1 << 26,
     ids_SK: Tensor | None = None,
     gradients: bool = True,
+    topk: int | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Gradients | None]:
     """Compute how far an indexer is from the attention it learns (docs/concepts.md#distillation).
 
     With q_t = softmax(I_t) over the keys that query t sees, and p_t^(j) the attention of target j,
     averaged over its heads: "multi" is sum_j weight_j sum_t KL(p_t^(j) || q_t), "avg" is
-    sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have the same gradient. "max", which has no
-    kernel, is sum_t KL(max_j weight_j p_t^(j), normalised || q_t).
+    sum_t KL(sum_j weight_j p_t^(j) || q_t). Both have the same gradient. The others have no kernel:
+    "max" is sum_t KL(max_j weight_j p_t^(j), normalised || q_t), and "cover" is
+    sum_t KL(sum_j weight_j p_t^(j) / kept_t^(j), normalised || q_t), where kept_t^(j) is what a
+    selection of `topk` keys keeps of p_t^(j) about now, sum_s p_ts^(j) min(topk q_ts, 1), at least
+    `reference.MIN_KEPT`, and has no gradient.
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer on one document, S = T.
         targets: attention of the layers that read the indexer's selection, of the same document.
         weights: one for each target, summing to 1.
-        kind: "multi", "avg" or "max".
+        kind: "multi", "avg", "max" or "cover".
         block_bytes: memory of the intermediates of a block of queries.
         ids_SK: int32 selected ids, distinct in a row, -1 for none: attention and softmax(I) are
             over this set alone. None: over all visible keys, the only form with kernels.
         gradients: whether to compute the gradients too.
+        topk: size of a selection, for "cover"; None is the width of `ids_SK`.
+        spans: the queries (start, stop) to sum over, which do not overlap; None: all. There is no
+            kernel for some.
 
     Returns:
         fp64 scalar, nats, summed over the queries; gradients of q, k and w in fp32, or None.
 
     Raises:
-        ValueError: backend "triton" cannot run here.
+        ValueError: backend "triton" cannot run here; or "cover" has neither ids nor topk.
     """
-    refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK, kind)
+    if kind == "cover" and topk is None and ids_SK is None:
+        raise ValueError('"cover" needs topk, the size of a selection, where no ids are given.')
+    refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK, kind, spans)
     options: dict[str, Any] = {"kind": kind, "block_bytes": block_bytes, "gradients": gradients}
     if _use_triton(backend, q_SJD, "index_kl", refuse):
         from indexcache.ops.kl import index_kl
 
         with _device_of(q_SJD):
             return index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
-    return reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, ids_SK=ids_SK, **options)
+    options |= {"ids_SK": ids_SK, "topk": topk, "spans": spans}
+    return reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
 
 
 def _kl_reason(
-    q_SJD: Tensor, targets: Sequence[AttentionTarget], ids_SK: Tensor | None, kind: str
+    q_SJD: Tensor,
+    targets: Sequence[AttentionTarget],
+    ids_SK: Tensor | None,
+    kind: str,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> str | None:
     from indexcache.ops.kl import refuse
 
-    if kind == "max":
-        return "they compute the mean of the layers' attention, not the maximum"
-
+    if kind in ("max", "cover"):
+        return f"they compute the mean of the layers' attention, not what {kind!r} learns"
+    if spans is not None:
+        return "they sum over all queries"
     if ids_SK is not None:
         return "they compare all visible keys, not a selection"
     return refuse(q_SJD, *(t.q_SHn for t in targets))

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Max bytes of an intermediate, [B, s, H, P] or [B, s, P, D] in fp32.
 CHUNK_BYTES = 1 << 26
+MIN_KEPT = 0.05
+"""In `index_kl` with "cover" a layer counts at most 1 / MIN_KEPT times."""
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 Gradients = tuple[Tensor, Tensor, Tensor]  # gradients of queries, keys, head weights
@@ -399,6 +401,8 @@ def index_kl(
     block_bytes: int,
     ids_SK: Tensor | None = None,
     gradients: bool = True,
+    topk: int | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Gradients | None]:
     """Define `ops.index_kl`, whose docstring is the contract.
 
@@ -411,8 +415,9 @@ def index_kl(
     if gradients:
         dq, dk, dw = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in inputs)
         grads = dq, dk, dw
-    for rows in query_blocks(q_SJD, targets, block_bytes, ids_SK):
-        total += _block_kl(QueryBlock(rows, ids_SK), inputs, targets, weights, kind, grads)
+    topk = ids_SK.shape[1] if topk is None and ids_SK is not None else topk
+    for rows in query_blocks(q_SJD, targets, block_bytes, ids_SK, spans):
+        total += _block_kl(QueryBlock(rows, ids_SK), inputs, targets, weights, kind, topk, grads)
     return total, grads
 
 
@@ -422,28 +427,33 @@ def _block_kl(
     targets: Sequence[AttentionTarget],
     weights: Sequence[float],
     kind: str,
+    topk: int | None,
     grads: Gradients | None,
 ) -> Tensor:
     """Compute the loss of a block of queries and add its share of the gradients to `grads`."""
     q, k, w = inputs
     products, scores = block.scores(q, k, w)
-    target = torch.zeros_like(scores)
+    log_q = scores.sub_(scores.logsumexp(-1, keepdim=True))
+    chance = log_q.exp().mul_(topk).clamp_(max=1.0) if kind == "cover" and topk else None
+    target = torch.zeros_like(log_q)
     # This is the negative entropy of the target, sum p log p.
-    entropy = torch.zeros((), dtype=torch.float64, device=scores.device)
+    entropy = torch.zeros((), dtype=torch.float64, device=log_q.device)
     for layer, weight in zip(targets, weights, strict=True):
         p = block.attention(layer)
         if kind == "max":
             torch.maximum(target, p.mul_(weight), out=target)
+        elif chance is not None:
+            kept = (p * chance).sum(-1, keepdim=True).clamp_min(MIN_KEPT)
+            target.add_(p.div_(kept), alpha=weight)
         else:
             target.add_(p, alpha=weight)
         if kind == "multi":
             entropy = entropy + weight * torch.xlogy(p, p).sum(dtype=torch.float64)
         del p
-    if kind == "max":
+    if kind in ("max", "cover"):
         target.div_(target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny))
     if kind != "multi":
         entropy = torch.xlogy(target, target).sum(dtype=torch.float64)
-    log_q = scores.sub_(scores.logsumexp(-1, keepdim=True))
     value = entropy - torch.where(target > 0, target * log_q, 0.0).sum(dtype=torch.float64)
     if grads is not None:
         d_scores = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target)
@@ -515,18 +525,23 @@ def query_blocks(
     targets: Sequence[AttentionTarget],
     block_bytes: int,
     ids_SK: Tensor | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[slice]:
     """Yield slices of queries whose intermediates fit into `block_bytes`.
 
     The intermediates are two copies of all heads' products, and gathered keys.
+
+    Args:
+        spans: the queries (start, stop) to yield, which do not overlap; None: all.
     """
     length, heads, dim = q_SJD.shape
     heads = max(heads, *(t.q_SHn.shape[1] for t in targets))
     gathered = 0 if ids_SK is None else dim + max(t.latent_TE.shape[1] for t in targets)
     width = length if ids_SK is None else ids_SK.shape[1]
     rows = max(block_bytes // (4 * width * (2 * heads + 4 + gathered)), 1)
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+    for first, last in [(0, length)] if spans is None else spans:
+        for start in range(first, last, rows):
+            yield slice(start, min(start + rows, last))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Arm:
         rest: the role of all other layers.
         searched: the pattern is the one that the search before the training found.
         weighted: layers count as much as sharing each alone cost in that search.
+        answers: weight of the queries that must find an answer, see `DistillSettings`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arm:
     rest: str = "S"
     searched: bool = False
     weighted: bool = False
+    answers: float = 0.0
 
     def pattern(self, layers: int, search: Path | str, pool: int) -> Pattern:
         """Return the pattern that the arm trains under.
@@ -81,8 +83,13 @@ ARMS = {
 # Other targets than the mean over layers; --arms names them.
 TARGETS = {
     "max-4": Arm("uniform_max", 4, "max"),
+    "cover-4": Arm("uniform_cover", 4, "cover"),
     "weighted-4": Arm("uniform_weighted", 4, weighted=True),
+    "answers-4": Arm("uniform_answers", 4, answers=1.0),
+    "cover-answers-4": Arm("uniform_cover_answers", 4, "cover", answers=1.0),
     "max-searched-4": Arm("searched_max", 4, "max", searched=True),
+    "cover-searched-4": Arm("searched_cover", 4, "cover", searched=True),
+    "answers-searched-4": Arm("searched_answers", 4, searched=True, answers=1.0),
     "own-searched-4": Arm("searched_own", 4, "own", searched=True),
 }
 ALL = ARMS | TARGETS
@@ -105,10 +112,11 @@ def search_of(o: argparse.Namespace) -> Path | str:
 
 
 def settings_of(o: argparse.Namespace, arm: Arm, steps: int, seed: int) -> DistillSettings:
-    """Return the settings of an arm, which differ in the objective and the weights alone."""
+    """Return the settings of an arm, which differ in what the indexers learn alone."""
     return DistillSettings(
         stage="sparse",
         objective=arm.objective,  # type: ignore[arg-type]
+        answer_weight=arm.answers,
         steps=steps,
         rows=o.rows // o.together,
         lr=o.lr,

@@ -24,8 +24,13 @@ PAIRS = tuple(
         ("searched", "multi"),
         ("r", "multi"),
         ("max", "multi"),
+        ("cover", "multi"),
         ("weighted", "multi"),
+        ("answers", "multi"),
+        ("cover-answers", "multi"),
         ("max-searched", "searched"),
+        ("cover-searched", "searched"),
+        ("answers-searched", "searched"),
         ("own-searched", "searched"),
     )
 )

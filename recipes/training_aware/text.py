@@ -18,6 +18,7 @@ import lzma
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ def make_bank(
     sequences: int,
     parts: int,
 ) -> None:
-    """Write `out`, uint16 [kinds x sequences, length]: retrieval in real text, to train on.
+    """Write `out`, uint16 [2, kinds x sequences, length]: retrieval in real text, to train on.
+
+    The ids come first, then 1 where a token is part of an answer.
 
     Args:
         parts: number of parts, each of its own random seed, which processes make at once.
@@ -145,9 +148,9 @@ def make_bank(
     else:
         with ProcessPoolExecutor(min(parts, os.cpu_count() or 1)) as pool:
             made = list(pool.map(_part_of_bank, *zip(*jobs, strict=True)))
-    bank = np.concatenate(made)
+    bank = np.concatenate(made, 1)
     with atomic(out) as temporary, open(temporary, "wb") as f:
-        np.save(f, np.random.default_rng(1).permutation(bank))
+        np.save(f, np.random.default_rng(1).permutation(bank, axis=1))
 
 
 def _part_of_bank(
@@ -170,7 +173,8 @@ def _part_of_bank(
         batch=sequences,
         seed=number,
     )
-    return np.concatenate([b.ids.numpy() for b in batches]).astype(np.uint16)
+    both = [np.stack([b.ids.numpy(), b.counted.numpy()]) for b in batches]
+    return np.concatenate(both, 1).astype(np.uint16)
 
 
 class Windows:
@@ -186,13 +190,21 @@ class Windows:
 
     def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Draw one sequence, int64 [length]."""
+        return self.drawn(rng, length)[0]
+
+    def drawn(
+        self, rng: np.random.Generator, length: int
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Draw one sequence, int64 [length], and the places of answers where it is of the bank."""
         chance = rng.random()
-        if chance < self.share / 2 and length <= self.bank.shape[1]:
+        if chance < self.share / 2 and length <= self.bank.shape[2]:
             # The end of a sequence of the bank has its questions.
-            return self.bank[rng.integers(len(self.bank))][-length:].astype(np.int64)
+            ids, counted = self.bank[:, rng.integers(self.bank.shape[1])][:, -length:]
+            edges = np.flatnonzero(np.diff(counted[1:].astype(np.int8), prepend=0, append=0)) + 1
+            return ids.astype(np.int64), [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
         start = int(rng.integers(0, len(self.tokens) - length))
         ids = self.tokens[start : start + length].astype(np.int64)
-        return self.task(ids, rng) if chance < self.share else ids
+        return self.task(ids, rng) if chance < self.share else ids, []
 
     def batches(self, seed: int) -> Any:
         """Return the function (step, batch, length) of the base's stages: int64 [B, length + 1]."""
@@ -223,7 +235,14 @@ class Windows:
 
         def row(i: int) -> Row:
             rng = np.random.default_rng([ROWS_SEED, seed, i])
-            return Row.of_documents([self.window(rng, length) for _ in range(together)])
+            drawn = [self.drawn(rng, length) for _ in range(together)]
+            places = [
+                (a + i * length, b + i * length)
+                for i, (_, spans) in enumerate(drawn)
+                for a, b in spans
+            ]
+            row = Row.of_documents([ids for ids, _ in drawn])
+            return replace(row, answers=tuple(places))
 
         return [row(i) for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""Test L_multi, L_avg and L_max, streamed, against autograd over whole [L, L] matrices."""
+"""Test L_multi, L_avg, L_max and L_cover, streamed, against autograd over whole [L, L] matrices."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OBJECTIVES = ("multi", "avg", "max")
+OBJECTIVES = ("multi", "avg", "max", "cover")
+TOPK = 5
 
 
-def definition(q, k, w, targets, objective, ids=None):
+def definition(q, k, w, targets, objective, ids=None, queries=slice(None)):
     """Compute the loss by the paper's definition, with full matrices and log_softmax."""
     length = q.shape[0]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
@@ -49,8 +50,15 @@ def definition(q, k, w, targets, objective, ids=None):
         ps.append(total / total.sum(-1, keepdim=True))
 
     def kl(p):
+        p, log_of_q = p[queries], log_q[queries]
         inside = p > 0
-        return (p[inside] * (p[inside].log() - log_q[inside])).sum()
+        return (p[inside] * (p[inside].log() - log_of_q[inside])).sum()
+
+    if objective == "cover":
+        size = TOPK if ids is None else ids.shape[1]
+        kept = [(p * (size * log_q.exp()).clamp(max=1)).sum(-1, keepdim=True) for p in ps]
+        total = sum(p / c.clamp(min=0.05) for p, c in zip(ps, kept, strict=True)).detach()
+        return kl(total / total.sum(-1, keepdim=True))
 
     if objective == "max":
         most = torch.stack(ps).amax(0)
@@ -102,12 +110,14 @@ def close(a, b, bound=2e-5):
     return float((a - b).norm() / b.norm().clamp(min=1e-12)) < bound
 
 
-def check(q, k, w, targets, ids=None, block=1 << 14):
+def check(q, k, w, targets, ids=None, block=1 << 14, spans=None):
     inputs = [x.clone().requires_grad_() for x in (q, k, w)]
+    options = {"ids_SK": ids, "block_bytes": block, "topk": TOPK if ids is None else None}
+    queries = torch.cat([torch.arange(*span) for span in spans or [(0, len(q))]])
     losses, grads = {}, {}
     for objective in OBJECTIVES:
-        loss = distill_loss(*inputs, targets, objective=objective, ids_SK=ids, block_bytes=block)
-        expected = definition(*inputs, targets, objective, ids)
+        loss = distill_loss(*inputs, targets, objective=objective, spans=spans, **options)
+        expected = definition(*inputs, targets, objective, ids, queries)
         losses[objective] = float(loss.detach())
         bound = 2e-5 * max(float(expected.detach()), 1)
         assert losses[objective] == pytest.approx(float(expected.detach()), abs=bound), objective
@@ -118,6 +128,38 @@ def check(q, k, w, targets, ids=None, block=1 << 14):
         assert close(a, b)
     # KL is convex; the two differ by what the indexer cannot change.
     assert losses["multi"] >= losses["avg"] - 1e-4
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_some_queries_alone(sparse):
+    """Spans that lie in blocks, are longer than one, or hold one query, the first or the last."""
+    ids = selection(40, 7) if sparse else None
+    check(*random_case(40, 3), ids, block=1 << 13, spans=[(0, 1), (3, 17), (39, 40)])
+
+
+def test_cover_counts_the_layer_whose_attention_is_not_kept():
+    """The mean learns both layers alike; this one learns more of the layer that is lost."""
+    length, steps = 64, 60
+    g = torch.Generator().manual_seed(0)
+    k = torch.eye(length)
+    # One layer looks at key 0 alone; the other at many keys, of which a few hold nothing.
+    near = AttentionTarget(torch.zeros(length, 1, 1), torch.zeros(length, 1), None, 1.0)
+    sharp = torch.zeros(length, 1)
+    sharp[0] = 6.0
+    far = AttentionTarget(torch.ones(length, 1, 1), sharp, None, 1.0)
+    shares = {}
+    for objective in ("avg", "cover"):
+        q = torch.rand(length, 1, length, generator=g.manual_seed(0)).requires_grad_()
+        optimizer = torch.optim.Adam([q], lr=0.05)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ones = torch.ones(length, 1)
+            distill_loss(q, k, ones, [near, far], objective=objective, topk=4).backward()
+            optimizer.step()
+        scores = q.detach()[-1, 0].relu()
+        shares[objective] = float(scores.softmax(-1)[1:].sum())
+    # Four keys keep all of the sharp layer, and 4 / 64 of the flat one.
+    assert shares["cover"] > shares["avg"] + 0.1
 
 
 @pytest.mark.parametrize("layers", range(1, 9))
@@ -205,6 +247,7 @@ def test_unequal_weights_and_bf16():
 def test_inconsistent_arguments_are_refused():
     q, k, w, targets = random_case(10, 2)
     refused(lambda: distill_loss(q, k, w, targets, objective="sum"), "multi, avg")
+    refused(lambda: distill_loss(q, k, w, targets, objective="cover"), "cover", "topk")
     refused(lambda: distill_loss(q, k, w, targets, [0.5, 0.6]), "sum to 1")
     refused(lambda: distill_loss(q, k, w, []), "served layer")
     refused(lambda: distill_loss(q, k[:5], w, targets), "one document")

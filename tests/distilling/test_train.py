@@ -30,7 +30,7 @@ from indexcache.distilling.indexers import trainable_indexers
 from indexcache.distilling.rows import check_beyond, rows_of_step
 from indexcache.distilling.trainer import Trainer
 from indexcache.models.family import decoder_layers, indexers
-from indexcache.models.lm import hidden_states, token_losses
+from indexcache.models.lm import counted_losses, found_answers, hidden_states, token_losses
 from tests.distilling import worker
 from tests.distilling.worker import dense, row_of, steps
 from tests.support import make_model, refused
@@ -252,6 +252,21 @@ def test_evaluation_is_that_of_the_stock_model(tmp_path):
     with use_pattern(model, worker.PATTERN):
         stock = token_losses(model, hidden_states(model, ids), ids).mean()
     assert float(stock) == pytest.approx(losses.best, abs=1e-5)
+    found, asked = {}, {}
+    for b in worker.retrieval():
+        with use_pattern(model, worker.PATTERN):
+            _, right = counted_losses(model, hidden_states(model, b.ids), b.ids, b.counted)
+        kind = b.domain.removeprefix("retrieval:")
+        found[kind] = int(found_answers(right, b.counted, b.answers).sum())
+        asked[kind] = sum(map(len, b.answers))
+    shares = {kind: found[kind] / asked[kind] for kind in found}
+    shares["all"] = sum(found.values()) / sum(asked.values())
+    assert result.recall["best"] == shares
+    assert shares["passkey"] > 0 and shares["needles"] == 0
+    lines = steps(tmp_path / "run")[1]
+    assert [line["recall"]["all"] for line in lines][:1] == [result.recall["first"]["all"]]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["recall"] == result.recall
+    assert f"answers found: {result.recall['first']['all']:.0%} before" in result.table()
 
 
 def test_the_loss_of_tiny_falls_from_new_indexers(tiny, tmp_path):
@@ -395,6 +410,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
         for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
             assert len(a) == len(b) > 2
             for x, y in zip(a, b, strict=True):
+                assert x.get("recall") == y.get("recall")
                 for key in ("loss", "lm_loss", "norm", "backbone_norm", "held_out"):
                     if x.get(key) is not None:
                         assert y[key] == pytest.approx(x[key], rel=1e-4), (mode, key, x["step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,9 +78,8 @@ def test_recomputing_changes_no_number(tmp_path):
 def gradients(rows, pattern, tmp_path, **changes):
     """Return the gradients of one step over these rows, by name, and its losses."""
     model = make_model("glm_moe_dsa")
-    settings = DistillSettings(
-        stage="sparse", steps=1, rows=len(rows), eval_every=0, clip=1e9, **changes
-    )
+    fields = {"stage": "sparse", "steps": 1, "rows": len(rows), "eval_every": 0, "clip": 1e9}
+    settings = DistillSettings(**(fields | changes))
     with open_world(torch.device("cpu"), sharded=False) as world:
         trainer = Trainer(model, Pattern(pattern), rows, tmp_path, settings, [], world, None)
         facts = trainer.compute_gradients()
@@ -147,7 +147,29 @@ def test_the_maximum_differs_from_the_mean_where_layers_do(tmp_path):
         )
         return model.model.layers[0].self_attn.indexer.wk.weight
 
-    shared = [indexer(pattern="FSSFSS", objective=o) for o in ("multi", "max")]
-    alone = [indexer(pattern="FFFFFF", objective=o) for o in ("multi", "max")]
-    assert not torch.equal(*shared)
-    torch.testing.assert_close(*alone)
+    objectives = ("multi", "max", "cover")
+    shared = [indexer(pattern="FSSFSS", objective=o) for o in objectives]
+    alone = [indexer(pattern="FFFFFF", objective=o) for o in objectives]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(shared[i], shared[j])
+        torch.testing.assert_close(alone[i], alone[j])
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_the_queries_that_must_find_an_answer_count_more(stage, tmp_path):
+    """The term is the mean over them: those of all rows, by documents, and none at the edges."""
+    batch = [row_of(64, seed).ids for seed in range(2)]
+    uneven = Row.of_documents([row_of(40, 2).ids, row_of(88, 3).ids])
+    for number, row in enumerate((Row.of_documents(batch), uneven)):
+        # Every query but the last of the row is asked, so the term is nearly the loss itself.
+        whole = [(1, row.cuts[0][1]), (row.cuts[1][0] + 1, 128)]
+        asked = [replace(row, answers=tuple(whole)), replace(row, answers=((64, 65),))]
+        options = {"stage": stage, "freeze_backbone": True}
+        plain, facts = gradients([row], "FSSFSS", tmp_path, **options)
+        all_asked, same = gradients([asked[0]], "FSSFSS", tmp_path, answer_weight=3.0, **options)
+        one, _ = gradients([asked[1]], "FSSFSS", tmp_path, answer_weight=3.0, **options)
+        assert facts["kl"] == same["kl"]  # The journal has the loss without the term.
+        for name, grad in plain.items():
+            ratio = float((all_asked[name] - grad).norm() / grad.norm())
+            assert ratio == pytest.approx(3.0, rel=0.15), (number, name)
+            assert not torch.equal(one[name], grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from indexcache.data import Batch, Document
 from indexcache.distilling import DistillResult, DistillSettings, Row, distill, pack_rows
 from indexcache.models.family import decoder_layers, indexers
+from indexcache.models.seam import use_pattern
 from indexcache.records import Run
 from tests.support import make_model
 
@@ -24,7 +26,7 @@ MODES = {
     "warmup": {"stage": "warmup"},
     "frozen": {"stage": "sparse", "freeze_backbone": True},
     "full": {"stage": "sparse", "backbone_lr": 1e-3},
-    "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1},
+    "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1, "answer_weight": 0.5},
 }
 
 
@@ -56,7 +58,22 @@ def documents():
 
 def held_out():
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 128, (3, 96)))
-    return [Batch(ids, "text", ("a", "b", "c"), ("a", "b", "c"))]
+    text = Batch(ids, "text", ("a", "b", "c"), ("a", "b", "c"))
+    return [text, *retrieval()]
+
+
+def retrieval():
+    """Make questions of which the untrained model finds some: its own most likely tokens."""
+    ids = torch.from_numpy(np.random.default_rng(2).integers(0, 128, (3, 96)))
+    model = make_model("glm_moe_dsa")
+    with torch.no_grad(), use_pattern(model, PATTERN):
+        found = model(ids).logits.argmax(-1)
+    ids[:2, 50], ids[0, 80] = found[:2, 49], found[0, 79]
+    answers = (((50, 51), (80, 81)), ((50, 51),), ((60, 62),))
+    return [
+        Batch(ids[:2], "retrieval:passkey", ("p", "q"), ("p", "q"), answers=answers[:2]),
+        Batch(ids[2:], "retrieval:needles", ("r",), ("r",), answers=answers[2:]),
+    ]
 
 
 def train(
@@ -73,7 +90,10 @@ def train(
         {"steps": 7, "rows": 2, "eval_every": 3, "save_every": 3} | MODES[mode] | changes
     )
     settings = DistillSettings(**fields)
-    result = distill(model, pattern, pack_rows(documents(), 96), out, settings, held_out=held_out())
+    rows = pack_rows(documents(), 96)
+    if settings.answer_weight:
+        rows = [dataclasses.replace(row, answers=((40, 44), (90, 91))) for row in rows]
+    result = distill(model, pattern, rows, out, settings, held_out=held_out())
     return model, result
 
 

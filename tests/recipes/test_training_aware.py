@@ -18,8 +18,8 @@ from recipes.smollm2.rewrite import save
 from recipes.smollm2.trainable import trainable
 from recipes.training_aware import run, smollm2, table
 from recipes.training_aware.arms import ALL, ARMS
+from recipes.training_aware.text import Windows, make_bank, read_tokens, split
 from recipes.training_aware.text import main as cut
-from recipes.training_aware.text import read_tokens, split
 from tests.recipes.support import DIGEST
 
 FORMAT = {"model", "arm", "kept", "seed", "loss", "delta_loss", "ci_low", "ci_high", "recall"}
@@ -196,3 +196,21 @@ def test_held_out_text_in_another_vocabulary(tiny, files):
     assert [len(p) for p in pieces] == [len(t) for t in texts]
     plain = [t for t in texts if t.isascii()]
     assert plain and "".join(map(chr, pieces[texts.index(plain[0])])) == plain[0]
+
+
+def test_the_bank_says_where_answers_are(files, tmp_path):
+    decode = Tokenizer.from_file(str(files["tokenizer"])).decode
+    tokens = read_tokens([files["all"]])
+    options = {"vocabulary": 4096, "length": 257, "sequences": 3, "parts": 1}
+    make_bank(tmp_path / "bank.npy", tokens, files["tokenizer"], ["passkey"], **options)
+    windows = Windows(tokens, np.load(tmp_path / "bank.npy"), files["tokenizer"], 4096, 1.0)
+    rows = windows.rows(0, 6, 2, 256)
+    more = windows.rows(0, 9, 2, 256)[:6]
+    assert [r.ids.tobytes() for r in rows] == [r.ids.tobytes() for r in more]
+    asked = [row for row in rows if row.answers]
+    assert 0 < len(asked) < 6  # The retrieval of recipes/tiny does not say where answers are.
+    for row in asked:
+        for a, b in row.answers:
+            start = next(start for start, stop in row.cuts if start < a < stop)
+            before, answer = (decode(ids.tolist()) for ids in (row.ids[start:a], row.ids[a:b]))
+            assert answer.strip() and answer.strip() in before
