@@ -60,10 +60,13 @@ def test_a_vllm_without_the_switch_is_refused():
         rank.indexcache_set_pattern("FSSFSS")
 
 
-def test_ids_do_not_depend_on_the_order_of_threads():
+@pytest.mark.parametrize("values", [6, 1, None], ids=["ties", "all equal", "no ties"])
+def test_ids_do_not_depend_on_the_order_of_threads(values):
     """Rows with ties at, above and below the last place, fillers, and a start that is not 0."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (64, 40), generator=generator).float()
+    scores = torch.rand(64, 40, generator=generator)
+    if values is not None:
+        scores = (scores * values).floor()
     scores[1], scores[2] = 0.0, torch.arange(40).float()
     starts = torch.arange(64, dtype=torch.int32) % 5
     ends = starts + 3 + torch.arange(64, dtype=torch.int32) % 33

@@ -60,5 +60,5 @@ def settle_ties(scores: Tensor, starts: Tensor, ends: Tensor, ids: Tensor) -> No
         # A column past the end takes what is not above the least score.
         chosen = torch.cat([chosen, chosen.new_zeros(len(rows), 1)], 1)
         chosen.scatter_(1, above.clamp_max(scores.shape[1]), True)
-        columns = chosen[:, :-1].nonzero()[:, 1].view(len(rows), -1)
+        columns = chosen[:, :-1].nonzero()[:, 1].view(len(rows), ids.shape[1])
         ids[rows] = (columns - first[rows]).to(ids.dtype)
