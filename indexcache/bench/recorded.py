@@ -169,7 +169,11 @@ class RecordedSelector(FastSelector):
 
     def __init__(self, model: nn.Module, selector: FastSelector):
         super().__init__(
-            module_of(model), selector.index_dtype, selector.project, selector.project_one
+            module_of(model),
+            selector.index_dtype,
+            selector.project,
+            selector.project_one,
+            selector.compiles,
         )
         self.ids: Tensor | None = None
         self.pools: Stretched | None = None

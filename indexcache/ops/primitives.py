@@ -71,6 +71,9 @@ PUT = tl.constexpr(
 TAKE = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.b32 $0, [$1]; }"
 )
+FETCH = tl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
+)
 PUT_BYTE = tl.constexpr(PUT.value.replace("b32 [", "u8 ["))
 
 
@@ -106,6 +109,20 @@ def take(pointer, mask):
         return tl.inline_asm_elementwise(
             TAKE,
             "=&r,l,r",
+            [pointer.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def prefetch(pointer, mask):
+    """Bring the lines at these addresses to the L2 cache; no value is read."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            FETCH,
+            "=r,l,r",
             [pointer.to(tl.int64), mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,

@@ -105,6 +105,10 @@ class StepTuning:
     "The same for the down projections of experts."
     columns: int = 2048
     "Max columns of a tile."
+    whole: bool = False
+    "Whether tiles have all columns, so that all of a program's weights load before it waits."
+    programs: int = 132
+    "A tile has fewer rows where there would be fewer programs than this."
     warps: int = 4
     "Warps of a program."
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from indexcache.ops.primitives import LN2
+from indexcache.ops.primitives import LN2, prefetch
 
 
 @triton.jit
@@ -51,12 +51,21 @@ def attend(
     scale2 = scale * log2(e). SPLIT: out and lse are fp32 partial results [splits, rows, ..], each
     normalised and with a base-2 log-sum; otherwise they are final.
     """
-    if PDL:  # In a step of decoding the next kernel may start now, and this one waits.
-        gdc_launch_dependents()
-        gdc_wait()
     blocks: tl.constexpr = (GROUP * H + M - 1) // M
     i_group, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_split, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if PDL:
+        # In a step of decoding the next kernel may start now, and this one waits. No kernel that
+        # lets the next one start writes ids, so they can be read before; latents are only brought
+        # to the L2 cache, because the newest one may not be written yet.
+        gdc_launch_dependents()
+        o_first = i_split * per_split + tl.arange(0, N)
+        p_first = p_ids + (i_b * n_groups + i_group) * n_slots + o_first
+        ids = tl.load(p_first, mask=o_first < n_slots, other=-1)
+        o_line = tl.arange(0, 16) * (1024 // p_latent.dtype.element_ty.primitive_bitwidth)
+        p_row = p_latent + i_b * s_lb + tl.maximum(ids, 0).to(tl.int64)[:, None] * s_lt
+        prefetch(p_row + o_line[None, :], (ids >= 0)[:, None] & (o_line < V + R)[None, :])
+        gdc_wait()
     o_m = i_block * M + tl.arange(0, M)
     o_q = i_group * GROUP + o_m // H
     m_row = (o_m < GROUP * H) & (o_q < n_queries)

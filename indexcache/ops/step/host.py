@@ -25,10 +25,12 @@ def _tile(width: int, elements: int, rows: Sequence[int]) -> dict[str, int]:
     BN divides all of `rows`. A warp takes 256 columns, 16 bytes a thread, so that no vector has to
     change its layout.
     """
-    divisor = width & -width
-    columns = min(divisor if divisor >= 512 else power(width), current().step.columns)
+    divisor, settings = width & -width, current().step
+    columns = min(divisor if divisor >= 512 else power(width), settings.columns)
+    if settings.whole:
+        columns = power(width)
     count = max(elements // columns, 1)
-    while any(n % count for n in rows):
+    while any(n % count for n in rows) or (count > 1 and sum(rows) // count < settings.programs):
         count //= 2
     warps = min(max(columns // 256, 1), current().step.warps)
     return {"KP": columns, "BN": count, "num_warps": warps}
@@ -55,7 +57,8 @@ def products(
     ends = [sum(rows[:i]) for i in range(5)]
     out = torch.empty(sum(rows), dtype=dtype, device=x.device)
     kept = torch.empty_like(x) if normed else None
-    tile = _tile(width, settings.tile, [*rows, block] if heads else rows)
+    # A program stays within one weight, or within one head.
+    tile = _tile(width, settings.tile, [block] * heads if heads else rows)
     slots = {f"p_w{i}": weights[i] if i < len(weights) else None for i in range(4)}
     first = {f"n_{i}": ends[i] if i < len(weights) else 0 for i in range(1, 4)}
     arguments: dict[str, Any] = {
@@ -153,7 +156,7 @@ def experts(
     h = y.new_empty(shared_inner + topk * inner)
     chosen = torch.empty(topk, dtype=torch.int32, device=y.device)
     weight = torch.empty(topk, dtype=torch.float32, device=y.device)
-    tile = _tile(hidden, settings.tile // 2, [inner, shared_inner])
+    tile = _tile(hidden, settings.tile // 2, [shared_inner] + [inner] * topk)
     arguments: dict[str, Any] = {"p_y": y, "p_logits": logits, "p_bias": bias, "p_experts": gate_up}
     arguments |= {"p_gate": shared[0], "p_up": shared[1], "p_out": h, "K": hidden}
     arguments |= {"INNER": inner, "SHARED": shared_inner, "X": count, "XP": power(count)}

@@ -81,8 +81,11 @@ def products(
         w = tl.load(p_tile + c, mask=m[None, :], other=0.0)
         if p_norm is not None:
             g = tl.load(p_norm + c + o_k, mask=m, other=0.0).to(tl.float32)
-        if c == 0 and PDL:
-            gdc_wait()
+        if c == 0:
+            if PDL:
+                gdc_wait()
+            if p_add is not None:
+                add = tl.load(p_add + i_out + o_n).to(tl.float32)
         x = tl.load(p_x + c + o_k, mask=m, other=0.0).to(tl.float32)
         if p_norm is not None:
             square += x * x
@@ -94,13 +97,16 @@ def products(
         out *= scale
         if p_normed is not None:  # noqa: SIM102
             if i_out == 0:
-                for c in tl.static_range(0, K, KP):
-                    m = o_k < K - c
-                    x = tl.load(p_x + c + o_k, mask=m, other=0.0).to(tl.float32)
-                    g = tl.load(p_norm + c + o_k, mask=m, other=0.0).to(tl.float32)
-                    tl.store(p_normed + c + o_k, x * scale * g, mask=m)
+                if KP >= K:
+                    tl.store(p_normed + o_k, x * scale, mask=o_k < K)
+                else:
+                    for c in tl.static_range(0, K, KP):
+                        m = o_k < K - c
+                        y = tl.load(p_x + c + o_k, mask=m, other=0.0).to(tl.float32) * scale
+                        y *= tl.load(p_norm + c + o_k, mask=m, other=0.0).to(tl.float32)
+                        tl.store(p_normed + c + o_k, y, mask=m)
     if p_add is not None:
-        out += tl.load(p_add + i_out + o_n).to(tl.float32)
+        out += add
     tl.store(p_out + i_out + o_n, out)
 
 
@@ -289,8 +295,10 @@ def experts_down(
     for c in tl.static_range(0, SHARED, KP):
         m = o_k < SHARED - c
         w = tl.load(p_shared + at + c, mask=m[None, :], other=0.0)
-        if c == 0 and PDL:
-            gdc_wait()
+        if c == 0:
+            if PDL:
+                gdc_wait()
+            add = tl.load(p_add + o_n).to(tl.float32)
         h = tl.load(p_h + c + o_k, mask=m, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * h[None, :]
     at = (o_n * INNER)[:, None] + o_k[None, :]
@@ -308,8 +316,7 @@ def experts_down(
             h = tl.load(p_h + SHARED + i_slot * INNER + c + o_k, mask=m, other=0.0).to(tl.float32)
             one += w.to(tl.float32) * h[None, :]
         acc += one * (tl.load(p_weight + i_slot) / total * factor)
-    out = tl.sum(acc, 1) + tl.load(p_add + o_n).to(tl.float32)
-    tl.store(p_out + o_n, out)
+    tl.store(p_out + o_n, tl.sum(acc, 1) + add)
 
 
 @triton.jit
