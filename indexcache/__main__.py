@@ -15,6 +15,7 @@ def main() -> int:
     code = process.BUG
     try:
         process.catch_interrupts()
+        process.end_with_torchrun()
         process.open_streams()
         process.calm_warnings()
         from indexcache.cli import main as run

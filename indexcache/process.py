@@ -16,6 +16,7 @@ BAD_INPUT = 2
 BUG = 70
 INTERRUPTED = 130
 NO_READER = 141
+PR_SET_PDEATHSIG = 1
 
 
 class Lenient:
@@ -85,6 +86,18 @@ def forget_interrupts(code: int) -> None:
     """Make Ctrl-C end the process at once with `code`, which is that of its finished work."""
     if signal.getsignal(signal.SIGINT) is _on_interrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+
+
+def end_with_torchrun() -> None:
+    """Let Linux end this process, if torchrun started it, by SIGTERM when torchrun is killed.
+
+    Nobody would end it otherwise, and it would go on to hold its run folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 _interrupts = 0

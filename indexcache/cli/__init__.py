@@ -72,6 +72,8 @@ UNREACHABLE = (
     errno.ENFILE,
 )
 """Errors of the file system that name a file of the user's, not a bug of ours."""
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""Errors of a disk or of the network to it, where they name a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,6 +253,11 @@ def explained(error: BaseException) -> str | None:
                 f"The disk is full ({error.filename or 'while writing'}); free space and run the "
                 "same command again."
             )
-        if error.errno in UNREACHABLE:
+        if error.errno == errno.EFBIG:
+            return (
+                f"{error.filename or 'A file'!s:.120}: a file there may not grow any more "
+                f"({error.strerror}); raise the limit (ulimit -f), or choose another --out."
+            )
+        if error.errno in UNREACHABLE or (error.filename and error.errno in FAILING):
             return f"{error.filename or 'A file'!s:.120}: {error.strerror}."
     return None

@@ -50,12 +50,19 @@ def deliver_forecast(
     stream: StreamSettings,
     output: Output,
 ) -> None:
-    """Print what streaming would take."""
+    """Print what streaming would take.
+
+    Raises:
+        ValueError: the checkpoint has not the tensors of its model.
+    """
+    from indexcache.models.loading import DTYPES
     from indexcache.models.stream.forecast import forecast
+    from indexcache.models.stream.loading import check_streamed
     from indexcache.models.world import first_process, world_size
 
     if not first_process():
         return
+    check_streamed(facts, DTYPES[running.dtype], running.trust_remote_code)
     found = forecast(
         facts,
         rounds,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
-import signal
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from indexcache.process import end_with_torchrun
+
 PATIENCE = timedelta(days=2)
 """How long processes wait for each other: one has more of a round to compute than another."""
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -80,22 +77,14 @@ def local_device(device: str) -> str:
 def join() -> Processes:
     """Join the processes that torchrun started, which exchange Python objects alone.
 
-    They stay joined until this process ends, which it does when torchrun is killed: nobody would
-    end it otherwise, and it would go on to hold its run folder.
+    They stay joined until this process ends.
     """
     size = world_size()
     if size > 1 and not dist.is_initialized():
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _end_with_parent()
+        end_with_torchrun()
         dist.init_process_group("gloo", timeout=PATIENCE)
         atexit.register(_part)
     return Processes(int(os.environ.get("RANK", "0")), size)
-
-
-def _end_with_parent() -> None:
-    """Let Linux send SIGTERM to this process when its parent ends; elsewhere nothing is done."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _part() -> None:

@@ -330,6 +330,8 @@ def test_failures_become_exit_codes_and_bugs_files(capsys, monkeypatch, tmp_path
         (OSError(12, "Cannot allocate memory", "f"), 2, "not enough memory"),
         (OverflowError("int too large"), 2, "too large"),
         (OSError(28, "No space left on device", "f"), 2, "disk is full"),
+        (OSError(27, "File too large", "f"), 2, "ulimit -f"),
+        (OSError(116, "Stale file handle", "f"), 2, "f: Stale file handle"),
         (ImportError("AWQ needs gptqmodel", name="gptqmodel"), 2, "needs gptqmodel"),
         (PermissionError(13, "Permission denied", "f"), 2, "f: Permission denied"),
     ):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from indexcache.cli import main
 from indexcache.models.stream import loading, store
-from tests.fp8_support import write_fp8
+from tests.fp8_support import edit_config, write_fp8
 
 TEXT = ["--split", "all", "--length", "64", "--sequences", "4", "--json"]
 
@@ -101,6 +103,7 @@ def test_a_forecast_counts_passes_and_writes_nothing(run, tmp_path, flags, passe
         (["--no-stream", "--host-memory", "1GB"], "--host-memory is a setting of streaming"),
         (["--checkpoint-layers", "2"], "--checkpoint-layers is a setting of streaming"),
         (["--stream", "--host-memory", "lots"], "--host-memory is an amount of memory"),
+        (["--stream", "--host-memory", "\u0661GB"], "--host-memory is an amount of memory"),
         (["--stream", "--read-rate", "0"], "--read-rate is a number above 0"),
         (["--stream", "--checkpoint-layers", "-2"], "--checkpoint-layers is a number"),
     ],
@@ -110,6 +113,35 @@ def test_settings_that_make_no_sense_are_refused(run, tmp_path, flags, says):
     assert code == 2
     assert says in err[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: edit_config(f, hidden_size=128), "but the config says"),
+        (lambda f: edit_config(f, n_routed_experts=8), "but the config says"),
+        (lambda f: drop(f, "model.layers.2.self_attn.o_proj.weight"), "weight_scale_inv"),
+        (lambda f: drop(f, "model.norm.weight"), "1 weights are missing"),
+    ],
+)
+def test_a_forecast_refuses_what_the_run_would_refuse(run, folder, tmp_path, damage, says):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(copy)
+    for how in (("--dry-run",), ()):
+        code, _, err = run("overlap", "--stream", *how, "--out", str(tmp_path / "o"), model=copy)
+        assert code == 2
+        assert says in err[-1]
+        assert not (tmp_path / "o").exists()
+
+
+def drop(folder, name):
+    """Take a tensor out of its file and out of the index."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"].pop(name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
 
 
 def test_a_full_disk_ends_a_run_that_goes_on_later(run, tmp_path, monkeypatch):

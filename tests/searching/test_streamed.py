@@ -205,11 +205,13 @@ def running(process):
         return False
 
 
-def test_a_process_ends_with_the_torchrun_that_started_it(tmp_path):
-    script = "from indexcache.models import world as w; w._end_with_parent(); input(print(1))"
+def test_a_process_ends_with_the_torchrun_that_started_it():
+    script = "from indexcache import process as p; p.end_with_torchrun(); input(print(1))"
     shell = f"exec 3<&0; {sys.executable} -c '{script}' <&3 & wait"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
-    with subprocess.Popen(["sh", "-c", shell], **pipes) as parent:
+    with subprocess.Popen(
+        ["sh", "-c", shell], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "x"},
+    ) as parent:  # fmt: skip
         assert parent.stdout.readline() == b"1\n"
         (child,) = workers(parent.pid)
         parent.kill()

@@ -12,7 +12,7 @@ from indexcache.delta import read_delta
 from indexcache.memory import out_of_memory
 from indexcache.models.applied import AppliedDelta
 from indexcache.models.family import AnyModel, DsaModule, module_of
-from indexcache.models.loading import Model, checked_class, transformers_config
+from indexcache.models.loading import Model, checked_class, open_weights, transformers_config
 from indexcache.models.patch import state_of
 from indexcache.models.random import free_memory
 from indexcache.models.reader import Reader
@@ -52,6 +52,16 @@ def stream_model(
         applied = AppliedDelta.put(module, delta, folder)  # It checks; `meta` takes no values.
         layers.trained = read_delta(delta)[0]
     return Model(module, Reader(folder), folder, Pattern(facts["native_pattern"]), applied)
+
+
+def check_streamed(facts: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Check that a checkpoint has the tensors of its model, without reading their values.
+
+    Raises:
+        ValueError: see `stream_model`.
+    """
+    weights = open_weights(facts)
+    weights.check(_skeleton(facts, weights, dtype, trust_remote_code))
 
 
 def stream_of(model: AnyModel) -> Stream | None:

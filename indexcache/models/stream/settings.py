@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 
-_BYTES = re.compile(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
+_BYTES = re.compile(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?|B)?", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,9 +242,11 @@ class Store:
         assert self._file is not None
         view, done = _view(out), 0
         while done < len(view):
-            got = os.preadv(self._file, [view[done:]], place + done)
-            if got == 0:
-                raise OSError(f"{self.folder}: the file of spilled states is cut off.")
+            try:
+                got = os.preadv(self._file, [view[done:]], place + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.folder)) from None
+            assert got > 0, "nobody else knows this file"
             done += got
         return out
 
