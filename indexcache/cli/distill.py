@@ -66,7 +66,8 @@ def distill(
     result, checkpoint = distill_checkpoint(model, named.pattern, out, settings, run, progress=True)
     if not first_process():
         return
-    files = [result.delta, "checkpoint" if checkpoint else None, "journal.jsonl"]
+    adapter = "adapter" if settings.lora else None
+    files = [result.delta, "checkpoint" if checkpoint else None, adapter, "journal.jsonl"]
     text = f"{result.table()}\n{out}: {', '.join(file for file in files if file)}"
     written = {"checkpoint": str(checkpoint)} if checkpoint else {}
     deliver(text, result.to_json() | written, output)

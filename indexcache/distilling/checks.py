@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from indexcache.data import Batch
+from indexcache.distilling.adapters import check_peft
 from indexcache.distilling.rows import Row, check_beyond
 from indexcache.distilling.settings import DistillSettings
 from indexcache.models.family import (
@@ -42,6 +43,8 @@ def check_run(
             share the rows evenly; or an indexer's weights are not finite.
     """
     settings.check()
+    if settings.lora:
+        check_peft()
     check_weights(model, selecting=True)
     length = len(rows[0].ids) if rows else 0
     if not rows or any(len(row.ids) != length for row in rows):

@@ -26,16 +26,20 @@ def flops_per_token(
     """Count the floating-point operations that training on one token needs.
 
     Only matrix products count: two operations a weight, and three times that with a backward
-    pass. Recomputation does not count.
+    pass, which is twice with frozen weights in it. Recomputation does not count.
 
     Args:
         length: tokens of the document; half of them are visible on average.
     """
     keys = min(shape.topk, length / 2) if settings.sparse else length / 2
     pair = shape.latent_pair_operations if settings.sparse else shape.full_pair_operations
-    backbone = 2 * shape.backbone_weights + shape.layers * pair * keys
+    weights = 2 * shape.backbone_weights
+    pairs = shape.layers * pair * keys
+    backbone = weights + pairs
     if not settings.frozen:
-        backbone = 3 * (backbone + 2 * shape.head_weights)
+        # Weights beside adapters need no gradients; the adapters themselves do not count.
+        passes = 2 if settings.lora else 3
+        backbone = passes * (weights + 2 * shape.head_weights) + 3 * pairs
 
     passes = 1 if settings.objective == "none" else 3
     indexer = passes * (2 * shape.indexer_weights + shape.index_pair_operations * keys)

@@ -80,11 +80,16 @@ def open_world(device: torch.device, sharded: bool) -> Iterator[World]:
 
 
 class RowLoss(nn.Module):
-    """The model as the trainer calls it: one module, so that FSDP2 can wrap it."""
+    """The model as the trainer calls it: one module, so that FSDP2 can wrap it.
 
-    def __init__(self, model: DsaModule):
+    Attributes:
+        adapted: whether the model has adapters, which train instead of all weights.
+    """
+
+    def __init__(self, model: DsaModule, adapted: bool = False):
         super().__init__()
         self.inner = model
+        self.adapted = adapted
 
     def forward(
         self, row: Row, device: torch.device, loss: bool, answers: bool = False

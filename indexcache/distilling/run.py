@@ -21,6 +21,7 @@ from indexcache.data import (
     split_documents,
 )
 from indexcache.delta import check_delta, untrained
+from indexcache.distilling.adapters import check_peft
 from indexcache.distilling.carried import carry_over
 from indexcache.distilling.checks import check_streamed
 from indexcache.distilling.delta import apply_delta, save_checkpoint
@@ -104,6 +105,8 @@ def distill_checkpoint(
         weights = layer_weights(run.layer_weights, len(pattern), digest)
         settings = replace(settings, layer_weights=tuple(weights))
     settings.check()
+    if settings.lora:
+        check_peft()
     check_retrieval(run, settings)
     how = _streaming(facts, settings, run, device)
     # What is wrong with the text is said before the model is loaded.

@@ -35,6 +35,10 @@ class DistillSettings:
     """Train nothing but the indexers in the sparse stage too. Otherwise the language-modelling
     loss trains all other weights."""
 
+    lora: int = 0
+    """Rank of low-rank adapters on the matrices of attention, which the language-modelling loss
+    trains instead of all other weights; 0 trains these. Needs the library peft."""
+
     objective: Objective = "multi"
     """multi, avg: an indexer learns the mean of all layers it serves (the two have the same
     gradient). max: it learns the largest attention that any of them pays. cover: it learns more of
@@ -123,14 +127,15 @@ class DistillSettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings under the keys that settings.json has.
 
-        `recompute` is there only where it is off, and `answer_weight` where it is not 0, so that
-        runs of earlier versions go on.
+        `recompute` is there only where it is off, `answer_weight` and `lora` where they are not 0,
+        so that runs of earlier versions go on.
         """
         facts = {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
         if self.recompute:
             del facts["recompute"]
-        if not self.answer_weight:
-            del facts["answer_weight"]
+        for name in ("answer_weight", "lora"):
+            if not facts[name]:
+                del facts[name]
         return facts
 
     def check(self) -> None:
@@ -169,7 +174,12 @@ class DistillSettings:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
-        minimum = {"steps": 1, "rows": 1, "save_every": 1, "eval_every": 0, "seed": 0}
+        if self.lora and self.frozen:
+            raise ValueError(
+                "Adapters (--lora) train instead of all other weights, which are frozen here: take "
+                "--stage sparse without --freeze-backbone, or leave --lora out."
+            )
+        minimum = {"lora": 0, "steps": 1, "rows": 1, "save_every": 1, "eval_every": 0, "seed": 0}
         for name, bound in minimum.items():
             if (value := getattr(self, name)) < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {value}.")

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -103,17 +104,24 @@ def load_state(
             "again: remove the run folder, or choose another --out."
         ) from None
     for name, (module, optimizer) in trained.items():
-        set_model_state_dict(module, state[name]["model"])
+        strict = StateDictOptions(strict=not adapters_alone(module))
+        set_model_state_dict(module, state[name]["model"], options=strict)
         if optimizers:
             set_optimizer_state_dict(module, optimizer, optim_state_dict=state[name]["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["facts"]
 
 
+def adapters_alone(module: nn.Module) -> bool:
+    """Return whether only adapters of a module train, which are then all that is saved of it."""
+    return bool(getattr(module, "adapted", False))
+
+
 def _state_of(
     module: nn.Module, optimizer: torch.optim.Optimizer, optimizers: bool
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {"model": get_model_state_dict(module)}
+    kept = StateDictOptions(ignore_frozen_params=adapters_alone(module))
+    values: dict[str, Any] = {"model": get_model_state_dict(module, options=kept)}
     if optimizers:
         values["optimizer"] = get_optimizer_state_dict(module, optimizer)
     return values

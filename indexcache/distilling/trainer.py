@@ -23,6 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from indexcache.data import Batch
+from indexcache.distilling.adapters import (
+    FOLDER,
+    add_adapters,
+    merged,
+    remove_adapters,
+    save_adapters,
+)
 from indexcache.distilling.checks import check_entry, check_run
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.evaluation import mean_loss, recall, rows_by_kind, sum_and_count
@@ -55,6 +62,8 @@ from indexcache.shapes import Shape
 from indexcache.vacuity import pools_of, share_of
 
 DELTA = "delta.safetensors"
+INDEXERS = "indexers.safetensors"
+"""The indexers that were trained beside adapters, a delta in the folder of these."""
 
 
 def distill(
@@ -179,7 +188,9 @@ class Trainer:
         masked = settings.keep_zeros and learns
         self.zero_row_masks = matrices_with_zero_rows(self.indexers) if masked else []
         model.requires_grad_(not settings.frozen)
-        self.row_loss = RowLoss(model)
+        if settings.lora:
+            add_adapters(model, settings.lora, settings.seed)
+        self.row_loss = RowLoss(model, adapted=settings.lora > 0)
         self.trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
         if learns:
             optimizer = self._optimizer(self.indexers, settings.lr)
@@ -478,6 +489,13 @@ class Trainer:
             load_state(best, self.trained, self._facts(), self.world, optimizers=False)
         write_back(self.model, self.indexers)
         weights = None if s.frozen else self._gather_weights()
+        if s.lora:
+            remove_adapters(self.model)
+            weights, adapters = merged(weights or {})
+            if self.run is not None:
+                save_adapters(adapters, s.lora, self.out / FOLDER)
+                about = base | seen.to_metadata()
+                save_delta(self.model, self.pattern, self.out / FOLDER / INDEXERS, about)
         result = None
         if self.run is not None:
             if s.frozen:

@@ -403,9 +403,9 @@ def test_kill_and_resume(mode, tmp_path):
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
-    done = run_worker("train", tmp_path / "two", "warmup", "full", "zeros", processes=2)
+    done = run_worker("train", tmp_path / "two", "warmup", "full", "lora", "zeros", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for mode in ("warmup", "full", "zeros"):
+    for mode in ("warmup", "full", "lora", "zeros"):
         worker.train(tmp_path / "one" / mode, mode)
         for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
             assert len(a) == len(b) > 2

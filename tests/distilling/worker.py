@@ -26,6 +26,7 @@ MODES = {
     "warmup": {"stage": "warmup"},
     "frozen": {"stage": "sparse", "freeze_backbone": True},
     "full": {"stage": "sparse", "backbone_lr": 1e-3},
+    "lora": {"stage": "sparse", "backbone_lr": 1e-2, "lora": 2},
     "zeros": {"stage": "warmup", "keep_zeros": True, "weight_decay": 0.1, "answer_weight": 0.5},
 }
 
