@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from indexcache.ops import AttentionTarget, kl, tuning
 from indexcache.ops.index import host as index_host
 from indexcache.ops.index import topk_host
+from indexcache.ops.linear import host as linear_host
 from indexcache.ops.mla import host as mla_host
 from indexcache.ops.pages import group_pages
 from indexcache.ops.quantize import quantize
@@ -175,6 +176,26 @@ def index_kl(
     kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
 
 
+def linear(tokens: int, quantized: bool = False, width: int = 2048) -> Callable[[], Any]:
+    """Multiply by an FP8 weight of 2048 outputs."""
+    x = torch.zeros(tokens, width, dtype=torch.bfloat16)
+    weight = torch.zeros(2048, width, dtype=torch.float8_e4m3fn)
+    return lambda: linear_host.block_linear(x, weight, torch.zeros(16, -(-width // 128)), quantized)
+
+
+def experts(tokens: int, quantized: bool = False, plain: bool = False) -> Callable[[], Any]:
+    """Run 4 of 8 experts of the 30B shape, in FP8 or bf16."""
+    dtype = torch.bfloat16 if plain else torch.float8_e4m3fn
+    gate_up = torch.zeros(8, 2, 1536, 2048, dtype=dtype)
+    down = torch.zeros(8, 2048, 1536, dtype=dtype)
+    scales = (None, None) if plain else (torch.zeros(8, 2, 12, 16), torch.zeros(8, 16, 12))
+    x = torch.zeros(tokens, 2048, dtype=torch.bfloat16)
+    chosen = torch.zeros(tokens, 4, dtype=torch.int64), torch.zeros(tokens, 4)
+    return lambda: linear_host.gated_experts(
+        x, gate_up, scales[0], down, scales[1], *chosen, quantized
+    )
+
+
 def quantize_rotated() -> None:
     angle = torch.zeros(1, 4096, 32)
     x = torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16)
@@ -260,6 +281,14 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "quantize": quantize_rotated,
         "step products": step_products,
         "step experts": step_experts,
+        "linear": linear(2048),
+        "linear of partial blocks": linear(2048, width=200),
+        "linear quantised": linear(2048, True),
+        "linear of one": linear(1),
+        "experts": experts(2048),
+        "experts quantised": experts(2048, True),
+        "experts of one": experts(1),
+        "experts plain": experts(2048, plain=True),
         "distill warm-up": lambda: index_kl((9, 256), 9, 256),
         "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),

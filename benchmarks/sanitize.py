@@ -4,10 +4,10 @@
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize index
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize dispatch
 
-The tasks index, rows, pools, plain, gluon, paged, step and distill run the kernels of the package.
-The tasks dispatch and dispatch-all run none of them: they show what the tool reports for code that
-Triton generates. The exit code is 1 if a result is wrong or a kernel of the task (KERNELS) was not
-launched.
+The tasks index, rows, pools, plain, gluon, paged, step, linear and distill run the kernels of the
+package. The tasks dispatch and dispatch-all run none of them: they show what the tool reports for
+code that Triton generates. The exit code is 1 if a result is wrong or a kernel of the task
+(KERNELS) was not launched.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ KERNELS = {
     },
     "gluon": {"mla.forward_hopper.attend", "groups.join"},
     "paged": {"pages.unite_pages"},
+    "linear": {
+        "linear.kernels.products",
+        "linear.kernels.products_of_few",
+        "linear.kernels.quantize_groups",
+    },
     "distill": {
         "kl.normalise",
         "kl.teach",
@@ -252,6 +257,28 @@ def step() -> None:
             compare("experts", x, half(300), *logits, *experts, shared, 4, True, 1.8)
 
 
+def linear() -> None:
+    def blocks(*shape: int) -> tuple[Tensor, Tensor]:
+        *leading, n, k = shape
+        scale = torch.rand(*leading, -(-n // 128), -(-k // 128), device="cuda") * 0.1
+        return torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn), scale
+
+    for tokens, width in ((1, 256), (3, 200), (300, 136), (40, 256)):
+        x = torch.randn(tokens, width, device="cuda").bfloat16()
+        matrix = blocks(130, width)
+        weights = blocks(5, 2, 160, width) + blocks(5, width, 160)
+        liked = torch.rand(tokens, 5, device="cuda").topk(2)
+        chosen = liked.indices, liked.values
+        for quantized in (False, True):
+            products: list[list[Tensor]] = []
+            for backend in ("triton", "torch"):
+                to: dict[str, Any] = {"quantized_inputs": quantized, "backend": backend}
+                one = ops.block_linear(x, *matrix, **to)
+                products.append([one, ops.gated_experts(x, *weights, *chosen, **to)])
+            for result, expected in zip(*products, strict=True):
+                need(relative(result.float(), expected.float()) < 3e-2, "a product")
+
+
 def distill() -> None:
     def small(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda") * 0.1
@@ -284,6 +311,7 @@ TASKS: dict[str, Callable[[], None]] = {
     "gluon": partial(attention, hopper=True),
     "paged": paged,
     "step": step,
+    "linear": linear,
     "distill": distill,
     "dispatch": partial(control, all_arrive=False),
     "dispatch-all": partial(control, all_arrive=True),

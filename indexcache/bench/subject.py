@@ -79,6 +79,7 @@ def open_subject(
     data: str | None = None,
     tokens: int | None = None,
     delta: str | None = None,
+    fp8: str = "dequantize",
 ) -> Subject:
     """Open and accelerate a model to time.
 
@@ -96,6 +97,7 @@ def open_subject(
         data: a file or folder of text to prefill with, repeated to the length.
         tokens: number of tokens of the text that are needed; None takes all.
         delta: the file of trained indexers to put into a checkpoint.
+        fp8: see `load`; a named shape gets FP8 weights unless it is "dequantize".
 
     Raises:
         ValueError: as `shape_of`, `read_selections`, `random_model`, `load`, `accelerate` and
@@ -114,18 +116,25 @@ def open_subject(
     text_digest = None
     if model in SHAPES:
         config = shape_config(model, layers)
-        module = random_model(config, dtype=dtype, device=device, seed=seed)
+        module = random_model(config, dtype=dtype, device=device, seed=seed, fp8=fp8)
         identity = f"random, seed {seed}, {config['num_hidden_layers']} layers"
     else:
         if data is not None:
             ids, text_digest = Reader(resolve(model)).tokens(data, shape.vocab, tokens)
             text = tuple(ids.tolist())
         loaded = load(
-            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, delta=delta
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            delta=delta,
+            fp8=fp8,
         )
         module, identity = loaded.module, fingerprint(loaded.path)
         if loaded.delta is not None:
             identity += f" delta {loaded.delta.digest}"
+    if fp8 != "dequantize":
+        identity += f" fp8 {fp8}"
     on_gpu = torch.device(device).type == "cuda"
     compiled = compile and on_gpu
     accelerate(module, index_dtype=index_dtype, compile=compiled)

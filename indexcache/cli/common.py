@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 IndexDtype = Literal["auto", "bf16", "fp8"]
+Fp8 = Literal["dequantize", "keep", "both"]
 Split = Literal["calibration", "heldout", "all"]
 
 FLAT = Parameter(name="*")

@@ -17,6 +17,7 @@ from indexcache.cli.common import (
     Checkpoint,
     DeltaFile,
     Dtype,
+    Fp8,
     IndexDtype,
     Output,
     Spec,
@@ -45,6 +46,9 @@ class GenerateSettings:
     "Dtype of the weights."
     index_dtype: IndexDtype = "auto"
     "Dtype of the indexers' keys and queries; auto takes that of the weights."
+    fp8: Fp8 = "dequantize"
+    """What becomes of weights in FP8: dequantize them, keep them, or keep them and quantise the
+    inputs of products of many tokens too (both)."""
     device: str = "cpu"
     "Where the model runs, e.g. cpu or cuda:0."
     trust_remote_code: bool = False
@@ -100,6 +104,7 @@ def generate(
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         delta=settings.delta,
+        fp8=settings.fp8,
     )
     accelerate(loaded.module, index_dtype=settings.index_dtype)
     tokens: list[int] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from indexcache.bench import CHUNK
-from indexcache.cli.common import DeltaFile, Dtype, IndexDtype
+from indexcache.cli.common import DeltaFile, Dtype, Fp8, IndexDtype
 from indexcache.cli.numbers import number
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class TimingSettings:
     "Dtype of the weights."
     index_dtype: IndexDtype = "fp8"
     "Dtype of the indexers' keys and queries; auto takes that of the weights."
+    fp8: Fp8 = "dequantize"
+    """What becomes of weights in FP8: dequantize them, keep them, or keep them and quantise the
+    inputs of products of many tokens too (both). A named shape gets such weights with the last
+    two."""
     compile: bool = True
     "Fuse what lies between the matrix products with torch.compile, on a GPU."
     selections: Annotated[str | None, Parameter(metavar="FILE:NAME[,POOL]")] = None
@@ -100,6 +104,7 @@ def open_model(
         data=s.data,
         tokens=max(grid.contexts),
         delta=s.delta,
+        fp8=s.fp8,
     )
     return subject, grid
 

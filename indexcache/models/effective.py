@@ -16,6 +16,8 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from indexcache.models.blocks import BlockExperts, BlockLinear
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Max relative deviation of a module from a linear map; 5e-3 in dtypes that are missing.
@@ -101,6 +103,10 @@ def is_plain(module: Any) -> bool:
     """
     if isinstance(module, nn.Linear):
         return is_plain_linear(module)
+    if isinstance(module, BlockLinear | BlockExperts):
+        return not (module._forward_hooks or module._forward_pre_hooks) and (
+            "forward" not in module.__dict__ or moves_inputs_only(module)
+        )
     return (
         has_stock_forward(module)
         and not torch.nn.utils.parametrize.is_parametrized(module)

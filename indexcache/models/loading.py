@@ -25,6 +25,7 @@ from indexcache.data import Batch
 from indexcache.delta import check_delta
 from indexcache.memory import out_of_memory
 from indexcache.models.applied import AppliedDelta
+from indexcache.models.blocks import WAYS
 from indexcache.models.contradictions import check_config
 from indexcache.models.family import (
     AnyModel,
@@ -300,6 +301,7 @@ def load(
     trust_remote_code: bool = False,
     delta: str | Path | None = None,
     stream: bool | StreamSettings = False,
+    fp8: str = "dequantize",
 ) -> Model:
     """Load a DSA checkpoint with stock transformers, from safetensors only, in eval mode.
 
@@ -312,15 +314,26 @@ def load(
         stream: read the layers from the disk when they are needed, one at a time. `search`,
             `evaluate` and `overlap` then need memory for one layer only, and give the same numbers.
             `StreamSettings` say more than that.
+        fp8: what becomes of weights in block-scaled FP8: "dequantize" to `dtype`; "keep", where
+            products read them as they are stored, which takes half the memory of bf16 and gives
+            the same numbers up to the order of sums; or "both", where products of many tokens
+            quantise their inputs too, as DeepSeek-V3 does (`ops.block_linear`). The fast path has
+            kernels for them on a GPU; elsewhere each product dequantises its weight.
 
     Raises:
         ValueError: `describe` refuses the checkpoint, the dtype or the device cannot be used,
-            or the checkpoint lacks weights that the model needs.
+            the checkpoint lacks weights that the model needs, or `fp8` cannot be done.
     """
     facts = describe(path)
     folder = Path(facts["path"])
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if fp8 not in WAYS:
+        raise ValueError(f"fp8 is one of {', '.join(WAYS)}, not {fp8!r}.")
+    if stream and fp8 != "dequantize":
+        raise ValueError(
+            f"Layers that are read one at a time are dequantised, so fp8 must not be {fp8!r} then."
+        )
     check_device(device)
     if delta is not None:
         check_delta(delta, folder, facts["num_hidden_layers"])
@@ -330,7 +343,17 @@ def load(
 
         how = StreamSettings() if stream is True else stream
         return stream_model(facts, weights, DTYPES[dtype], device, how, trust_remote_code, delta)
-    module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
+    if fp8 == "dequantize":
+        module = _module_of_weights(facts, weights, DTYPES[dtype], trust_remote_code)
+    else:
+        from indexcache.models.kept import load_kept
+        from indexcache.models.stream.loading import skeleton
+
+        module = skeleton(facts, weights, DTYPES[dtype], trust_remote_code)
+        kept = {"quantized_inputs": fp8 == "both", "indexers": delta is None}
+        load_kept(module, weights, device, **kept)
+        weights.close()
+        _take_generation_config(module, facts, folder)
     check_weights(module, f"{folder}: ")
     module.to(device).eval()
     applied = None if delta is None else AppliedDelta.put(module, delta, folder)
@@ -370,7 +393,6 @@ def _module_of_weights(
     facts: dict[str, Any], weights: Weights, dtype: torch.dtype, trust_remote_code: bool
 ) -> DsaModule:
     """Make transformers' model of a checkpoint, and let it take the weights."""
-    from transformers import GenerationConfig
     from transformers.utils import logging
 
     folder = weights.folder
@@ -387,11 +409,7 @@ def _module_of_weights(
             output_loading_info=True,
         )
         module, report = result
-        if not facts["nested"] or (folder / "generation_config.json").is_file():
-            with suppress(OSError):  # The model has made one from its config already.
-                module.generation_config = GenerationConfig.from_pretrained(
-                    folder, local_files_only=True
-                )
+        _take_generation_config(module, facts, folder)
     except ValueError:
         raise
     except Exception as error:  # A config that fits no model makes transformers raise anything.
@@ -403,7 +421,6 @@ def _module_of_weights(
         ) from None
     finally:
         weights.close()
-    module.config.name_or_path = module.name_or_path = str(folder)
     for key, what in (("missing_keys", "missing"), ("unexpected_keys", "read by nobody")):
         if names := sorted(report[key]):
             raise ValueError(
@@ -411,6 +428,18 @@ def _module_of_weights(
                 "would load another model than the checkpoint's."
             )
     return module
+
+
+def _take_generation_config(module: Any, facts: dict[str, Any], folder: Path) -> None:
+    """Let a model take the checkpoint's settings of generation, where there are any."""
+    from transformers import GenerationConfig
+
+    if not facts["nested"] or (folder / "generation_config.json").is_file():
+        with suppress(OSError):  # The model has made one from its config already.
+            module.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
+    module.config.name_or_path = module.name_or_path = str(folder)
 
 
 def transformers_config(facts: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -10,17 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from indexcache.models.blocks import WAYS, replace_kept
 from indexcache.models.family import family_named
+from indexcache.models.fp8 import SCALE_SUFFIX
 from indexcache.models.loading import DTYPES, check_device
+from indexcache.ops.reference import FP8
 from indexcache.shapes import Shape
 
 STD = 0.02  # standard deviation of the random weights
+BLOCK = (128, 128)
+UNQUANTIZED = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "weights_proj", "bias")
+"""Parts of the names of tensors that checkpoints in FP8 keep in bf16."""
 
 
 def random_model(
-    config: Mapping[str, Any], *, dtype: str = "bfloat16", device: str = "cpu", seed: int = 0
+    config: Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
+    fp8: str = "dequantize",
 ) -> nn.Module:
     """Make a stock transformers model of a DSA config, in eval mode and without gradients.
 
@@ -31,9 +42,11 @@ def random_model(
         dtype: float32, bfloat16 or float16.
         device: a torch device with room for all weights.
         seed: random seed of the weights.
+        fp8: "dequantize" makes all weights in `dtype`; see `load` for "keep" and "both", with which
+            matrices are in block-scaled FP8 as in DeepSeek's checkpoints.
 
     Raises:
-        ValueError: unknown family or dtype, an unusable device, or one with too little memory.
+        ValueError: unknown family, dtype or fp8, an unusable device, or one with too little memory.
     """
     import transformers
 
@@ -42,8 +55,11 @@ def random_model(
     family = family_named(kind)
     if dtype not in DTYPES:
         raise ValueError(f"The dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if fp8 not in WAYS:
+        raise ValueError(f"fp8 is one of {', '.join(WAYS)}, not {fp8!r}.")
     check_device(device)
-    _check_room(Shape.of(config).weights * DTYPES[dtype].itemsize, device)
+    size = DTYPES[dtype].itemsize if fp8 == "dequantize" else 1
+    _check_room(Shape.of(config).weights * size, device)
     model_config = transformers.AutoConfig.for_model(kind, **values)
     if family.native_sharing:
         model_config.indexer_types = ["full"] * model_config.num_hidden_layers
@@ -59,11 +75,17 @@ def random_model(
     for layer in model.model.layers:
         # transformers keeps this matrix in fp32 when it loads a checkpoint.
         layer.self_attn.indexer.weights_proj.float()
+    if fp8 != "dequantize":
+        replace_kept(model, BLOCK, lambda n: not any(p in n for p in UNQUANTIZED), fp8 == "both")
     model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dtype == FP8:
+                _draw_fp8(parameter, generator)
+            elif name.endswith(SCALE_SUFFIX):
+                parameter.fill_(STD)
+            elif parameter.dim() > 1:
                 parameter.normal_(0.0, STD, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -72,6 +94,13 @@ def random_model(
     # The frequencies of RoPE are buffers, which `to_empty` dropped, so they are computed again.
     model.model.rotary_emb = type(model.model.rotary_emb)(model_config).to(device)
     return model.requires_grad_(False).eval()
+
+
+def _draw_fp8(parameter: Tensor, generator: torch.Generator) -> None:
+    """Fill an FP8 weight from N(0, 1), in pieces: torch draws none in FP8."""
+    for part in parameter.view(-1).split(1 << 26):
+        drawn = torch.empty(part.shape, device=part.device).normal_(generator=generator)
+        part.copy_(drawn.to(part.dtype))
 
 
 def _check_room(needed: int, device: str) -> None:

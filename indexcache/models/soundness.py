@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from indexcache.models.family import AnyModel, indexers, module_of
+from indexcache.models.fp8 import SCALE_SUFFIX
 from indexcache.vacuity import blindness as blindness  # It is said of any model's results.
 
 SELECTING = (".indexer.", ".mlp.gate.")
@@ -62,7 +63,8 @@ def check_tensors(
                 f"{_overflow(tensor)}."
             )
         ranks_nothing = low == high and (tensor.dim() > 1 or (low == 0 and "norm.weight" in name))
-        if ".indexer." in name and ranks_nothing and tensor.numel() > 1:
+        scales = name.endswith(SCALE_SUFFIX)
+        if ".indexer." in name and ranks_nothing and tensor.numel() > 1 and not scales:
             raise ValueError(
                 f"{where}{'the' if where else 'The'} weight {name} holds {low + 0.0:g} alone, "
                 "so its indexer ranks nothing; the checkpoint lacks trained weights for it."

@@ -292,6 +292,17 @@ class Weights:
         self.check_scales(name, weight, scale)
         return dequantize(weight, scale, self.block, dtype or torch.float32)
 
+    def read_blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read an FP8 weight as it is stored, and its scales in fp32, both on the CPU.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        weight = self._stored(name)
+        scale = self._stored(self.scales[name])
+        self.check_scales(name, weight, scale)
+        return weight, scale.float()
+
     def check_scales(self, name: str, weight: Tensor, scale: Tensor) -> None:
         """Refuse scales that make no sense.
 

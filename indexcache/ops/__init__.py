@@ -9,16 +9,15 @@ run and otherwise the definition, and warns once for each reason.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from indexcache.ops import reference, tuning
+from indexcache.ops import reference
+from indexcache.ops.dispatch import device_of, has_kernels, use_triton
+from indexcache.ops.products import block_linear, gated_experts
 from indexcache.ops.reference import (
     AttentionTarget,
     Gradients,
@@ -33,6 +32,8 @@ __all__ = [
     "AttentionTarget",
     "QueryGroups",
     "Selection",
+    "block_linear",
+    "gated_experts",
     "group_pages",
     "group_queries",
     "index_kl",
@@ -47,7 +48,6 @@ __all__ = [
     "tuned",
 ]
 
-BACKENDS = ("auto", "torch", "triton")
 MAX_GROUP = 8  # bits of a mask in `QueryGroups`
 
 
@@ -98,10 +98,10 @@ def index_topk(
     """
     _check_index(q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, candidates_BSP, pool, groups)
     inputs = q_BSHD, k_BTD, w_BSH, k_scale_BT, topk, offset, candidates_BSP
-    if _use_triton(
+    if use_triton(
         backend, q_BSHD, "index_topk", lambda: _index().refuse_index(q_BSHD, k_BTD, topk, pool)
     ):
-        with _device_of(q_BSHD):
+        with device_of(q_BSHD):
             return _index().run_index_topk(*inputs, pool=pool, groups=groups)
     with torch.no_grad():
         return reference.index_topk(*inputs, pool=pool)
@@ -112,7 +112,7 @@ def pool_group(q_BSHD: Tensor, k_BTD: Tensor) -> int:
 
     1 means that it scores each query by itself.
     """
-    if not _has_kernels(q_BSHD):
+    if not has_kernels(q_BSHD):
         return 1
     from indexcache.ops.index.scores_host import neighbours
 
@@ -156,10 +156,10 @@ def sparse_mla(
     """
     _check_mla(q_BSHE, latent_BTE, ids_BSK, value_dim, groups)
     inputs = q_BSHE, latent_BTE, ids_BSK, scale
-    if _use_triton(
+    if use_triton(
         backend, q_BSHE, "sparse_mla", lambda: _mla().refuse(q_BSHE, latent_BTE, value_dim)
     ):
-        with _device_of(q_BSHE):
+        with device_of(q_BSHE):
             return _mla().sparse_mla(
                 *inputs, value_dim=value_dim, groups=groups, deterministic=deterministic
             )
@@ -171,7 +171,7 @@ def query_group(ids_BSK: Tensor, heads: int) -> int:
 
     1 means no grouping: on a CPU, in decoding and with many heads.
     """
-    return _mla().query_group(ids_BSK, heads) if _has_kernels(ids_BSK) else 1
+    return _mla().query_group(ids_BSK, heads) if has_kernels(ids_BSK) else 1
 
 
 def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> QueryGroups:
@@ -189,10 +189,10 @@ def group_queries(ids_BSK: Tensor, group: int, *, backend: str = "auto") -> Quer
     """
     if not 1 <= group <= MAX_GROUP:
         raise ValueError(f"A group is 1 to {MAX_GROUP} queries (bits of a mask), got {group}.")
-    if _use_triton(backend, ids_BSK, "group_queries", lambda: None):
+    if use_triton(backend, ids_BSK, "group_queries", lambda: None):
         from indexcache.ops.groups import group_queries
 
-        with _device_of(ids_BSK):
+        with device_of(ids_BSK):
             return group_queries(ids_BSK, group)
     return reference.group_queries(ids_BSK, group)
 
@@ -249,10 +249,10 @@ def group_pages(
             "group_pages: ids, requests and the table must be int32, got "
             f"{', '.join(str(t.dtype) for t in tensors)}."
         )
-    if _use_triton(backend, ids_SK, "group_pages", lambda: None):
+    if use_triton(backend, ids_SK, "group_pages", lambda: None):
         from indexcache.ops.pages import group_pages
 
-        with _device_of(ids_SK):
+        with device_of(ids_SK):
             return group_pages(*tensors, group, page, page_rows)
     return reference.group_pages(*tensors, group, page, page_rows)
 
@@ -320,8 +320,8 @@ def _quantize(
     if (cos is None) != (sin is None):
         raise ValueError("Give both cos and sin, or neither.")
     options = {"rotate": rotate, "interleaved": interleaved}
-    if _use_triton(backend, x_BSHD, "quantize", lambda: _quantization().refuse(x_BSHD)):
-        with _device_of(x_BSHD):
+    if use_triton(backend, x_BSHD, "quantize", lambda: _quantization().refuse(x_BSHD)):
+        with device_of(x_BSHD):
             return _quantization().quantize(x_BSHD, cos, sin, **options)
     return reference.quantize_index(x_BSHD, cos, sin, **options)
 
@@ -374,10 +374,10 @@ def index_kl(
         raise ValueError('"cover" needs topk, the size of a selection, where no ids are given.')
     refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK, kind, spans)
     options: dict[str, Any] = {"kind": kind, "block_bytes": block_bytes, "gradients": gradients}
-    if _use_triton(backend, q_SJD, "index_kl", refuse):
+    if use_triton(backend, q_SJD, "index_kl", refuse):
         from indexcache.ops.kl import index_kl
 
-        with _device_of(q_SJD):
+        with device_of(q_SJD):
             return index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
     options |= {"ids_SK": ids_SK, "topk": topk, "spans": spans}
     return reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
@@ -420,57 +420,6 @@ def _quantization():
     from indexcache.ops import quantize
 
     return quantize
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Make x's device the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-def _has_kernels(x: Tensor) -> bool:
-    """Return whether kernels can run on x's device."""
-    return (
-        x.device.type == "cuda"
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
-
-
-@functools.cache
-def _warn_once(operation: str, reason: str) -> None:
-    warnings.warn(f"{operation} runs the torch definition: {reason}", stacklevel=4)
-
-
-def _use_triton(backend: str, x: Tensor, operation: str, refuse: Callable[[], str | None]) -> bool:
-    """Decide whether the kernels run. `refuse` returns why they cannot, or None if they can."""
-    if backend == "auto":
-        backend = tuning.current().backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    if backend == "torch":
-        return False
-    on_gpu = x.device.type == "cuda"
-    if importlib.util.find_spec("triton") is None:
-        reason: str | None = "triton is not installed"
-    elif on_gpu and torch.cuda.get_device_capability(x.device) < (9, 0):
-        capability = torch.cuda.get_device_capability(x.device)
-        reason = f"the kernels need compute capability 9.0, this device has {capability}"
-    elif not on_gpu and not tuning.interpreted():
-        reason = f"the tensors are on {x.device.type}, the kernels run on cuda"
-    elif not on_gpu and backend == "auto":
-        return False  # Only tests run the interpreter, and they name the backend.
-    else:
-        reason = refuse()
-    if reason is None:
-        return True
-    if backend == "triton":
-        raise ValueError(
-            f"{operation}: backend 'triton' cannot run here: {reason}; "
-            "use backend='torch' or 'auto'."
-        )
-    if on_gpu:  # On a CPU, torch is the expected backend.
-        _warn_once(operation, reason)
-    return False
 
 
 def _check_index(

@@ -161,6 +161,28 @@ class KlTuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearTuning:
+    """Products with FP8 weights, and gated experts (ops/linear)."""
+
+    outputs: int = 128
+    "Rows of the weights of a tile; gated experts take half of them from either half."
+    plain: tuple[int, int, int] = (256, 64, 4)
+    "Tokens (at most) and inputs of a tile of unquantised weights, and tiles in flight."
+    converted: tuple[int, int, int] = (256, 32, 6)
+    "The same where FP8 weights become bf16. With 64 inputs ptxas waits for each wgmma (C7515)."
+    quantized: tuple[int, int, int] = (128, 128, 3)
+    "The same where the inputs are quantised."
+    few: int = 4
+    "Up to this many tokens each product reads the weights for one token, in fp32."
+    few_rows: int = 8
+    "Max rows of the weights of a program that serves few tokens; a power of two up to 128."
+    few_inputs: int = 512
+    few_warps: int = 4
+    few_programs: int = 264
+    "With fewer programs than this they take fewer rows each."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """All tuning constants, and the backend of calls that leave theirs at "auto"."""
 
@@ -169,6 +191,7 @@ class Tuning:
     mla: MlaTuning = field(default_factory=MlaTuning)
     kl: KlTuning = field(default_factory=KlTuning)
     step: StepTuning = field(default_factory=StepTuning)
+    linear: LinearTuning = field(default_factory=LinearTuning)
 
 
 _current = Tuning()
@@ -187,6 +210,7 @@ def tuned(
     mla: Mapping[str, Any] | None = None,
     kl: Mapping[str, Any] | None = None,
     step: Mapping[str, Any] | None = None,
+    linear: Mapping[str, Any] | None = None,
 ) -> Iterator[Tuning]:
     """Change the tuning within a block: `with ops.tuned(mla={"hopper": False}): ...`.
 
@@ -194,8 +218,8 @@ def tuned(
 
     Args:
         backend: "auto", "torch" or "triton", for calls whose backend is "auto".
-        index, mla, kl, step: fields of `IndexTuning`, `MlaTuning`, `KlTuning` and `StepTuning` and
-            their new values.
+        index, mla, kl, step, linear: fields of `IndexTuning`, `MlaTuning`, `KlTuning`, `StepTuning`
+            and `LinearTuning`, and their new values.
 
     Raises:
         TypeError: there is no such field.
@@ -208,6 +232,7 @@ def tuned(
         mla=replace(before.mla, **(mla or {})),
         kl=replace(before.kl, **(kl or {})),
         step=replace(before.step, **(step or {})),
+        linear=replace(before.linear, **(linear or {})),
     )
     try:
         yield _current

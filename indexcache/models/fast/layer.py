@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indexcache import ops
+from indexcache.models.blocks import BlockExperts
 from indexcache.models.effective import has_stock_forward, is_plain, weight_of
 from indexcache.models.family import Family, either
 from indexcache.models.fast import token
@@ -296,11 +297,16 @@ def _experts_of_one(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -
 
     Compiled, gathering is fused into the products. Indices are int64 [k], weights fp32 [k].
     """
-    gate, up = (weight_of(experts, "gate_up_proj")[indices] @ x[0]).chunk(2, -1)
-    out = (
-        weight_of(experts, "down_proj")[indices]
-        @ _materialised(experts.act_fn(gate) * up)[..., None]
-    )
+    if isinstance(experts, BlockExperts):
+        if not experts.fuses(x):
+            return experts(x, indices[None], weights[None])[0]
+        gate_up, down = (experts.chosen(n, indices, x.dtype) for n in ("gate_up_proj", "down_proj"))
+        act = F.silu
+    else:
+        gate_up = weight_of(experts, "gate_up_proj")[indices]
+        down, act = weight_of(experts, "down_proj")[indices], experts.act_fn
+    gate, up = (gate_up @ x[0]).chunk(2, -1)
+    out = down @ _materialised(act(gate) * up)[..., None]
     return (out[..., 0] * weights[:, None]).sum(0).to(x.dtype)
 
 

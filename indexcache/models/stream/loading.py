@@ -40,7 +40,7 @@ def stream_model(
         ValueError: transformers cannot make the model, or the tensors are not its tensors.
     """
     folder = Path(facts["path"])
-    module = _skeleton(facts, weights, dtype, trust_remote_code)
+    module = skeleton(facts, weights, dtype, trust_remote_code)
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
@@ -61,7 +61,7 @@ def check_streamed(facts: dict[str, Any], dtype: torch.dtype, trust_remote_code:
         ValueError: see `stream_model`.
     """
     weights = open_weights(facts)
-    weights.check(_skeleton(facts, weights, dtype, trust_remote_code))
+    weights.check(skeleton(facts, weights, dtype, trust_remote_code))
 
 
 def stream_of(model: AnyModel) -> Stream | None:
@@ -97,7 +97,7 @@ def too_large(weights: Weights, dtype: torch.dtype, device: str) -> str | None:
     )
 
 
-def _skeleton(
+def skeleton(
     facts: dict[str, Any], weights: Weights, dtype: torch.dtype, trust_remote_code: bool
 ) -> DsaModule:
     """Make the model on `meta`, in eval mode, in the dtypes that transformers loads it in."""
