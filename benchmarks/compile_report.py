@@ -225,6 +225,8 @@ def step_products() -> None:
     norm = zeros(512), 1e-5
     latents = zeros(300, 576)
     step_host.absorb(zeros(20, 256), key_value[:, :192], zeros(576), norm, rope, position, latents)
+    ids = torch.zeros(2048, dtype=torch.int32)
+    step_host.attend(zeros(20, 576), latents, ids, 0.06, key_value[:, 192:])
     keys = torch.zeros(300, 128, dtype=torch.float8_e4m3fn), torch.zeros(300)
     for interleaved in (False, True):
         index = zeros(32, 128), zeros(128), zeros(2048), torch.zeros(32, 2048)

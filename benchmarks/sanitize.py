@@ -83,6 +83,7 @@ KERNELS = {
     "step": {
         "step.kernels.products",
         "step.kernels.absorb",
+        "step.kernels.values",
         "step.kernels.index_rows",
         "step.kernels.experts_up",
         "step.kernels.experts_down",
@@ -246,6 +247,8 @@ def step() -> None:
             rope = half(16), half(16)
             latent = half(72 + 8), (half(64), 1e-5), rope, position, half(9, 80)
             compare("absorb", half(5, 56), key_value[:, :40], *latent)
+            ids = torch.arange(9, device="cuda").int()
+            compare("attend", half(5, 80), half(9, 80), ids, 0.1, key_value[:, 40:])
             keys = torch.zeros(9, 64, device="cuda").to(torch.float8_e4m3fn)
             index = half(8, 64), half(64), x, torch.randn(8, 300, device="cuda")
             norms = half(64), half(64), 1e-6

@@ -97,6 +97,10 @@ class StepTuning:
     "Whether they run the router and the experts."
     indexer: bool = False
     "Whether they run the indexer's projections and its quantisation, where `products` is on too."
+    attention: bool = False
+    "Whether the values' weights are multiplied where the splits of attention are added up."
+    value_rows: int = 32
+    "Rows of the values' weights of a program of that."
     pdl: bool = True
     "Whether a kernel of the step may start and load its weights while the one before runs."
     tile: int = 8192

@@ -18,7 +18,7 @@ from indexcache.models.fast.prefill import prefill
 from indexcache.ops import step
 from tests.support import FAMILIES, make_model, relative
 
-ON = {"products": True, "experts": True, "indexer": True}
+ON = {"products": True, "experts": True, "indexer": True, "attention": True}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_a_step_by_kernels_equals_a_compiled_one(family, index_dtype, monkeypatc
     model = make_model(family)
     ids = torch.randint(0, 128, (1, 45), generator=torch.Generator().manual_seed(1))
     calls: list[str] = []
-    for name in ("products", "absorb", "experts", "index_rows"):
+    for name in ("products", "absorb", "attend", "experts", "index_rows"):
         real = getattr(step, name)
 
         def counted(*args, real=real, name=name, **options):
@@ -69,7 +69,8 @@ def test_a_step_by_kernels_equals_a_compiled_one(family, index_dtype, monkeypatc
     assert calls.count("absorb") == 2 * 6
     assert calls.count("experts") == 2 * 3
     assert calls.count("index_rows") == 2 * indexed
-    assert calls.count("products") == 2 * (6 * 4 + 3 + 2 * indexed)
+    assert calls.count("attend") == 2 * 6
+    assert calls.count("products") == 2 * (6 * 3 + 3 + 2 * indexed)
 
 
 def test_what_the_kernels_leave_to_the_compiler():

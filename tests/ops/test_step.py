@@ -82,6 +82,24 @@ def test_absorb():
     close(results[1], results[3])
 
 
+@pytest.mark.parametrize(("count", "splits"), [(40, 64), (40, 2), (16, 64), (7, 64)])
+def test_attend(count, splits):
+    """Lists that do not fill their splits, with ids that are none, some splits without any."""
+    heads, width, rotary, inner = 5, 32, 16, 24
+    ids = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count].int()
+    ids[count // 2 :: 3] = -1
+    if count == 40:
+        ids[16:32] = -1
+    ids = ids.to(DEVICE)
+    w = randn(heads, 8 + inner, width)[:, 8:]
+    inputs = randn(heads, width + rotary), randn(60, width + rotary), ids, 0.2, w
+    with ops.tuned(mla={"decode_keys": 16, "splits": splits}, step={"value_rows": 16}):
+        got, want = (step.attend(*inputs, backend=b) for b in BOTH)
+        close(got, want)
+        nothing = torch.full_like(ids, -1)
+        assert not step.attend(*inputs[:2], nothing, 0.2, w, backend="triton").any()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_index_rows(interleaved):
     """Bytes are those of the two operations that this one replaces, up to rounding of a scale."""

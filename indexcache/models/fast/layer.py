@@ -355,9 +355,12 @@ def layer_forward(layer: Any, family: Family, step: CompiledStep) -> Callable[..
         previous = kwargs.get("prev_topk_indices")
         selection = _selection(a, x, q_latent, rope, visible, positions, cache, previous)
         with timed("attention"):
-            out, _lse = ops.sparse_mla(
-                q, latents, selection.ids, a.scaling, value_dim=a.kv_lora_rank
-            )
+            if by_kernels and tuning.attention:
+                out = token.attend(layer, q, latents, selection.ids)
+            else:
+                out, _lse = ops.sparse_mla(
+                    q, latents, selection.ids, a.scaling, value_dim=a.kv_lora_rank
+                )
         with timed("linears"):
             x = (token if by_kernels else step).after(layer, hidden_states, out)
         with timed("mlp"):

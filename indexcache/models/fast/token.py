@@ -118,10 +118,24 @@ def before(
     return normed.view(1, 1, -1), q_normed.view(1, 1, -1), absorbed[None, None], latents
 
 
-def after(layer: Any, x: Tensor, out: Tensor) -> Tensor:
-    """Add the output of attention [1, 1, H, c] to x [1, 1, E]."""
+def attend(layer: Any, q: Tensor, latents: Tensor, ids: Tensor) -> Tensor:
+    """Return the values of attention [H v], for `after`.
+
+    Args:
+        q, latents: as `before` returns them.
+        ids: int32 [1, 1, K].
+    """
     a = layer.self_attn
-    values, _ = step.products(out[0, 0], [split_heads(a, weight_of(a.kv_b_proj))[1]])
+    w_v = split_heads(a, weight_of(a.kv_b_proj))[1]
+    return step.attend(q[0, 0], latents[0], ids[0, 0], a.scaling, w_v)
+
+
+def after(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    """Add attention to x [1, 1, E]: its output [1, 1, H, c], or its values as of `attend`."""
+    a = layer.self_attn
+    values = out
+    if out.dim() > 1:
+        values, _ = step.products(out[0, 0], [split_heads(a, weight_of(a.kv_b_proj))[1]])
     return step.products(values, [weight_of(a.o_proj)], add=x.view(-1))[0].view_as(x)
 
 

@@ -94,6 +94,32 @@ def absorb(
     return _run("absorb", backend, (q_Hm, w_Hnc, kv, norm, rope, position, latents_TE))
 
 
+def attend(
+    q_HE: Tensor,
+    latents_TE: Tensor,
+    ids_K: Tensor,
+    scale: float,
+    w_Hvc: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend to selected latents as `ops.sparse_mla` does, and multiply with the values' weights.
+
+    The ids are split over programs, and the second launch adds them up, head by head.
+
+    Args:
+        q_HE: absorbed queries, E = c + r.
+        latents_TE: the cache.
+        ids_K: int32, -1 anywhere means none.
+        scale: factor of the logits.
+        w_Hvc: the value part of kv_b_proj; heads may lie apart in memory.
+
+    Returns:
+        [H v].
+    """
+    return _run("attend", backend, (q_HE, latents_TE, ids_K, scale, w_Hvc))
+
+
 def index_rows(
     q_JD: Tensor,
     k: Tensor,

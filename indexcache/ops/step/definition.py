@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from indexcache.ops.reference import half_split, quantize_fp8, rope
+from indexcache.ops.reference import half_split, quantize_fp8, rope, sparse_mla
 
 
 def rms_norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
@@ -54,6 +54,13 @@ def absorb(
     latents.index_copy_(0, position.view(1), row[None])
     absorbed = torch.einsum("hn,hnc->hc", q[:, :nope].float(), w_k.float())
     return torch.cat([absorbed, ends[:-1]], 1).to(q.dtype)
+
+
+def attend(q: Tensor, latents: Tensor, ids: Tensor, scale: float, w_v: Tensor) -> Tensor:
+    """Define `ops.step.attend`."""
+    inputs = q[None, None].float(), latents[None].float(), ids[None, None]
+    out, _lse = sparse_mla(*inputs, scale, value_dim=w_v.shape[2])
+    return (w_v.float() @ out[0, 0, :, :, None]).flatten().to(q.dtype)
 
 
 def index_rows(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indexcache.ops.primitives import INTERPRETED
+from indexcache.ops.mla import forward
+from indexcache.ops.primitives import INTERPRETED, LOG2E
 from indexcache.ops.step import kernels
 from indexcache.ops.tuning import current, power
 
@@ -102,6 +103,38 @@ def absorb(
     shape |= {"NP": power(nope), "HP": power(heads)}
     programs = heads * width // columns + 2
     kernels.absorb[(programs,)](**arguments, **shape, **_options())
+    return out
+
+
+def attend(q: Tensor, latents: Tensor, ids: Tensor, scale: float, w_v: Tensor) -> Tensor:
+    """Run `ops.step.attend`."""
+    settings = current().mla
+    heads, inner, width = w_v.shape
+    keys = settings.decode_keys if q.dtype != torch.float32 else settings.keys_fp32
+    rows = min(power(heads, 16), settings.rows if q.dtype != torch.float32 else settings.rows_fp32)
+    slots, blocks = len(ids), -(-heads // rows)
+    per_split = -(-slots // (min(settings.splits, -(-slots // keys)) * keys)) * keys
+    splits = -(-slots // per_split)
+    # Parts in the dtype of the weights need no other layout, and rounding them costs what rounding
+    # their sum would cost.
+    part = q.new_empty(splits, heads, width)
+    lse = torch.empty(splits, heads, dtype=torch.float32, device=q.device)
+    arguments: dict[str, Any] = {"p_q": q, "p_latent": latents, "p_ids": ids, "p_bits": None}
+    arguments |= {"p_count": None, "p_out": part, "p_lse": lse, "s_lb": 0}
+    arguments |= {"s_lt": latents.stride(0), "scale2": scale * LOG2E.value, "n_queries": 1}
+    arguments |= {"n_groups": 1, "n_slots": slots, "per_split": per_split, "H": heads, "GROUP": 1}
+    rotary = q.shape[1] - width
+    arguments |= {"M": rows, "N": keys, "V": width, "R": rotary, "RP": power(rotary, 16)}
+    arguments |= {"SPLIT": True, "STAGES": 1, **_options(settings.decode_warps)}
+    forward.attend[(blocks, splits, 1)](**arguments)
+    out = q.new_empty(heads * inner)
+    count = current().step.value_rows
+    while inner % count:
+        count //= 2
+    arguments = {"p_part": part, "p_plse": lse, "p_w": w_v, "p_out": out, "s_head": w_v.stride(0)}
+    arguments |= {"H": heads, "V": inner, "C": width, "SPLITS": splits, "SP": power(splits)}
+    arguments |= {"CHUNK": min(power(splits), 16), "BN": count, **_options(8)}
+    kernels.values[(heads * inner // count,)](**arguments)
     return out
 
 

@@ -183,6 +183,53 @@ def absorb(
 
 
 @triton.jit
+def values(
+    p_part,
+    p_plse,
+    p_w,
+    p_out,
+    s_head,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add up the splits of attention, and multiply with the values' weights. grid (H V / BN,).
+
+    part [SPLITS, H, C] and plse [SPLITS, H] are those of `mla.forward.attend`; w [H, V, C], heads
+    s_head apart; out [H V]. SP: SPLITS rounded up to a power of two, CHUNK of which load at a time.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    i_h = tl.program_id(0) // (V // BN)
+    i_v = (tl.program_id(0) % (V // BN)) * BN
+    o_n = tl.arange(0, BN)
+    o_c = tl.arange(0, C)
+    p_tile = p_w + i_h.to(tl.int64) * s_head + ((i_v + o_n) * C)[:, None] + o_c[None, :]
+    w = tl.load(p_tile)
+    if PDL:
+        gdc_wait()
+    o_s = tl.arange(0, SP)
+    lse = tl.load(p_plse + o_s * H + i_h, mask=o_s < SPLITS, other=float("-inf"))
+    top = tl.max(lse, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    mass = tl.sum(tl.exp2(lse - top), 0)
+    acc = tl.zeros((CHUNK, C), tl.float32)
+    for first in tl.static_range(0, SP, CHUNK):
+        o_k = first + tl.arange(0, CHUNK)
+        m = o_k < SPLITS
+        weight = tl.exp2(tl.load(p_plse + o_k * H + i_h, mask=m, other=float("-inf")) - top)
+        p_row = p_part + ((o_k * H + i_h) * C)[:, None] + o_c[None, :]
+        acc += tl.load(p_row, mask=m[:, None], other=0.0) * weight[:, None]
+    out = tl.sum(acc, 0) / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(p_out + i_h * V + i_v + o_n, tl.sum(w.to(tl.float32) * out[None, :], 1))
+
+
+@triton.jit
 def _choose(p_logits, p_bias, i_slot, X: tl.constexpr, XP: tl.constexpr):
     """Return the number of the expert that is best but for i_slot others.
 
