@@ -13,7 +13,10 @@ from indexcache.checkpoint import read_config
 from indexcache.cli import main
 from indexcache.exporting.transformers import shard_layout, write
 from indexcache.models.fp8 import dequantize
+from indexcache.models.lm import hidden_states, token_losses
 from indexcache.models.loading import describe, load, open_weights
+from indexcache.models.stream.loading import stream_of
+from indexcache.models.stream.run import Variant
 from indexcache.pattern import Pattern
 from tests.fp8_support import (
     FP8,
@@ -84,6 +87,43 @@ def test_weights_equal_an_independent_reading(fp8_folder, dtype):
     assert torch.float8_e4m3fn not in kinds
     assert getattr(module, "hf_quantizer", None) is None
     assert not hasattr(module.config, "quantization_config")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_equal_those_of_weights_that_transformers_dequantises(family, tmp_path):
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    # transformers takes sizes alone that are multiples of a block.
+    folder = write_fp8(
+        tmp_path,
+        family,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_rope_head_dim=128,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        index_head_dim=128,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+    )
+    ids = torch.randint(0, 128, (2, 40), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    expected = token_losses(theirs, hidden_states(theirs, ids), ids)
+    ours = load(folder, dtype="float32")
+    assert torch.equal(token_losses(ours, hidden_states(ours, ids), ids), expected)
+    streamed = load(folder, dtype="float32", stream=True)
+    found = []
+    stream_of(streamed).run(
+        [Variant(Pattern("FFF"))],
+        [ids],
+        lambda finals: found.append(token_losses(streamed, finals.get(0, 0), ids)),
+    )
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (256, 300), (576, 192), (3, 5)])
@@ -166,8 +206,8 @@ def test_tensors_can_be_read_layer_by_layer(fp8_folder):
         assert torch.equal(weights.read(name).float(), torch.from_numpy(expected[name].copy()))
 
 
-def write_text(folder):
-    letters = np.random.default_rng(0).integers(97, 123, (16, 140)).tolist()
+def write_text(folder, documents=16):
+    letters = np.random.default_rng(0).integers(97, 123, (documents, 140)).tolist()
     rows = [{"text": "".join(map(chr, line))} for line in letters]
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -185,10 +225,28 @@ VERBS = [
     "bench {m} --patterns FSF --contexts 32 --decode-tokens 2 --no-plot",
     "generate {m} --prompt-file {o}/prompt.txt --pattern FSF --max-new-tokens 2",
     "plan {m} --gpu H200 --context 256 --output-tokens 8 --price 3",
+    "doctor {m} --engine sglang --pattern FSF",
+    "evaluate {m} --stream --pattern FSF FRF@2 --data {t} --length 32 --sequences 2",
+    "overlap {m} --stream --data {t} --length 32 --sequences 2 --out {o}/streamed",
+    "search {m} --stream --data {t} --length 32 --sequences 2 --keep 1/2 --out {o}/streamed",
+    "distill {m} --stream --data {t} --pattern FSF --length 32 --steps 1 --out {o}/streamed",
 ]
+NAMES = [" ".join(w for w in v.split() if w in (v.split()[0], "--stream")) for v in VERBS]
+CERTIFY = (
+    "evaluate {m} --stream --pattern FSF --data {t} --split all --length 32 --sequences 40 "
+    "--batch 40 --allow-blind --most 100 --out {o} --certificate"
+)
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=[v.split()[0] for v in VERBS])
+def test_a_certificate_holds_for_a_checkpoint_in_fp8(fp8_folder, tmp_path, capsys):
+    text = write_text(tmp_path, 40)
+    doctor = "doctor {m} --engine sglang --certificate {o}/certificate.json"
+    for verb in (CERTIFY, doctor):
+        code = main(shlex.split(verb.format(m=fp8_folder, t=text, o=tmp_path)))
+        assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=NAMES)
 def test_every_verb_runs(fp8_folder, tmp_path, verb, capsys):
     text = write_text(tmp_path)
     command = shlex.split(verb.format(m=fp8_folder, t=text, o=tmp_path))
