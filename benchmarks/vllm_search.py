@@ -6,8 +6,9 @@
 It searches with stock transformers in bf16 (`own`), on the fast path (`fast`), inside vLLM (`vllm`)
 and with vLLM's older class (`older`), then once more inside vLLM, killed twice on the way
 (`killed`), and compares the run folders in --runs. Finished folders are not searched again, so
-`--runs` alone compares them. With `--two-gpus` it searches inside vLLM with tensor parallel 2 as
-well (`tp2`). Writes benchmarks/results/vllm_search.json.
+`--runs` alone compares them. With `--two-gpus` it searches inside vLLM with tensor parallel 2
+(`tp2`) and pipeline parallel 2 (`pp2`, whose second stage begins with a full layer, so it stops at
+two) as well. Writes benchmarks/results/vllm_search.json.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ import numpy as np
 from indexcache.pattern import Pattern
 
 ROOT = Path(__file__).parents[1]
-TEXT = "--split all --length 4096 --sequences 48 --keep 1/8 --no-uniform"
+TEXT = "--split all --length 4096 --sequences 48 --no-uniform"
 ENGINE = (
     "--engine vllm --engine-arg dtype=bfloat16 --engine-arg kv_cache_memory_bytes=2000000000 "
     "--engine-arg gpu_memory_utilization=0.4"
 )
 OLDER = '{"GlmMoeDsaForCausalLM":"vllm.model_executor.models.deepseek_v2:GlmMoeDsaForCausalLM"}'
+TWO = "--engine-arg disable_custom_all_reduce=true"
 RUNS = {
     "own": "--dtype bfloat16 --device cuda --no-fast",
     "fast": "--dtype bfloat16 --device cuda",
     "vllm": ENGINE,
     "older": f"{ENGINE} --engine-arg model_class_overrides={OLDER}",
     "killed": ENGINE,
-    "tp2": ENGINE + " --engine-arg disable_custom_all_reduce=true --tensor-parallel-size 2",
+    "tp2": f"{ENGINE} {TWO} --tensor-parallel-size 2",
+    "pp2": f"{ENGINE} {TWO} --pipeline-parallel-size 2",
 }
 KILLED_AT = (5, 14)  # lines of the journal
 
@@ -49,7 +52,8 @@ def search(o: argparse.Namespace, name: str, kill_at: int | None = None) -> None
     """Run one search, or kill it with signal 9 once its journal has so many lines."""
     out = o.runs / name
     command = [sys.executable, "-m", "indexcache", "search", o.model, "--out", out]
-    command += ["--data", o.data, *TEXT.split(), *RUNS[name].split()]
+    command += ["--data", o.data, "--keep", "1/4" if name == "pp2" else "1/8"]
+    command += [*TEXT.split(), *RUNS[name].split()]
     with open(o.runs / f"{name}.log", "a") as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, start_new_session=True
@@ -126,19 +130,23 @@ def compare(runs: Path) -> dict[str, Any]:
         "same_patterns": {
             name: [x["pattern"] for x in points[name]] == [x["pattern"] for x in engine]
             for name in names
+            if name != "pp2"
         },
         "evaluations": len(losses["vllm"]),
     }
     common = sorted(set(losses["own"]) & set(losses["vllm"]) & set(losses["fast"]))
     pairs = [("vllm", "own"), ("fast", "own")]
-    pairs += [(name, "vllm") for name in ("older", "killed", "tp2")]
+    pairs += [(name, "vllm") for name in ("older", "killed", "tp2", "pp2")]
     for name, reference in [pair for pair in pairs if pair[0] in names]:
-        difference = np.array([losses[name][p] - losses[reference][p] for p in common])
+        both = [p for p in common if p in losses[name]]
+        difference = np.array([losses[name][p] - losses[reference][p] for p in both])
         result[f"{name}_minus_{reference}"] = {
-            "patterns": len(common),
+            "patterns": len(both),
             "mean": float(difference.mean()),
             "largest": float(np.abs(difference).max()),
         }
+    if "pp2" in points:
+        result["pp2"] = [{"full": x["pattern"].count("F"), **x} for x in points["pp2"]]
     return result
 
 
@@ -164,7 +172,7 @@ def main() -> int:
     o = parser.parse_args()
     if o.model:
         o.runs.mkdir(parents=True, exist_ok=True)
-        for name in RUNS if o.two_gpus else [n for n in RUNS if n != "tp2"]:
+        for name in RUNS if o.two_gpus else [n for n in RUNS if n[1:] != "p2"]:
             if not (o.runs / name / "result.json").exists():
                 for lines in KILLED_AT if name == "killed" else ():
                     search(o, name, lines)
