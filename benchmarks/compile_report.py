@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from indexcache.ops import AttentionTarget, kl, tuning
+from indexcache.ops.groups import group_queries
 from indexcache.ops.index import host as index_host
 from indexcache.ops.index import topk_host
 from indexcache.ops.linear import host as linear_host
@@ -149,6 +150,11 @@ def attend(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
 def paged(group: int) -> None:
     ids, requests = torch.zeros(264, 2048, dtype=torch.int32), torch.zeros(264, dtype=torch.int32)
     group_pages(ids, requests, torch.zeros(1, 3136, dtype=torch.int32), group, 64, 64)
+
+
+def grouped(group: int) -> None:
+    with tuning.tuned(index={"bitmaps_from": 1}):
+        group_queries(torch.zeros(1, 264, 2048, dtype=torch.int32), group)
 
 
 def backward(deterministic: bool, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -277,6 +283,8 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "decode 20": attend(20, 1),
         "paged groups of 3": lambda: paged(3),
         "paged groups of 8": lambda: paged(8),
+        "groups of 3 through bitmaps": lambda: grouped(3),
+        "groups of 8 through bitmaps": lambda: grouped(8),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
         "attention fp32": lambda: backward(False, torch.float32),

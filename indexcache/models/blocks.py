@@ -21,6 +21,7 @@ from indexcache.ops.reference import FP8
 Block = tuple[int, int]
 WAYS = ("dequantize", "keep", "both")
 """What `load` makes of FP8 weights: bf16 copies; FP8 weights; FP8 weights and inputs."""
+SILU = ("silu", "swish")
 ABSORBED = "kv_b_proj"
 """Attention over latents absorbs this matrix head by head, and heads are no whole blocks."""
 
@@ -166,9 +167,9 @@ def _(x, weight, scale, rows, columns, quantized):
 def _opaque_experts(
     x: Tensor,
     gate_up: Tensor,
-    gate_up_scale: Tensor,
+    gate_up_scale: Tensor | None,
     down: Tensor,
-    down_scale: Tensor,
+    down_scale: Tensor | None,
     indices: Tensor,
     weights: Tensor,
     rows: int,
@@ -193,6 +194,28 @@ def _(x, gate_up, gate_up_scale, down, down_scale, indices, weights, rows, colum
     return torch.empty_like(x)
 
 
+def runs_in_one(experts: Any) -> bool:
+    """Return whether `run_in_one` computes what transformers' experts compute."""
+    fields = experts.__dict__
+    shape = {"has_gate": True, "has_bias": False, "is_concatenated": True, "is_transposed": False}
+    return (
+        all(fields.get(name) is value for name, value in shape.items())
+        and not fields.get("has_post_expert_norm")
+        and not fields.get("_is_expert_parallel")
+        and getattr(experts.config, "hidden_act", None) in SILU
+        and "gate_up_proj" in experts._parameters
+    )
+
+
+def run_in_one(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Run transformers' experts by `ops.gated_experts`. This is a forward for the module."""
+    gate_up = experts.gate_up_proj.unflatten(1, (2, -1))
+    tensors = gate_up, None, experts.down_proj, None, indices, weights
+    if torch.compiler.is_compiling():
+        return torch.ops.indexcache.gated_experts(x, *tensors, 128, 128, False)
+    return ops.gated_experts(x, *tensors)
+
+
 def replace_kept(
     module: nn.Module, block: Block, kept: Callable[[str], bool], quantized_inputs: bool
 ) -> dict[str, BlockLinear | BlockExperts]:
@@ -215,7 +238,7 @@ def replace_kept(
             found[name] = BlockLinear(part, block, quantized_inputs)
         elif name.endswith(".experts") and all(map(kept, expert_names(name, part))):
             act = getattr(getattr(part, "config", None), "hidden_act", None)
-            if act not in ("silu", "swish"):
+            if act not in SILU:
                 raise ValueError(f"{name}: experts in FP8 must be gated by silu, not {act!r}.")
             found[name] = BlockExperts(part, block, quantized_inputs)
     for name, part in found.items():

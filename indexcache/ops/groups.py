@@ -265,6 +265,13 @@ def group_queries(ids: Tensor, group: int) -> QueryGroups:
     if not ids.numel():
         return QueryGroups(union.fill_(-1), bits.zero_(), count.zero_(), group)
     n_all, workers = batch * n_groups, current().index.workers
+    if k < LONG and group >= current().index.bitmaps_from:
+        from indexcache.ops.pages import group_rows
+
+        for b in range(batch):
+            one = slice(b, b + 1)
+            group_rows(ids[b], QueryGroups(union[one], bits[one], count[one], group))
+        return QueryGroups(union, bits, count, group)
     arguments: dict[str, Any] = {"p_ids": ids, "p_union": union, "p_bits": bits, "p_count": count}
     arguments |= {"n_queries": queries, "n_groups": n_groups, "n_all": n_all}
     arguments |= {"GROUP": group, "K": k}

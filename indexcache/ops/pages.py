@@ -11,6 +11,8 @@ order in every run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,8 +51,10 @@ def unite_pages(
     """Unite the rows of each group, request by request. grid (programs,), which share the groups.
 
     p_ids int32 [queries, K] with row stride s_id; p_requests int32 [queries], ascending; p_table
-    int32 [requests, n_pages] with row stride s_table. p_work int32 [programs, GROUP, WORDS] is zero
-    before and after. Positions come in windows of WORDS words of 32.
+    int32 [requests, n_pages] with row stride s_table. Both are None where all queries are of one
+    request whose positions are the rows of its cache; ids are below n_pages PAGE then too. p_work
+    int32 [programs, GROUP, WORDS] is zero before and after. Positions come in windows of WORDS
+    words of 32.
     """
     p_work += tl.program_id(0).to(tl.int64) * (GROUP * WORDS)
     o_block = tl.arange(0, BLOCK)
@@ -60,11 +64,13 @@ def unite_pages(
         i_out = tl.full((), GROUP * K, tl.int64) * i_at
         written, i_row = 0, 0
         while i_row < n_rows:
-            request = tl.load(p_requests + i_first + i_row)
-            i_end = i_row  # the rows from i_row to i_end are this request's
-            for i in tl.static_range(GROUP):
-                other = tl.load(p_requests + i_first + i, mask=i < n_rows, other=-1)
-                i_end = tl.where((i < n_rows) & (other == request), i + 1, i_end)
+            i_end = n_rows  # the rows from i_row to i_end are of one request
+            if p_requests is not None:
+                request = tl.load(p_requests + i_first + i_row)
+                i_end = i_row
+                for i in tl.static_range(GROUP):
+                    other = tl.load(p_requests + i_first + i, mask=i < n_rows, other=-1)
+                    i_end = tl.where((i < n_rows) & (other == request), i + 1, i_end)
             window, words = 0, WORDS
             while words == WORDS:  # positions beyond this window may follow
                 top = tl.full((BLOCK,), -1, tl.int32)
@@ -97,9 +103,11 @@ def unite_pages(
                     tl.debug_barrier()  # a word may be read by a thread that does not clear it
                     for i in tl.static_range(GROUP):
                         tl.store(p_work + i * WORDS + o, tl.zeros_like(o), mask=o < words)
-                    first = (window + o) * 32
-                    p_page = p_table + request.to(tl.int64) * s_table + first // PAGE
-                    place = tl.load(p_page, mask=left != 0, other=0) * page_rows + first % PAGE
+                    place = (window + o) * 32
+                    if p_table is not None:
+                        p_page = p_table + request.to(tl.int64) * s_table + place // PAGE
+                        page = tl.load(p_page, mask=left != 0, other=0)
+                        place = page * page_rows + place % PAGE
                     n = ones(left)
                     slot = i_out + (written + tl.cumsum(n, 0) - n)
                     for i_step in range(tl.max(n, 0)):  # each word gives its lowest bit
@@ -132,24 +140,43 @@ def group_pages(
     bits = torch.empty(1, n_groups, group * k, dtype=torch.uint8, device=device)
     if not ids.numel() or not table.numel():
         return QueryGroups(union.fill_(-1), bits.zero_(), count.zero_(), group)
-    words = min(power(-(-table.shape[1] * page // 32), 16), WORDS)
+    arguments = {"p_requests": requests.contiguous(), "p_table": table, "page_rows": page_rows}
+    arguments |= {"n_pages": table.shape[1], "s_table": table.stride(0)}
+    _launch(ids, QueryGroups(union, bits, count, group), page, arguments)
+    return QueryGroups(union, bits, count, group)
+
+
+def group_rows(ids: Tensor, out: QueryGroups) -> None:
+    """Unite the rows of one sequence through bitmaps, into groups that hold anything.
+
+    Args:
+        ids: int32 [S, K], in any order, -1 anywhere for none.
+        out: groups of one batch entry.
+    """
+    arguments: dict[str, Any] = {"p_requests": None, "p_table": None, "page_rows": 32}
+    # Ids are below 2^30; windows go on while ids do.
+    arguments |= {"n_pages": 1 << 25, "s_table": 0}
+    _launch(ids, out, 32, arguments)
+
+
+def _launch(ids: Tensor, out: QueryGroups, page: int, arguments: dict[str, Any]) -> None:
+    """Launch `unite_pages`; `arguments` are those of the requests and their table."""
+    queries, k = ids.shape
+    n_groups = out.count_BG.shape[1]
+    words = min(power(-(-arguments["n_pages"] * page // 32), 16), WORDS)
     programs = min(n_groups, 4 * current().index.workers)
-    work = torch.zeros(programs, group, words, dtype=torch.int32, device=device)
+    work = torch.zeros(programs, out.group, words, dtype=torch.int32, device=ids.device)
     unite_pages[(programs,)](
         p_ids=ids,
-        p_requests=requests.contiguous(),
-        p_table=table,
         p_work=work,
-        p_union=union,
-        p_bits=bits,
-        p_count=count,
+        p_union=out.union_BGU,
+        p_bits=out.mask_BGU,
+        p_count=out.count_BG,
         n_queries=queries,
         n_groups=n_groups,
-        n_pages=table.shape[1],
         s_id=ids.stride(0),
-        s_table=table.stride(0),
-        page_rows=page_rows,
-        GROUP=group,
+        **arguments,
+        GROUP=out.group,
         K=k,
         PAGE=page,
         BLOCK=min(BLOCK, power(k, 16)),
@@ -158,4 +185,3 @@ def group_pages(
         num_warps=4,
         maxnreg=REGISTERS,
     )
-    return QueryGroups(union, bits, count, group)

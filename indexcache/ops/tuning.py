@@ -33,6 +33,9 @@ class IndexTuning:
     grouped_pools: bool = True
     """Whether neighbouring queries score the union of their pools together. A layer of a 200K
     prefill takes 66 ms, and 113 ms when each query scores its pool by itself."""
+    bitmaps_from: int = 9
+    """Groups of at least this many queries are united through bitmaps where their lists are short
+    too; 9 is none. Not measured yet."""
     stride: int = 32
     "Keys that one key of the sample stands for."
     listed: int = 8192
@@ -176,6 +179,9 @@ class LinearTuning:
     "The same where FP8 weights become bf16. With 64 inputs ptxas waits for each wgmma (C7515)."
     quantized: tuple[int, int, int] = (128, 128, 3)
     "The same where the inputs are quantised."
+    fused_experts: bool = False
+    """Whether `accelerate` runs unquantised experts by `ops.gated_experts` too, on a GPU. Then
+    nothing lies between the products but the sum of a token's experts. Not measured yet."""
     few: int = 4
     "Up to this many tokens each product reads the weights for one token, in fp32."
     few_rows: int = 8

@@ -7,9 +7,11 @@ from functools import partial
 import pytest
 import torch
 
+from indexcache import ops
 from indexcache.models import blocks
 from indexcache.models.blocks import BlockExperts, BlockLinear
 from indexcache.models.effective import is_plain
+from indexcache.models.fast import accelerate as fast_path
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder
@@ -81,6 +83,25 @@ def test_compiled(prompt, tmp_path, monkeypatch):
         assert not called
     torch._dynamo.reset()
     assert float((torch.cat(got) - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_unquantised_experts_in_one_operation(glm, ids, monkeypatch):
+    """The tuning lets the fast path run them so on a GPU, compiled or not."""
+    with torch.no_grad():
+        wanted = glm(ids).logits
+    monkeypatch.setattr(fast_path, "on_gpu", lambda _: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    called = []
+    monkeypatch.setattr(blocks.ops, "gated_experts", counted(blocks.ops.gated_experts, called))
+    for fused, compiled in ((True, False), (True, True), (False, False)):
+        called.clear()
+        with ops.tuned(linear={"fused_experts": fused}), accelerate(glm, compile=compiled):
+            with torch.no_grad():
+                got = glm(ids).logits
+            assert bool(called) == fused
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+    assert all("forward" not in m.__dict__ for m in glm.modules())
 
 
 def test_partial_blocks_are_not_fused_on_a_cpu(monkeypatch):

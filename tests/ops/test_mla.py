@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops  # noqa: E402
 from indexcache.ops import groups as group_kernels  # noqa: E402
+from indexcache.ops import pages as page_kernels  # noqa: E402
 from indexcache.ops.mla import host  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -57,6 +58,19 @@ def test_groups(queries, k, group, words, monkeypatch):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
+@pytest.mark.parametrize(("queries", "k", "group"), [(9, 33, 4), (10, 8, 8), (1, 1, 3)])
+def test_groups_by_atomics(queries, k, group, monkeypatch):
+    """The tuning sends short lists through bitmaps, here in windows of two words."""
+    monkeypatch.setattr(page_kernels, "SLICE", 4)
+    monkeypatch.setattr(page_kernels, "WORDS", 2)
+    ids = random_ids(2, queries, 140, k, empty=(0,))
+    with ops.tuned(index={"bitmaps_from": 3}):
+        got = ops.group_queries(ids, group, backend="triton")
+    want = ops.group_queries(ids, group, backend="torch")
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize(
@@ -66,10 +80,12 @@ def test_groups(queries, k, group, words, monkeypatch):
 def test_groups_large(k, group):
     """Rows of a power of two, at least 512, are searched in assembly."""
     ids = random_ids(2, 31, 20000, k, empty=(0, 7))
-    for a, b in zip(
-        *(ops.group_queries(ids, group, backend=way) for way in ("triton", "torch")), strict=True
-    ):
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    want = ops.group_queries(ids, group, backend="torch")
+    for bitmaps_from in (1, 9):
+        with ops.tuned(index={"bitmaps_from": bitmaps_from}):
+            got = ops.group_queries(ids, group, backend="triton")
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 @pytest.mark.parametrize("heads", [8, 20, 64])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indexcache.models.blocks import run_in_one, runs_in_one
 from indexcache.models.effective import has_stock_forward, is_plain, moves_inputs_only
 from indexcache.models.family import (
     AnyModel,
@@ -53,6 +54,7 @@ from indexcache.models.selector import IndexerCall, indexer_forward
 from indexcache.models.soundness import check_weights
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
+from indexcache.ops.tuning import current
 
 INDEX_DTYPES = ("auto", "bf16", "fp8")
 NOT_TRACED = (
@@ -209,6 +211,8 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             if has_one_choice_of_groups(submodule):
                 # A bound method is compiled once; a partial would be compiled for each router.
                 fast.replace(submodule, MethodType(route, submodule))
+            elif gpu and current().linear.fused_experts and runs_in_one(submodule):
+                fast.replace(submodule, MethodType(run_in_one, submodule))
             elif gpu and is_stock_norm(submodule):
                 fast.replace(submodule, partial(wrapped_norm, submodule))
         if gpu:
