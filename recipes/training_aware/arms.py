@@ -177,6 +177,19 @@ def measure_rate(o: argparse.Namespace, number: int, windows: Any, steps: int) -
     settings = settings_of(o, ALL["full"], steps, 0)
     rows = windows.rows(0, steps * (o.rows // o.together), o.together, o.length)
     distill(loaded.module, pattern, rows, folder, settings, device=o.device)
-    lines = [json.loads(x) for x in (folder / "journal.jsonl").read_text().splitlines()]
-    rate = statistics.median(e["tokens_s"] for e in lines[len(lines) // 2 :])
+    rate = speed_of(folder)["tokens_s"]
     write_json(folder / "rate.json", {"tokens_s": rate})
+
+
+def speed_of(folder: Path) -> dict[str, float | None]:
+    """Return the median rates of the second half of a run's steps: "tokens_s" and "mfu".
+
+    The MFU is None where the device's peak rate is not known.
+    """
+    lines = [json.loads(x) for x in (folder / "journal.jsonl").read_text().splitlines()]
+    half = lines[len(lines) // 2 :]
+    mfu = [e["mfu"] for e in half if e.get("mfu") is not None]
+    return {
+        "tokens_s": statistics.median(e["tokens_s"] for e in half),
+        "mfu": statistics.median(mfu) if mfu else None,
+    }

@@ -57,6 +57,7 @@ from recipes.training_aware.arms import (
     folder_of,
     measure_rate,
     search_of,
+    speed_of,
     train_arm,
 )
 from recipes.training_aware.measure import Texts, measure, search_batches, search_on
@@ -145,7 +146,7 @@ def job_arm(o: argparse.Namespace, seed: int, name: str) -> None:
     loaded = load(checkpoint_of(folder), dtype=o.dtype, device=o.device)
     pattern = ALL[name].pattern(loaded.layers, search_of(o), o.pool)
     facts = measure(loaded, pattern, Texts(o, vocabulary_of(o)))
-    facts |= {"steps": steps, "tokens": steps * o.rows * o.length}
+    facts |= {"steps": steps, "tokens": steps * o.rows * o.length, **speed_of(folder)}
     facts["adapt_tokens"] = o.adapt_steps * o.rows * o.length if (folder / "adapt").exists() else 0
     for old in (*folder.glob("state-*"), *folder.glob("adapt/state-*")):
         shutil.rmtree(old)

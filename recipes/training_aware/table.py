@@ -119,6 +119,8 @@ def row_of(model: str, seed: int, name: str, facts: Facts, full: Facts) -> Facts
         "recall_full": rounded(share(found_of(full))),
         "tokens": facts["tokens"],
         "adapt_tokens": facts["adapt_tokens"],
+        "tokens_s": facts.get("tokens_s"),
+        "mfu": facts.get("mfu"),
         "name": name,
         "offset": arm.offset,
         "pattern": facts["pattern"],

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from indexcache.data import shipped_text
 from indexcache.evals.statistics import LEAST_DOCUMENTS
@@ -18,7 +20,14 @@ from recipes.smollm2.rewrite import save
 from recipes.smollm2.trainable import trainable
 from recipes.training_aware import run, smollm2, table
 from recipes.training_aware.arms import ALL, ARMS
-from recipes.training_aware.text import Windows, make_bank, read_tokens, split
+from recipes.training_aware.text import (
+    Windows,
+    held_out_batches,
+    held_out_documents,
+    make_bank,
+    read_tokens,
+    split,
+)
 from recipes.training_aware.text import main as cut
 from tests.recipes.support import DIGEST
 
@@ -101,6 +110,21 @@ def test_every_piece_killed_and_resumed(files, tmp_path, monkeypatch, capsys):
     assert rows["multi-4"]["pattern"] == "FSSSFSSS"
     assert rows["r-4"]["pattern"] == "FRRRFRRR@4"
     assert rows["multi-4"]["loss"] != rows["full"]["loss"]
+    assert rows["r-4"]["tokens_s"] > 0 and rows["r-4"]["mfu"] is None
+    # Stock transformers gives the losses of the recipe, with the pattern in the config.
+    stock = AutoModelForCausalLM.from_pretrained(
+        out / "seed0" / "multi-4" / "checkpoint" / "transformers", dtype="float32"
+    ).eval()
+    documents = held_out_documents(files["val"], 64, 1)
+    losses = []
+    with torch.no_grad():
+        for b in held_out_batches(documents, 64, 1, 2):
+            logits = stock(b.ids).logits[:, :-1]
+            targets = b.ids[:, 1:].flatten()
+            losses.append(cross_entropy(logits.flatten(0, 1), targets, reduction="none"))
+    # Four index heads give ties, which stock settles otherwise.
+    assert float(torch.cat(losses).mean()) == pytest.approx(rows["multi-4"]["loss"], abs=1e-4)
+    assert abs(rows["full"]["loss"] - rows["multi-4"]["loss"]) > 2e-4
     assert [(p["name"], p["against"]) for p in content["pairs"]] == [("r-4", "multi-4")]
     # The package refuses a search on a model that was trained under a pattern.
     assert "trained with sharing" in content["after"]["seed0/multi-4"]["search"]["refused"]
