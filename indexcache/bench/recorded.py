@@ -169,11 +169,7 @@ class RecordedSelector(FastSelector):
 
     def __init__(self, model: nn.Module, selector: FastSelector):
         super().__init__(
-            module_of(model),
-            selector.index_dtype,
-            selector.project,
-            selector.project_one,
-            selector.compiles,
+            module_of(model), selector.index_dtype, selector.project, selector.project_one
         )
         self.ids: Tensor | None = None
         self.pools: Stretched | None = None

@@ -46,9 +46,11 @@ from indexcache.models.fast.layer import (
 )
 from indexcache.models.fast.requests import check_cache, check_packing, check_request
 from indexcache.models.fast.selector import FastSelector
+from indexcache.models.fast.token import fits_indexer
 from indexcache.models.fast.visible import Visible, visible_of
 from indexcache.models.mla import fused_norm, head_weights, is_stock_norm, project, stock_norm
 from indexcache.models.patch import ModelState, Patches, Replaced, state_of
+from indexcache.models.scopes import seam_here
 from indexcache.models.seam import in_force
 from indexcache.models.selector import IndexerCall, indexer_forward
 from indexcache.models.soundness import check_weights
@@ -187,9 +189,7 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             stacklevel=2,
         )
     wrap_one = wrap_step() if compile else wrap
-    selector = FastSelector(
-        module, index_dtype, wrap(family.project), wrap_one(family.project), compile
-    )
+    selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
     fast = FastModel(module, compiles=compile)
     try:
         fast.patches.wrap(module.model, partial(_model_forward, module, fast))
@@ -204,7 +204,9 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             if indexer is not None:
                 fast.replace(indexer, indexer_forward(i, indexer, partial(_full, state)))
             if step is not None and in_pieces[i]:
-                fast.patches.replace(layer, layer_forward(layer, family, step))
+                fits = index_dtype == "fp8" and fits_indexer(layer)
+                indexes = partial(_indexes, state, i) if fits else bool
+                fast.patches.replace(layer, layer_forward(layer, family, step, indexes))
         for submodule in module.modules():
             if "forward" in submodule.__dict__ and not moves_inputs_only(submodule):
                 continue
@@ -288,6 +290,12 @@ def _full(state: ModelState, call: IndexerCall) -> Selection:
     """Answer an indexer's call while no pattern is in force."""
     assert state.selector is not None
     return state.selector.full(call)
+
+
+def _indexes(state: ModelState, layer: int) -> bool:
+    """Return whether the indexer of a layer runs under the pattern in force here."""
+    seam = seam_here(state)
+    return seam is None or seam.pattern[layer] != "S"
 
 
 def _model_forward(model: DsaModule, fast: FastModel, node: Replaced):

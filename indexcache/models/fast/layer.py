@@ -319,11 +319,16 @@ def _materialised(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def layer_forward(layer: Any, family: Family, step: CompiledStep) -> Callable[..., Any]:
+def layer_forward(
+    layer: Any, family: Family, step: CompiledStep, indexes: Callable[[], bool]
+) -> Callable[..., Any]:
     """Make the forward of a decoder layer: `step` for one token of one sequence, else stock.
 
     The step needs a `FastCache`. In a `Decoder` the kernels of `ops.step` take its place where the
     tuning says so.
+
+    Args:
+        indexes: returns whether the layer's indexer is about to compare keys in fp8.
     """
     a = layer.self_attn
     stock = layer.forward
@@ -346,11 +351,16 @@ def layer_forward(layer: Any, family: Family, step: CompiledStep) -> Callable[..
         by_kernels = in_decoder and fits_attention and tuning.products
         with timed("linears"):
             if by_kernels:
-                x, q_latent, q, latents = token.before(layer, hidden_states, rope, entry)
+                ready = tuning.indexer and entry.indexer_scales is not None and indexes()
+                x, q_latent, q, latents, projected = token.before(
+                    layer, hidden_states, rope, entry, a.indexer if ready else None
+                )
             else:
+                projected = None
                 x, q_latent, q, latent, k_rot = step.before(layer, hidden_states, rope)
                 latents = _cached(cache, a, latent, k_rot)
         visible = kwargs.get("attention_mask") or Visible()
+        visible.memory["projected"] = projected
         positions = kwargs.get("position_ids")
         previous = kwargs.get("prev_topk_indices")
         selection = _selection(a, x, q_latent, rope, visible, positions, cache, previous)

@@ -19,7 +19,6 @@ from indexcache.models.pools import keep_best, sizes_of, width_of
 from indexcache.models.selector import IndexerCall, Selector
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
-from indexcache.ops.tuning import current
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class FastSelector(Selector):
         index_dtype: see `accelerate`.
         project, project_one: replace the family's projection of the indexer, the second one for a
             single token of a single sequence.
-        compiles: whether later changes of the model are refused, so that weights may be read.
     """
 
     path = "fast"
@@ -60,12 +58,10 @@ class FastSelector(Selector):
         index_dtype: str = "auto",
         project: Projection | None = None,
         project_one: Projection | None = None,
-        compiles: bool = False,
     ):
         super().__init__(model)
         self.index_dtype = index_dtype
         self.heads = int(model.config.num_attention_heads)
-        self.compiles = compiles
         self.project = project or self.family.project
         self.project_one = project_one or self.family.project
 
@@ -177,7 +173,7 @@ class FastSelector(Selector):
     def _inputs(self, call: IndexerCall) -> IndexInputs:
         """Project queries and keys, and store the keys in the dtype in which they are compared."""
         with timed("indexer"):
-            if (ready := self._by_kernels(call)) is not None:
+            if (ready := self._quantised(call)) is not None:
                 return ready
             project = self.project_one if call.x.shape[:2] == (1, 1) else self.project
             # The quantisation applies RoPE, unless the cache keeps unquantised keys.
@@ -188,25 +184,14 @@ class FastSelector(Selector):
             q, k, w = project(call.indexer, call.x, call.q_latent, None if rope else call.rope)
             return self._stored(call, q, k, w, rope)
 
-    def _by_kernels(self, call: IndexerCall) -> IndexInputs | None:
-        """Project with the kernels of `ops.step`, in a `Decoder` and where the tuning says so."""
-        tuning = current().step
-        entry = call.cache.layers[call.layer] if isinstance(call.cache, FastCache) else None
-        fits = (
-            tuning.products
-            and tuning.indexer
-            and entry is not None
-            and entry.positions is not None
-            and entry.indexer_scales is not None
-            and call.x.shape[:2] == (1, 1)
-            and self.compiles
-            and token.fits_indexer(call.indexer)
-        )
-        if not fits:
+    def _quantised(self, call: IndexerCall) -> IndexInputs | None:
+        """Quantise what the layer has projected in a step of a `Decoder`, if it has."""
+        projected = call.mask.memory.pop("projected", None)
+        if projected is None:
             return None
-        assert entry is not None
+        entry = call.cache.layers[call.layer]
         q, w, k, scale = token.index(
-            call.indexer, call.x, call.q_latent, call.rope, self.family.interleaved, entry
+            call.indexer, call.x, projected, call.rope, self.family.interleaved, entry
         )
         return IndexInputs(q, w, k, scale, entry.positions)
 

@@ -83,28 +83,33 @@ def _angles(rope: Rope) -> Rope:
 
 
 def before(
-    layer: Any, x: Tensor, rope: Rope, entry: FastLayer
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer: Any, x: Tensor, rope: Rope, entry: FastLayer, indexer: Any = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Project the input of attention, and write the token's latent to the cache.
 
     Args:
         x: hidden state [1, 1, E].
         rope: cos and sin [1, 1, r].
         entry: the layer's cache, in a step of a `Decoder`.
+        indexer: one that `fits_indexer` and is about to run, to project with the same launches.
 
     Returns:
         x normed [1, 1, E], the normed latent of the query [1, 1, Q], absorbed queries
-        [1, 1, H, c + r], and the latents of all tokens [1, T, c + r].
+        [1, 1, H, c + r], the latents of all tokens [1, T, c + r], and the indexer's queries and key
+        as `index` takes them or None.
     """
     a = layer.self_attn
     assert entry.positions is not None
     latents = entry.room(1, 1, a.kv_lora_rank, a.qk_rope_head_dim, x)
     first = [weight_of(a.q_a_proj), weight_of(a.kv_a_proj_with_mqa)]
+    second = [weight_of(a.q_b_proj)]
+    if indexer is not None:
+        first.append(weight_of(indexer.wk))
+        second.append(weight_of(indexer.wq_b))
     out, normed = step.products(x.view(-1), first, norm=_norm(layer.input_layernorm), normed=True)
-    q_latent, kv = out[: len(first[0])], out[len(first[0]) :]
-    q, q_normed = step.products(
-        q_latent, [weight_of(a.q_b_proj)], norm=_norm(a.q_a_layernorm), normed=True
-    )
+    q_latent, kv, *k = out.split([len(w) for w in first])
+    out, q_normed = step.products(q_latent, second, norm=_norm(a.q_a_layernorm), normed=True)
+    q, *q_index = out.split([len(w) for w in second])
     assert normed is not None and q_normed is not None
     absorbed = step.absorb(
         q.view(a.num_heads, a.qk_head_dim),
@@ -115,7 +120,9 @@ def before(
         entry.positions,
         latents[0],
     )
-    return normed.view(1, 1, -1), q_normed.view(1, 1, -1), absorbed[None, None], latents
+    projected = (q_index[0], k[0]) if indexer is not None else None
+    x, q_latent = normed.view(1, 1, -1), q_normed.view(1, 1, -1)
+    return x, q_latent, absorbed[None, None], latents, projected
 
 
 def attend(layer: Any, q: Tensor, latents: Tensor, ids: Tensor) -> Tensor:
@@ -165,27 +172,36 @@ def feed(layer: Any, x: Tensor) -> Tensor:
     ).view_as(x)
 
 
-def fits_indexer(indexer: Any) -> bool:
-    """Return whether `index` can run an indexer with fp8 keys."""
-    dtype = indexer.wq_b.weight.dtype
+def fits_indexer(layer: Any) -> bool:
+    """Return whether `before` and `index` can run a layer's indexer with fp8 keys."""
+    indexer, dtype = layer.self_attn.indexer, layer.self_attn.o_proj.weight.dtype
+    if indexer is None:
+        return False
     dim = indexer.head_dim
     return (
         dtype in HALVES
         and _plain(dtype, indexer.wq_b, indexer.wk)
         and isinstance(indexer.weights_proj, nn.Linear)
         and indexer.weights_proj.bias is None
+        and indexer.weights_proj.weight.is_contiguous()
         and isinstance(indexer.k_norm, nn.LayerNorm)
         and dim == power(dim) >= 16
     )
 
 
 def index(
-    indexer: Any, x: Tensor, q_latent: Tensor, rope: Rope, interleaved: bool, entry: FastLayer
+    indexer: Any,
+    x: Tensor,
+    projected: tuple[Tensor, Tensor],
+    rope: Rope,
+    interleaved: bool,
+    entry: FastLayer,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Project and quantise one token's queries, and write its key.
+    """Quantise one token's queries, and write its key.
 
     Args:
-        x, q_latent: normed, [1, 1, E] and [1, 1, Q].
+        x: normed, [1, 1, E].
+        projected: queries [H D] and key [D] as `before` returns them.
         entry: the layer's cache, in a step of a `Decoder`, with keys in fp8.
 
     Returns:
@@ -194,8 +210,7 @@ def index(
     keys, scales, position = entry.indexer_keys, entry.indexer_scales, entry.positions
     assert keys is not None and scales is not None and position is not None
     keys = entry.room_for_keys(1, keys, scales)
-    k, _ = step.products(x.view(-1), [weight_of(indexer.wk)])
-    q, _ = step.products(q_latent.view(-1), [weight_of(indexer.wq_b)])
+    q, k = projected
     norm = indexer.k_norm
     q_index, w = step.index_rows(
         q.view(indexer.n_heads, indexer.head_dim),
