@@ -6,7 +6,11 @@
 
 Every search is a run in a folder under --out, so an interrupted comparison goes on. Both see the
 same calibration text; their patterns of every budget are compared on the same held-out documents,
-in pairs. The rows of other models in the result file stay.
+in pairs. The rows of other models and seeds in the result file stay.
+
+Under "starts" the file has, for every seed, the rank correlation of what the flip of each layer
+alone loses on the whole text with three guesses: the estimate by gradients on the smallest part of
+the text, the flip measured on that part, and what the selections of neighbours have in common.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 import indexcache as ic
 from indexcache.cli import guarded
 from indexcache.data import Batch
@@ -25,19 +31,27 @@ from indexcache.evals.evaluate import Measurement
 from indexcache.pattern import full_count
 from indexcache.records import read_json, write_json
 from indexcache.searching.run import SearchResult
+from indexcache.searching.samples import ModelSamples
+from indexcache.searching.similarity import selection_overlap
 
 RESULT = Path(__file__).parent / "results" / "search_cost.json"
 BUDGETS = (2, 4, 8)
 METHODS: dict[str, dict[str, Any]] = {
     "exact": {},
     "fast": {"method": "fast"},
+    "fast-start": {"method": "fast", "start": "gradients"},
+    "similarity": {"method": "similarity"},
     "fast-no-racing": {"method": "fast", "racing": False},
     "fast-no-lazy": {"method": "fast", "lazy": False},
     "fast-no-together": {"method": "fast", "together": False},
     "fast-no-swaps": {"method": "fast", "swaps": False},
-    "similarity": {"method": "similarity"},
 }
-ABLATED = tuple(METHODS)[2:]
+ABLATED = tuple(METHODS)[4:]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a journal."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def timed_search(
@@ -67,6 +81,24 @@ def compared(
     return {name: found.get(name, found["exact"]) for name in patterns}
 
 
+def starts(model: Any, batches: list[Batch], folder: Path) -> dict[str, float]:
+    """Compare guesses of what the flip of each layer loses with the truth, by rank correlation."""
+    journal = [e for m in ("fast", "fast-start") for e in read_lines(folder / m / "journal.jsonl")]
+    samples = ModelSamples(model.module, batches, "weighted", journal, lambda entry: None)
+    layers, small = range(1, model.layers), samples.parts()[0]
+    exact = {e["pattern"]: e["loss"] for e in read_lines(folder / "exact" / "journal.jsonl")}
+    flips = [samples.full.replace(i, "S") for i in layers]
+    true = [exact[str(p)] - exact[str(samples.full)] for p in flips]
+    pairs = samples.pairs(small)
+    overlap = selection_overlap(model.module, batches)
+    guesses = {
+        "gradients": [pairs[i - 1, i] for i in layers],
+        "smallest_part": [samples.difference([p], [samples.full], small).value for p in flips],
+        "similarity": [-overlap[i - 1, i] for i in layers],
+    }
+    return {name: float(spearmanr(guess, true).statistic) for name, guess in guesses.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -84,8 +116,8 @@ def main() -> None:
     model = ic.load(o.model, dtype=o.dtype, device=o.device)
     ic.accelerate(model.module)
     name = Path(o.model).name
-    rows: list[dict[str, Any]] = []
     for seed in range(o.seeds):
+        rows: list[dict[str, Any]] = []
         settings = {"length": o.length, "seed": seed}
         shipped = o.data is None
         batches = model.batches(
@@ -133,9 +165,22 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
-    kept = read_json(o.result)["rows"] if o.result.exists() else []
-    kept = [r for r in kept if r["model"] != name]
-    write_json(o.result, {"rows": sorted(kept + rows, key=lambda r: r["model"])})
+        start = {"model": name, "seed": seed} | starts(model, batches, o.out / name / f"{seed}")
+        print(json.dumps(start), flush=True)
+        write_result(o.result, rows, start)
+
+
+def write_result(path: Path, rows: list[dict[str, Any]], start: dict[str, Any]) -> None:
+    """Write the rows of one seed of a model over those that the file has of it."""
+    before = read_json(path) if path.exists() else {}
+
+    def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        own = (start["model"], start["seed"])
+        kept = [r for r in kept if (r["model"], r["seed"]) != own]
+        return sorted(kept + new, key=lambda r: (r["model"], r["seed"]))
+
+    found = {"rows": merged(before.get("rows", []), rows)}
+    write_json(path, found | {"starts": merged(before.get("starts", []), [start])})
 
 
 if __name__ == "__main__":

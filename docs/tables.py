@@ -248,6 +248,20 @@ def search_cost() -> str:
     return markdown(["model, seed", "search", "evaluations", "work", "1/2", "1/4", "1/8"], lines)
 
 
+@table("search-starts")
+def search_starts() -> str:
+    return markdown(
+        ["model, seed", "gradients", "flips on the smallest part", "similarity of selections"],
+        [
+            [
+                f"{r['model']}, {r['seed']}",
+                *(f"{r[key]:.2f}" for key in ("gradients", "smallest_part", "similarity")),
+            ]
+            for r in read("search_cost.json").get("starts", [])
+        ],
+    )
+
+
 @table("tiny-third-layer")
 def tiny_third_layer() -> str:
     rows = read("tiny_third_layer.json")["rows"]

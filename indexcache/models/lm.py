@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from indexcache.models.family import AnyModel, input_device, module_of
 
@@ -89,6 +90,25 @@ def counted_kl(
         kl.append((base_log_p.exp() * (base_log_p - log_p)).sum(-1).cpu())
         right.append((logits.argmax(-1) == target).cpu())
     return torch.cat(kl), torch.cat(right)
+
+
+def summed_loss(model: AnyModel, hidden_BTE: Tensor, ids_BT: Tensor, counted_BT: Tensor) -> Tensor:
+    """Return the sum of the losses of the tokens that count, fp32, in nats, with a gradient.
+
+    The backward pass computes the logits again, a chunk at a time.
+    """
+    head = module_of(model).get_output_embeddings()
+
+    def loss_of(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    row, at = (x.to(hidden_BTE.device) for x in counted_BT.nonzero(as_tuple=True))
+    targets = ids_BT.to(hidden_BTE.device)[row, at]
+    states = hidden_BTE[row, at - 1]
+    chunk = max(LOGIT_BYTES // (4 * head.weight.shape[0]), 1)
+    pairs = zip(states.split(chunk), targets.split(chunk), strict=True)
+    sums = [checkpoint(loss_of, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(sums).sum()
 
 
 @torch.no_grad()

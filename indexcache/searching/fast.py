@@ -28,7 +28,7 @@ from indexcache.searching.settings import Savings
 RELATIVE = 0.1
 """Part of what a flip loses by which another may lose less without being preferred to it."""
 SHIFTS, OTHERS = 3, 4  # swaps of neighbours, and other ones, that are tried at a budget, ..
-ROUNDS = 2  # so many times at most
+ROUNDS = 4  # so many times at most
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class FastSearch:
     known: bool = field(init=False, default=True)  # whether the loss is that of the whole text
     gains: dict[int, Gain] = field(init=False, default_factory=dict)  # of full layers
     losses: dict[int, Gain] = field(init=False, default_factory=dict)  # of layers that were flipped
+    returns: dict[int, float] = field(init=False, default_factory=dict)  # of flips back
+    stale: set[int] = field(init=False, default_factory=set)  # layers beside a change since then
 
     def __post_init__(self) -> None:
         if self.full < len({*self.starts, *self.fixed}):
@@ -125,6 +127,7 @@ class FastSearch:
         self.losses |= {i: self.gains.pop(i) for i in layers}
         expected = [self.losses[i].value for i in layers]
         self.trunk = patterns[-1]
+        self.touch(layers)
         self.samples.rebase(self.trunk)
         self.loss, self.known = before + sum(expected), False
         budget = count - len(layers) in self.budgets
@@ -145,16 +148,34 @@ class FastSearch:
             estimated=not self.known,
         )
 
+    def touch(self, layers: Sequence[int]) -> None:
+        """Forget what flips beside a change have lost before.
+
+        What a layer loses depends most on the source that it would read and on the layers that it
+        serves, so it may have become cheaper, which no old value shows.
+        """
+        full = self.trunk.full_layers
+        for layer in layers:
+            before = max((i for i in full if i < layer), default=0)
+            after = min((i for i in full if i > layer), default=len(self.trunk) - 1)
+            self.stale.update(range(before, after + 1))
+
+    def old(self, layers: Sequence[int]) -> set[int]:
+        """Return the layers whose flips have to be measured, whatever they promise."""
+        return {
+            i for i in layers if not self.savings.lazy or i in self.stale or i not in self.gains
+        }
+
     def race(self, candidates: Sequence[int], renew: bool = False) -> int:
         """Measure flips on growing parts until one is the best, or near enough to it; return it.
 
         Where the queue is lazy, the flip that promises most is measured, and another one only where
         what it lost before is less than what this one loses now. `renew` measures all of them on
-        the smallest part: a flip may have become cheaper since, which no old value shows.
+        the smallest part, because any may have become cheaper.
         """
         gains = self.gains
         alive = set(candidates)
-        fresh = {i for i in candidates if renew or not self.savings.lazy or i not in gains}
+        fresh = set(candidates) if renew else self.old(candidates)
         rate = self.savings.error_rate / max(len(candidates) - 1, 1)
         best = -1
         for part in self.parts:
@@ -209,8 +230,7 @@ class FastSearch:
         room = min(count - b for b in self.budgets if b < count)
         if room < 2:
             return []
-        new = [i for i in candidates if i not in self.gains or not self.savings.lazy]
-        self.measure(new, self.parts[0])
+        self.measure(list(self.old(candidates)), self.parts[0])
         group = sorted(candidates, key=self.order)[: -(-room // 2)]
         while len(group) > 1:
             pattern = self.flipped(group)
@@ -231,6 +251,7 @@ class FastSearch:
         for i, flip in flips.items():
             lost = self.samples.difference([flip], [self.trunk], part).value
             self.gains[i] = Gain(flip, self.trunk, part, lost)
+            self.stale.discard(i)
 
     def refine(self) -> None:
         """Let full and shared layers change places while that loses less on the whole text."""
@@ -239,14 +260,14 @@ class FastSearch:
             if not swaps:
                 return
             alive = list(swaps)
+            rate = self.savings.error_rate / len(alive)
             for part in self.parts:
                 self.samples.measure([self.samples.full, self.trunk], part)
                 self.samples.measure([swaps[s] for s in alive], part)
-                lost = {
-                    s: self.samples.difference([swaps[s]], [self.trunk], part).value for s in alive
-                }
-                alive = sorted((s for s in alive if lost[s] < 0), key=lambda s: (lost[s], s))
-                alive = alive[: -(-len(alive) // 2)]
+                lost = {s: self.samples.difference([swaps[s]], [self.trunk], part) for s in alive}
+                # Those stay that may still lose less than nothing, at most half of them.
+                alive = [s for s in alive if lost[s].low(rate) < 0]
+                alive = sorted(alive, key=lambda s: (lost[s].value, s))[: -(-len(alive) // 2)]
                 if not alive:
                     return
             dropped, restored = alive[0]
@@ -259,6 +280,7 @@ class FastSearch:
             ):
                 if layer in source:
                     to[layer] = source.pop(layer)
+            self.touch(alive[0])
 
     def swaps(self) -> dict[tuple[int, int], Pattern]:
         """Propose swaps: (layer to flip to S, layer to make full again) and their patterns.
@@ -268,12 +290,21 @@ class FastSearch:
         similar work, come first.
         """
         samples, part = self.samples, self.parts[0]
+        staying = {*self.starts, *self.fixed}
+        self.measure(list(self.old([i for i in self.trunk.full_layers if i not in staying])), part)
         shared = [j for j in range(samples.layers) if self.trunk[j] == "S"]
-        restored = {j: self.trunk.replace(j, "F") for j in shared}
-        samples.measure([samples.full, self.trunk, *restored.values()], part)
-        change = {j: samples.difference([p], [self.trunk], part).value for j, p in restored.items()}
+        new = {
+            j: self.trunk.replace(j, "F")
+            for j in shared
+            if not self.savings.lazy or j in self.stale or j not in self.returns
+        }
+        samples.measure([samples.full, self.trunk, *new.values()], part)
+        self.returns |= {
+            j: samples.difference([p], [self.trunk], part).value for j, p in new.items()
+        }
+        self.stale -= set(shared)
         pairs = [
-            (self.gains[i].value + change[j], i, j)
+            (self.gains[i].value + self.returns[j], i, j)
             for i in self.trunk.full_layers
             for j in shared
             if i in self.gains and self.stage(i) == self.stage(j)

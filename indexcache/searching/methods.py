@@ -17,6 +17,7 @@ from indexcache.searching.fast import FastSearch
 from indexcache.searching.greedy import FrontierPoint, evaluations, greedy, rounds, together
 from indexcache.searching.mixed import MixedSearch
 from indexcache.searching.objective import Evaluation, shows_parts
+from indexcache.searching.planned import PlannedSearch
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.similarity import best_patterns
 from indexcache.searching.source import Entry, LossSource
@@ -113,7 +114,12 @@ def sampled(
                 settings.most_loss,
             ).run()
         else:
-            points = FastSearch(samples, full, starts, settings, source.noise, asked.fixed).run()
+            state = samples, full, starts, settings, source.noise, asked.fixed
+            points = (
+                FastSearch(*state).run()
+                if settings.start == "flips"
+                else PlannedSearch(*state, pairs=samples.pairs(samples.parts()[0])).run()
+            )
         frontier: list[FrontierPoint] = []
         for point in points:
             if _too_much(point, frontier, settings):

@@ -232,6 +232,7 @@ def _search(
         _check_entry,
         layers=layers,
         noisy=isinstance(source, VllmSource),
+        pairs=settings.start == "gradients",
         losses={},
         sizes=None if settings.method == "exact" else [len(b.units) for b in batches],
     )
@@ -305,13 +306,19 @@ def about_full(
 
 
 def _check_entry(
-    entry: Entry, layers: int, noisy: bool, losses: dict[str, float], sizes: Sequence[int] | None
+    entry: Entry,
+    layers: int,
+    noisy: bool,
+    pairs: bool,
+    losses: dict[str, float],
+    sizes: Sequence[int] | None,
 ) -> None:
     """Raise ValueError, KeyError or TypeError for a line of a journal that no search has written.
 
     Args:
         layers: number of layers of the model.
         noisy: whether the losses have noise, about which there are lines too.
+        pairs: whether a line may hold estimates by gradients.
         losses: the losses of the lines before, by pattern; this adds the line's.
         sizes: the number of sequences of every batch, where lines hold their sums.
     """
@@ -321,6 +328,11 @@ def _check_entry(
         else:
             for layer in (entry["flipped"], entry["full"], *entry["tied"]):
                 number_of({"layer": layer}, "layer")
+        return
+    if pairs and "pairs" in entry:
+        rows = [[number_of({"loss": x}, "loss") for x in row] for row in entry["pairs"]]
+        if [len(row) for row in rows] != [layers] * layers:
+            raise ValueError(f"its estimates are not those of {layers} layers")
         return
     pattern = entry["pattern"]
     loss = number_of(entry, "loss") if sizes is None else 0.0

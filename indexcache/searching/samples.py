@@ -19,6 +19,7 @@ from scipy.stats import t as student
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.family import DsaModule
+from indexcache.models.gradients import pair_losses, pair_passes
 from indexcache.models.prefix import PrefixCache
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
@@ -111,9 +112,12 @@ class Samples(ABC):
         self.work = Work(whole=sum(b.ids.numel() for b in batches) * layers)
         self._known: dict[str, dict[int, tuple[list[float], list[int] | None]]] = {}
         self._asked: dict[str, set[int]] = {}
+        self._pairs: np.ndarray | None = None
         for entry in journal:
             if "batches" in entry:
                 self._keep(entry)
+            elif "pairs" in entry:
+                self._pairs = np.array(entry["pairs"], np.float64)
 
     def _keep(self, entry: dict[str, Any]) -> None:
         known = self._known.setdefault(entry["pattern"], {})
@@ -238,6 +242,41 @@ class Samples(ABC):
 
         return {tuple(max(self.combination.parts.values(), key=mean)): 1.0}
 
+    def pairs(self, part: Parts) -> np.ndarray:
+        """Estimate by gradients what layer l loses with layer s's selection on a part.
+
+        The journal keeps it.
+
+        Returns:
+            float64 [layers, layers], row s and column l; see `gradients.pair_losses`.
+        """
+        tokens = sum(self.batches[b].ids.numel() for b in part)
+        self.work.layer_tokens += round(pair_passes(self.layers) * self.layers * tokens)
+        if self._pairs is None:
+            self._pairs = self._estimate(part)
+            self.record({"pairs": self._pairs.tolist()})
+        return self._pairs
+
+    def _estimate(self, part: Parts) -> np.ndarray:
+        raise NotImplementedError("A source without gradients takes no start from them.")
+
+    def weights(self, part: Parts) -> list[np.ndarray]:
+        """Return how much the objective on a part rises with each sequence's sum, by batch.
+
+        For the worst part, which the full model does not have, all parts count the same.
+        """
+        terms = self.combination.terms
+        if self.combination.objective == "worst":
+            own = list(self.combination.parts.values())
+            terms = [(1 / len(own), places) for places in own]
+        measured = {i for b in part for i in self.rows[b]}
+        found = np.zeros(len(self.combination.domains))
+        for weight, places in terms:
+            there = [i for i in places if i in measured]
+            counts = sum(self.combination.counts[i] for i in there)
+            found[there] += weight / counts if counts else 0.0
+        return [found[list(self.rows[b])] for b in part]
+
     def evaluate(self, pattern: Pattern) -> Evaluation:
         """Return the objective of a pattern on the whole text, with its parts."""
         self.measure([self.full, pattern], self.whole)
@@ -310,6 +349,11 @@ class ModelSamples(Samples):
             found = None if rows.found is None else [int(n) for n in rows.found]
             values.append(([float(s) for s in rows.sums], found))
         return values
+
+    def _estimate(self, part: Parts) -> np.ndarray:
+        own = [self.batches[b] for b in part]
+        counted = [self.meter.counted[b] for b in part]
+        return pair_losses(self.model, [b.ids for b in own], counted, self.weights(part))
 
 
 class EngineSamples(Samples):

@@ -12,6 +12,7 @@ from indexcache.pattern import Pattern, full_count, parse_pool, stage_starts
 
 ObjectiveName = Literal["weighted", "mean", "worst", "kl", "key-kl"]
 Method = Literal["exact", "fast", "similarity"]
+Start = Literal["flips", "gradients"]
 DEFAULT_OBJECTIVE: ObjectiveName = "weighted"
 FIRST = ("keep", "stages", "uniform", "pool_factor")
 """Settings that every settings.json holds; others only where they are not the default, so that
@@ -31,6 +32,10 @@ class Savings:
     "Fast search: flip layers that cannot be told apart at once."
     swaps: bool = True
     "Fast search: let full and shared layers change places at 1/2, 1/4, .. and at the end."
+    start: Start = "flips"
+    """Fast search: "flips" measures the flip of every layer first; "gradients" estimates by one
+    backward pass what every layer loses with every earlier layer's selection, begins every budget
+    with the best pattern by that, and measures only swaps."""
     error_rate: float = 0.05
     "Fast search: probability, by race, that the best candidate is dropped."
     tolerance: float = 0.005
@@ -124,6 +129,8 @@ class SearchSettings(Savings):
                 flag = f.name.replace("_", "-")
                 flag = f"no-{flag}" if f.default is True else flag
                 raise ValueError(f"--{flag} is a setting of the fast search; add --method fast.")
+        if self.start == "gradients" and self.roles == "FRS":
+            raise ValueError("--start gradients is for F and S layers; leave --roles FRS out.")
         if self.roles == "FRS" and self.method != "fast":
             raise ValueError("--roles FRS is searched by --method fast; add that.")
         for name in ("pool", "cost_context", "costs"):
@@ -156,6 +163,10 @@ class SearchSettings(Savings):
         if self.roles == "FRS":
             raise ValueError(
                 "vLLM knows no R layers, so --roles FRS needs this package's own path."
+            )
+        if self.start == "gradients":
+            raise ValueError(
+                "vLLM gives no gradients, so --start gradients needs this package's own path."
             )
         if self.method == "similarity":
             raise ValueError(

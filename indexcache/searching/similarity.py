@@ -46,7 +46,10 @@ def selection_overlap(model: DsaModule, batches: Sequence[Batch]) -> np.ndarray:
 
 
 def best_patterns(
-    similarity: np.ndarray, full: int, starts: Sequence[int] = (0,)
+    similarity: np.ndarray,
+    full: int,
+    starts: Sequence[int] = (0,),
+    allowed: Sequence[int] | None = None,
 ) -> dict[int, Pattern]:
     """Find for every number of full layers the pattern with the most similar source layers.
 
@@ -54,14 +57,15 @@ def best_patterns(
         similarity: of a source layer and a layer that reads its selection, [layers, layers].
         full: the fewest full layers.
         starts: first layers of the pipeline stages, which are full.
+        allowed: the layers that may be full, those of `starts` among them; None for all.
 
     Returns:
-        A pattern for each number of full layers from all down to `full`.
+        A pattern for each number of full layers from all, or all that are allowed, down to `full`.
     """
     layers = len(similarity)
     # served[a, b]: the similarity of layers a+1 .. b-1 to layer a, if none of them must be full.
     served = np.full((layers, layers + 1), -np.inf)
-    for a in range(layers):
+    for a in range(layers) if allowed is None else allowed:
         end = next((s for s in starts if s > a), layers)
         served[a, a + 1 : end + 1] = np.cumsum([0.0, *similarity[a, a + 1 : end]])
     # best[b]: the most that the layers before b have with so many full ones; b is full, or the end.

@@ -81,7 +81,7 @@ def test_without_its_savings_it_is_the_exact_search(glm, batches, tmp_path, stag
 
 
 def test_with_its_savings_it_finds_the_same_with_a_tenth_of_the_work():
-    samples = MadeUp(30, additive(COSTS), noise=1e-4)
+    samples = MadeUp(30, additive(COSTS), 48, noise=1e-4)
     points = fast(samples, 4)
     exact = list(greedy(MadeUp(30, additive(COSTS)).mean, 30, 4))
     assert [p.full for p in points] == list(range(30, 3, -1))

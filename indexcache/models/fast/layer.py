@@ -61,7 +61,8 @@ def route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Products of bf16 are exact in fp32, in which tensor cores add them up. A compiled product of
     # one row is a sum in fp32 anyway.
     compiled_row = x.shape[0] == 1 and torch.compiler.is_compiling()
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not compiled_row:
+    plain = not compiled_row and not x.requires_grad  # The product in fp32 has no gradient.
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and plain:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:
         logits = F.linear(x.float(), weight.float())
