@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import selections
+from benchmarks import one_token, selections
 from benchmarks.timing import (
     Calls,
     Peer,
@@ -419,7 +419,11 @@ def backward(report: Report) -> None:
         report.row(name, shape, ms, flop=flop, floor_ms=flop / RATES.bf16 * 1e3)
 
 
-SECTIONS = (quantize, scores, selection, decode, prefill, pools, mla, backward, tune)
+def step(report: Report) -> None:
+    one_token.one_token(report, RATES)
+
+
+SECTIONS = (quantize, scores, selection, decode, prefill, pools, mla, backward, step, tune)
 
 
 def main() -> int:
