@@ -202,6 +202,16 @@ def experts(tokens: int, quantized: bool = False, plain: bool = False) -> Callab
     )
 
 
+def described(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Let the copy engine bring the weights' tiles."""
+
+    def run() -> None:
+        with tuning.tuned(linear={"described": True}):
+            call()
+
+    return run
+
+
 def quantize_rotated() -> None:
     angle = torch.zeros(1, 4096, 32)
     x = torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16)
@@ -299,6 +309,8 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "experts quantised": experts(2048, True),
         "experts of one": experts(1),
         "experts plain": experts(2048, plain=True),
+        "experts plain, described": described(experts(2048, plain=True)),
+        "experts quantised, described": described(experts(2048, True)),
         "distill warm-up": lambda: index_kl((9, 256), 9, 256),
         "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),

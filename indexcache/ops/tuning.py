@@ -171,14 +171,15 @@ class KlTuning:
 class LinearTuning:
     """Products with FP8 weights, and gated experts (ops/linear)."""
 
-    outputs: int = 128
-    "Rows of the weights of a tile; gated experts take half of them from either half."
-    plain: tuple[int, int, int] = (256, 64, 4)
-    "Tokens (at most) and inputs of a tile of unquantised weights, and tiles in flight."
-    converted: tuple[int, int, int] = (256, 32, 6)
+    plain: tuple[int, int, int, int] = (128, 256, 64, 4)
+    """Rows of the weights, tokens (at most) and inputs of a tile of unquantised weights, and tiles
+    in flight; gated experts take half of the rows from either half."""
+    converted: tuple[int, int, int, int] = (128, 256, 32, 6)
     "The same where FP8 weights become bf16. With 64 inputs ptxas waits for each wgmma (C7515)."
-    quantized: tuple[int, int, int] = (128, 128, 3)
-    "The same where the inputs are quantised."
+    quantized: tuple[int, int, int, int] = (128, 128, 128, 3)
+    "The same where the inputs are quantised; a tile has 128 inputs, which have one scale."
+    described: bool = False
+    "Whether the copy engine brings tiles of weights that are not converted. Not measured yet."
     fused_experts: bool = False
     """Whether `accelerate` runs unquantised experts by `ops.gated_experts` too, on a GPU. Then
     nothing lies between the products but the sum of a token's experts. Not measured yet."""

@@ -64,7 +64,10 @@ def test_linear(tokens, n, k):
     assert relative(got, expected) < 2e-3
     assert torch.equal(got, ops.block_linear(x, weight, scale, backend="triton"))
     plain = dequantize(weight, scale, BLOCK, HALF)
-    assert relative(ops.block_linear(x, plain, None, backend="triton"), expected) < 2e-3
+    for described in (False, True):
+        with ops.tuned(linear={"described": described}):
+            got = ops.block_linear(x, plain, None, backend="triton")
+        assert relative(got, expected) < 2e-3
 
 
 def experts(x, inner, count, each, tokens, *, unused=()):
@@ -103,7 +106,10 @@ def test_experts(tokens, width, inner, count, each):
     assert torch.equal(got, ops.gated_experts(x, *given, backend="triton"))
     gate_up, down = (dequantize(w, s, BLOCK, HALF) for w, s in (given[:2], given[2:4]))
     plain = (gate_up, None, down, None, *given[4:])
-    assert relative(ops.gated_experts(x, *plain, backend="triton"), expected) < 2e-3
+    for described in (False, True):
+        with ops.tuned(linear={"described": described}):
+            got = ops.gated_experts(x, *plain, backend="triton")
+        assert relative(got, expected) < 2e-3
 
 
 def test_quantized_inputs(monkeypatch):
@@ -128,8 +134,10 @@ def test_quantized_inputs(monkeypatch):
     given = experts(136, 160, 4, 2, 9)
     x = inputs(9, 136)
     expected = ops.gated_experts(x, *given, quantized_inputs=True, backend="torch")
-    got = ops.gated_experts(x, *given, quantized_inputs=True, backend="triton")
-    assert relative(got, expected) < 1e-2
+    for described in (False, True):
+        with ops.tuned(linear={"described": described}):
+            got = ops.gated_experts(x, *given, quantized_inputs=True, backend="triton")
+        assert relative(got, expected) < 1e-2
 
 
 def test_the_definition_is_the_loader_s():

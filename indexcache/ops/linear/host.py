@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from indexcache.ops.linear import kernels
 from indexcache.ops.linear.reference import GROUP, Block
 from indexcache.ops.reference import FP8
-from indexcache.ops.tuning import LinearTuning, current, power
+from indexcache.ops.tuning import current, power
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -140,10 +141,21 @@ def _many(
     settings = current().linear
     k, experts = x.shape[-1], len(weight)
     x, x_scale = _quantized(x) if quantized else (x, None)
-    tokens, inputs, stages, warps = _tile(settings, rows_each, scale is not None, x_scale)
+    outputs, tokens, inputs, stages = settings.plain
+    if x_scale is not None:
+        outputs, tokens, inputs, stages = settings.quantized
+    elif scale is not None:
+        outputs, tokens, inputs, stages = settings.converted
+    tokens = min(tokens, power(rows_each, 32))
     tiles = triton.cdiv(rows, tokens) if ends is None else rows // tokens + min(experts, rows)
-    outputs = settings.outputs // 2 if gated else settings.outputs
-    kernels.products[(triton.cdiv(out.shape[-1], outputs), tiles)](
+    columns = outputs // 2 if gated else outputs
+    arguments = _weight_arguments(weight, scale)
+    described = settings.described and (scale is None or quantized)
+    described = described and k * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+    if described:
+        table = weight.view(-1, k)
+        arguments["p_w"] = TensorDescriptor.from_tensor(table, [columns, inputs])
+    kernels.products[(triton.cdiv(out.shape[-1], columns), tiles)](
         p_x=x,
         p_x_scale=x_scale,
         p_out=out,
@@ -152,30 +164,18 @@ def _many(
         p_factor=factor,
         p_ends=ends,
         n_tokens=rows,
-        **_weight_arguments(weight, scale),
+        **arguments,
         X=experts,
         XP=power(experts),
         GATED=gated,
         EVEN=k % inputs == 0,
-        BN=settings.outputs,
+        DESCRIBED=described,
+        BN=outputs,
         BM=tokens,
         BK=inputs,
         STAGES=stages,
-        num_warps=warps,
+        num_warps=8 if tokens * outputs >= 128 * 128 else 4,
     )
-
-
-def _tile(
-    settings: LinearTuning, rows_each: int, scaled: bool, x_scale: Tensor | None
-) -> tuple[int, int, int, int]:
-    """Return tokens and inputs of a tile, tiles in flight, and warps."""
-    tokens, inputs, stages = settings.plain
-    if x_scale is not None:
-        tokens, inputs, stages = settings.quantized
-    elif scaled:
-        tokens, inputs, stages = settings.converted
-    tokens = min(tokens, power(rows_each, 32))
-    return tokens, inputs, stages, 8 if tokens >= 128 else 4
 
 
 def _weight_arguments(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def products(
     XP: tl.constexpr,
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -74,7 +75,8 @@ def products(
     [X, blocks of outputs, ceil(K / 128)] or None. Place m of the sorted order reads row p_source[m]
     of x and writes row p_target[m] of out [rows, outputs], times p_factor[m]; a list that is None
     names its own place. p_ends None: one expert has all tokens. GATED: N = 2 outputs, whose halves
-    have blocks of their own. EVEN: K is a multiple of BK. BK divides 128. An expert's weights, and
+    have blocks of their own. EVEN: K is a multiple of BK. BK divides 128. DESCRIBED: p_w
+    describes [X N, K] to the copy engine in tiles [outputs of a tile, BK]. An expert's weights, and
     x, have fewer than 2^31 elements.
     """
     i_n, i_tile = tl.program_id(0), tl.program_id(1)
@@ -89,57 +91,80 @@ def products(
     if p_source is not None:
         source = tl.load(p_source + o_m, mask=m_m, other=0)
     source = tl.where(m_m, source, 0)
-    o_r = tl.arange(0, BN)
     OUT: tl.constexpr = BN // 2 if GATED else BN
     outputs = N // 2 if GATED else N
-    o_n = i_n * OUT + o_r % OUT
-    o_n = tl.where(o_n < outputs, o_n, 0)
-    row = o_r // OUT * outputs + o_n  # GATED: a tile is half gates, half what they gate
     o_k = tl.arange(0, BK)
     a_row = (K + BLOCK - 1) // BLOCK  # scales of a row
-    p_w += tl.full((), s_expert, tl.int64) * expert
-    # Weights that are converted are the first operand, which may lie in registers.
+    # Weights that are converted are the first operand, which may lie in registers. A tile of theirs
+    # is then half gates, half what they gate; otherwise each has a product of its own.
     CONVERT: tl.constexpr = p_w_scale is not None and p_x_scale is None
+    TWO: tl.constexpr = GATED and not CONVERT
+    o_r = tl.arange(0, BN if CONVERT else OUT)
+    o_n = i_n * OUT + o_r % OUT
+    row = tl.where(o_n < outputs, o_n, 0) + o_r // OUT * outputs
+    i_row = expert * N + i_n * OUT
+    if not DESCRIBED:
+        p_w += tl.full((), s_expert, tl.int64) * expert
     if CONVERT:
         at_w, at_x = row[:, None] * K + o_k[None, :], source[None, :] * K + o_k[:, None]
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         at_w, at_x = row[None, :] * K + o_k[:, None], source[:, None] * K + o_k[None, :]
-        acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BM, OUT), tl.float32)
+        acc_up = tl.zeros((BM, OUT if TWO else 1), tl.float32)
     if p_w_scale is not None:
         p_w_scale += tl.full((), s_scale_expert, tl.int64) * expert + i_n * OUT // BLOCK * a_row
-        to_up = (outputs + BLOCK - 1) // BLOCK * a_row  # from a gate's scale to that of its other
+        p_up_scale = p_w_scale + (outputs + BLOCK - 1) // BLOCK * a_row
     if p_x_scale is not None:
         p_x_scale += source * a_row
     for base in tl.range(0, K, BK, num_stages=STAGES):
+        left = o_k < K - base
+        of_rows, of_columns = left[:, None], left[None, :]
         if EVEN:
-            w, x = tl.load(p_w + base + at_w), tl.load(p_x + base + at_x)
+            x = tl.load(p_x + base + at_x)
         else:
-            left = o_k < K - base
-            of_rows, of_columns = left[:, None], left[None, :]
-            w = tl.load(p_w + base + at_w, mask=of_columns if CONVERT else of_rows, other=0.0)
             x = tl.load(p_x + base + at_x, mask=of_rows if CONVERT else of_columns, other=0.0)
-        if p_w_scale is None:
-            acc = tl.dot(x, w, acc)
+        if DESCRIBED:
+            w = tl.trans(p_w.load([i_row, base]))
+            if TWO:
+                w_up = tl.trans(p_w.load([i_row + outputs, base]))
+        elif EVEN:
+            w = tl.load(p_w + base + at_w)
+            if TWO:
+                w_up = tl.load(p_w + outputs * K + base + at_w)
         else:
+            m_w = of_columns if CONVERT else of_rows
+            w = tl.load(p_w + base + at_w, mask=m_w, other=0.0)
+            if TWO:
+                w_up = tl.load(p_w + outputs * K + base + at_w, mask=m_w, other=0.0)
+        if CONVERT:
             scale = tl.load(p_w_scale + base // BLOCK)
             if GATED:
-                scale = tl.where(o_r < OUT, scale, tl.load(p_w_scale + to_up + base // BLOCK))
-            else:
-                scale = tl.full((BN,), scale, tl.float32)
-            if CONVERT:
+                scale = tl.where(o_r < OUT, scale, tl.load(p_up_scale + base // BLOCK))
                 w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
-                acc = tl.dot(w, x, acc)
             else:
-                x_scale = tl.load(p_x_scale + base // BLOCK)
-                acc += tl.dot(x, w) * (x_scale[:, None] * scale[None, :])
+                w = (w.to(tl.float32) * scale).to(x.dtype)
+            acc = tl.dot(w, x, acc)
+        elif p_x_scale is None:
+            acc = tl.dot(x, w, acc)
+            if TWO:
+                acc_up = tl.dot(x, w_up, acc_up)
+        else:
+            x_scale = tl.load(p_x_scale + base // BLOCK)
+            scale = x_scale * tl.load(p_w_scale + base // BLOCK)
+            acc += tl.dot(x, w) * scale[:, None]
+            if TWO:
+                scale = x_scale * tl.load(p_up_scale + base // BLOCK)
+                acc_up += tl.dot(x, w_up) * scale[:, None]
+    if TWO:
+        acc = _silu(acc, acc_up)
     if CONVERT:
         acc = tl.trans(acc)
+        if GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, OUT)), (0, 2, 1)))
+            acc = _silu(gate, up)
     if p_factor is not None:
         acc *= tl.load(p_factor + o_m, mask=m_m, other=0.0)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, OUT)), (0, 2, 1)))
-        acc = _silu(gate, up)
     target = o_m
     if p_target is not None:
         target = tl.load(p_target + o_m, mask=m_m, other=0)
