@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from indexcache.ops import AttentionTarget, kl, tuning
+from indexcache.ops import AttentionTarget, kl, rotary, tuning
 from indexcache.ops.groups import group_queries
 from indexcache.ops.index import host as index_host
 from indexcache.ops.index import topk_host
@@ -155,6 +155,16 @@ def paged(group: int) -> None:
 def grouped(group: int) -> None:
     with tuning.tuned(index={"bitmaps_from": 1}):
         group_queries(torch.zeros(1, 264, 2048, dtype=torch.int32), group)
+
+
+def rotated(interleaved: bool) -> None:
+    """Turn the queries of 20 heads, and those of an indexer of 32."""
+    positions, table = torch.zeros(264, dtype=torch.int64), torch.zeros(264, 64)
+    q, index_q = (torch.zeros(264, h, d, dtype=torch.bfloat16) for h, d in ((20, 64), (32, 128)))
+    rotary.rotate_queries(q, positions, table, interleaved=interleaved)
+    rotary.rotate_index_queries(
+        index_q, index_q[..., 0], positions, table, (1.0, 1.0), interleaved=interleaved
+    )
 
 
 def backward(deterministic: bool, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -291,6 +301,8 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "attention 64": attend(64, 264),
         "attention of SmolLM2": attend(9, 924, dims=448),
         "decode 20": attend(20, 1),
+        "queries turned, interleaved": lambda: rotated(True),
+        "queries turned, half-split": lambda: rotated(False),
         "paged groups of 3": lambda: paged(3),
         "paged groups of 8": lambda: paged(8),
         "groups of 3 through bitmaps": lambda: grouped(3),

@@ -26,7 +26,7 @@ from benchmarks import dispatch
 from indexcache import ops
 from indexcache.distilling.loss import distill_loss
 from indexcache.ops import pages as pages_host
-from indexcache.ops import reference
+from indexcache.ops import reference, rotary
 from indexcache.ops import step as step_ops
 from indexcache.ops.index import topk_host
 from indexcache.ops.mla import host as mla_host
@@ -66,7 +66,7 @@ KERNELS = {
         "groups.join",
     },
     "gluon": {"mla.forward_hopper.attend", "groups.join"},
-    "paged": {"pages.unite_pages"},
+    "paged": {"pages.unite_pages", "rotary.turn_rows"},
     "linear": {
         "linear.kernels.products",
         "linear.kernels.products_of_few",
@@ -222,6 +222,12 @@ def paged() -> None:
         expected = ops.group_pages(ids, requests, table, group, page_rows=128, backend="torch")
         for a, b in zip(result, expected, strict=True):
             need(not isinstance(a, Tensor) or torch.equal(a, b), "the paged groups")
+    q, positions = torch.randn(33, 5, 80, device="cuda"), torch.arange(33, device="cuda")
+    table = torch.randn(40, 32, device="cuda")
+    turned = rotary.rotate_queries(q[..., :64], positions, table, interleaved=False)
+    cos, sin = table[:33, None].chunk(2, -1)
+    close = torch.allclose(turned, reference.rope(q[..., :64], cos, sin, interleaved=False))
+    need(close, "the turned queries")
 
 
 def step() -> None:

@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from indexcache import ops
-from indexcache.engines.vllm import plugin, selecting
+from indexcache.engines.vllm import plugin, rotating, selecting
 from indexcache.ops import pages, tuning
 
 PAGE, STRIDE, VALUE, ROPE, HEADS, K = 32, 64, 32, 16, 5, 16
@@ -74,7 +74,8 @@ def attention(monkeypatch):
     monkeypatch.delitem(sys.modules, "indexcache.engines.vllm.attention", raising=False)
     monkeypatch.setattr(ops, "query_group", lambda ids, heads: 3 if heads <= 32 else 1)
     monkeypatch.setattr(pages, "SLICE", 4)
-    monkeypatch.setattr(selecting, "install", lambda: installed.append(True))
+    monkeypatch.setattr(selecting, "install", lambda: installed.append("selecting"))
+    monkeypatch.setattr(rotating, "install", lambda: installed.append("rotating"))
     module = importlib.import_module("indexcache.engines.vllm.attention")
     module.config, module.installed = config, installed
     with ops.tuned(backend="triton", mla={"keys": 16}):
@@ -249,7 +250,7 @@ def test_it_selects_where_that_is_not_turned_off(attention, monkeypatch):
     attention.IndexCacheImpl(torch.zeros(1, K))
     monkeypatch.setattr(attention.IndexCacheImpl, "selects", False)
     attention.IndexCacheImpl(torch.zeros(1, K))
-    assert attention.installed == [True]
+    assert attention.installed == ["selecting", "rotating", "rotating"]
 
 
 def test_the_plugin_registers_it(attention, caplog):

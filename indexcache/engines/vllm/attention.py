@@ -12,9 +12,9 @@ layer in prefill, where `_forward_mqa_kernel` gives them to FA3. The cache of a 
 FA3 computes 64 heads whatever a rank has. This backend changes what happens in prefill with up to
 32 heads: the plan of a step (`ops.group_pages`), in which neighbouring queries share their latents,
 is made in the F layer and read by the S layers that follow, and the F layer's ids are selected by
-this package too (`selecting`). Everything else is FA3's as before: decoding and its CUDA graphs,
-prompts of at most k tokens, which vLLM attends to densely, and ranks with more heads, where no
-queries share a program.
+this package too (`selecting`), for queries that it turned and quantised (`rotating`). Everything
+else is FA3's as before: decoding and its CUDA graphs, prompts of at most k tokens, which vLLM
+attends to densely, and ranks with more heads, where no queries share a program.
 
 The module imports vLLM, and only vLLM imports it, by `PATH` (`plugin.register`).
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from indexcache import ops
-from indexcache.engines.vllm import selecting
+from indexcache.engines.vllm import rotating, selecting
 from indexcache.ops import tuning
 from indexcache.ops.reference import QueryGroups
 
@@ -146,11 +146,15 @@ class IndexCacheImpl(FlashAttnMLASparseImpl):
     """Up to so many queries of a decoding step go to this package's kernel, and more to FA3."""
     selects: ClassVar[bool] = True
     """Whether this package selects in prefill too (`selecting`)."""
+    rotates: ClassVar[bool] = True
+    """Whether it turns and quantises the queries of long steps (`rotating`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.selects:
             selecting.install()
+        if self.rotates:
+            rotating.install()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Compile the kernels when a model is loaded, and not while the first prompt waits."""
