@@ -41,12 +41,13 @@ def overlap(
 ) -> None:
     """Measure how much the selections of the layers have in common.
 
-    The verb writes overlap.json and a heat map.
+    The verb writes overlap.json and a heat map. Of several processes the first one does it.
     """
     from indexcache.evals.overlap import overlap as measure_overlap
     from indexcache.models.loading import describe
     from indexcache.models.stream.forecast import Round
     from indexcache.models.stream.loading import spill_to
+    from indexcache.models.world import first_process
     from indexcache.report.plots import check_plots, draw_overlap
 
     facts = describe(model)
@@ -57,6 +58,8 @@ def overlap(
     if stream.dry_run:
         one = Round.of_patterns([native_pattern(facts)])
         deliver_forecast(facts, [one], open_text(model, text), running, stream, output)
+        return
+    if not first_process():
         return
     folder = claim_folder(out, model)
     check_plots()

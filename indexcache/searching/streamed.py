@@ -60,9 +60,13 @@ class StreamedObjective(Objective):
         self.later = list(later)
         self.report = report
         self.ready_path = folder / READY
+        names = [f"states-{rank}-of-{world.size}.bin" for rank in range(world.size)]
+        if world.rank == 0:  # What another number of processes left may be large.
+            for path in set(folder.glob("*")) - {self.ready_path, *map(folder.joinpath, names)}:
+                path.unlink(missing_ok=True)
         self._ready: dict[str, Evaluation] = world.first(self._read_ready())
         every = getattr(stream.settings, "checkpoint_layers", None)
-        path = folder / f"states-{world.rank}-of-{world.size}.bin"
+        path = folder / names[world.rank]
         self._checkpoint = Checkpoint(path, every, {"layers": self.layers})
 
     def together(self, patterns: Sequence[Pattern], trunk: Pattern | None) -> list[float]:

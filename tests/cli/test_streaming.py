@@ -68,6 +68,12 @@ def test_other_verbs_give_the_same_numbers(run, tmp_path, verb):
     assert not list(tmp_path.glob("1/.*spill*"))
 
 
+def test_the_first_of_several_processes_measures_the_overlap(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("overlap", "--stream", "--out", str(tmp_path / "o"))[:2] == (0, None)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "passes", "states"),
     [

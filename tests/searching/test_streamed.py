@@ -133,18 +133,22 @@ def test_an_interrupted_round_goes_on_behind_its_last_checkpoint(glm5, whole, tm
     assert not (tmp_path / "stream").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other"])
+@pytest.mark.parametrize("damage", ["cut", "other", "of more processes"])
 def test_a_checkpoint_that_does_not_fit_is_not_used(glm5, whole, tmp_path, damage):
     settings = SearchStreamSettings(checkpoint_layers=2)
     killed(glm5, tmp_path, settings)
     (saved,) = (tmp_path / "stream").glob("*.bin")
     if damage == "cut":
         saved.write_bytes(saved.read_bytes()[:-100])
+    elif damage == "of more processes":
+        shutil.copy(saved, saved.with_name(".states-2-of-3.bin.tmp"))
+        saved.rename(saved.with_name("states-0-of-3.bin"))
     else:
         journal = tmp_path / "journal.jsonl"  # The round before is the one under way.
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
     ic.search(opened(glm5, settings), texts(), tmp_path, SETTINGS)
     same(tmp_path, whole)
+    assert not (tmp_path / "stream").exists()
 
 
 def mixed():
