@@ -70,10 +70,12 @@ def search(
     check_text(facts, model, text)
     check_delta(facts, running.delta)
     streamed = not engine.engine and streams(facts, running, stream)
-    if (streamed or stream.dry_run) and settings.method != "exact":
+    if stream.dry_run and settings.method != "exact":
         raise ValueError(
-            f"--method {settings.method} does not run on a streamed model; take --method exact."
+            f"--dry-run knows the passes of --method exact alone, not those of {settings.method}."
         )
+    if streamed:
+        settings.check_streamed()
     asked = open_retrieval(model, text, retrieval)
     if stream.dry_run:
         layers = facts["num_hidden_layers"]

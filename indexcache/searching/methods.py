@@ -95,7 +95,9 @@ def sampled(
 ) -> Found:
     """Run a search that measures parts of the text, or only what similarity has chosen."""
     full, starts, comparisons = asked.full, asked.starts, asked.comparisons
-    with progress_bar(source.layers - full + 1, "budget", shown=progress) as bar:
+    shown = progress and source.world.rank == 0
+    with progress_bar(source.layers - full + 1, "budget", shown=shown) as bar:
+        source.expect([], comparisons, _said_on(bar))
         samples = source.samples(batches, run.journal, run.append, settings.objective)
         if settings.method == "similarity":
             chosen = best_patterns(source.overlap(batches), full, asked.fixed)

@@ -214,7 +214,7 @@ def _search(
     progress: bool,
 ) -> SearchResult:
     settings.check_method()
-    source.check_method(settings.method)
+    source.check_settings(settings)
     _refuse_trained_sharing(source.without_indexer)
     source.check()
     layers = source.layers

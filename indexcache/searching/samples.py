@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
+from torch import Tensor
 
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
@@ -24,7 +25,7 @@ from indexcache.models.prefix import PrefixCache
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
 from indexcache.searching.combining import Combination
-from indexcache.searching.meter import KEY_PASSES, Meter, check_finite
+from indexcache.searching.meter import KEY_PASSES, Meter, check_finite, full_losses
 from indexcache.searching.objective import Evaluation, shows_parts
 from indexcache.searching.settings import ObjectiveName
 from indexcache.searching.work import Work
@@ -35,6 +36,8 @@ LEAST = 6
 fewer say nothing of their spread."""
 
 Parts = tuple[int, ...]
+Measured = tuple[list[float], list[int] | None]
+"""The sum of each sequence of a batch, and the answers found in it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Samples(ABC):
         ]
         self.whole: Parts = tuple(range(len(batches)))
         self.work = Work(whole=sum(b.ids.numel() for b in batches) * layers)
-        self._known: dict[str, dict[int, tuple[list[float], list[int] | None]]] = {}
+        self._known: dict[str, dict[int, Measured]] = {}
         self._asked: dict[str, set[int]] = {}
         self._pairs: np.ndarray | None = None
         for entry in journal:
@@ -177,9 +180,7 @@ class Samples(ABC):
             self.record(entry)
 
     @abstractmethod
-    def _run(
-        self, pattern: Pattern, new: Sequence[int]
-    ) -> list[tuple[list[float], list[int] | None]]:
+    def _run(self, pattern: Pattern, new: Sequence[int]) -> list[Measured]:
         """Measure a pattern on batches: the sum of each sequence, and the answers found in it."""
 
     @abstractmethod
@@ -311,7 +312,7 @@ class ModelSamples(Samples):
         record: Callable[[dict[str, Any]], None],
     ):
         self.model = model
-        self.meter = Meter(model, batches, name)
+        self.meter = Meter(model, batches, name, self._full_losses)
         layers = int(model.config.num_hidden_layers)
         full = Pattern.full(layers)
         super().__init__(batches, name, self.meter.counts, layers, full, journal, record)
@@ -333,9 +334,7 @@ class ModelSamples(Samples):
             self.trunks[batch] = self.base
         return layers + (prefix.layers_run(pattern, self.base) if pattern != self.base else 0)
 
-    def _run(
-        self, pattern: Pattern, new: Sequence[int]
-    ) -> list[tuple[list[float], list[int] | None]]:
+    def _run(self, pattern: Pattern, new: Sequence[int]) -> list[Measured]:
         values = []
         for b in new:
             prefix = self.prefixes[b]
@@ -345,10 +344,17 @@ class ModelSamples(Samples):
                     self.meter.base = {**self.meter.base, b: prefix.hidden(0, self.full)}
                 hidden = prefix.hidden(0, pattern)
             self.watched = True
-            rows = self.meter.rows(b, hidden)
-            found = None if rows.found is None else [int(n) for n in rows.found]
-            values.append(([float(s) for s in rows.sums], found))
+            values.append(self._measured(b, hidden))
         return values
+
+    def _measured(self, batch: int, hidden: Tensor) -> Measured:
+        """Measure a batch by its final hidden states [B, T, E]."""
+        rows = self.meter.rows(batch, hidden)
+        found = None if rows.found is None else [int(n) for n in rows.found]
+        return [float(s) for s in rows.sums], found
+
+    def _full_losses(self, model: DsaModule, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return full_losses(model, inputs)
 
     def _estimate(self, part: Parts) -> np.ndarray:
         own = [self.batches[b] for b in part]
@@ -375,9 +381,7 @@ class EngineSamples(Samples):
     def _layers_of(self, pattern: Pattern, batch: int) -> int:
         return self.layers
 
-    def _run(
-        self, pattern: Pattern, new: Sequence[int]
-    ) -> list[tuple[list[float], list[int] | None]]:
+    def _run(self, pattern: Pattern, new: Sequence[int]) -> list[Measured]:
         losses = self.engine.losses(pattern, [self.batches[b] for b in new])
         values, at = [], 0
         for b in new:

@@ -179,6 +179,17 @@ class SearchSettings(Savings):
                 "does not give; take weighted, mean or worst, or this package's own path."
             )
 
+    def check_streamed(self) -> None:
+        """Raise ValueError for a method that no streamed model gives."""
+        for flag, asked in (
+            ("--method similarity", self.method == "similarity"),
+            ("--start gradients", self.start == "gradients"),
+        ):
+            if asked:
+                raise ValueError(
+                    f"{flag} does not run on a streamed model, only with the whole model in memory."
+                )
+
     def full_layers(self, layers: int, stages: int | None = None) -> int:
         """Return how many of `layers` layers stay full at the end.
 

@@ -31,6 +31,7 @@ from indexcache.searching.samples import EngineSamples, ModelSamples, Samples
 from indexcache.searching.settings import DEFAULT_OBJECTIVE, Method, ObjectiveName, SearchSettings
 from indexcache.searching.similarity import selection_overlap
 from indexcache.searching.streamed import StreamedObjective, Ticker
+from indexcache.searching.streamed_samples import StreamedSamples
 from indexcache.searching.work import Work
 from indexcache.vacuity import Share
 
@@ -62,6 +63,7 @@ class LossSource(ABC):
         world: the processes that compute together, of which the first one writes.
         methods: the ways of searching that it knows.
         kind: what it is, for a refusal.
+        gradients: whether it can run a backward pass.
     """
 
     layers: int
@@ -73,9 +75,19 @@ class LossSource(ABC):
     world: Processes = ALONE
     methods: tuple[Method, ...] = ("exact", "fast", "similarity")
     kind: str = "this package's own path"
+    gradients: bool = False
+
+    def check_settings(self, settings: SearchSettings) -> None:
+        """Raise ValueError for a way of searching that this source does not know."""
+        self.check_method(settings.method)
+        if settings.start == "gradients" and not self.gradients:
+            raise ValueError(
+                f"--start gradients does not run on {self.kind}; take --start flips, or this "
+                "package's own path with the whole model in memory."
+            )
 
     def check_method(self, method: Method) -> None:
-        """Raise ValueError for a way of searching that this source does not know."""
+        """Raise ValueError for a method that this source does not know."""
         if method not in self.methods:
             raise ValueError(
                 f"--method {method} does not run on {self.kind}; take {' or '.join(self.methods)}, "
@@ -168,6 +180,7 @@ class ModelSource(LossSource):
     """The losses of a model that lies in this process; they repeat bit for bit."""
 
     roles = "FRS"
+    gradients = True
 
     def __init__(self, model: AnyModel):
         family_of(model)  # It refuses an unknown family.
@@ -233,8 +246,9 @@ class StreamedSource(ModelSource):
         out: the run folder, where states are saved and spilled to.
     """
 
-    methods = ("exact",)  # It computes whole rounds of candidates.
+    methods = ("exact", "fast")
     kind = "a streamed model"
+    gradients = False
 
     def __init__(self, model: AnyModel, stream: Stream, world: Processes, out: Path):
         super().__init__(model)
@@ -281,6 +295,24 @@ class StreamedSource(ModelSource):
             report=self.ticker or (lambda done: None),
         )
         return self.made
+
+    def samples(
+        self,
+        batches: Sequence[Batch],
+        journal: Sequence[Entry],
+        record: Callable[[Entry], None],
+        name: ObjectiveName = DEFAULT_OBJECTIVE,
+    ) -> Samples:
+        return StreamedSamples(
+            self.stream,
+            batches,
+            name,
+            journal,
+            record,
+            world=self.world,
+            folder=self.folder,
+            report=self.ticker or (lambda done: None),
+        )
 
 
 class VllmSource(LossSource):

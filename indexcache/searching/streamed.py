@@ -102,29 +102,11 @@ class StreamedObjective(Objective):
         return self._ready.pop(str(pattern))
 
     def _full_losses(self, model: DsaModule, inputs: Sequence[Tensor]) -> list[Tensor]:
-        found: list[Tensor] = []
-
-        def use(finals: Finals) -> None:
-            for i, ids in enumerate(inputs):
-                found.append(token_losses(model, finals.get(0, i), ids).cpu())
-
-        self.stream.run([Variant(Pattern.full(len(self.stream.layers)))], inputs, use)
-        return found
+        return full_losses_of(self.stream, inputs)
 
     def _compute(self, patterns: list[Pattern]) -> None:
         """Deal the patterns out, and put the evaluations of all of them into `_ready`."""
-        mine = patterns[self.world.rank :: self.world.size]
-        found: dict[str, Evaluation] | Exception
-        try:
-            found = self._pass(mine) if mine else {}
-        except (ValueError, OSError) as error:
-            if self.world.size == 1:
-                raise
-            found = error
-        for part in self.world.gather(found):
-            if isinstance(part, Exception):
-                raise part
-            self._ready |= part
+        self._ready |= dealt(self.world, patterns, self._pass)
 
     def _pass(self, patterns: list[Pattern]) -> dict[str, Evaluation]:
         """Evaluate patterns, after the full one where all others are compared with that."""
@@ -136,7 +118,7 @@ class StreamedObjective(Objective):
 
         def use(finals: Finals) -> None:
             if self.meter.divergence:
-                self.meter.base = _Base(finals)
+                self.meter.base = Base(finals, range(finals.batches))
             for number, pattern in enumerate(run):
                 evaluation = self._evaluation(pattern, partial(finals.get, number))
                 if pattern in patterns:
@@ -170,20 +152,64 @@ class StreamedObjective(Objective):
             write_json(self.ready_path, finite)
 
 
-class _Base(Mapping[int, Tensor]):
-    """The full model's final hidden states by batch, which a pass computed first."""
+class Base(Mapping[int, Tensor]):
+    """The full model's final hidden states by batch, which a pass computed first.
 
-    def __init__(self, finals: Finals):
+    Args:
+        finals: what the pass left.
+        batches: the number of each of its batches among all.
+    """
+
+    def __init__(self, finals: Finals, batches: Sequence[int]):
         self._finals = finals
+        self._places = {b: i for i, b in enumerate(batches)}
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._finals.get(0, index)
+        return self._finals.get(0, self._places[index])
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return self._finals.batches
+        return len(self._places)
+
+
+def full_losses_of(stream: Stream, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the losses of all next tokens with all layers full, fp32 [B, T - 1] on the CPU."""
+    found: list[Tensor] = []
+
+    def use(finals: Finals) -> None:
+        for i, ids in enumerate(inputs):
+            found.append(token_losses(stream.module, finals.get(0, i), ids).cpu())
+
+    stream.run([Variant(Pattern.full(len(stream.layers)))], inputs, use)
+    return found
+
+
+def dealt(
+    world: Processes,
+    patterns: Sequence[Pattern],
+    compute: Callable[[list[Pattern]], dict[Any, Any]],
+) -> dict[Any, Any]:
+    """Let every process compute some of the patterns, and return what all of them found.
+
+    Raises:
+        ValueError, OSError: one of them did, on every process.
+    """
+    mine = list(patterns[world.rank :: world.size])
+    found: dict[Any, Any] | Exception
+    try:
+        found = compute(mine) if mine else {}
+    except (ValueError, OSError) as error:
+        if world.size == 1:
+            raise
+        found = error
+    together: dict[Any, Any] = {}
+    for part in world.gather(found):
+        if isinstance(part, Exception):
+            raise part
+        together |= part
+    return together
 
 
 class Follower:
@@ -230,7 +256,7 @@ class Ticker:
     """Says how far a streamed search is: round, layer, states, rate of reading, time left.
 
     Args:
-        rounds: the number of candidates of each round.
+        rounds: the number of candidates of each round; none where nobody knows it before.
         layers: number of layers.
         say: takes the text.
 
@@ -250,6 +276,11 @@ class Ticker:
         self._seconds += done.seconds
         self._work += done.states
         each = self._seconds / self._work
+        if not self.rounds:
+            self.say(
+                f"layer {done.layer + 1}/{done.layers}, {done.states} alive, {done.rate:.1f} GB/s"
+            )
+            return
         # Every candidate runs from the layer it flips on, half of the layers in the mean.
         rest = (done.layers - 1 - done.layer) * done.states
         after = sum(self.layers * (1 + count / 2) for count in self.rounds[self.round + 1 :])

@@ -298,11 +298,3 @@ def test_settings_that_do_not_fit_are_refused(glm, batches, tmp_path):
     refused(run(method="fast", error_rate=0.5), "below 0.5, not 0.5")
     refused(run(method="fast", tolerance=float("nan")), "nats per token, 0 or more")
     refused(run(method="fast", keep=1 / 6, stages=2), "2 pipeline stages")
-
-
-def test_a_streamed_model_says_what_it_cannot():
-    from indexcache.searching.source import StreamedSource
-
-    source = object.__new__(StreamedSource)
-    refused(lambda: source.check_method("fast"), "does not run on a streamed model; take exact")
-    source.check_method("exact")

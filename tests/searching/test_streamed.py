@@ -169,13 +169,54 @@ def test_every_objective_is_that_of_the_loaded_model(glm5, tmp_path, monkeypatch
     same(tmp_path / "streamed", tmp_path / "loaded")
 
 
+FAST = SearchSettings(method="fast", keep=0.4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SearchSettings(method="fast", keep=0.4, objective="kl", stages=2),
+        SearchSettings(method="fast", keep=0.3, roles="FRS", pool="1/4", uniform=False),
+    ],
+    ids=["kl", "FRS"],
+)
+def test_a_fast_search_streamed_writes_the_bytes_of_a_loaded_one(glm5, tmp_path, settings):
+    for name, stream in (("loaded", False), ("streamed", True)):
+        ic.search(opened(glm5, stream), mixed(), tmp_path / name, settings)
+    same(tmp_path / "streamed", tmp_path / "loaded")
+    assert not (tmp_path / "streamed" / "stream").exists()
+
+
+def test_a_killed_fast_search_goes_on(glm5, tmp_path):
+    last = 8
+    ic.search(opened(glm5, False), texts(), tmp_path / "loaded", FAST)
+    model = opened(glm5, SearchStreamSettings(checkpoint_layers=2))
+    follow(stream_of(model), [], last)
+    with pytest.raises(Killed):
+        ic.search(model, texts(), tmp_path / "streamed", FAST)
+    model, again = opened(glm5, SearchStreamSettings(checkpoint_layers=2)), []
+    follow(stream_of(model), again)
+    ic.search(model, texts(), tmp_path / "streamed", FAST)
+    assert again[0] == (last - 1) % 5 // 2 * 2  # It goes on behind the last checkpoint.
+    same(tmp_path / "streamed", tmp_path / "loaded")
+
+
+def test_a_streamed_model_says_what_it_cannot(glm5, tmp_path):
+    def run(**settings):
+        return lambda: ic.search(opened(glm5, True), texts(), tmp_path, SearchSettings(**settings))
+
+    refused(run(method="similarity"), "does not run on a streamed model; take exact or fast")
+    refused(run(method="fast", start="gradients"), "--start gradients does not run on a streamed")
+
+
 SCRIPT = """
 import os, pathlib, sys, torch
 torch.set_num_threads(1)
 import indexcache as ic
-from tests.searching.test_streamed import SETTINGS, opened, texts
+from tests.searching.test_streamed import FAST, SETTINGS, opened, texts
 model = opened(sys.argv[1], True)
 ic.search(model, texts(), sys.argv[2], SETTINGS)
+ic.search(model, texts(), sys.argv[2] + "-fast", FAST)
 rows = ic.evaluate(model, ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"]
 pathlib.Path(sys.argv[2] + "-" + os.environ["RANK"]).write_text(str(rows))
 """
@@ -192,6 +233,8 @@ def test_two_processes_write_the_journal_of_one(glm5, whole, tmp_path):
         check=True,
     )
     same(tmp_path / "out", whole)
+    ic.search(opened(glm5, False), texts(), tmp_path / "fast", FAST)
+    same(tmp_path / "out-fast", tmp_path / "fast")
     rows = ic.evaluate(opened(glm5, False), ["FSSFS", "FRFRR@2"], texts()).to_json()["rows"]
     assert [(tmp_path / f"out-{rank}").read_text() for rank in (0, 1)] == [str(rows)] * 2
 
