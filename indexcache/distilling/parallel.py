@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -146,16 +147,25 @@ def replicate_indexers(indexers: nn.ModuleDict, world: World) -> None:
 
 
 def place_model(
-    row_loss: RowLoss, world: World, dtype: torch.dtype, recompute: bool = True
+    row_loss: RowLoss,
+    world: World,
+    dtype: torch.dtype,
+    recompute: bool = True,
+    from_first: bool = False,
 ) -> None:
     """Put the model on its device for training, with FSDP2 where there is a process group.
 
     Args:
         recompute: apply activation checkpointing.
+        from_first: take all weights from the first process, which alone has them.
     """
     model: Any = row_loss.inner
     if world.grouped:
+        full = dict(row_loss.state_dict()) if from_first and world.rank == 0 else {}
         _shard(row_loss, world, dtype)
+        if from_first and world.size > 1:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(row_loss, full, options=options)
     else:
         row_loss.to(world.device)
     # transformers has had the first name from 5.23 on. It ignores this outside of train mode;

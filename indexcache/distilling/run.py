@@ -33,6 +33,7 @@ from indexcache.distilling.settings import DistillSettings, RunSettings
 from indexcache.distilling.trainer import distill
 from indexcache.exporting import export
 from indexcache.models.family import family_of
+from indexcache.models.hollow import load_hollow
 from indexcache.models.loading import (
     DTYPES,
     Model,
@@ -126,13 +127,18 @@ def distill_checkpoint(
     pattern = pattern.chosen_on(Seen.from_json(read_config(facts["path"])))
     check_unseen(held_out, pattern.seen)
 
-    loaded = load(
-        model,
-        dtype=settings.compute_dtype if settings.frozen else "float32",
-        device=device if settings.frozen else "cpu",
-        trust_remote_code=run.trust_remote_code,
-        stream=how or False,
-    )
+    # With shards of all weights on every process, one of them reads the checkpoint.
+    from_first = not settings.frozen and world_size() > 1
+    if from_first and not first_process():
+        loaded = load_hollow(model, dtype="float32", trust_remote_code=run.trust_remote_code)
+    else:
+        loaded = load(
+            model,
+            dtype=settings.compute_dtype if settings.frozen else "float32",
+            device=device if settings.frozen else "cpu",
+            trust_remote_code=run.trust_remote_code,
+            stream=how or False,
+        )
     if (stream := stream_of(loaded.module)) is not None:
         stream.layers.load_indexers()
     if run.delta is not None:
@@ -150,6 +156,7 @@ def distill_checkpoint(
         seen=pattern.seen | seen,
         device=device,
         progress=progress,
+        from_first=from_first,
     )
     if not first_process() or (settings.frozen and not run.whole):
         return result, None

@@ -54,6 +54,7 @@ from indexcache.models.family import indexers as indexers_of
 from indexcache.models.loading import DTYPES, library_versions, weights_digest
 from indexcache.models.soundness import blind_loss
 from indexcache.models.stream.loading import stream_of
+from indexcache.models.world import first_process
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run, open_run
@@ -78,6 +79,7 @@ def distill(
     seen: Seen = Seen(),
     device: str | None = None,
     progress: bool = False,
+    from_first: bool = False,
 ) -> DistillResult:
     """Train the indexers of `pattern` on the model's own attention, resumable in `out`.
 
@@ -102,6 +104,8 @@ def distill(
             the result carry along.
         device: where full mode runs; only its shards go there (default: the model's device).
         progress: show a progress bar on stderr.
+        from_first: the first process alone has all weights, the others have the indexers
+            (`models.hollow.load_hollow`) and get their shards from it. Full mode only.
 
     Raises:
         ValueError: `check_run` refuses; the folder has another run; or a loss is not finite, where
@@ -115,7 +119,7 @@ def distill(
         "pattern": str(pattern),
         **settings.to_json(),
         "data": digest_of_rows(rows),
-        "weights": weights_digest(module),
+        "weights": weights_digest(module) if first_process() else None,
         "held_out": [b.digests for b in held_out],
         "dtype": str(weight.dtype),
         **(base or {}),
@@ -137,7 +141,7 @@ def distill(
             from indexcache.distilling.streamed import StreamTrainer
 
             kind = StreamTrainer
-        trainer = kind(module, pattern, rows, Path(out), settings, held_out, world, run)
+        trainer = kind(module, pattern, rows, Path(out), settings, held_out, world, run, from_first)
         trainer.resume()
         trainer.fit(progress)
         return trainer.finish(base or {}, beyond, seen)
@@ -156,6 +160,7 @@ class Trainer:
         held_out: Sequence[Batch],
         world: World,
         run: Run | None,
+        from_first: bool = False,
     ):
         self.model = model
         self.pattern = pattern
@@ -199,7 +204,7 @@ class Trainer:
             for indexer in indexers_of(model):
                 if indexer is not None:
                     indexer.requires_grad_(False)
-            place_model(self.row_loss, world, dtype, settings.recompute)
+            place_model(self.row_loss, world, dtype, settings.recompute, from_first)
             optimizer = self._optimizer(self.row_loss, settings.backbone_lr)
             self.trained["backbone"] = (self.row_loss, optimizer)
         self.training_forward = DistillForward(

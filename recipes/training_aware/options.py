@@ -69,7 +69,7 @@ SMOLLM2 = {
     "dtype": "bfloat16",
     "workers": 1,
     "save_every": 100,
-    "windows": 2,
+    "windows": 4,
     "sequences": 16,
     "recall_lengths": [2048, 4096, 8192],
     "calibration": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,11 +403,24 @@ def test_kill_and_resume(mode, tmp_path):
     refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path):
-    done = run_worker("train", tmp_path / "two", "warmup", "full", "lora", "zeros", processes=2)
+def test_two_processes_give_the_curve_of_one(checkpoint, tmp_path):
+    """Also of a checkpoint that the first of them alone reads."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    rng = np.random.default_rng(0)
+    rows = [json.dumps({"input_ids": rng.integers(0, 128, 90).tolist()}) for _ in range(16)]
+    (folder / "ids.jsonl").write_text("\n".join(rows))
+    modes = ("warmup", "full", "lora", "zeros")
+    done = run_worker("train", tmp_path / "two", *modes, folder, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for mode in ("warmup", "full", "lora", "zeros"):
-        worker.train(tmp_path / "one" / mode, mode)
+    worker.train_checkpoint(folder, tmp_path / "one" / "checkpoint")
+    files = [tmp_path / n / "checkpoint/checkpoint/transformers" for n in ("one", "two")]
+    one, two = (load_file(path / "model.safetensors") for path in files)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    for mode in (*modes, "checkpoint"):
+        if mode in modes:
+            worker.train(tmp_path / "one" / mode, mode)
         for a, b in zip(*(steps(tmp_path / n / mode) for n in ("one", "two")), strict=True):
             assert len(a) == len(b) > 2
             for x, y in zip(a, b, strict=True):

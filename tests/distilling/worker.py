@@ -16,8 +16,11 @@ import torch
 
 from indexcache.data import Batch, Document
 from indexcache.distilling import DistillResult, DistillSettings, Row, distill, pack_rows
+from indexcache.distilling import run as run_module
+from indexcache.distilling.settings import RunSettings
 from indexcache.models.family import decoder_layers, indexers
 from indexcache.models.seam import use_pattern
+from indexcache.pattern import Pattern
 from indexcache.records import Run
 from tests.support import make_model
 
@@ -98,6 +101,17 @@ def train(
     return model, result
 
 
+def train_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Train all weights of a checkpoint from the command line's function, in both processes."""
+    if int(os.environ.get("RANK", "0")):
+        run_module.load = None  # Another process than the first must not read all weights.
+    text = checkpoint / "ids.jsonl"
+    settings = DistillSettings(**MODES["full"] | {"steps": 3, "eval_every": 1})
+    files = RunSettings(data=str(text), length=64, batch_tokens=128, eval_sequences=2)
+    pattern = Pattern.of("FSSFSS")
+    run_module.distill_checkpoint(str(checkpoint), pattern, out, settings, files)
+
+
 def die_after(step: int) -> None:
     """Kill this process, as kill -9 does, once the journal has the line of this step."""
     append = Run.append
@@ -120,5 +134,8 @@ if __name__ == "__main__":
     else:
         torch.distributed.init_process_group("gloo")  # All runs share it.
         for name in sys.argv[3:]:
-            train(folder / name, name)
+            if name in MODES:
+                train(folder / name, name)
+            else:
+                train_checkpoint(Path(name), folder / "checkpoint")
         torch.distributed.destroy_process_group()
