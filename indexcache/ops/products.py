@@ -6,6 +6,7 @@ from torch import Tensor
 
 from indexcache.ops.dispatch import device_of, use_triton
 from indexcache.ops.linear import reference
+from indexcache.ops.tuning import current
 
 
 def block_linear(
@@ -26,9 +27,9 @@ def block_linear(
         weight_NK: e4m3 [N, K], or x's dtype without scales.
         scale: fp32 [ceil(N / block[0]), ceil(K / block[1])], or None.
         block: rows and columns that have one scale; the kernels take 128 x 128.
-        quantized_inputs: quantise the inputs as well, each 128 neighbours of a token with a scale
-            (`linear.reference.quantize_inputs`), as DeepSeek-V3 runs its weights:
-            less exact, and tensor cores have twice the rate.
+        quantized_inputs: quantise the inputs of more than a few tokens (`tuning.linear.few`) too,
+            each 128 neighbours of a token with a scale (`linear.reference.quantize_inputs`), as
+            DeepSeek-V3 runs its weights: less exact, and tensor cores have twice the rate.
 
     Returns:
         [.., N] in x's dtype.
@@ -36,6 +37,8 @@ def block_linear(
     Raises:
         ValueError: backend "triton" cannot run here.
     """
+
+    quantized_inputs = quantized_inputs and _are_many(x)
 
     def refuse() -> str | None:
         return _linear().refuse(x, (weight_NK,), (scale,), block)
@@ -78,6 +81,7 @@ def gated_experts(
     Raises:
         ValueError: backend "triton" cannot run here.
     """
+    quantized_inputs = quantized_inputs and _are_many(x_TE)
     tensors = x_TE, gate_up_X2IE, gate_up_scale, down_XEI, down_scale, indices_Tn, weights_Tn
 
     def refuse() -> str | None:
@@ -88,6 +92,11 @@ def gated_experts(
         with device_of(x_TE):
             return _linear().gated_experts(*tensors, quantized_inputs)
     return reference.gated_experts(*tensors, block, quantized_inputs)
+
+
+def _are_many(x: Tensor) -> bool:
+    """Return whether there are more tokens than those whose products only read the weights."""
+    return x.numel() > current().linear.few * x.shape[-1]
 
 
 def _linear():

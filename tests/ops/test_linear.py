@@ -63,6 +63,8 @@ def test_linear(tokens, n, k):
     assert got.dtype == HALF and got.shape == (1, tokens, n)
     assert relative(got, expected) < 2e-3
     assert torch.equal(got, ops.block_linear(x, weight, scale, backend="triton"))
+    wide = torch.cat([x, x], -1)[..., :k]  # as the projections of attention slice them
+    assert torch.equal(got, ops.block_linear(wide, weight, scale, backend="triton"))
     plain = dequantize(weight, scale, BLOCK, HALF)
     for described in (False, True):
         with ops.tuned(linear={"described": described}):
@@ -123,6 +125,8 @@ def test_quantized_inputs(monkeypatch):
     got = ops.block_linear(x, weight, scale, quantized_inputs=True, backend="triton")
     assert relative(got, expected) < 2e-3
     assert 5e-3 < relative(ops.block_linear(x, weight, scale, backend="torch"), expected) < 0.1
+    few = [ops.block_linear(x[:3], weight, scale, quantized_inputs=q) for q in (False, True)]
+    assert torch.equal(*few)  # A few tokens are never quantised.
     # Numbers that e4m3 holds, so that a cast without a carry is right.
     exact = (torch.arange(600).view(3, 200) % 8).to(DEVICE, HALF) * torch.tensor([[1], [0], [4]])
     exact[:, ::50] = 448 * (exact[:, 1:2] > 0)

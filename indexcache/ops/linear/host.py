@@ -39,12 +39,12 @@ def refuse(
 
 def block_linear(x: Tensor, weight: Tensor, scale: Tensor | None, quantized_inputs: bool) -> Tensor:
     """Run `ops.block_linear` on the kernels."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(len(flat), weight.shape[0])
     if not out.numel():
         return out.view(*x.shape[:-1], -1)
     quantized = quantized_inputs and scale is not None
-    if len(flat) <= current().linear.few and not quantized:
+    if len(flat) <= current().linear.few:
         _few(flat, weight[None], scale, out)
     else:
         _many(flat, quantized, weight[None], scale, out, rows=len(flat), rows_each=len(flat))
@@ -74,7 +74,7 @@ def gated_experts(
         return torch.zeros_like(x)
     quantized = quantized_inputs and gate_up_scale is not None
     both = gate_up.flatten(1, 2)
-    if tokens <= current().linear.few and not quantized:
+    if tokens <= current().linear.few:
         out = torch.empty_like(x)
         chosen = indices.long().contiguous()
         _few(x, both, gate_up_scale, hidden, chosen, SHARE=each, GATED=True)
