@@ -70,6 +70,8 @@ class MlaTuning:
     "Warps of a program whose ids are split over programs."
     decode_keys: int = 64
     "Keys of a tile of such a program: fewer make more programs."
+    decode_rows: int = 64
+    "Rows of such a program; 64 spill, and more programs read the same latents with fewer."
     splits: int = 64
     "Max number of programs that share the ids of a query."
     pdl: bool = False

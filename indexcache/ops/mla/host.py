@@ -110,7 +110,9 @@ def launch_forward(
     slots = lists["p_ids"].shape[-1]
     programs = n_groups * blocks * batch
     if 2 * programs < settings.programs:
-        keys = min(keys, settings.decode_keys)
+        keys, rows = min(keys, settings.decode_keys), min(rows, settings.decode_rows)
+        blocks = -(-group * heads // rows)
+        programs = n_groups * blocks * batch
     splits, per_split = _split(programs, slots, keys)
 
     strides = {"s_lb": latent.stride(0) if batch > 1 else 0, "s_lt": latent.stride(1)}

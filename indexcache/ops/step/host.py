@@ -111,7 +111,10 @@ def attend(q: Tensor, latents: Tensor, ids: Tensor, scale: float, w_v: Tensor) -
     settings = current().mla
     heads, inner, width = w_v.shape
     keys = settings.decode_keys if q.dtype != torch.float32 else settings.keys_fp32
-    rows = min(power(heads, 16), settings.rows if q.dtype != torch.float32 else settings.rows_fp32)
+    rows = min(settings.decode_rows, settings.rows)
+    if q.dtype == torch.float32:
+        rows = min(rows, settings.rows_fp32)
+    rows = min(power(heads, 16), rows)
     slots, blocks = len(ids), -(-heads // rows)
     per_split = -(-slots // (min(settings.splits, -(-slots // keys)) * keys)) * keys
     splits = -(-slots // per_split)
