@@ -122,6 +122,7 @@ def settings_of(o: argparse.Namespace, arm: Arm, steps: int, seed: int) -> Disti
         lr=o.lr,
         backbone_lr=o.backbone_lr,
         weight_decay=o.weight_decay,
+        lora=o.lora,
         recompute=o.recompute,
         compute_dtype=o.dtype,
         eval_every=0,
@@ -147,9 +148,9 @@ def train_arm(o: argparse.Namespace, name: str, seed: int, steps: int, windows: 
     if adapts:
         # As in the paper, the kept indexers first learn their targets from dense attention. In the
         # sparse stage they learn about the keys they select alone.
-        adapting = replace(settings, stage="warmup", steps=o.adapt_steps, recompute=True)
+        adapting = replace(settings, stage="warmup", steps=o.adapt_steps, rows=o.rows)
+        adapting = replace(adapting, recompute=True, lora=0)
         rows = windows.rows(ADAPT_SEED + seed, o.adapt_steps * o.rows, 1, o.length)
-        adapting = replace(adapting, rows=o.rows)
         distill(loaded.module, pattern, rows, folder / "adapt", adapting, device=o.device)
         if o.dtype != "float32":
             loaded = load(base, dtype="float32", device=o.device)

