@@ -15,6 +15,7 @@ from indexcache.models.loading import load, weights_digest
 from indexcache.models.seam import use_pattern
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.stream.run import Variant
+from indexcache.models.stream.store import Store
 from indexcache.pattern import Pattern
 from tests.fp8_support import write_fp8
 from tests.support import FAMILIES, refused
@@ -71,6 +72,26 @@ def test_a_pass_over_the_layers_gives_the_bits_of_whole_passes(folder, fast, tmp
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [d.states for d in done] == [3, 5, 6, 6]  # Equal patterns are one state.
     assert all(p.is_meta for p in streamed.module.model.layers.parameters())
+
+
+def test_pinned_memory_is_counted_as_it_is_taken(tmp_path, monkeypatch):
+    """Of a GPU's pinned memory 300 bytes take 512, whether they are computed or read again."""
+    monkeypatch.setattr(
+        Store, "_allocated", lambda self, size: torch.empty(size, dtype=torch.uint8)
+    )
+    store = Store(torch.device("cpu"), 1100, tmp_path)
+    store._gpu = True
+    first = [torch.full((300,), i, dtype=torch.uint8) for i in range(4)]
+    (tmp_path / "saved").write_bytes(b"".join(t.numpy().tobytes() for t in first))
+    with open(tmp_path / "saved", "rb") as file:
+        slots = [store.read(file, (300,), torch.uint8) for _ in first]
+    assert (store.peak, store.spilled) == (1024, 600)
+    assert all(torch.equal(store.host(s), t) for s, t in zip(slots, first, strict=True))
+    del slots[0]
+    with open(tmp_path / "saved", "rb") as file:
+        slots.append(store.read(file, (300,), torch.uint8))
+    assert (store.peak, store.spilled) == (1024, 600)
+    store.close()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,6 +15,7 @@ from indexcache.configs import text_section
 from indexcache.data import Batch
 from indexcache.models.loading import DTYPES, open_weights
 from indexcache.models.stream.reader import Reader
+from indexcache.models.stream.store import taken
 from indexcache.models.weights import Weights
 from indexcache.pattern import Pattern
 from indexcache.report.tables import table
@@ -70,7 +71,8 @@ class Forecast:
         bytes_of_pass: bytes that one pass reads.
         bytes_read: bytes that all passes read.
         operations: operations of all passes; a multiply-add is two.
-        states_bytes: the most bytes of the states of one process between two layers.
+        states_bytes: the most bytes of the states of one process between two layers, as they are
+            taken: pinned memory for a GPU comes in powers of two.
         host_bytes: bytes of host memory of one process, states included.
         spilled_bytes: bytes of states that go to a file instead.
         device_bytes: about how many bytes of the device's memory it takes.
@@ -161,7 +163,11 @@ def forecast(
         "read": read_rate or measured_reading(reader),
         "compute": compute_rate or SHARE * measured_product(device, DTYPES[dtype]),
     }
-    tokens = sum(b.ids.numel() for b in batches)
+    pinned = torch.device(device).type == "cuda"
+    hidden, ids = (
+        sum(taken(b.ids.numel() * each, pinned) for b in batches)
+        for each in (shape.hidden * item, 4 * shape.topk)
+    )
     largest = max(b.ids.numel() for b in batches)
     seconds, operations, states = 0.0, 0.0, 0.0
     for one in rounds:
@@ -172,8 +178,8 @@ def forecast(
             operations += each * one.state_layers / shape.layers
             compute = each * mine / shape.layers / rates["compute"]
             seconds += max(stored[layer] / rates["read"], compute)
-        per_token = shape.hidden * item + 4 * shape.topk * (1 - one.full)
-        states = max(states, (1 + (one.states - 1) / processes) * tokens * per_token)
+        here = 1 + (one.states - 1) / processes
+        states = max(states, here * (hidden + ids * (1 - one.full)))
     spilled = 0 if host_memory is None else max(int(states) - host_memory, 0)
     # Absorbed queries and the outputs of attention; rows of the experts; a chunk of the logits.
     work = 2 * shape.heads * shape.latent_width + shape.active_experts * (
@@ -188,7 +194,7 @@ def forecast(
         bytes_read=sum(stored) * len(rounds),
         operations=operations,
         states_bytes=int(states),
-        host_bytes=2 * max(stored) + int(states) - spilled,
+        host_bytes=2 * taken(max(stored), pinned) + int(states) - spilled,
         spilled_bytes=spilled,
         device_bytes=max(made) + max(stored) + rest + int(largest * item * work),
         read_rate=rates["read"],

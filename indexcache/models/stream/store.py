@@ -19,6 +19,11 @@ IN_FLIGHT = 6
 """Max number of tensors that wait for their way off the device."""
 
 
+def taken(size: int, pinned: bool) -> int:
+    """Return the memory that so many bytes take: torch rounds pinned memory to powers of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
+
+
 class Slot:
     """A tensor that a store keeps. Its place is free again once nobody holds the slot.
 
@@ -71,6 +76,9 @@ class Store:
         self._saver = ThreadPoolExecutor(1, "indexcache-save")
         self._loader = ThreadPoolExecutor(1, "indexcache-load")
         self._streams = [torch.cuda.Stream(device) for _ in "ab"] if self._gpu else []
+        empty = getattr(torch.accelerator, "empty_host_cache", None)
+        if self._gpu and limit is not None and empty is not None:
+            empty()  # Pinned memory of other sizes, from the pass before, would come on top.
 
     def put(self, tensor: Tensor) -> Slot:
         """Keep a tensor of the device, which nobody changes any more.
@@ -155,8 +163,9 @@ class Store:
         """Keep a tensor of the CPU in memory or in the file."""
         raw = _bytes(tensor)
         with self._lock:
-            fits = self.limit is None or self._used + slot.size <= self.limit
-            if fits:
+            room = self._free.get(("pinned", slot.size))
+            fits = bool(room) or self._fits(slot.size)
+            if fits and not self._gpu:
                 self._count(slot.size)
         if fits and self._gpu:
             slot.held = self._pinned(slot.size)
@@ -169,7 +178,7 @@ class Store:
     def _save(self, slot: Slot, tensor: Tensor, made: Any) -> None:
         with self._lock:
             room = self._free.get(("pinned", slot.size))
-            fits = bool(room) or self.limit is None or self._used + slot.size <= self.limit
+            fits = bool(room) or self._fits(slot.size)
         raw = self._pinned(slot.size, counted=fits)
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams[0]):
             self._streams[0].wait_event(made)
@@ -200,11 +209,17 @@ class Store:
                 return free.pop()
             if counted and kind == "pinned":
                 self._count(size)
+        return self._allocated(size)
+
+    def _allocated(self, size: int) -> Tensor:
         empty: Any = torch.empty
         return empty(size, dtype=torch.uint8, pin_memory=True)
 
+    def _fits(self, size: int) -> bool:
+        return self.limit is None or self._used + taken(size, self._gpu) <= self.limit
+
     def _count(self, size: int) -> None:
-        self._used += size
+        self._used += taken(size, self._gpu)
         self.peak = max(self.peak, self._used)
 
     def _release(self, slot: Slot) -> None:
