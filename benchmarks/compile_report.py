@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from indexcache import ops
 from indexcache.ops import AttentionTarget, kl, rotary, tuning
 from indexcache.ops.groups import group_queries
 from indexcache.ops.index import host as index_host
@@ -145,6 +146,15 @@ def attend(heads: int, queries: int, dims: int = 576) -> Callable[[], Any]:
     value_dim = 512 if dims == 576 else 256
     options = {"value_dim": value_dim, "groups": None, "deterministic": False}
     return lambda: mla_host.sparse_mla(*inputs, 0.06, **options)
+
+
+def attend_parts(heads: int) -> Callable[[], Any]:
+    q, latent, ids = attention_inputs(heads, 264)
+    values = q[0, ..., :512].transpose(0, 1).contiguous().transpose(0, 1)
+    groups = ops.group_queries(ids, mla_host.best_group(heads), backend="torch")
+    return lambda: mla_host.attend_parts(
+        (values, q[0, ..., 512:].contiguous()), latent[0], 0.06, groups
+    )
 
 
 def paged(group: int) -> None:
@@ -300,6 +310,7 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "attention 20": attend(20, 264),
         "attention 64": attend(64, 264),
         "attention of SmolLM2": attend(9, 924, dims=448),
+        "attention of queries in two parts": attend_parts(20),
         "decode 20": attend(20, 1),
         "queries turned, interleaved": lambda: rotated(True),
         "queries turned, half-split": lambda: rotated(False),

@@ -268,6 +268,27 @@ def test_hopper(heads, grouped, queries):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    not GPU or torch.cuda.get_device_capability()[0] != 9,
+    reason="the Gluon kernel needs a Hopper GPU",
+)
+@pytest.mark.parametrize("heads", [20, 16, 8])
+def test_queries_in_two_parts(heads):
+    """Queries as an engine's product leaves them give the bits of queries in one tensor."""
+    values = torch.randn(heads, 257, 512, device=DEVICE).bfloat16().transpose(0, 1)
+    rope = torch.randn(257, heads, 64, device=DEVICE).bfloat16()
+    latent = torch.randn(2048, 576, device=DEVICE).bfloat16()
+    ids = random_ids(1, 257, 2048, 512)
+    groups = ops.group_queries(ids, host.best_group(heads))
+    assert host.takes_parts((values, rope), latent, 0.04, 512)
+    assert not host.takes_parts((values, rope[:, :, ::2]), latent, 0.04, 512)
+    got = host.attend_parts((values, rope), latent, 0.04, groups)
+    both = torch.cat([values, rope], -1)[None]
+    want, _ = host.launch_forward(both, latent[None], ids, 0.04, 512, groups)
+    assert torch.equal(got, want[0])
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("heads", [20, 128])
 def test_backward_large(heads):

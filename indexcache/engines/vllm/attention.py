@@ -31,6 +31,7 @@ from torch import Tensor
 from indexcache import ops
 from indexcache.engines.vllm import rotating, selecting
 from indexcache.ops import tuning
+from indexcache.ops.mla import host as mla
 from indexcache.ops.reference import QueryGroups
 
 try:
@@ -194,7 +195,7 @@ class IndexCacheImpl(FlashAttnMLASparseImpl):
             layer, "skip_topk", False
         )
         groups = step_plan(ids, attn_metadata, page_rows, group, fresh=selects)
-        return self._attend(q, rows, ids, groups), None
+        return _attend(q, rows, ids, self.scale, groups), None
 
     def _forward_mqa_kernel(
         self,
@@ -212,14 +213,18 @@ class IndexCacheImpl(FlashAttnMLASparseImpl):
             options = {"layer": layer, "block_size": block_size, "is_decode": is_decode}
             return super()._forward_mqa_kernel(q, kv_cache, topk_indices, valid_counts, **options)
         rows, _ = flat_kv_row_view(kv_cache, block_size)
-        return self._attend(q, rows, topk_indices, None), None
+        return _attend(q, rows, topk_indices, self.scale, None), None
 
-    def _attend(
-        self, q: tuple[Tensor, Tensor], rows: Tensor, ids: Tensor, groups: QueryGroups | None
-    ) -> Tensor:
-        both = torch.cat(q, dim=-1)[None]
-        options: dict[str, Any] = {"value_dim": self.kv_lora_rank, "groups": groups}
-        return ops.sparse_mla(both, rows[None], ids[None], self.scale, **options)[0][0]
+
+def _attend(
+    q: tuple[Tensor, Tensor], rows: Tensor, ids: Tensor, scale: float, groups: QueryGroups | None
+) -> Tensor:
+    """Attend from queries in two parts [S, H, 512] and [S, H, 64] to rows [T, 576] of a cache."""
+    if groups is not None and mla.takes_parts(q, rows, scale, ids.shape[1]):
+        return mla.attend_parts(q, rows, scale, groups)
+    both = torch.cat(q, dim=-1)[None]
+    options: dict[str, Any] = {"value_dim": q[0].shape[-1], "groups": groups}
+    return ops.sparse_mla(both, rows[None], ids[None], scale, **options)[0][0]
 
 
 @functools.cache
@@ -229,7 +234,7 @@ def _compile(heads: int, k: int, device: torch.device, scale: float) -> None:
     It compiles anew for numbers of queries and of groups that are multiples of 16, and that are
     not.
     """
-    cache = torch.zeros(1, 1024, VALUE_DIM + ROPE_DIM, dtype=torch.bfloat16, device=device)
+    cache = torch.zeros(1024, VALUE_DIM + ROPE_DIM, dtype=torch.bfloat16, device=device)
     table = torch.arange(16, dtype=torch.int32, device=device)[None]
     seen: set[tuple[bool, bool]] = set()
     for queries in range(512, 1024):
@@ -240,5 +245,6 @@ def _compile(heads: int, k: int, device: torch.device, scale: float) -> None:
             continue
         seen.add(kind)
         groups = ops.group_pages(ids, torch.zeros_like(ids[:, 0]), table, group)
-        q = torch.zeros(1, queries, heads, VALUE_DIM + ROPE_DIM, dtype=cache.dtype, device=device)
-        ops.sparse_mla(q, cache, ids[None], scale, value_dim=VALUE_DIM, groups=groups)
+        values = torch.zeros(heads, queries, VALUE_DIM, dtype=cache.dtype, device=device)
+        rope = torch.zeros(queries, heads, ROPE_DIM, dtype=cache.dtype, device=device)
+        _attend((values.transpose(0, 1), rope), cache, ids, scale, groups)

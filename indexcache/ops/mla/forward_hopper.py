@@ -234,6 +234,7 @@ def _own_tile(
 @gluon.jit
 def _attend(
     p_q,
+    q_parts,
     p_count,
     p_out,
     p_lse,
@@ -248,7 +249,7 @@ def _attend(
     """Compute as warpgroup W.
 
     rows_at holds i_row, the first of the program's rows in q and out, i_first, its place in the
-    group, and the number of rows.
+    group, and the number of rows. q_parts holds p_rope and strides; see `attend`.
     """
     q_smem, qr_smem, v_smem, r_smem, bits_smem, top_smem, mass_smem = smem
     full, free, ready, both = bars
@@ -257,7 +258,14 @@ def _attend(
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     o_c = gl.arange(0, ROWS, layout=gl.SliceLayout(1, copy))
     m_c = gl.expand_dims(o_c < rows, 1)
-    p_row = p_q + (i_row + gl.minimum(o_c, rows - 1)) * (V + R)
+    p_rope, s_qs, s_qh, s_rs, s_rh = q_parts
+    at = i_row + gl.minimum(o_c, rows - 1)
+    if p_rope is None:
+        p_row = p_q + at * (V + R)
+        p_turned = p_row + V
+    else:
+        p_row = p_q + at // H * s_qs + at % H * s_qh
+        p_turned = p_rope + at // H * s_rs + at % H * s_rh
     o_v = gl.arange(0, half, layout=gl.SliceLayout(0, copy))
     async_copy.async_copy_global_to_shared(
         q_smem.index(W), gl.expand_dims(p_row + W * half, 1) + o_v[None, :], mask=m_c
@@ -265,7 +273,7 @@ def _attend(
     if W == 1:
         o_r = gl.arange(0, R, layout=gl.SliceLayout(0, copy))
         async_copy.async_copy_global_to_shared(
-            qr_smem, gl.expand_dims(p_row + V, 1) + o_r[None, :], mask=m_c
+            qr_smem, gl.expand_dims(p_turned, 1) + o_r[None, :], mask=m_c
         )
     async_copy.commit_group()
     pairs = _pairs_of_tiles(p_count, n_slots)
@@ -334,6 +342,11 @@ def _attend(
 @gluon.jit
 def attend(
     p_q,
+    p_rope,
+    s_qs,
+    s_qh,
+    s_rs,
+    s_rh,
     p_latent,
     p_ids,
     p_bits,
@@ -354,7 +367,8 @@ def attend(
 ):
     """Attend to selected latents. grid (groups x row blocks, batch), 4 warps. V = 512, R = 64.
 
-    The arguments are those of `attend` in ops/mla/forward.py.
+    The arguments are those of `attend` in ops/mla/forward.py, and p_rope: None, or the queries'
+    rotary dims, p_q then pointing to the others, with the strides of a query and a head in each.
     """
     blocks: gl.constexpr = (GROUP * H + ROWS - 1) // ROWS
     i_group, i_first = gl.program_id(0) // blocks, gl.program_id(0) % blocks * ROWS
@@ -397,11 +411,12 @@ def attend(
     rows_at = (n_slots, scale2, i_row, i_first, rows, gl.minimum(n_queries, 1))
     lists = (p_latent, p_ids, p_bits, p_count)
     tiles = (v_smem, r_smem, bits_smem, full, free)
+    q_parts = (p_rope, s_qs, s_qh, s_rs, s_rh)
     gl.warp_specialize(
         [
             (_gather, (lists, tiles, n_slots, s_lt, V, R)),
-            (_attend, (p_q, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 0)),
-            (_attend, (p_q, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 1)),
+            (_attend, (p_q, q_parts, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 0)),
+            (_attend, (p_q, q_parts, p_count, p_out, p_lse, smem, bars, rows_at, H, V, R, 1)),
         ],
         [4, 4],
         [CONSUMER_REGS, CONSUMER_REGS],

@@ -126,7 +126,10 @@ def launch_forward(
         # Each of three warpgroups starts with 168 registers; the kernel then redistributes them.
         options = {"CONSUMER_REGS": settings.hopper_registers, "num_warps": 4, "maxnreg": 168}
         programs = n_groups * -(-group * heads // 64)
-        forward_hopper.attend[(programs, batch)](**arguments, p_out=out, p_lse=lse, **options)
+        parts = {"p_rope": None, "s_qs": 0, "s_qh": 0, "s_rs": 0, "s_rh": 0}
+        forward_hopper.attend[(programs, batch)](
+            **arguments, **parts, p_out=out, p_lse=lse, **options
+        )
         return out, lse
 
     rope_width = power(dim - value_dim, 16)
@@ -151,6 +154,72 @@ def launch_forward(
             partial, partial_lse, out, lse, n_rows, **constants, **launch
         )
     return out, lse
+
+
+def takes_parts(q: tuple[Tensor, Tensor], latent: Tensor, scale: float, slots: int) -> bool:
+    """Return whether `attend_parts` can run."""
+    values, rope = q
+    aligned = all(
+        part.data_ptr() % 16 == 0
+        and part.stride(-1) == 1
+        and all(n % 16 == 0 for n in part.stride()[:2])
+        for part in q
+    )
+    whole = values.new_empty(0, 0, 0, values.shape[-1] + rope.shape[-1])
+    fits = _fits_hopper(whole, latent[None], scale, values.shape[-1])
+    return aligned and fits and latent.stride(-1) == 1 and min(len(values), slots, len(latent)) > 0
+
+
+def attend_parts(
+    q: tuple[Tensor, Tensor], latent: Tensor, scale: float, groups: QueryGroups
+) -> Tensor:
+    """Attend as `ops.sparse_mla` does where queries lie in two parts, as engines leave them.
+
+    Args:
+        q: (absorbed queries [S, H, 512], rotary dims [S, H, 64]), bf16; see `takes_parts`.
+        latent: bf16 [T, 576].
+        scale: factor of the logits.
+        groups: the groups of these queries.
+
+    Returns:
+        bf16 [S, H, 512].
+    """
+    from indexcache.ops.mla import forward_hopper
+
+    values, rope = q
+    queries, heads, value_dim = values.shape
+    out = values.new_empty(queries, heads, value_dim)
+    lse = torch.empty(queries, heads, dtype=torch.float32, device=out.device)
+    union, bits, count, group = groups
+    n_groups = -(-queries // group)
+    parts = dict(zip(("s_qs", "s_qh"), values.stride(), strict=False))
+    parts |= dict(zip(("s_rs", "s_rh"), rope.stride(), strict=False))
+    settings = current().mla
+    forward_hopper.attend[(n_groups * -(-group * heads // 64), 1)](
+        p_q=values,
+        p_rope=rope,
+        **parts,
+        p_latent=latent,
+        p_ids=union,
+        p_bits=bits,
+        p_count=count,
+        p_out=out,
+        p_lse=lse,
+        s_lb=0,
+        s_lt=latent.stride(0),
+        scale2=scale * LOG2E.value,
+        n_queries=queries,
+        n_groups=n_groups,
+        n_slots=union.shape[-1],
+        H=heads,
+        GROUP=group,
+        V=value_dim,
+        R=rope.shape[-1],
+        CONSUMER_REGS=settings.hopper_registers,
+        num_warps=4,
+        maxnreg=168,
+    )
+    return out
 
 
 def launch_backward(
