@@ -19,6 +19,7 @@ from indexcache.ops import step
 from tests.support import FAMILIES, make_model, relative
 
 ON = {"products": True, "experts": True, "indexer": True, "attention": True}
+OFF = dict.fromkeys(ON, False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def eager(monkeypatch):
 
 def steps(model, ids, tuning, count=2):
     cache = FastCache(model, 64)
-    with torch.no_grad(), ops.tuned(step=tuning):
+    with torch.no_grad(), ops.tuned(step=tuning, backend="torch"):
         seen = [prefill(model, ids, cache, chunk=30)]
         decoder = Decoder(model, cache)
         for _ in range(count):
@@ -55,7 +56,7 @@ def test_a_step_by_kernels_equals_a_compiled_one(family, index_dtype, monkeypatc
         monkeypatch.setattr(step, name, counted)
     fast = accelerate(model, compile=True, index_dtype=index_dtype)
     with fast, use_pattern(model, "FSFRSS@2"):
-        want, cache = steps(model, ids, {})
+        want, cache = steps(model, ids, OFF)
         assert not calls
         got, again = steps(model, ids, ON)
     assert relative(got, want) < 1e-5

@@ -31,6 +31,7 @@ from indexcache.models.fast.visible import Visible
 from indexcache.models.mla import Norm, Projections, Rope, head_weights, project, split_heads
 from indexcache.models.selector import on_device
 from indexcache.models.timing import timed
+from indexcache.ops.step import runs
 from indexcache.ops.tuning import current
 
 INFERENCE_ONLY = "The fast path is for inference: call model.eval() and use torch.no_grad()."
@@ -346,8 +347,10 @@ def layer_forward(
         rope = kwargs["position_embeddings"]
         entry = cache.layers[a.layer_idx]
         tuning = current().step
-        in_decoder = entry.positions is not None and not torch.is_autocast_enabled(
-            hidden_states.device.type
+        in_decoder = (
+            entry.positions is not None
+            and runs(hidden_states)
+            and not torch.is_autocast_enabled(hidden_states.device.type)
         )
         by_kernels = in_decoder and fits_attention and tuning.products
         with timed("linears"):

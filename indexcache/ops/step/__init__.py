@@ -12,7 +12,9 @@ and leaves them half-split.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,18 +26,32 @@ from indexcache.ops.step import definition
 MAX_EXPERTS = 256
 
 
+def runs(x: Tensor) -> bool:
+    """Return whether a step on x's device may take these operations.
+
+    They need the kernels, or the tuning's backend "torch", which runs the definitions anywhere.
+    """
+    backend = tuning.current().backend
+    kernels = (
+        x.is_cuda
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
+    return backend == "torch" or kernels
+
+
 def _run(name: str, backend: str, arguments: tuple[Any, ...]) -> Any:
     """Run an operation; "auto" takes the kernels for tensors on a GPU."""
     x = arguments[0]
+    if backend == "auto":
+        backend = tuning.current().backend
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return getattr(definition, name)(*arguments)
     if not x.is_cuda and not tuning.interpreted():
         raise ValueError(f"{name}: the kernels run on cuda, the tensors are on {x.device.type}.")
     from indexcache.ops.step import host
 
-    if not x.is_cuda:
-        return getattr(host, name)(*arguments)
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         return getattr(host, name)(*arguments)
 
 
