@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from indexcache.pattern import Pattern, full_count
 from indexcache.searching.greedy import FrontierPoint, candidates_of
@@ -96,12 +97,21 @@ class FastSearch:
         self.samples.rebase(self.trunk)
         self.loss = self.samples.evaluate(self.trunk).loss
         yield FrontierPoint(self.trunk, self.loss)
-        stages = candidates_of(self.samples.layers, self.starts, self.fixed)
         while self.left:
-            for stage in stages:
-                candidates = [i for i in stage if self.trunk[i] == "F"]
+            stages = self.candidates()
+            if self.savings.together and (group := self.joint(stages)):
+                yield from self.step(group, [i for stage in stages for i in stage])
+                continue
+            for number in range(len(stages)):
+                candidates = self.candidates()[number]
                 if candidates and self.left:
-                    yield from self.step(candidates)
+                    last = len(self.trunk.full_layers) - 1 in self.budgets
+                    yield from self.step([self.race(candidates, renew=last)], candidates)
+
+    def candidates(self) -> list[list[int]]:
+        """Return the full layers of every pipeline stage that may be flipped."""
+        stages = candidates_of(self.samples.layers, self.starts, self.fixed)
+        return [[i for i in stage if self.trunk[i] == "F"] for stage in stages]
 
     @property
     def left(self) -> int:
@@ -115,11 +125,8 @@ class FastSearch:
             pattern = pattern.replace(layer, "S")
         return pattern
 
-    def step(self, candidates: Sequence[int]) -> Iterator[FrontierPoint]:
+    def step(self, layers: Sequence[int], candidates: Sequence[int]) -> Iterator[FrontierPoint]:
         """Flip one of the candidates, or several at once, and refine at a budget."""
-        layers = self.joint(candidates) if self.savings.together and len(self.starts) == 1 else []
-        last = len(self.trunk.full_layers) - 1 in self.budgets
-        layers = layers or [self.race(candidates, renew=last)]
         before, count = self.loss, len(self.trunk.full_layers)
         others = [self.gains[i].value for i in candidates if i not in layers]
         patterns = [self.flipped(layers[: i + 1]) for i in range(len(layers))]
@@ -217,8 +224,10 @@ class FastSearch:
         part = min(own.part, other.part, key=len)
         return self.samples.difference([own.flip, other.base], [own.base, other.flip], part)
 
-    def joint(self, candidates: Sequence[int]) -> list[int]:
+    def joint(self, stages: Sequence[Sequence[int]]) -> list[int]:
         """Return flips that lose together what they lost alone; none where no two of them do.
+
+        Stages take turns, and each as many.
 
         They are the first half of those that are left to the next budget, by what each of them lost
         when it was measured last, so the flips that matter at the budget are still raced. The
@@ -230,9 +239,13 @@ class FastSearch:
         room = min(count - b for b in self.budgets if b < count)
         if room < 2:
             return []
-        self.measure(list(self.old(candidates)), self.parts[0])
-        group = sorted(candidates, key=self.order)[: -(-room // 2)]
-        while len(group) > 1:
+        self.measure(list(self.old([i for stage in stages for i in stage])), self.parts[0])
+        turns = zip_longest(*(sorted(stage, key=self.order) for stage in stages))
+        order = [i for turn in turns for i in turn if i is not None]
+        each = sum(map(bool, stages))  # Whole turns are flipped.
+        many = -(-room // 2) // each * each
+        while many > 1:
+            group = order[:many]
             pattern = self.flipped(group)
             samples.measure([samples.full, self.trunk, pattern], samples.whole)
             alone = [self.gains[i] for i in group]
@@ -241,7 +254,7 @@ class FastSearch:
             together = samples.difference([pattern], [self.trunk], part).value
             if together <= sum(lost) + sum(self.near(x) for x in lost):
                 return group
-            group = group[: len(group) // 2]
+            many = many // 2 // each * each
         return []
 
     def measure(self, layers: Sequence[int], part: Parts) -> None:

@@ -136,6 +136,20 @@ def test_a_layer_that_sharing_makes_cheaper_is_seen_at_a_budget(helped):
     assert found[0][helped] == found[1][helped] == found[2][helped] == "S"
 
 
+def test_stages_flip_together_and_take_turns():
+    work = []
+    for together in (True, False):
+        samples = MadeUp(24, additive([1e-4 * i for i in range(24)]), 24, noise=1e-5)
+        points = fast(samples, 6, (0, 8, 16), **(OFF | {"together": together}))
+        for p in points:
+            counts = [p.pattern.roles[a : a + 8].count("F") for a in (0, 8, 16)]
+            assert max(counts) - min(counts) <= 1
+        assert points[-1].pattern.roles == "FSSSSSSF" * 3
+        assert sum(p.estimated for p in points) == 9 * together
+        work.append(samples.work.layer_tokens)
+    assert work[0] < work[1]
+
+
 def test_a_swap_leaves_a_path_that_ends_badly():
     def loss(pattern):
         # Layer 2 is cheapest first, but with it shared all others are dear.
