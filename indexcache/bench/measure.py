@@ -190,6 +190,7 @@ def _floors(
             subject.rates,
             batch=batch,
             index_dtype=subject.index_dtype,
+            storage=subject.storage,
         )
         floors[key] = {name: float(f"{ms:.5g}") for name, ms in parts.items()}
     return floors

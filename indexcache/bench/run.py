@@ -159,6 +159,7 @@ def run_bench(
             _digest(b"".join(t.numpy().tobytes() for t in recorded)) if recorded else None
         ),
         "text": text,
+        **({} if subject.fp8 == "dequantize" else {"fp8": subject.fp8}),
         **library_versions(),
     }
 

@@ -6,12 +6,16 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from indexcache.bench.recorded import read_selections, record_selections
+from indexcache.bench.storage import BF16, Storage
 from indexcache.checkpoint import resolve
+from indexcache.configs import Quantization
+from indexcache.models.blocks import ABSORBED
 from indexcache.models.fast.accelerate import accelerate
 from indexcache.models.loading import DTYPES, fingerprint, load
 from indexcache.models.random import random_model
@@ -34,6 +38,7 @@ class Subject:
         rates: the rates of the device, by which the floors divide.
         device_name: the name of the device.
         identity: a string that changes with the weights.
+        fp8: what became of FP8 weights, as `load` takes it.
         compiled: whether the model runs through torch.compile; see `accelerate`.
         selections: recorded ids, then recorded pools, that a prefill reads; see `bench.recorded`.
         text: token ids to prefill with, repeated to the length; random ones where it is empty.
@@ -49,6 +54,7 @@ class Subject:
     rates: Rates
     device_name: str
     identity: str
+    fp8: str = "dequantize"
     compiled: bool = False
     selections: tuple[Tensor, ...] = ()
     text: tuple[int, ...] = ()
@@ -58,6 +64,18 @@ class Subject:
     def device(self) -> torch.device:
         """The device that the model is on."""
         return next(self.model.parameters()).device
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights are stored, for the floors; kv_b_proj never stays in FP8."""
+        if self.fp8 == "dequantize":
+            return BF16
+        rounded = 8 if self.fp8 == "both" else None
+        how: dict[str, Any] = {"bits": 8, "block": (128, 128), "scale_bits": 32, "floating": True}
+        excluded = (f"*{ABSORBED}",)
+        return Storage.of(
+            self.shape, Quantization(method="fp8", **how, activations=rounded, excluded=excluded)
+        )
 
     @property
     def on_gpu(self) -> bool:
@@ -153,6 +171,7 @@ def open_subject(
             else f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
         ),
         identity=identity,
+        fp8=fp8,
         compiled=compiled,
         selections=recorded,
         text=text,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from indexcache.bench import measure as measure_module
 from indexcache.bench import run as bench_module
 from indexcache.bench.floors import PARTS
 from indexcache.bench.results import BenchResult, published_figures
@@ -19,7 +20,7 @@ from indexcache.bench.subject import open_subject
 from indexcache.cli import main
 from indexcache.cli.timing import batches, contexts, number
 from indexcache.pattern import Pattern
-from indexcache.shapes import shape_of
+from indexcache.shapes import rates_named, shape_of
 from indexcache.spec import NamedPattern
 from tests.support import refused
 
@@ -383,3 +384,21 @@ def test_rows_whose_roles_choose_from_all_there_is_are_named():
     assert len(said) == 2
     assert said[0].startswith("At 10K and 16384 the layers of R (16384 tokens) choose from all")
     assert said[1].startswith("At 2K the layers of S (2048 tokens)")
+
+
+def test_a_named_shape_in_fp8():
+    """The floors count one byte a weight, and with quantised inputs fp8 products."""
+    floors = []
+    for fp8 in ("dequantize", "keep", "both"):
+        subject = open_subject("tiny-random", layers=2, dtype="float32", fp8=fp8)
+        kinds = {p.dtype for p in subject.model.parameters()}
+        assert (torch.float8_e4m3fn in kinds) == (fp8 != "dequantize")
+        assert (f"fp8 {fp8}" in subject.identity) == (fp8 != "dequantize")
+        subject = replace(
+            subject, shape=shape_of("glm-4.7-flash-dsa", 2), rates=rates_named("H200")
+        )
+        floors.append(measure_module._floors(subject, 200_000, Pattern("FS"), 1))
+    plain, keep, both = (f["floor_ms"]["mlp"] for f in floors)
+    assert plain == keep > both
+    plain, keep, both = (f["decode_floor_ms"]["mlp"] for f in floors)
+    assert 0.6 * plain > keep == both > 0.4 * plain
