@@ -13,8 +13,7 @@ class MatrixSettings:
     """The settings of a domain matrix."""
 
     keep: tuple[float, ...] = (0.25,)
-    """Fractions of the layers that stay full, e.g. 1/4 1/8, or from 2 on their numbers. Each is one
-    matrix."""
+    "Fractions of the layers that stay full, e.g. 1/4 1/8. Each is one matrix."
     stages: int = 1
     "Number of pipeline stages of the engine. The first layer of each stays full."
     method: Method = "exact"
@@ -35,6 +34,11 @@ class MatrixSettings:
         """
         if not self.keep:
             raise ValueError("There is no budget; give fractions of the layers with --keep.")
+        if more := [keep for keep in self.keep if keep > 1]:
+            raise ValueError(
+                f"--keep {more[0]:g}: the budgets of a matrix are fractions of the layers, above 0 "
+                "and below 1."
+            )
         counts = {self.search(keep).full_layers(layers, stages): keep for keep in self.keep}
         if layers in counts:
             raise ValueError(
