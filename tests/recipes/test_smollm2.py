@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import lzma
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 from indexcache.checkpoint import read_header
 from indexcache.data import load_documents, shipped_text
@@ -23,9 +25,17 @@ from indexcache.models.seam import use_pattern
 from recipes.smollm2 import data
 from recipes.smollm2.apply_delta import build, pack, read_delta
 from recipes.smollm2.check import dense
-from recipes.smollm2.rewrite import attention_inputs, backbone, frequencies, save, settings, start
+from recipes.smollm2.rewrite import (
+    attention_inputs,
+    backbone,
+    frequencies,
+    pairs,
+    save,
+    settings,
+    start,
+)
 from recipes.smollm2.tasks import make_tasks, score
-from recipes.smollm2.trainable import PADS, trainable
+from recipes.smollm2.trainable import PADS, gain, trainable
 from recipes.smollm2.weights import llama_weights, read_gguf
 from tests.recipes.support import DIGEST, LLAMA
 from tests.support import refused
@@ -417,3 +427,29 @@ def test_all_weights_can_be_moved(rewritten, llama, tiny, text, tmp_path):
             assert not moved[v == 0].any(), name
     losses = [json.loads(line)["lm_loss"] for line in (tmp_path / "run/journal.jsonl").open()]
     assert losses[2] < losses[0]  # The same row again.
+
+
+def test_gradients_of_the_form_to_train_are_those_of_the_llama(
+    rewritten, llama, tiny, text, tmp_path
+):
+    """The matrices that both have get the same gradients, and values those of their scale."""
+    state, c = trainable(*rewritten)
+    save(state, c, tiny.tokenizer, tmp_path, torch.float32, DIGEST)
+    model = load(tmp_path).module.requires_grad_(True)
+    llama = copy.deepcopy(llama).requires_grad_(True)
+    with dense(model):
+        for m in (model, llama):
+            logits = m(text, use_cache=False).logits[:, :-1]
+            cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+    rotary, dim = c["qk_rope_head_dim"], c["v_head_dim"]
+    for ours, theirs in zip(model.model.layers, llama.model.layers, strict=True):
+        a, b = ours.self_attn, theirs.self_attn
+        joint = a.kv_a_proj_with_mqa.weight.grad
+        scale = gain(c["kv_lora_rank"], c["kv_lora_rank"] - rotary)[1]
+        for got, want in (
+            (a.o_proj.weight.grad, b.o_proj.weight.grad),
+            (ours.mlp.down_proj.weight.grad, theirs.mlp.down_proj.weight.grad),
+            (joint[c["kv_lora_rank"] :], pairs(b.k_proj.weight.grad, dim).flatten(0, 1)),
+            (joint[:rotary], b.v_proj.weight.grad * scale),
+        ):
+            assert relative(got, want) < 1e-4
