@@ -42,7 +42,11 @@ class BlockLinear(nn.Module):
         weight_scale_inv: fp32 [ceil(N / block[0]), ceil(K / block[1])].
         bias: [N], or None.
         quantized_inputs: see `ops.block_linear`.
+        may_fuse: whether torch.compile may fuse the scales into a product of one row, in place of
+            calling the operation.
     """
+
+    may_fuse = True
 
     def __init__(self, linear: nn.Linear, block: Block, quantized_inputs: bool):
         super().__init__()
@@ -78,8 +82,10 @@ class BlockExperts(nn.Module):
         gate_up_proj_scale_inv: fp32 [X, 2, blocks of I, blocks of E].
         down_proj: e4m3 [X, E, I].
         down_proj_scale_inv: fp32 [X, blocks of E, blocks of I].
-        quantized_inputs: see `ops.block_linear`.
+        quantized_inputs, may_fuse: as `BlockLinear` has them.
     """
+
+    may_fuse = True
 
     def __init__(self, experts: Any, block: Block, quantized_inputs: bool):
         super().__init__()
@@ -116,7 +122,8 @@ class BlockExperts(nn.Module):
 
     def fuses(self, x: Tensor) -> bool:
         """Return whether torch.compile may fuse `chosen` into a product with x."""
-        return all(_fuses(x, w, self.block) for w in (self.gate_up_proj, self.down_proj))
+        weights = self.gate_up_proj, self.down_proj
+        return self.may_fuse and all(_fuses(x, w, self.block) for w in weights)
 
     def chosen(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weights [n, rows, columns] of some experts; compiled, they are never written.
@@ -143,7 +150,8 @@ def _fuses(x: Tensor, weight: Tensor, block: Block) -> bool:
 
 def _traced_linear(linear: BlockLinear, x: Tensor) -> Tensor:
     """Multiply inside of torch.compile: a single row is fused, more rows take the kernels."""
-    if x.numel() == x.shape[-1] and _fuses(x, linear.weight, linear.block):
+    one = x.numel() == x.shape[-1] and linear.may_fuse
+    if one and _fuses(x, linear.weight, linear.block):
         weight = dequantized(linear.weight, linear.weight_scale_inv, linear.block, x.dtype)
         return F.linear(x, weight)
     return torch.ops.indexcache.block_linear(

@@ -105,12 +105,14 @@ def test_unquantised_experts_in_one_operation(glm, ids, monkeypatch):
 
 
 def test_partial_blocks_are_not_fused_on_a_cpu(monkeypatch):
-    """Torch's code generator would leave the columns 128 to 159 out."""
+    """Torch's code generator would leave the columns 128 to 159 out. Others need not be, either."""
     torch._dynamo.reset()
-    for width, called in ((160, ["block_linear"]), (128, [])):
+    for width, fuses in ((160, True), (128, True), (128, False)):
+        called = ["block_linear"] if width == 160 or not fuses else []
         linear = blocks.BlockLinear(torch.nn.Linear(width, 128, bias=False), (128, 128), False)
         linear.weight.data = torch.randn(128, width).to(torch.float8_e4m3fn)
         linear.weight_scale_inv.data.fill_(0.1)
+        linear.may_fuse = fuses
         found = []
         with monkeypatch.context() as patch:
             patch.setattr(blocks.ops, "block_linear", counted(blocks.ops.block_linear, found))
