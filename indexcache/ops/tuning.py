@@ -50,6 +50,8 @@ class IndexTuning:
     "Max bytes of score rows at a time, in decoding and for pools."
     rows_below: int = 32
     "Fewer queries than this use the row kernel."
+    pdl: bool = False
+    "Whether keys may come to the L2 cache while the kernel before the scores still runs."
     workers: int = 132
     "Programs that recompute the rows whose sample misled."
 

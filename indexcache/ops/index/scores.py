@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from indexcache.ops.index.topk import select_row
-from indexcache.ops.primitives import NONE, rows_visible, sort_key
+from indexcache.ops.primitives import NONE, prefetch, rows_visible, sort_key
 
 
 @triton.jit
@@ -171,6 +172,7 @@ def scores_rows(
     HP: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Store rows of sort keys; grid (rows x column blocks,), rows first.
 
@@ -178,7 +180,17 @@ def scores_rows(
     the key NONE, unless p_ids is None and nothing of a block is visible: then nothing is stored.
 
     This also clears the n_clear integers at p_clear for the next kernel, which saves a launch.
+    PDL: keys come to the L2 cache while the kernel before still runs. Needs p_ids None.
     """
+    if PDL:
+        gdc_launch_dependents()
+        o_early = tl.program_id(0) // n_rows * BN + tl.arange(0, BN)
+        o_line = tl.arange(0, D * p_k.dtype.element_ty.primitive_bitwidth // 1024)
+        o_line *= 1024 // p_k.dtype.element_ty.primitive_bitwidth
+        p_early = p_k + ((tl.program_id(0) % n_rows) // n_queries).to(tl.int64) * s_kb
+        p_early += o_early[:, None].to(tl.int64) * s_kt
+        prefetch(p_early + o_line[None, :], (o_early < n_keys)[:, None] & (o_line[None, :] >= 0))
+        gdc_wait()
     if p_clear is not None:
         for at in range(tl.program_id(0) * BN, n_clear, tl.num_programs(0) * BN):
             o_clear = at + tl.arange(0, BN)

@@ -141,10 +141,13 @@ def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None 
     arguments |= {"s_ids": 0 if ids is None else ids.stride(0)}
     arguments |= {"n_clear": 0 if clear is None else clear.numel()}
     blocks = triton.cdiv(columns, arguments["BN"])
-    options = {"num_warps": 8 if ids is None else 4}
+    options: dict[str, Any] = {"num_warps": 8 if ids is None else 4}
     # In fp8 seven programs fit on a multiprocessor; bf16 and more heads spill or do not compile.
     if ids is not None and x.q.dtype == FP8 and arguments["HP"] <= 32 and not INTERPRETED.value:
         options["maxnreg"] = 72
+    lines = x.dim * x.k.element_size() >= 128  # A line of the cache has 128 bytes.
+    pdl = current().index.pdl and ids is None and lines and not INTERPRETED.value
+    options |= {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     scores.scores_rows[(rows * blocks,)](**arguments, **options)
 
 
