@@ -14,21 +14,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "indexcache-delta-1"
+ADAPTERS = "adapters"
+"""Metadata of indexers that were trained beside adapters: the name of the adapters' folder."""
 
 
-def check_delta(path: str | Path, base: str | Path | None, layers: int) -> Pattern:
+def check_delta(
+    path: str | Path, base: str | Path | None, layers: int, *, adapted: bool = False
+) -> Pattern:
     """Read the header of a delta, and check that it belongs to a checkpoint.
 
     Args:
         path: the file.
         base: the checkpoint's folder; None checks none.
         layers: the number of its layers.
+        adapted: whether the model has adapters on it.
 
     Returns:
         The pattern that its indexers were trained for, with the text they were trained on.
 
     Raises:
-        ValueError: there is no such delta, or it has another base or number of layers.
+        ValueError: there is no such delta, or it has another base or number of layers, or belongs
+            to adapters that the model lacks.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,6 +50,12 @@ def check_delta(path: str | Path, base: str | Path | None, layers: int) -> Patte
         raise ValueError(f"{path}: {error}") from None
     if len(pattern) != layers:
         raise ValueError(f"{path}: the delta is for {len(pattern)} layers, the model has {layers}.")
+    if metadata.get(ADAPTERS) and not adapted:
+        raise ValueError(
+            f"{path}: these indexers were trained beside adapters and are wrong without them; use "
+            "the checkpoint that the same run wrote, or put the adapters on the model first, in "
+            "Python, with peft."
+        )
     digest = metadata.get("base_digest")
     if base is not None and digest and digest != fingerprint(Path(base)):
         raise ValueError(

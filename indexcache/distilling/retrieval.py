@@ -12,6 +12,9 @@ from indexcache.distilling.rows import Row, retrieval_rows
 from indexcache.distilling.settings import DistillSettings, RunSettings
 from indexcache.models.reader import Reader
 
+MAX_SEQUENCES = 4096
+"""So many different sequences are made to train on, at most; where more rows are to have some, they
+come again."""
 TRAINING_SEED = 1 << 20
 """Added to the random seed of training sequences, so that held-out ones ask for other facts."""
 
@@ -79,10 +82,11 @@ def mixed_rows(
         source=source,
         split="all" if other is not None else split,
         length=len(rows[0].ids),
-        sequences=math.ceil(number / len(parse_kinds(run.retrieval))),
+        sequences=math.ceil(min(number, MAX_SEQUENCES) / len(parse_kinds(run.retrieval))),
         seed=settings.seed + TRAINING_SEED,
     )
-    return kept + retrieval_rows(batches)[:number]
+    made = retrieval_rows(batches)
+    return kept + (made * math.ceil(number / len(made)))[:number]
 
 
 def held_out_retrieval(

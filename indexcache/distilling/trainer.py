@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from indexcache.data import Batch
+from indexcache.delta import ADAPTERS
 from indexcache.distilling.adapters import (
     FOLDER,
     add_adapters,
@@ -499,7 +500,7 @@ class Trainer:
             weights, adapters = merged(weights or {})
             if self.run is not None:
                 save_adapters(adapters, s.lora, self.out / FOLDER)
-                about = base | seen.to_metadata()
+                about = base | {ADAPTERS: FOLDER} | seen.to_metadata()
                 save_delta(self.model, self.pattern, self.out / FOLDER / INDEXERS, about)
         result = None
         if self.run is not None:

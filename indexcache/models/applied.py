@@ -95,7 +95,8 @@ def apply_delta(model: AnyModel, path: str | Path, *, base: str | Path | None = 
     path = Path(path)
     tensors, _ = read_delta(path)
     layers = indexers(model)
-    pattern = check_delta(path, base, len(layers))
+    adapted = any("base_layer" in module._modules for module in module_of(model).modules())
+    pattern = check_delta(path, base, len(layers), adapted=adapted)
     targets: dict[str, Tensor] = {}
     complete: set[int] = set()
     for layer, indexer in enumerate(layers):

@@ -51,8 +51,15 @@ def test_the_result_loads_as_it_is_and_as_adapters(checkpoint, tmp_path, capsys)
     stock = AutoModelForCausalLM.from_pretrained(written, dtype="float32").eval()
     base = load(checkpoint)
     start = base.module(ids[:, :64]).logits
-    apply_delta(base.module, out / "adapter" / "indexers.safetensors", base=checkpoint)
+    # The indexers are wrong without the adapters, so nothing takes them alone.
+    indexers = out / "adapter" / "indexers.safetensors"
+    refused(lambda: apply_delta(base.module, indexers, base=checkpoint), "trained beside adapters")
+    refused(lambda: load(checkpoint, delta=indexers), "trained beside adapters")
+    alone = f"--data {text} --pattern FSSFSS --length 64 --split all --delta {indexers}"
+    assert main(shlex.split(f"evaluate {checkpoint} {alone}")) == 2
+    assert "trained beside adapters" in capsys.readouterr().err
     adapted = PeftModel.from_pretrained(base.module, out / "adapter").eval()
+    apply_delta(base.module, indexers, base=checkpoint)
     with torch.no_grad(), use_pattern(base.module, "FSSFSS"):
         got = adapted(input_ids=ids[:, :64]).logits
         want = stock(ids[:, :64]).logits
