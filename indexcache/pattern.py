@@ -30,6 +30,8 @@ MAX_POOL_FACTOR = 999_999
 MAX_FILE = 1 << 26  # bytes of a file that may hold a pattern
 DEFAULT_SKIP_OFFSET = 2  # Engines assume it when a config gives a frequency and no offset.
 TYPES = {"F": "full", "S": "shared"}
+Pool = int | Fraction | tuple[Fraction, ...]
+"""The size of pools: a factor of k, a share of what a query sees, or the share of each pool."""
 
 
 @dataclass(frozen=True, init=False)
@@ -45,7 +47,8 @@ class Pattern:
         pool_factor: c, an int >= 1; the pool of an F layer holds c * index_topk ids. It is only for
             patterns with R, where the default is 8; else it is None. A `Fraction` below 1 is the
             pool's share of what a query sees: the attribute `pool_share` holds it then, and
-            `pool_factor` is None.
+            `pool_factor` is None. Several, written `@1/8,1/16`, are those of the F layers that
+            publish a pool, in their order: `pool_shares` holds them, and `pool_share` the largest.
         seen: the text that a search chose it on, which travels with it into files; two patterns
             that differ in nothing else are equal.
 
@@ -58,13 +61,11 @@ class Pattern:
     roles: str
     pool_factor: int | None
     pool_share: Fraction | None
+    pool_shares: tuple[Fraction, ...] | None
     seen: Seen = field(compare=False, repr=False)
 
     def __init__(
-        self,
-        roles: str | Sequence[str],
-        pool_factor: int | Fraction | None = None,
-        seen: Seen = Seen(),
+        self, roles: str | Sequence[str], pool_factor: Pool | None = None, seen: Seen = Seen()
     ):
         if not isinstance(roles, str):
             roles = _roles_of_types(roles)
@@ -92,9 +93,19 @@ class Pattern:
                 "A pool factor was given, but the pattern has no R layer that would use it."
             )
         object.__setattr__(self, "roles", roles)
+        several = pool_factor if isinstance(pool_factor, tuple) else None
+        if several and len(several) != len(self.publishers()):
+            raise ValueError(
+                f"R layers read the pools of {len(self.publishers())} full layers, so the pattern "
+                f"takes that many pools, or one for all, not {len(several)}."
+            )
+        if several:
+            pool_factor = max(several)
+            several = several if len(set(several)) > 1 else None
         share = isinstance(pool_factor, Fraction)
         object.__setattr__(self, "pool_factor", None if share else pool_factor)
         object.__setattr__(self, "pool_share", pool_factor if share else None)
+        object.__setattr__(self, "pool_shares", several)
         object.__setattr__(self, "seen", seen)
 
     # -- reading ---------------------------------------------------------------------------------
@@ -117,7 +128,7 @@ class Pattern:
         offset: int = 1,
         *,
         rest: str = "S",
-        pool_factor: int | Fraction | None = None,
+        pool_factor: Pool | None = None,
     ) -> Pattern:
         """Return the pattern with one full layer in `freq` and `rest` (S or R) between them.
 
@@ -244,7 +255,7 @@ class Pattern:
                 raise ValueError(
                     f"there is no pattern; it begins like JSON, but is none ({error!s:.200})."
                 ) from None
-            if not re.fullmatch(r"[\w@/ ]*", text):
+            if not re.fullmatch(r"[\w@/, ]*", text):
                 raise ValueError(
                     "there is no pattern; a file holds FSSF.., JSON with a pattern, overrides of "
                     "an engine, or a config."
@@ -263,6 +274,8 @@ class Pattern:
     # -- writing ---------------------------------------------------------------------------------
 
     def __str__(self) -> str:
+        if self.pool_shares:
+            return f"{self.roles}@{','.join(map(str, self.pool_shares))}"
         return self.roles if self.pool is None else f"{self.roles}@{self.pool}"
 
     def __repr__(self) -> str:
@@ -317,9 +330,15 @@ class Pattern:
     # -- asking ----------------------------------------------------------------------------------
 
     @property
-    def pool(self) -> int | Fraction | None:
-        """The size of the pools: the factor of k, or the share of what a query sees."""
-        return self.pool_factor if self.pool_share is None else self.pool_share
+    def pool(self) -> Pool | None:
+        """The size of the pools: the factor of k, or the share or shares of what a query sees."""
+        return self.pool_shares or self.pool_share or self.pool_factor
+
+    def pools(self) -> dict[int, int | Fraction]:
+        """Return the size of the pool of every full layer that publishes one."""
+        layers = sorted(self.publishers())
+        sizes = self.pool_shares or [self.pool_share or self.pool_factor] * len(layers)
+        return {i: size for i, size in zip(layers, sizes, strict=True) if size is not None}
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -360,8 +379,8 @@ class Pattern:
 
     def signature(self) -> tuple[tuple[str, int | Fraction | None], ...]:
         """Return what decides each layer's result: its role, and the size of its pool."""
-        pools = self.publishers()
-        return tuple((r, self.pool if i in pools else None) for i, r in enumerate(self.roles))
+        pools = self.pools()
+        return tuple((r, pools.get(i)) for i, r in enumerate(self.roles))
 
     def frequency(self) -> tuple[int, int] | None:
         """Return (freq, offset) if the rule of `uniform` gives this pattern, else None.
@@ -391,13 +410,33 @@ class Pattern:
         if len(role) != 1:
             raise ValueError(f"A layer has one role, F, R or S, not {role!r:.60}.")
         roles = self.roles[:layer] + role + self.roles[layer + 1 :]
-        return Pattern(roles, self.pool if "R" in roles else None, self.seen)
+        pool = self.pool if "R" in roles else None
+        if self.pool_shares and pool:
+            pool = self._pools_for(Pattern(roles, self.pool_share))
+        return Pattern(roles, pool, self.seen)
+
+    def _pools_for(self, other: Pattern) -> tuple[Fraction, ...]:
+        """Return pools for a pattern with other roles: those that its R layers have here.
+
+        A layer that is R there alone has the largest.
+        """
+        before, found = self.pools(), []
+        for layer in sorted(other.publishers()):
+            readers = [
+                i for i, r in enumerate(other.roles) if r == "R" and other.source(i) == layer
+            ]
+            sizes = [before.get(layer)]
+            sizes += [before[self.source(i)] for i in readers if self.roles[i] == "R"]
+            size = next((x for x in sizes if x is not None), self.pool_share)
+            assert isinstance(size, Fraction)
+            found.append(size)
+        return tuple(found)
 
     def chosen_on(self, seen: Seen) -> Pattern:
         """Return the same pattern, which a search chose on this text, perhaps beside another."""
         return Pattern(self.roles, self.pool, self.seen | seen) if seen else self
 
-    def with_rest(self, role: str, pool_factor: int | Fraction | None = None) -> Pattern:
+    def with_rest(self, role: str, pool_factor: Pool | None = None) -> Pattern:
         """Return the pattern with the same full layers and every other layer in `role` (S or R).
 
         Raises:
@@ -493,7 +532,7 @@ def _is_full(layers: int, freq: int, offset: int) -> list[bool]:
     return [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
 
 
-def _filled(is_full: Sequence[bool], rest: str, pool_factor: int | Fraction | None) -> Pattern:
+def _filled(is_full: Sequence[bool], rest: str, pool_factor: Pool | None) -> Pattern:
     """Return the pattern with F where `is_full` says so and `rest` elsewhere."""
     if rest not in ("S", "R"):
         raise ValueError(f"The layers between the full ones can be S or R, not {rest!r:.60}.")
@@ -533,17 +572,18 @@ def _roles_of_types(types: Any) -> str:
     return "".join(names[t] for t in types)
 
 
-def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | Fraction | None]:
+def _split_pool(roles: str, pool_factor: Any) -> tuple[str, Pool | None]:
     roles, mark, text = roles.partition("@")
     if mark:
         if pool_factor is not None:
             raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
         pool_factor = parse_pool(text)
-    if isinstance(pool_factor, Fraction):
-        if not 0 < pool_factor < 1:
-            raise ValueError(
-                f"A pool that is a share of the context is above 0 and below 1, not {pool_factor}."
-            )
+    if isinstance(pool_factor, (Fraction, tuple)):
+        for share in pool_factor if isinstance(pool_factor, tuple) else (pool_factor,):
+            if not isinstance(share, Fraction) or not 0 < share < 1:
+                raise ValueError(
+                    f"A pool that is a share of the context is above 0 and below 1, not {share!s}."
+                )
     elif pool_factor is not None:
         _positive("The pool factor of a pattern", pool_factor)
         if pool_factor > MAX_POOL_FACTOR:
@@ -553,8 +593,15 @@ def _split_pool(roles: str, pool_factor: Any) -> tuple[str, int | Fraction | Non
     return roles, pool_factor
 
 
-def parse_pool(text: str) -> int | Fraction | str:
-    """Read the size of a pool: 8 is a factor of k, 1/8 a share; anything else stays a text."""
+def parse_pool(text: str) -> Pool | str:
+    """Read the size of a pool: 8 is a factor of k, 1/8 a share; anything else stays a text.
+
+    Several shares, as in 1/8,1/16, become a tuple.
+    """
+    if "," in text:
+        sizes = [parse_pool(part) for part in text.split(",")]
+        shares = tuple(size for size in sizes if isinstance(size, Fraction))
+        return shares if len(shares) == len(sizes) else text
     if re.fullmatch("[0-9]{1,9}", text):
         return int(text)
     if re.fullmatch("[0-9]{1,9}/0*[1-9][0-9]{0,8}", text):

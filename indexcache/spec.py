@@ -18,7 +18,8 @@ from indexcache.seen import Seen
 
 SYNTAX = """one of
   FSSF..          a pattern, one character per layer; FRRF..@8 gives R layers
-                  a pool of 8 k, FRRF..@1/8 one of 1/8 of what a query sees
+                  a pool of 8 k, FRRF..@1/8 one of 1/8 of what a query sees,
+                  and FRFR..@1/8,1/16 each group its own
   full, all       every layer is full
   1/4             the first of every four layers is full; uniform:1/4 and
                   uniform:4 mean the same

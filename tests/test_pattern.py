@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -590,3 +592,44 @@ def test_equality_and_hash_are_those_of_the_string(p, q):
     assert hash(Pattern(str(p))) == hash(p)
     assert len({p, Pattern(str(p))}) == 1
     assert p != str(p)
+
+
+@pytest.mark.parametrize("text", ["FRRFRSF@1/4,1/16", "FRFSRFFR@1/3,1/2,1/8"])
+def test_every_group_may_have_its_own_pool(text, tmp_path):
+    pattern = Pattern(text)
+    assert str(pattern) == text
+    assert Pattern(str(pattern)) == pattern != Pattern(pattern.roles, Fraction(1, 4))
+    assert pattern.pool_share == max(pattern.pool_shares) == max(pattern.pools().values())
+    assert list(pattern.pools()) == sorted(pattern.publishers())
+    pattern.to_file(tmp_path / "p.json")
+    assert Pattern.from_file(tmp_path / "p.json") == pattern
+    (tmp_path / "p.txt").write_text(text)
+    assert Pattern.from_file(tmp_path / "p.txt") == pattern
+    with pytest.raises(ValueError, match="a share of the context, for which there is no kernel"):
+        pattern.check(share=False)
+
+
+def test_equal_pools_are_one_and_wrong_ones_are_refused():
+    assert Pattern("FRFR@1/4,1/4") == Pattern("FRFR@1/4")
+    assert str(Pattern("FRFR@1/4,2/8")) == "FRFR@1/4"
+    for text, word in (
+        ("FRFR@1/4,1/8,1/2", "2 full layers"),
+        ("FRFS@1/4,1/8", "1 full layers"),
+        ("FRFR@1/4,8", "1/4,8"),
+        ("FRFR@1/4,", "1/4,"),
+        ("FRFR@1/4,3/2", "below 1"),
+        ("FSFS@1/4,1/8", "no R layer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            Pattern(text)
+
+
+def test_layers_that_change_their_role_keep_their_pools():
+    pattern = Pattern("FRRFRSF@1/4,1/16")
+    assert str(pattern.replace(6, "R")) == "FRRFRSR@1/4,1/16"
+    assert str(pattern.replace(3, "R")) == "FRRRRSF@1/4"
+    assert str(pattern.replace(4, "S")) == "FRRFSSF@1/4"
+    assert str(pattern.replace(1, "F")) == "FFRFRSF@1/4,1/16"
+    assert str(Pattern("FFRFR@1/4,1/16").replace(1, "S")) == "FSRFR@1/4,1/16"
+    assert pattern.signature()[0] == ("F", Fraction(1, 4))
+    assert pattern.signature()[3] == ("F", Fraction(1, 16))

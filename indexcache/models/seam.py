@@ -67,7 +67,7 @@ class Seam:
         self.selector = selector_of(model)
         self.open = True
         self.saving = Patches()
-        self._publishers = pattern.publishers()
+        self._publishers = pattern.pools()
         self._captured: dict[int, Tensor] = {}
         self._roles = {"F": self._full, "R": self._reindex, "S": self._shared}
         self._filled: WeakSet[Any] = WeakSet()  # caches that S layers have seen
@@ -176,9 +176,8 @@ class Seam:
         if call.layer not in self._publishers:
             return self.selector.full(call)
         one.pool = None
-        size: int | Fraction = self.pattern.pool_share or (
-            call.indexer.index_topk * (self.pattern.pool_factor or 0)
-        )
+        pool = self._publishers[call.layer]
+        size = pool if isinstance(pool, Fraction) else call.indexer.index_topk * pool
         selection = self.selector.full(call, size)
         assert selection.pool is not None
         one.pool = Selection(selection.pool)

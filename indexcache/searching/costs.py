@@ -5,8 +5,9 @@ Counted is the time of the indexers alone: scores, selection, pools and plans.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,33 +29,48 @@ class RoleCosts:
         publish: what an F layer costs more that publishes a pool.
         reindex: what an R layer costs.
         source: where they come from.
+        others: publish and reindex of pools of other sizes, where groups have their own.
     """
 
     context: int
     publish: float
     reindex: float
     source: str
+    others: Mapping[int | Fraction, tuple[float, float]] = field(default_factory=dict)
 
     def of(self, pattern: Pattern) -> float:
         """Return the cost of a pattern over that of all layers full."""
-        full, again = len(pattern.full_layers), pattern.roles.count("R")
-        total = full + len(pattern.publishers()) * self.publish + again * self.reindex
+        total, pools = float(len(pattern.full_layers)), pattern.pools()
+        readers = Counter(pattern.source(i) for i, r in enumerate(pattern.roles) if r == "R")
+        for layer, size in pools.items():
+            publish, reindex = self.others.get(size, (self.publish, self.reindex))
+            total += publish + readers[layer] * reindex
         return total / len(pattern)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a result holds."""
-        return {
+        value: dict[str, Any] = {
             "context": self.context,
             "publish": self.publish,
             "reindex": self.reindex,
             "source": self.source,
         }
+        if self.others:
+            value["others"] = {str(size): list(pair) for size, pair in self.others.items()}
+        return value
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"Costs are the indexers' share at {self.context} tokens, by {self.source}: an R layer "
-            f"{self.reindex:.1%} of an F layer, a pool {self.publish:.1%}."
+            f"{self.reindex:.1%} of an F layer, a pool {self.publish:.1%}"
         )
+        for size, (publish, reindex) in self.others.items():
+            text += f"; with pools of {size} {reindex:.1%} and {publish:.1%}"
+        return f"{text}."
+
+    def beside(self, others: Mapping[int | Fraction, RoleCosts]) -> RoleCosts:
+        """Return these costs with those of pools of other sizes."""
+        return replace(self, others={s: (c.publish, c.reindex) for s, c in others.items()})
 
 
 def pool_tokens(pool: int | Fraction, context: int, topk: int) -> int:
@@ -113,7 +129,7 @@ def _is_usable(row: Mapping[str, Any]) -> bool:
 def _features(pattern: Pattern, context: int, topk: int) -> Sequence[float]:
     """Return the factors of the coefficients a to e."""
     full, again = len(pattern.full_layers), pattern.roles.count("R")
-    tokens = 0 if pattern.pool is None else pool_tokens(pattern.pool, context, topk)
-    pools = len(pattern.publishers())
-    factors = (full, full * context, pools * tokens, again, again * tokens)
+    sizes = {i: pool_tokens(size, context, topk) for i, size in pattern.pools().items()}
+    reading = [sizes[pattern.source(i)] for i, r in enumerate(pattern.roles) if r == "R"]
+    factors = (full, full * context, sum(sizes.values()), again, sum(reading))
     return [float(context) * f for f in factors]

@@ -109,7 +109,7 @@ def sampled(
             points = MixedSearch(
                 samples,
                 asked.costs,
-                settings.pool_size(),
+                settings.pool_sizes(),
                 frozenset(asked.fixed),
                 settings,
                 settings.keep,

@@ -1,13 +1,14 @@
 """A search among F, R and S: the move that loses least for the cost that it saves, again and again.
 
-Moves are F to R, F to S and R to S. As in the fast search, what a move loses is measured on a small
-part of the text first, and on the whole text when it is about to be made.
+Moves are F to R, F to S, R to S, and where pools of several sizes are allowed the pool of a group
+to a smaller one. As in the fast search, what a move loses is measured on a small part of the text
+first, and on the whole text when it is about to be made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -18,8 +19,8 @@ from indexcache.searching.greedy import FrontierPoint
 from indexcache.searching.samples import Samples
 from indexcache.searching.settings import Savings
 
-Move = tuple[int, str]  # a layer, and its new role
-LATER = {"F": "RS", "R": "S", "S": ""}
+Move = tuple[int, str]
+"""A layer and its new role; behind an @ the pool of its group where the move decides that."""
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MixedSearch:
     Args:
         samples: measures patterns.
         costs: the cost of a pattern.
-        pool: the size of the pools of R layers.
+        sizes: the sizes that pools may have, the largest first.
         fixed: layers that stay full: the first one of every pipeline stage, and others.
         savings: whether moves are measured on parts of the text, and lazily.
         cost: the search ends where a pattern costs no more than this share of all full, ..
@@ -38,7 +39,7 @@ class MixedSearch:
 
     samples: Samples
     costs: RoleCosts
-    pool: int | Fraction
+    sizes: Sequence[int | Fraction]
     fixed: frozenset[int]
     savings: Savings
     cost: float
@@ -68,12 +69,30 @@ class MixedSearch:
         now = self.costs.of(self.trunk)
         result = {}
         for layer, role in enumerate(self.trunk.roles):
-            for new in LATER[role] if layer not in self.fixed else "":
-                roles = self.trunk.roles[:layer] + new + self.trunk.roles[layer + 1 :]
-                pattern = Pattern(roles, self.pool if "R" in roles else None)
+            for name, pattern in self.changed(layer, role):
                 if self.costs.of(pattern) < now:
-                    result[layer, new] = pattern
+                    result[layer, name] = pattern
         return result
+
+    def changed(self, layer: int, role: str) -> Iterator[tuple[str, Pattern]]:
+        """Yield the names of the moves of a layer, and the patterns after them."""
+        pools = self.trunk.pools()
+        for size in self.sizes if layer in pools else ():
+            if size < pools[layer]:
+                yield f"F@{size}", with_pools(self.trunk.roles, pools | {layer: size})
+        if layer in self.fixed or role == "S":
+            return
+        yield "S", self.trunk.replace(layer, "S")
+        if role == "R":
+            return
+        roles = f"{self.trunk.roles[:layer]}R{self.trunk.roles[layer + 1 :]}"
+        source = max(i for i in self.trunk.full_layers if i < layer)
+        if source in pools:
+            yield "R", with_pools(roles, pools)
+            return
+        for size in self.sizes:
+            name = "R" if len(self.sizes) == 1 else f"R@{size}"
+            yield name, with_pools(roles, {**pools, source: size})
 
     def choose(self, moves: dict[Move, Pattern]) -> Move:
         """Return the move that loses least for what it saves."""
@@ -103,10 +122,21 @@ class MixedSearch:
         return best
 
     def forget(self, move: Move) -> None:
-        """Keep what the layer's other move loses beyond the one that is made."""
+        """Keep what the layer's other moves lose beyond the one that is made."""
         layer, role = move
         made = self.lost.pop(move)
-        if role == "R" and (layer, "S") in self.lost:
+        if role[0] == "R" and (layer, "S") in self.lost:
             self.lost[layer, "S"] -= made
-        elif role == "S":
-            self.lost.pop((layer, "R"), None)
+        if role[0] != "F":
+            for other in [m for m in self.lost if m[0] == layer and m[1] != "S" and m != move]:
+                del self.lost[other]
+
+
+def with_pools(roles: str, pools: Mapping[int, int | Fraction]) -> Pattern:
+    """Return the pattern with these roles, whose full layers publish these pools if any is read."""
+    if "R" not in roles:
+        return Pattern(roles)
+    own = [pools[i] for i in sorted(Pattern(roles).publishers())]
+    if len(set(own)) == 1:
+        return Pattern(roles, own[0])
+    return Pattern(roles, tuple(size for size in own if isinstance(size, Fraction)))

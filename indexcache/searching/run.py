@@ -224,7 +224,8 @@ def _search(
     fixed = settings.fixed_layers(layers, starts, full)
     costs = _costs(source, settings)
     comparisons, notes = _comparisons(batches, source, starts, full, settings)
-    pools = [] if costs is None else [Pattern("F" + "R" * (layers - 1), settings.pool_size())]
+    sizes = [] if costs is None else settings.pool_sizes()
+    pools = [Pattern("F" + "R" * (layers - 1), size) for size in sizes]
     shares = check_batches(batches, source.topk, [*comparisons, *pools])
     conditions = source.conditions(batches, shares, origin)
     facts = {**settings.facts(), "data": digest_of(batches), **source.facts(), **identity}
@@ -275,8 +276,14 @@ def _costs(source: LossSource, settings: SearchSettings) -> RoleCosts | None:
     if "R" not in source.roles:
         raise ValueError(f"There are no R layers on {source.kind}; take --roles FS.")
     context = settings.cost_context or source.context
-    sizes = context, settings.pool_size(), source.topk
-    return by_arithmetic(*sizes) if settings.costs is None else fitted(settings.costs, *sizes)
+    found = {
+        size: by_arithmetic(context, size, source.topk)
+        if settings.costs is None
+        else fitted(settings.costs, context, size, source.topk)
+        for size in settings.pool_sizes()
+    }
+    largest, *others = found
+    return found[largest].beside({size: found[size] for size in others})
 
 
 def about_full(

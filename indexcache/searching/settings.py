@@ -71,7 +71,7 @@ class SearchSettings(Savings):
     pool, and --keep and --most-loss bound the indexers' cost and the loss."""
     pool: str = "1/8"
     """Size of the pools of R layers that FRS chooses: a share of what a query sees, or a factor of
-    k such as 8."""
+    k such as 8. Of several shares, as in 1/8,1/16, every group of layers gets its own."""
     cost_context: int | None = None
     "Number of tokens at which FRS counts costs. The default is the model's context."
     costs: str | None = None
@@ -82,19 +82,22 @@ class SearchSettings(Savings):
     stay_full: tuple[int, ...] = ()
     "Layers that stay full."
 
-    def pool_size(self) -> int | Fraction:
-        """Return the size of the pools of R layers.
+    def pool_sizes(self) -> list[int | Fraction]:
+        """Return the sizes that the pools of R layers may have, the largest first.
 
         Raises:
-            ValueError: it is no factor and no share.
+            ValueError: one of them is no factor and no share.
         """
-        size = parse_pool(self.pool)
-        if isinstance(size, str):
+        sizes = parse_pool(self.pool)
+        if isinstance(sizes, str):
             raise ValueError(
-                f"--pool is a share such as 1/8 or a factor of k such as 8, not {self.pool!r:.40}."
+                "--pool is a share such as 1/8, several such as 1/8,1/16, or a factor of k such as "
+                f"8, not {self.pool!r:.40}."
             )
-        Pattern("FR", size)  # It refuses what is out of range.
-        return size
+        several = sizes if isinstance(sizes, tuple) else (sizes,)
+        for size in several:
+            Pattern("FR", size)  # It refuses what is out of range.
+        return sorted(set(several), reverse=True)
 
     def fixed_layers(self, layers: int, starts: Sequence[int], full: int) -> tuple[int, ...]:
         """Return the layers that stay full, the first ones of the stages among them.
@@ -137,7 +140,7 @@ class SearchSettings(Savings):
             if self.roles == "FS" and getattr(self, name) != getattr(SearchSettings, name):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is a setting of R layers; add --roles FRS.")
-        self.pool_size()
+        self.pool_sizes()
         if self.roles == "FRS" and not 0 < self.keep <= 1:
             raise ValueError(
                 "With --roles FRS, --keep is a share of the indexers' cost, above 0 and at most 1, "

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from fractions import Fraction
 from itertools import pairwise, product
 
 import pytest
+import torch
 
 from benchmarks.frs_frontier import MEASURED_POOL, write_costs
-from indexcache import Pattern, SearchSettings, search
+from indexcache import Pattern, SearchSettings, accelerate, evaluate, search, use_pattern
 from indexcache.data import make_batches
+from indexcache.models.lm import hidden_states
+from indexcache.models.prefix import PrefixCache
 from indexcache.searching.costs import RoleCosts, by_arithmetic, fitted, pool_tokens
 from indexcache.searching.mixed import MixedSearch
 from tests.searching.test_fast import OFF, MadeUp
@@ -35,7 +39,7 @@ def loss_of(costs, again=0.1):
 
 def mixed(samples, cost, **kind):
     settings = SearchSettings(method="fast", roles="FRS")
-    return list(MixedSearch(samples, COSTS, SHARE, frozenset((0,)), settings, cost, **kind).run())
+    return list(MixedSearch(samples, COSTS, [SHARE], frozenset((0,)), settings, cost, **kind).run())
 
 
 def test_costs_count_roles_and_pools():
@@ -105,7 +109,7 @@ def test_lazy_moves_save_work():
     lazy, plain = MadeUp(12, loss_of(lost)), MadeUp(12, loss_of(lost))
     a = mixed(lazy, 0.3)
     settings = SearchSettings(method="fast", roles="FRS", **OFF)
-    b = list(MixedSearch(plain, COSTS, SHARE, frozenset((0,)), settings, 0.3).run())
+    b = list(MixedSearch(plain, COSTS, [SHARE], frozenset((0,)), settings, 0.3).run())
     assert a[-1].loss <= b[-1].loss + 0.02
     assert lazy.work.layer_tokens < 0.4 * plain.work.layer_tokens
 
@@ -141,6 +145,103 @@ def test_the_costs_of_the_frontier_are_those_that_the_kernels_took(tmp_path):
     assert at[Fraction(1, 32)].reindex < 0.6 * at[MEASURED_POOL].reindex
 
 
+SIZES = [Fraction(1, 4), Fraction(1, 16)]
+BY_SIZE = RoleCosts(1000, 0.2, 0.4, "a test", {SIZES[1]: (0.05, 0.1)})
+
+
+def test_the_cost_of_a_pattern_counts_every_pool_by_its_size():
+    assert BY_SIZE.of(Pattern("FRRSFRSF@1/4,1/16")) == pytest.approx((3 + 0.2 + 0.8 + 0.15) / 8)
+    assert BY_SIZE.of(Pattern("FRRSFRSF@1/4")) == pytest.approx((3 + 0.4 + 1.2) / 8)
+    assert BY_SIZE.of(Pattern("FSSSFSSS")) == 0.25
+    assert BY_SIZE.to_json()["others"] == {"1/16": [0.05, 0.1]}
+    assert "1/16" in str(BY_SIZE)
+
+
+def test_every_group_gets_the_pool_that_it_needs():
+    def loss(pattern):  # The layers behind 4 need wide pools; those before need none.
+        lost = 0.0
+        for i, role in enumerate(pattern.roles):
+            need = 1.0 if i > 4 else 0.01
+            if role == "R":
+                wide = pattern.pools()[pattern.source(i)] == SIZES[0]
+                lost += need * (0.01 if wide else 0.2)
+            lost += need * (role == "S")
+        return lost + (pattern.roles[4] != "F")
+
+    samples = MadeUp(8, loss, noise=1e-5)
+    fixed = frozenset((0,))
+    settings = SearchSettings(method="fast", roles="FRS")
+    points = list(MixedSearch(samples, BY_SIZE, SIZES, fixed, settings, 0.53).run())
+    found = points[-1].pattern
+    assert found.pools()[4] == SIZES[0]
+    assert found.pools().get(0, SIZES[1]) == SIZES[1]
+    costs = [p.cost for p in points]
+    assert all(a > b for a, b in pairwise(costs))
+    one = [SIZES[0]]
+    single = list(MixedSearch(samples, BY_SIZE, one, fixed, settings, 0.53).run())
+    assert loss(found) <= loss(single[-1].pattern)
+
+
+def test_the_pool_of_a_group_shrinks_where_that_is_cheap():
+    def loss(pattern):
+        sizes = [
+            pattern.pools()[pattern.source(i)] for i, r in enumerate(pattern.roles) if r == "R"
+        ]
+        return sum(0.001 if s == SIZES[0] else 0.0011 for s in sizes) + pattern.roles.count("S")
+
+    costs = RoleCosts(1000, 0.2, 0.3, "a test", {SIZES[1]: (0.2, 0.29)})
+    settings = SearchSettings(method="fast", roles="FRS", tolerance=0)
+    search_ = MixedSearch(MadeUp(4, loss), costs, SIZES, frozenset((0,)), settings, 0.0)
+    search_.trunk = Pattern("FRRR", SIZES[0])
+    assert dict(search_.changed(0, "F")) == {"F@1/16": Pattern("FRRR", SIZES[1])}
+    points = list(search_.run())
+    assert any(p.pattern == Pattern("FRRR", SIZES[1]) for p in points)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_group_runs_with_its_own_pool(glm, batches, fast):
+    ids = batches[0].ids
+
+    def hidden(pattern):
+        with use_pattern(glm, pattern):
+            return hidden_states(glm, ids)
+
+    with accelerate(glm) if fast else nullcontext():
+        # An R layer whose pool is everything does what an F layer does.
+        mixed = hidden("FRFRFF@99/100,1/4")
+        assert torch.allclose(mixed, hidden("FFFRFF@1/4"), atol=1e-5)
+        assert torch.allclose(hidden("FRFRFF@1/4,99/100"), hidden("FRFFFF@1/4"), atol=1e-5)
+        assert not torch.allclose(mixed, hidden("FRFRFF@1/4"), atol=1e-3)
+        prefix = PrefixCache(glm, [ids])
+        prefix.rebase(Pattern("FRFRFF@99/100,1/4"))
+        for other in ("FRFRFF@99/100,1/8", "FRFRFS@99/100,1/4"):
+            assert torch.equal(prefix.hidden(0, Pattern(other)), hidden(other))
+
+
+def test_a_run_with_pools_of_several_sizes_goes_on(glm, batches, tmp_path):
+    settings = SearchSettings(
+        method="fast",
+        roles="FRS",
+        pool="3/4,1/2",
+        cost_context=4096,
+        keep=0.7,
+        objective="kl",
+        stay_full=(3,),
+        uniform=False,
+    )
+    whole = search(glm, batches, tmp_path, settings)
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "journal.jsonl").write_text("".join(lines[:-3]) + lines[-3][:12])
+    again = search(glm, batches, tmp_path, settings)
+    assert again.to_json() == whole.to_json()
+    assert (tmp_path / "journal.jsonl").read_text() == "".join(lines)
+    tried = {json.loads(line)["pattern"] for line in lines}
+    assert {"FRFFFF@3/4", "FRFFFF@1/2", "FSFFFF"} < tried
+    assert whole.to_json()["costs"]["others"] == {"1/2": [0.0, 0.5]}
+    assert evaluate(glm, "FRFFRF@3/4,1/2", batches).rows
+
+
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_layers_stay_full_and_a_loss_ends_any_search(glm, batches, tmp_path, method):
     settings = SearchSettings(method=method, keep=2, stay_full=(3,), uniform=False)
@@ -170,6 +271,8 @@ def test_limits_that_do_not_fit_are_refused(glm, batches, tmp_path):
     refused(run(costs="x"), "--costs is a setting of R layers")
     refused(run(**mix, pool="big"), "--pool is a share such as 1/8", "'big'")
     refused(run(**mix, pool="3/2"), "below 1")
+    refused(run(**mix, pool="1/8,8"), "several such as 1/8,1/16", "'1/8,8'")
+    refused(run(**mix, pool="1/8,2/2"), "below 1")
     refused(run(**mix, pool="8"), "pool")  # It holds all 64 tokens.
     refused(run(**mix, costs=str(tmp_path / "no.json")), "no.json")
     refused(run(**mix, cost_context=0), "--cost-context")
