@@ -154,7 +154,9 @@ def _many(
     described = described and k * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
     if described:
         table = weight.view(-1, k)
-        arguments["p_w"] = TensorDescriptor.from_tensor(table, [columns, inputs])
+        arguments["p_w"] = TensorDescriptor.from_tensor(
+            table, [outputs // 2 if gated or quantized else outputs, inputs]
+        )
     kernels.products[(triton.cdiv(out.shape[-1], columns), tiles)](
         p_x=x,
         p_x_scale=x_scale,

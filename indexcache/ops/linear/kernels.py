@@ -96,13 +96,23 @@ def products(
     o_k = tl.arange(0, BK)
     a_row = (K + BLOCK - 1) // BLOCK  # scales of a row
     # Weights that are converted are the first operand, which may lie in registers. A tile of theirs
-    # is then half gates, half what they gate; otherwise each has a product of its own.
+    # is half gates, half what they gate. Otherwise there are two products, of gates and what they
+    # gate, or of the halves of a tile whose inputs are quantised: the product of 128 inputs is held
+    # beside the sum, and registers suffice for that of a half.
     CONVERT: tl.constexpr = p_w_scale is not None and p_x_scale is None
-    TWO: tl.constexpr = GATED and not CONVERT
-    o_r = tl.arange(0, BN if CONVERT else OUT)
-    o_n = i_n * OUT + o_r % OUT
-    row = tl.where(o_n < outputs, o_n, 0) + o_r // OUT * outputs
-    i_row = expert * N + i_n * OUT
+    TWO: tl.constexpr = not CONVERT and (GATED or p_x_scale is not None)
+    WIDE: tl.constexpr = BN // 2 if TWO else BN
+    o_r = tl.arange(0, WIDE)
+    first_row = i_n * OUT
+    to_other = outputs if GATED else WIDE  # rows from those of the first product to the second's
+    if GATED:
+        o_n = first_row + o_r % OUT
+        row = tl.where(o_n < outputs, o_n, 0) + o_r // OUT * outputs
+        other = row + outputs
+    else:
+        row = tl.minimum(first_row + o_r, N - 1)
+        other = tl.minimum(first_row + WIDE + o_r, N - 1)
+    i_row = expert * N + first_row
     if not DESCRIBED:
         p_w += tl.full((), s_expert, tl.int64) * expert
     if CONVERT:
@@ -110,11 +120,18 @@ def products(
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         at_w, at_x = row[None, :] * K + o_k[:, None], source[:, None] * K + o_k[None, :]
-        acc = tl.zeros((BM, OUT), tl.float32)
-        acc_up = tl.zeros((BM, OUT if TWO else 1), tl.float32)
+        at_other = other[None, :] * K + o_k[:, None]
+        acc = tl.zeros((BM, WIDE), tl.float32)
+        acc_other = tl.zeros((BM, WIDE if TWO else 1), tl.float32)
     if p_w_scale is not None:
-        p_w_scale += tl.full((), s_scale_expert, tl.int64) * expert + i_n * OUT // BLOCK * a_row
-        p_up_scale = p_w_scale + (outputs + BLOCK - 1) // BLOCK * a_row
+        blocks = (outputs + BLOCK - 1) // BLOCK  # of rows that have one scale
+        p_w_scale += tl.full((), s_scale_expert, tl.int64) * expert
+        p_other_scale = p_w_scale
+        if GATED:
+            p_other_scale += (blocks + first_row // BLOCK) * a_row
+        else:
+            p_other_scale += tl.minimum((first_row + WIDE) // BLOCK, blocks - 1) * a_row
+        p_w_scale += first_row // BLOCK * a_row
     if p_x_scale is not None:
         p_x_scale += source * a_row
     for base in tl.range(0, K, BK, num_stages=STAGES):
@@ -127,20 +144,20 @@ def products(
         if DESCRIBED:
             w = tl.trans(p_w.load([i_row, base]))
             if TWO:
-                w_up = tl.trans(p_w.load([i_row + outputs, base]))
+                w_other = tl.trans(p_w.load([i_row + to_other, base]))
         elif EVEN:
             w = tl.load(p_w + base + at_w)
             if TWO:
-                w_up = tl.load(p_w + outputs * K + base + at_w)
+                w_other = tl.load(p_w + base + at_other)
         else:
             m_w = of_columns if CONVERT else of_rows
             w = tl.load(p_w + base + at_w, mask=m_w, other=0.0)
             if TWO:
-                w_up = tl.load(p_w + outputs * K + base + at_w, mask=m_w, other=0.0)
+                w_other = tl.load(p_w + base + at_other, mask=m_w, other=0.0)
         if CONVERT:
             scale = tl.load(p_w_scale + base // BLOCK)
             if GATED:
-                scale = tl.where(o_r < OUT, scale, tl.load(p_up_scale + base // BLOCK))
+                scale = tl.where(o_r < OUT, scale, tl.load(p_other_scale + base // BLOCK))
                 w = (w.to(tl.float32) * scale[:, None]).to(x.dtype)
             else:
                 w = (w.to(tl.float32) * scale).to(x.dtype)
@@ -148,30 +165,35 @@ def products(
         elif p_x_scale is None:
             acc = tl.dot(x, w, acc)
             if TWO:
-                acc_up = tl.dot(x, w_up, acc_up)
+                acc_other = tl.dot(x, w_other, acc_other)
         else:
             x_scale = tl.load(p_x_scale + base // BLOCK)
             scale = x_scale * tl.load(p_w_scale + base // BLOCK)
             acc += tl.dot(x, w) * scale[:, None]
-            if TWO:
-                scale = x_scale * tl.load(p_up_scale + base // BLOCK)
-                acc_up += tl.dot(x, w_up) * scale[:, None]
-    if TWO:
-        acc = _silu(acc, acc_up)
+            scale = x_scale * tl.load(p_other_scale + base // BLOCK)
+            acc_other += tl.dot(x, w_other) * scale[:, None]
     if CONVERT:
         acc = tl.trans(acc)
         if GATED:
             gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, OUT)), (0, 2, 1)))
             acc = _silu(gate, up)
-    if p_factor is not None:
-        acc *= tl.load(p_factor + o_m, mask=m_m, other=0.0)[:, None]
+    elif GATED:
+        acc = _silu(acc, acc_other)
     target = o_m
     if p_target is not None:
         target = tl.load(p_target + o_m, mask=m_m, other=0)
-    o_n = i_n * OUT + tl.arange(0, OUT)
-    p_at = p_out + target.to(tl.int64)[:, None] * outputs + o_n[None, :]
+    factor = tl.full((BM,), 1.0, tl.float32)
+    if p_factor is not None:
+        factor = tl.load(p_factor + o_m, mask=m_m, other=0.0)
+    p_out += target.to(tl.int64)[:, None] * outputs
+    kind: tl.constexpr = p_out.dtype.element_ty
+    o_n = first_row + tl.arange(0, OUT if GATED else WIDE)
     m_out = m_m[:, None] & (o_n < outputs)[None, :]
-    tl.store(p_at, acc.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_n[None, :], (acc * factor[:, None]).to(kind), mask=m_out)
+    if TWO and not GATED:
+        o_n += WIDE
+        m_out = m_m[:, None] & (o_n < outputs)[None, :]
+        tl.store(p_out + o_n[None, :], (acc_other * factor[:, None]).to(kind), mask=m_out)
 
 
 @triton.jit
