@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "indexcache" / "ops"
-KERNEL = re.compile(r"^@(?:triton|gluon)\.jit\ndef (\w+)\(", re.MULTILINE)
+KERNEL = re.compile(r"^@(?:triton|gluon)\.jit(?:\(.*\))?\ndef (\w+)\(", re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
