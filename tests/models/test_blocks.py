@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
 import torch
 
 from indexcache import ops
+from indexcache.cli import main
 from indexcache.models import blocks
 from indexcache.models.blocks import BlockExperts, BlockLinear
 from indexcache.models.effective import is_plain
@@ -128,6 +130,19 @@ def counted(op, called):
         return op(*args, **kwargs)
 
     return run
+
+
+def test_generate_keeps_weights(folder, tmp_path, capsys):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("w1 w2 w3 w4 w5", encoding="utf-8")
+    found = []
+    for fp8 in ("dequantize", "keep"):
+        flags = ["--prompt-file", str(prompt), "--max-new-tokens", "3", "--json", "--fp8", fp8]
+        assert main(["generate", str(folder), *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
+    assert found[0] == found[1]
+    assert main(["generate", "tiny", *flags]) == 2
+    assert "no weight is stored" in capsys.readouterr().err
 
 
 def test_quantised_inputs_are_a_choice(folder, prompt):

@@ -19,6 +19,7 @@ from indexcache.ops.linear.reference import dequantized, quantize_inputs  # noqa
 
 DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16 if GPU else torch.float16  # The interpreter's bf16 products are wrong.
+LIMIT = 8e-3 if GPU else 2e-3  # Weights, inner values and results are rounded.
 BLOCK = (128, 128)
 quantized_by_kernel = host._quantized
 
@@ -61,7 +62,7 @@ def test_linear(tokens, n, k):
     expected = F.linear(x.float(), dequantize(weight, scale, BLOCK))
     got = ops.block_linear(x, weight, scale, backend="triton")
     assert got.dtype == HALF and got.shape == (1, tokens, n)
-    assert relative(got, expected) < 2e-3
+    assert relative(got, expected) < LIMIT
     assert torch.equal(got, ops.block_linear(x, weight, scale, backend="triton"))
     wide = torch.cat([x, x], -1)[..., :k]  # as the projections of attention slice them
     assert torch.equal(got, ops.block_linear(wide, weight, scale, backend="triton"))
@@ -69,7 +70,7 @@ def test_linear(tokens, n, k):
     for described in (False, True):
         with ops.tuned(linear={"described": described}):
             got = ops.block_linear(x, plain, None, backend="triton")
-        assert relative(got, expected) < 2e-3
+        assert relative(got, expected) < LIMIT
 
 
 def experts(x, inner, count, each, tokens, *, unused=()):
@@ -102,16 +103,16 @@ def test_experts(tokens, width, inner, count, each):
     x = inputs(tokens, width)
     given = experts(width, inner, count, each, tokens, unused=(1,))
     expected = looped(x, *given)
-    assert relative(ops.gated_experts(x, *given, backend="torch"), expected) < 2e-3
+    assert relative(ops.gated_experts(x, *given, backend="torch"), expected) < LIMIT
     got = ops.gated_experts(x, *given, backend="triton")
-    assert got.dtype == HALF and relative(got, expected) < 2e-3
+    assert got.dtype == HALF and relative(got, expected) < LIMIT
     assert torch.equal(got, ops.gated_experts(x, *given, backend="triton"))
     gate_up, down = (dequantize(w, s, BLOCK, HALF) for w, s in (given[:2], given[2:4]))
     plain = (gate_up, None, down, None, *given[4:])
     for described in (False, True):
         with ops.tuned(linear={"described": described}):
             got = ops.gated_experts(x, *plain, backend="triton")
-        assert relative(got, expected) < 2e-3
+        assert relative(got, expected) < LIMIT
 
 
 def test_quantized_inputs(monkeypatch):
@@ -123,12 +124,14 @@ def test_quantized_inputs(monkeypatch):
     weight, scale = blocks(130, 200)
     expected = ops.block_linear(x, weight, scale, quantized_inputs=True, backend="torch")
     got = ops.block_linear(x, weight, scale, quantized_inputs=True, backend="triton")
-    assert relative(got, expected) < 2e-3
+    assert relative(got, expected) < LIMIT
     assert 5e-3 < relative(ops.block_linear(x, weight, scale, backend="torch"), expected) < 0.1
     few = [ops.block_linear(x[:3], weight, scale, quantized_inputs=q) for q in (False, True)]
     assert torch.equal(*few)  # A few tokens are never quantised.
     # Numbers that e4m3 holds, so that a cast without a carry is right.
-    exact = (torch.arange(600).view(3, 200) % 8).to(DEVICE, HALF) * torch.tensor([[1], [0], [4]])
+    exact = (torch.arange(600).view(3, 200) % 8).to(DEVICE, HALF) * torch.tensor(
+        [[1], [0], [4]], device=DEVICE
+    )
     exact[:, ::50] = 448 * (exact[:, 1:2] > 0)
     for a, b in zip(quantized_by_kernel(exact), quantize_inputs(exact), strict=True):
         assert torch.equal(a.float(), b.float())
