@@ -56,6 +56,8 @@ def fits_experts(layer: Any, one_choice: bool) -> bool:
     if not one_choice or not hasattr(mlp, "shared_experts"):
         return False
     experts, shared = mlp.experts, mlp.shared_experts
+    if not hasattr(experts, "gate_up_proj"):
+        return False
     weights = experts.gate_up_proj, experts.down_proj
     dtype = weights[0].dtype
     return (

@@ -12,15 +12,14 @@ and leaves them half-split.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from indexcache.ops import tuning
+from indexcache.ops.dispatch import device_of, has_kernels, use_triton
 from indexcache.ops.step import definition
 
 MAX_EXPERTS = 256
@@ -31,27 +30,17 @@ def runs(x: Tensor) -> bool:
 
     They need the kernels, or the tuning's backend "torch", which runs the definitions anywhere.
     """
-    backend = tuning.current().backend
-    kernels = (
-        x.is_cuda
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
-    return backend == "torch" or kernels
+    return tuning.current().backend == "torch" or has_kernels(x)
 
 
 def _run(name: str, backend: str, arguments: tuple[Any, ...]) -> Any:
-    """Run an operation; "auto" takes the kernels for tensors on a GPU."""
+    """Run an operation on its kernels, or its definition."""
     x = arguments[0]
-    if backend == "auto":
-        backend = tuning.current().backend
-    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+    if not use_triton(backend, x, name, lambda: None):
         return getattr(definition, name)(*arguments)
-    if not x.is_cuda and not tuning.interpreted():
-        raise ValueError(f"{name}: the kernels run on cuda, the tensors are on {x.device.type}.")
     from indexcache.ops.step import host
 
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with device_of(x):
         return getattr(host, name)(*arguments)
 
 
