@@ -202,11 +202,11 @@ def index_kl(
     kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
 
 
-def linear(tokens: int, quantized: bool = False, width: int = 2048) -> Callable[[], Any]:
+def linear(tokens: int, width: int) -> Callable[[], Any]:
     """Multiply by an FP8 weight of 2048 outputs."""
     x = torch.zeros(tokens, width, dtype=torch.bfloat16)
     weight = torch.zeros(2048, width, dtype=torch.float8_e4m3fn)
-    return lambda: linear_host.block_linear(x, weight, torch.zeros(16, -(-width // 128)), quantized)
+    return lambda: linear_host.block_linear(x, weight, torch.zeros(16, -(-width // 128)), False)
 
 
 def experts(tokens: int, quantized: bool = False, plain: bool = False) -> Callable[[], Any]:
@@ -316,7 +316,6 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "queries turned, half-split": lambda: rotated(False),
         "paged groups of 3": lambda: paged(3),
         "paged groups of 8": lambda: paged(8),
-        "groups of 3 through bitmaps": lambda: grouped(3),
         "groups of 8 through bitmaps": lambda: grouped(8),
         "backward": lambda: backward(False),
         "backward deterministic": lambda: backward(True),
@@ -324,16 +323,11 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "quantize": quantize_rotated,
         "step products": step_products,
         "step experts": step_experts,
-        "linear": linear(2048),
-        "linear of partial blocks": linear(2048, width=200),
-        "linear quantised": linear(2048, True),
-        "linear of one": linear(1),
+        "linear of partial blocks": linear(2048, 200),
         "experts": experts(2048),
         "experts quantised": experts(2048, True),
         "experts of one": experts(1),
-        "experts plain": experts(2048, plain=True),
         "experts plain, described": described(experts(2048, plain=True)),
-        "experts quantised, described": described(experts(2048, True)),
         "distill warm-up": lambda: index_kl((9, 256), 9, 256),
         "distill warm-up fp32": lambda: index_kl((9, 256), 9, 256, 301, torch.float32),
         "distill warm-up GLM": lambda: index_kl((32, 128), 20, 256),
