@@ -5,7 +5,7 @@
         --length 8192 --sequences 16 --task-sequences 6 --device cuda --dtype bfloat16 --seeds 0
 
 For every seed it searches among F and S, and among F, R and S with the costs of a GPU at every
-context and with every pool; text and retrieval are in the objective of both. Patterns of these
+context; text and retrieval are in the objective of both. Patterns of these
 frontiers, and the F layers of the first with R elsewhere, are measured on held-out documents and
 questions. Every search is a run folder and measured patterns are kept, so an interrupted benchmark
 goes on; several processes may do other seeds in the same --out.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def _at_200k(row: dict[str, Any]) -> bool:
     return row["shape"].startswith("200000 causal") and "H=64" not in row["shape"]
 
 
+def costs_at(file: Path, context: int, sizes: Sequence[int | Fraction], topk: int) -> RoleCosts:
+    """Return the costs at a context with pools of these sizes."""
+    first, *others = dict.fromkeys(sizes)
+    found = {size: fitted(file, context, size, topk) for size in others}
+    return fitted(file, context, first, topk).beside(found)
+
+
 def near_costs(result: SearchResult, costs: RoleCosts) -> list[ic.Pattern]:
     """Return, for every one of COSTS, the dearest pattern of a frontier that costs no more."""
     patterns = [p.pattern for p in result.frontier]
@@ -102,21 +110,23 @@ def one_seed(o: argparse.Namespace, model: ic.Model, seed: int, folder: Path) ->
         found = contexts[context] = {"FRS": []}
         for pool in o.pools:
             result = search(
-                f"frs-{context}-{pool.replace('/', 'of')}",
+                f"frs-{context}-{pool.replace('/', 'of').replace(',', '-')}",
                 roles="FRS",
                 pool=pool,
                 costs=str(costs_file),
                 cost_context=context,
                 keep=COSTS[-1],
             )
-            found["FRS"] += near_costs(result, fitted(costs_file, context, Fraction(pool), k))
+            sizes = ic.SearchSettings(pool=pool).pool_sizes()
+            found["FRS"] += near_costs(result, costs_at(costs_file, context, sizes, k))
     every = [p for found in (groups, *contexts.values()) for ps in found.values() for p in ps]
     facts = measured(model, every, text.held_out, folder / "measured.json")
     rows = []
     for context, own in contexts.items():
         for roles, patterns in (groups | own).items():
             for pattern in {str(p): p for p in patterns}.values():
-                costs = fitted(costs_file, context, pattern.pool or MEASURED_POOL, k)
+                sizes = list(pattern.pools().values()) or [MEASURED_POOL]
+                costs = costs_at(costs_file, context, sizes, k)
                 rows.append(
                     {
                         "model": name,
@@ -154,7 +164,12 @@ def cheapest(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = common_arguments(__doc__.split("\n")[0], RESULT)
     parser.add_argument("--contexts", type=int, nargs="+", default=[200_000, 1_000_000])
-    parser.add_argument("--pools", nargs="+", default=["1/16"], help="Pools to search with.")
+    parser.add_argument(
+        "--pools",
+        nargs="+",
+        default=["1/8,1/16,1/32"],
+        help="Sizes of pools, one search for each; 1/8,1/16 lets every group have its own.",
+    )
     o = parser.parse_args()
     model = open_model(o)
     name = model.path.name

@@ -17,7 +17,7 @@ Without all four it is `greedy`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -272,19 +272,11 @@ class FastSearch:
             swaps = self.swaps()
             if not swaps:
                 return
-            alive = list(swaps)
-            rate = self.savings.error_rate / len(alive)
-            for part in self.parts:
-                self.samples.measure([self.samples.full, self.trunk], part)
-                self.samples.measure([swaps[s] for s in alive], part)
-                lost = {s: self.samples.difference([swaps[s]], [self.trunk], part) for s in alive}
-                # Those stay that may still lose less than nothing, at most half of them.
-                alive = [s for s in alive if lost[s].low(rate) < 0]
-                alive = sorted(alive, key=lambda s: (lost[s].value, s))[: -(-len(alive) // 2)]
-                if not alive:
-                    return
-            dropped, restored = alive[0]
-            self.trunk = swaps[alive[0]]
+            best = race_swaps(self.samples, self.trunk, swaps, self.parts, self.savings.error_rate)
+            if best is None:
+                return
+            dropped, restored = best
+            self.trunk = swaps[best]
             self.samples.rebase(self.trunk)
             self.loss = self.samples.evaluate(self.trunk).loss
             for source, to, layer in (
@@ -293,7 +285,7 @@ class FastSearch:
             ):
                 if layer in source:
                     to[layer] = source.pop(layer)
-            self.touch(alive[0])
+            self.touch(best)
 
     def swaps(self) -> dict[tuple[int, int], Pattern]:
         """Propose swaps: (layer to flip to S, layer to make full again) and their patterns.
@@ -330,3 +322,25 @@ class FastSearch:
     def stage(self, layer: int) -> int:
         """Return the first layer of the pipeline stage of a layer."""
         return max(start for start in self.starts if start <= layer)
+
+
+def race_swaps(
+    samples: Samples,
+    trunk: Pattern,
+    swaps: Mapping[tuple[int, int], Pattern],
+    parts: Sequence[Parts],
+    error_rate: float,
+) -> tuple[int, int] | None:
+    """Return the swap that loses least and less than the trunk on all text; None without one.
+
+    On every part those stay that may still lose less than the trunk, at most half of them.
+    """
+    alive = list(swaps)
+    for part in parts:
+        samples.measure([samples.full, trunk, *(swaps[s] for s in alive)], part)
+        lost = {s: samples.difference([swaps[s]], [trunk], part) for s in alive}
+        alive = [s for s in alive if lost[s].low(error_rate / len(swaps)) < 0]
+        alive = sorted(alive, key=lambda s: (lost[s].value, s))[: -(-len(alive) // 2)]
+        if not alive:
+            return None
+    return alive[0]

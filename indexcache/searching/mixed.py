@@ -14,11 +14,12 @@ from fractions import Fraction
 
 from indexcache.pattern import Pattern
 from indexcache.searching.costs import RoleCosts
-from indexcache.searching.fast import RELATIVE
+from indexcache.searching.fast import OTHERS, RELATIVE, ROUNDS, SHIFTS, race_swaps
 from indexcache.searching.greedy import FrontierPoint
-from indexcache.searching.samples import Samples
+from indexcache.searching.samples import Parts, Samples
 from indexcache.searching.settings import Savings
 
+BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # costs at which roles are swapped
 Move = tuple[int, str]
 """A layer and its new role; behind an @ the pool of its group where the move decides that."""
 
@@ -55,14 +56,16 @@ class MixedSearch:
         yield FrontierPoint(self.trunk, loss, cost=self.costs.of(self.trunk))
         while self.costs.of(self.trunk) > self.cost and (moves := self.moves()):
             move = self.choose(moves)
-            pattern = moves[move]
+            before, self.trunk = self.costs.of(self.trunk), moves[move]
             self.forget(move)
-            self.trunk = pattern
-            self.samples.rebase(pattern)
-            loss = self.samples.evaluate(pattern).loss
+            self.samples.rebase(self.trunk)
+            after = self.costs.of(self.trunk)
+            if self.savings.swaps and any(before > b >= after for b in (*BUDGETS, self.cost)):
+                self.refine()
+            loss = self.samples.evaluate(self.trunk).loss
             if self.most_loss is not None and loss - first > self.most_loss:
                 return
-            yield FrontierPoint(pattern, loss, move[0], cost=self.costs.of(pattern))
+            yield FrontierPoint(self.trunk, loss, move[0], cost=self.costs.of(self.trunk))
 
     def moves(self) -> dict[Move, Pattern]:
         """Return the moves that save something, and their patterns."""
@@ -120,6 +123,37 @@ class MixedSearch:
             if price(best)[0] <= near:
                 break
         return best
+
+    def refine(self) -> None:
+        """Let a full layer and another one change roles while that loses less on all text."""
+        samples = self.samples
+        parts = samples.parts() if self.savings.racing else [samples.whole]
+        for _ in range(ROUNDS):
+            swaps = self.swaps(parts[0])
+            best = race_swaps(samples, self.trunk, swaps, parts, self.savings.error_rate)
+            if best is None:
+                return
+            self.trunk = swaps[best]
+            samples.rebase(self.trunk)
+            self.lost = {m: lost for m, lost in self.lost.items() if m[0] not in best}
+
+    def swaps(self, part: Parts) -> dict[tuple[int, int], Pattern]:
+        """Propose the swaps that promise most and cost no more, by (full layer, other layer)."""
+        trunk, samples = self.trunk, self.samples
+        free = [i for i in range(len(trunk)) if i not in self.fixed]
+        single = {i: trunk.replace(i, "S" if trunk[i] == "F" else "F") for i in free}
+        samples.measure([samples.full, trunk, *single.values()], part)
+        change = {i: samples.difference([p], [trunk], part).value for i, p in single.items()}
+        found = {
+            (i, j): trunk.replace(j, "F").replace(i, trunk[j])
+            for i in free
+            for j in free
+            if trunk[i] == "F" != trunk[j]
+        }
+        most = self.costs.of(trunk) + 1e-9
+        some = [swap for swap, p in found.items() if self.costs.of(p) <= most]
+        some.sort(key=lambda swap: (change[swap[0]] + change[swap[1]], swap))
+        return {swap: found[swap] for swap in some[: SHIFTS + OTHERS]}
 
     def forget(self, move: Move) -> None:
         """Keep what the layer's other moves lose beyond the one that is made."""

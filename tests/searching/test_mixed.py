@@ -218,6 +218,25 @@ def test_every_group_runs_with_its_own_pool(glm, batches, fast):
             assert torch.equal(prefix.hidden(0, Pattern(other)), hidden(other))
 
 
+@pytest.mark.parametrize("cheap", ["S", "R"])
+def test_a_swap_leaves_a_path_that_ends_badly(cheap):
+    def loss(pattern):  # Layer 2 is cheapest first, but with it changed all others are dear.
+        others = sum(r != "F" for r in pattern.roles) - (pattern.roles[2] != "F")
+        missing = 0.5 * pattern.roles.count("R" if cheap == "S" else "S")
+        return 0.01 * others + (0.005 + 0.1 * others) * (pattern.roles[2] != "F") + missing
+
+    costs = RoleCosts(1000, 0.0, 0.01, "a test")
+    found = []
+    for swaps in (True, False):
+        settings = SearchSettings(method="fast", roles="FRS", swaps=swaps)
+        state = MadeUp(6, loss), costs, [SHARE], frozenset((0,)), settings, 0.51
+        found.append(list(MixedSearch(*state).run())[-1])
+    assert found[0].pattern[2] == "F" != found[1].pattern[2]
+    assert found[0].pattern.roles.count(cheap) == 3
+    assert found[0].cost <= found[1].cost
+    assert found[0].loss < found[1].loss
+
+
 def test_a_run_with_pools_of_several_sizes_goes_on(glm, batches, tmp_path):
     settings = SearchSettings(
         method="fast",
