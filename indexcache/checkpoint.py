@@ -136,7 +136,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}.")
     layers = text_section(config).get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
         raise ValueError(
             f"{path}: num_hidden_layers must be a positive whole number, found {layers!r:.60}."
         )

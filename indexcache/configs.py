@@ -116,7 +116,7 @@ def mtp_layers(config: dict[str, Any]) -> int:
     value = text_section(config).get(MTP_KEY, config.get(MTP_KEY))
     if value is None:
         return 0
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(
             f"The config's {MTP_KEY} is {value!r:.40}; it must be a whole number of at least 0."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from indexcache.engines.overriding import loaded
 from indexcache.engines.rules import ENGINES
 from indexcache.engines.schedules import Schedule, family_of, parse_version, resolve, rules_of
 from indexcache.engines.training import train_schedules
+from indexcache.overrides import SHARING_KEYS
+from indexcache.reading import read_text
 from indexcache.report.tables import table
 
 __all__ = ["Diagnosis", "Hazard", "examine"]
@@ -155,6 +158,7 @@ def examine(
         stages=pipeline_parallel_size,
         train_config=None if train_config is None else str(train_config),
         with_indexer=_layers_with_indexer(Path(model)),
+        twice=_keys_twice(Path(model)),
     )
     found = [h for check in CHECKS for h in check(case)]
     return Diagnosis(
@@ -178,3 +182,18 @@ def _layers_with_indexer(model: Path) -> frozenset[int] | None:
     return frozenset(
         part[0] for name in listed_names(model) if (part := indexer_part(name)) is not None
     )
+
+
+def _keys_twice(model: Path) -> tuple[str, ...]:
+    """Return the sharing keys that stand twice in one object of a config.json, with two values."""
+    path = model / "config.json" if model.is_dir() else model
+    found: dict[str, None] = {}
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        found.update({k: None for k, v in items if k in SHARING_KEYS and v != value[k]})
+        return value
+
+    if path.is_file():
+        json.loads(read_text(path), object_pairs_hook=pairs)
+    return tuple(found)

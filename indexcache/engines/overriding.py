@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from indexcache.configs import text_section
 from indexcache.engines.rules import FREQ, OFFSET, PATTERN, TYPES
-from indexcache.engines.schedules import family_of
+from indexcache.engines.schedules import family_of, filled_types
 from indexcache.overrides import SHARING_KEYS
-from indexcache.pattern import Pattern
 
 
 def loaded(engine: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +21,8 @@ def loaded(engine: str, config: dict[str, Any]) -> dict[str, Any]:
     if engine != "sglang":
         return config
     section = text_section(config)
+    if family_of(config) == "glm_moe_dsa" and section.get(TYPES) is None:
+        section.pop(TYPES, None)  # A config.json without the key; it is filled then.
     if family_of(config) == "glm5_next" and section is not config:
         for key in (PATTERN, FREQ, OFFSET):
             if key in config:
@@ -42,9 +42,10 @@ def overridden(engine: str, config: dict[str, Any], overrides: Mapping[str, Any]
     """
     config = loaded(engine, config)
     section = text_section(config)
-    if engine == "sglang" and family_of(config) == "glm_moe_dsa" and section.get(TYPES) is None:
-        with contextlib.suppress(ValueError):  # Then its rule says what the keys do.
-            section[TYPES] = Pattern.from_config(section).to_types()
+    if engine == "sglang" and family_of(config) == "glm_moe_dsa" and TYPES not in section:
+        types = filled_types(config)
+        if types is not None:  # Else its rule says what the keys do.
+            section[TYPES] = types
     for key, value in overrides.items():
         current = config.get(key)
         if isinstance(value, Mapping) and isinstance(current, dict):

@@ -53,6 +53,9 @@ class Rule:
         long: a pattern or list that is too long: "full" cuts it.
         letters: roles other than F and S in a pattern.
         words: types other than full and shared in indexer_types.
+        typed: the config class takes nothing but a list of strings as indexer_types.
+        filled: the config class of transformers has filled indexer_types where a config.json has
+            none, before the engine reads it.
         listed: what a list under index_topk_pattern holds: "types" as in indexer_types, "letters",
             or "full" where any list means that every layer is full.
         first_shared: a shared layer 0: "unchecked", "fails", or "full" where it is made full.
@@ -80,6 +83,8 @@ class Rule:
     long: Effect = "full"
     letters: Effect = "full"
     words: Effect = "full"
+    typed: bool = False
+    filled: bool = False
     listed: Literal["types", "letters", "full"] = "letters"
     first_shared: Literal["unchecked", "fails", "full"] = "unchecked"
     by_ordinal: bool = False
@@ -120,10 +125,26 @@ _GLM_IN_TRANSFORMERS = Rule(
     least="full",
     short="fails",
     letters="fails",
+    typed=True,
     listed="types",
     first_shared="fails",
     tested=True,
     source="transformers GlmMoeDsaConfig.__post_init__, MistralLarge4TextConfig",
+)
+
+FILLING = replace(_GLM_IN_TRANSFORMERS, short="full", first_shared="unchecked")
+"""How the config class of transformers fills indexer_types; what it fills may fit no model."""
+
+_DSA_IN_SGLANG = Rule(
+    engine="sglang",
+    families=("deepseek_v32", "glm5_next"),
+    keys=(TYPES, CLI_FACTOR, PATTERN, FREQ),
+    last=(0, 5, 23),
+    null="full",
+    least="fails",
+    least_offset="fails",
+    tested=True,
+    source="SGLang srt/configs/model_config.py dsa_layer_skips_topk",
 )
 
 RULES: tuple[Rule, ...] = (
@@ -150,6 +171,7 @@ RULES: tuple[Rule, ...] = (
         first=(5, 17),
         last=(5, 24),
         short="fails",
+        typed=True,
         default_types=True,
         first_shared="fails",
         tested=True,
@@ -221,17 +243,8 @@ RULES: tuple[Rule, ...] = (
         tested=True,
         source="vLLM models/minimax_m3/amd/model.py _should_skip_index_topk",
     ),
-    Rule(
-        engine="sglang",
-        families=(*DSA, "glm5_next"),
-        keys=(TYPES, CLI_FACTOR, PATTERN, FREQ),
-        last=(0, 5, 23),
-        null="full",
-        least="fails",
-        least_offset="fails",
-        tested=True,
-        source="SGLang srt/configs/model_config.py dsa_layer_skips_topk",
-    ),
+    _DSA_IN_SGLANG,
+    replace(_DSA_IN_SGLANG, families=("glm_moe_dsa",), filled=True),
     Rule(
         engine="sglang",
         families=("hy_v4",),

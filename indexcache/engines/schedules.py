@@ -6,15 +6,18 @@ attention, so that it has no indexer to share.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from indexcache.configs import model_type_of, text_section
 from indexcache.engines.rules import (
     CLI_FACTOR,
     FAMILIES,
+    FILLING,
     FREQ,
     OFFSET,
     PATTERN,
@@ -155,9 +158,16 @@ def load_failure(config: dict[str, Any]) -> str | None:
     """
     if family_of(config) != "glm_moe_dsa":
         return None
-    (rule,) = rules_of("glm_moe_dsa", "transformers")
-    rule = replace(rule, short="full", first_shared="unchecked")
-    return resolve(rule, config, "glm_moe_dsa").failure
+    return resolve(FILLING, config, "glm_moe_dsa").failure
+
+
+def filled_types(config: dict[str, Any]) -> list[str] | None:
+    """Return what the config class of transformers fills indexer_types with; None if it stops.
+
+    What is too short, or neither full nor shared, counts as full.
+    """
+    roles = resolve(FILLING, config, "glm_moe_dsa").roles
+    return None if roles is None else ["shared" if r == "S" else "full" for r in roles]
 
 
 def _forward_failure(rule: Rule, roles: str) -> str | None:
@@ -182,6 +192,9 @@ def _shared(
     layers = len(indexed)
     if rule.needs and not section.get(rule.needs):
         return [False] * layers, None
+    if rule.filled and TYPES not in section:
+        with contextlib.suppress(Stops):  # Then the keys count only as overrides.
+            return _shared(FILLING, section, indexed)
     for key in rule.keys:
         value = section.get(key)
         if key == SOURCES:
@@ -218,9 +231,15 @@ def _of_roles(rule: Rule, key: str, value: Any, layers: int) -> list[bool]:
         words = rule.listed == "types"
     shared_name, names = ("shared", ("full", "shared")) if words else ("S", ("F", "S"))
     strict = rule.words if words else rule.letters
-    odd = next((item for item in items if item not in names), None)
-    if odd is not None and strict == "fails":
-        raise Stops(f"{key} has the role {odd!r:.40}, which raises an error")
+    if (
+        words
+        and rule.typed
+        and not (isinstance(value, list) and all(isinstance(item, str) for item in items))
+    ):
+        raise Stops(f"{key} is {value!r:.40}, which is no list of strings")
+    odd = [item for item in items if item not in names]
+    if odd and strict == "fails":
+        raise Stops(f"{key} has the role {odd[0]!r:.40}, which raises an error")
     if len(items) < layers and rule.short == "fails":
         raise Stops(f"{key} has {len(items)} of {layers} roles, which raises an error")
     if len(items) > layers and rule.long == "fails":
@@ -306,16 +325,19 @@ def pipeline_starts(engine: str, layers: int, stages: int) -> tuple[int, ...]:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """Read a version such as 0.33.0 or v0.5.23.post1.
+    """Read a version such as 0.33.0, 0.33rc1 or v0.5.23.post1.
 
     Raises:
         ValueError: it does not begin with numbers.
     """
     numbers: list[int] = []
     for part in text.strip().removeprefix("v").split("."):
-        if not part.isdigit():
+        digits = re.match("[0-9]*", part)[0]  # type: ignore[index]
+        if not digits:
             break
-        numbers.append(int(part))
+        numbers.append(int(digits))
+        if digits != part:
+            break
     if not numbers or len(text) > 40:
         raise ValueError(f"{text!r:.60} is no version; give one such as 0.33.0.")
     return tuple(numbers)

@@ -204,6 +204,55 @@ def test_a_stage_that_begins_shared_fails(examined, words, code, level):
     )
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"text_config": {"index_topk_freq": 4}},
+        {"text_config": {"indexer_types": types("FSSFSS")}, "index_topk_freq": 1},
+        {"model_type": "deepseek_v32", "text_config": {"index_topk_pattern": "FSSFSS"}},
+    ],
+)
+def test_keys_in_a_text_config_that_is_not_the_decoders_fail(examined, keys):
+    base = {k: v for k, v in keys.items() if k == "model_type"}
+    given = json.dumps({k: v for k, v in keys.items() if k != "model_type"})
+    for code, result in (
+        examined(SMALL | keys),
+        examined(SMALL | base, f"--engine vllm --pattern {shlex.quote(given)}"),
+    ):
+        assert (code, "nesting" in kinds(result)) == (1, True)
+        assert "write the keys there" in texts(result)
+
+
+@pytest.mark.parametrize("key", ["indexer_types", "index_topk_pattern"])
+def test_a_list_of_nulls_is_a_wrong_role(examined, key):
+    code, result = examined(DEEPSEEK | {key: [None] * 61})
+    assert (code, bool(kinds(result) & {"letters", "list"})) == (1, True)
+
+
+def test_a_key_that_stands_twice_is_a_warning(examined, tmp_path):
+    path = tmp_path / "config.json"
+    for first, level in (("FSSFSS", set()), ("FSFSFS", {"twice"}), ("null", {"twice"})):
+        keys = '"index_topk_pattern": "FSSFSS", ' + json.dumps(SMALL)[1:]
+        path.write_text(f'{{"index_topk_pattern": "{first}", {keys}')
+        code, result = examined(path)
+        assert (code, kinds(result, "warning") & {"twice"}) == (0, level)
+
+
+def test_a_factor_that_only_sglang_reads_fails(examined):
+    config = DEEPSEEK | {"cli_factor": 4}
+    assert examined(config)[0] == 1
+    assert examined(config, "--engine vllm")[0] == 0
+
+
+@pytest.mark.parametrize("version", ["0.33rc1", "0.33.0rc1+cu130", "0", "v0.29.dev3", "0.29a"])
+def test_a_prerelease_has_the_rules_of_its_release(examined, checkpoint, version):
+    """Every one of these fails on surplus tensors."""
+    code, result = examined(
+        checkpoint, f"--engine vllm --engine-version {version} --pattern FSSFSS"
+    )
+    assert (code, "surplus" in kinds(result)) == (1, True)
+
+
 def test_tensor_parallel_must_divide_the_heads(examined):
     assert examined(SMALL, "--tensor-parallel-size 8")[0] == 0
     code, result = examined(SMALL, "--tensor-parallel-size 6")

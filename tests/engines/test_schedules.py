@@ -78,13 +78,13 @@ def test_the_rules_of_engines_whose_code_installs_are_all_compared_with_it(engin
             {
                 "transformers": "FSSFSS",
                 "vllm": "FFFFFF",
-                "sglang": "FFFFFF",
+                "sglang": "FSSFSS",
                 "tensorrt-llm": "FFFFFF",
             },
         ),
         (
             {"index_topk_pattern": list("FSSFSS")},
-            {"vllm": "FSSFSS", "sglang": "FSSFSS", "tensorrt-llm": "FFFFFF"},
+            {"vllm": "FSSFSS", "sglang": "FFFFFF", "tensorrt-llm": "FFFFFF"},
         ),
         (
             {"index_topk_pattern": "SSSFSS"},
@@ -95,20 +95,29 @@ def test_the_rules_of_engines_whose_code_installs_are_all_compared_with_it(engin
             {"transformers": None, "vllm": "FFFFFF", "sglang": "FSSFFF"},
         ),
         ({"index_topk_freq": None}, {"transformers": None, "vllm": None, "sglang": "FFFFFF"}),
-        ({"index_topk_freq": 0}, {"transformers": "FFFFFF", "vllm": None, "sglang": None}),
+        ({"index_topk_freq": 0}, {"transformers": "FFFFFF", "vllm": None, "sglang": "FFFFFF"}),
         (
             {"index_topk_freq": 3, "index_skip_topk_offset": None},
             {"transformers": None, "vllm": None, "sglang": "FFSSFS"},
         ),
         (
             {"index_topk_freq": 3, "index_skip_topk_offset": 0},
-            {"transformers": "SSFSSF", "vllm": "SSFSSF", "sglang": None},
+            {"transformers": "SSFSSF", "vllm": "SSFSSF", "sglang": "SSFSSF"},
         ),
         (
             {"index_topk_freq": 3, "index_skip_topk_offset": 1},
             {"transformers": "FSSFSS", "vllm": "FSSFSS", "atom": "FFSSFS"},
         ),
-        ({"cli_factor": 2}, {"vllm": "FFFFFF", "sglang": "FSFSFS"}),
+        *[
+            ({"indexer_types": bad}, {"transformers": None, "vllm": "FFFFFF"})
+            for bad in ("FSSFSS", [None] * 6, ["full", 1, 1] * 2, {"0": "full"})
+        ],
+        ({"index_topk_pattern": [None] * 6}, {"transformers": None}),
+        ({"cli_factor": 2}, {"vllm": "FFFFFF", "sglang": "FFFFFF"}),
+        (
+            {"cli_factor": 2, "model_type": "deepseek_v32"},
+            {"transformers": "FFFFFF", "vllm": "FFFFFF", "sglang": "FSFSFS"},
+        ),
         ({"index_topk_pattern": 7}, {"transformers": None, "vllm": None, "sglang": None}),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from indexcache.configs import is_nested, text_section
 from indexcache.engines.overriding import loaded
@@ -36,8 +37,12 @@ needs_wheels = pytest.mark.skipif(
     not (ROOT / "sglang.txt").exists(), reason="make test-engines fetches the wheels"
 )
 
+STOPPED = (KeyError, TypeError, ValueError, IndexError, StrictDataclassError)
+
 PATTERNS = [None, "FSSFSS", "FSS", "FSSFSSFSS", "fssfss", "SFSFSF", "FXSSFS", "", types("FSSFSS")]
+PATTERNS += [list("FSSFSS"), [None] * 6]
 TYPES = [None, types("FFSSFS"), types("FSS"), types("FSSFSSFS"), ["full", "x", "shared"] * 2]
+TYPES += ["FSSFSS", [None] * 6]
 RATES = [
     {},
     {"index_topk_freq": 1},
@@ -89,7 +94,7 @@ def of_transformers(config: dict[str, Any]) -> str | None:
     """Return the roles by the config class of transformers and the test in its layers."""
     try:
         built = transformers.AutoConfig.for_model(**config).get_text_config()
-    except (KeyError, TypeError, ValueError, IndexError):
+    except STOPPED:
         return None
     if not hasattr(type(built), "indexer_types"):  # Any key of a config.json is an attribute.
         return theirs(lambda i: False, config)
@@ -110,7 +115,7 @@ def test_the_config_class_of_transformers_stops_where_we_say():
     for config in sections({"model_type": "glm_moe_dsa", "num_hidden_layers": 6}):
         try:
             transformers.AutoConfig.for_model(**config)
-        except (KeyError, TypeError, ValueError):
+        except STOPPED:
             assert load_failure(config) is not None, config
         else:
             assert load_failure(config) is None, config
@@ -209,7 +214,7 @@ def of_vllm_hy(config: dict[str, Any]) -> str | None:
     try:
         built = config_class("vllm/transformers_utils/configs/hy_v4.py", "HYV4Config")(**keys)
         skipped = code.compute_skip_topk_layers(built)
-    except (KeyError, TypeError, ValueError, IndexError):
+    except STOPPED:
         return None
     return theirs(lambda i: i in skipped, config)
 
@@ -337,6 +342,17 @@ def of_sglang(config: dict[str, Any]) -> str | None:
 def test_sglang_runs_its_rule():
     for config in sections({"model_type": "deepseek_v32", "num_hidden_layers": 6}):
         assert of_sglang(config) == ours("sglang", config), config
+
+
+@needs_wheels
+def test_sglang_reads_what_the_config_class_of_transformers_fills():
+    for config in sections({"model_type": "glm_moe_dsa", "num_hidden_layers": 6}):
+        try:
+            built = transformers.AutoConfig.for_model(**config)
+        except STOPPED:
+            continue  # `load_failure` says so.
+        seen = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6} | _sharing(built)
+        assert of_sglang(seen) == ours("sglang", config), config
 
 
 @needs_wheels

@@ -11,6 +11,7 @@ __all__ = ["CHECKS", "LEVELS", "Case", "Hazard", "asked_by"]
 
 CHECKS: tuple[Callable[[Case], Iterator[Hazard]], ...] = (
     keys.malformed,
+    keys.twice,
     keys.nesting,
     keys.disagreement,
     keys.switches,

@@ -56,6 +56,7 @@ class Case:
     stages: int
     train_config: str | None
     with_indexer: frozenset[int] | None
+    twice: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:

@@ -44,8 +44,9 @@ def _malformed_value(case: Case, key: str, value: Any) -> Iterator[Hazard]:
         )
         return
     known = ("full", "shared") if key == TYPES else ("F", "S")
-    odd = next((item for item in value if item not in known), None)
-    if odd is not None:
+    strange = [item for item in value if item not in known]
+    if strange:
+        odd = strange[0]
         lower = isinstance(odd, str) and odd.upper() in ("F", "S") and key == PATTERN
         fix = "write it in upper case" if lower else f"only {known[0]} and {known[1]} are known"
         extra = ""
@@ -115,11 +116,27 @@ def _copied(case: Case, roles: str) -> Iterator[Hazard]:
     )
 
 
+def twice(case: Case) -> Iterator[Hazard]:
+    """Find keys that stand twice in config.json; JSON readers keep the last, people read both."""
+    if case.twice:
+        yield Hazard(
+            "warning",
+            "twice",
+            None,
+            f"config.json has {listed(list(case.twice))} twice, with different values, and "
+            "engines take the last: delete the other.",
+        )
+
+
 def nesting(case: Case) -> Iterator[Hazard]:
-    """Find keys beside text_config, where engines do not look."""
+    """Find keys beside text_config, or in one that is not the decoder's, where no engine looks."""
     flat: dict[str, list[str]] = {}
+    inside: set[str] = set()
     for name, config in case.configs.items():
         section = text_section(config)
+        nested = config.get("text_config")
+        if section is config and isinstance(nested, dict):
+            inside |= {k for k in SHARING_KEYS if nested.get(k) not in (None, config.get(k))}
         if section is config or not any(s.rule and s.rule.engine == name for s in case.schedules):
             continue
         for key in SHARING_KEYS:
@@ -135,6 +152,15 @@ def nesting(case: Case) -> Iterator[Hazard]:
             None,
             f"What lies beside text_config ({', '.join(flat)}) is not read by {listed(names)}: "
             'this model is nested, so write {"text_config": {..}}.',
+        )
+    if inside:
+        yield Hazard(
+            "error",
+            "nesting",
+            None,
+            f"What lies in text_config ({', '.join(k for k in SHARING_KEYS if k in inside)}) is "
+            "not read by any engine: the decoder of this model is described at the top of its "
+            "config, so write the keys there.",
         )
 
 

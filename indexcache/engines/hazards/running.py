@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from indexcache.configs import text_section
 from indexcache.engines.hazards.case import Case, Hazard, Level, difference, listed, meant, numbers
-from indexcache.engines.rules import FREQ, PATTERN, SOURCES, TYPES, Rule
+from indexcache.engines.rules import CLI_FACTOR, FREQ, PATTERN, SOURCES, TYPES, Rule
 from indexcache.engines.schedules import Schedule, load_failure, pipeline_starts
 
 SENDS_IDS = (0, 5, 23)
@@ -61,6 +61,14 @@ def ignored(case: Case) -> Iterator[Hazard]:
                     "error", "unknown", s.engine, f"{s.engine} is not known to serve {case.family}."
                 )
             continue
+        if wanted is None and s.key == CLI_FACTOR:
+            yield Hazard(
+                case.level(s.engine),
+                "rule",
+                s.engine,
+                f"{s.engine} reads {CLI_FACTOR}, which the other engines ignore, and runs {s.full} "
+                f"of {s.indexed} indexers: {_fix(s.rule)}, which wins there.",
+            )
         if wanted is None or s.roles == wanted:
             if s.roles != wanted or not case.given:
                 yield from _ignored_keys(case, s)

@@ -52,7 +52,7 @@ def _surplus(case: Case, s: Schedule, present: frozenset[int]) -> Iterator[Hazar
     extra = [i for i, r in enumerate(s.roles) if r == "S" and i in present]
     version = case.version
     first, last = LOADER_FAILS
-    if not extra or (version is not None and version[:2] < first):
+    if not extra or (version is not None and version < first[: len(version)]):
         return
     level: Level = "error"
     if plugin_installed():
