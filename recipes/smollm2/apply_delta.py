@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from indexcache.checkpoint import read_header
-from indexcache.cli import guarded
 from indexcache.models.loading import fingerprint
 from indexcache.pattern import Pattern
 from recipes.smollm2.rewrite import backbone, load_llama, save, settings
@@ -231,4 +230,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from indexcache.cli import guarded  # Functions of this module need no command line.
+
     sys.exit(guarded(main))

@@ -38,7 +38,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from indexcache.cli import guarded
 from indexcache.data import shipped_text
 from recipes.smollm2.weights import (
     PACKAGE,
@@ -421,4 +420,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from indexcache.cli import guarded  # Functions of this module need no command line.
+
     sys.exit(guarded(main))

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexcache.cli import guarded
 from recipes.smollm2.apply_delta import build, read_delta
 from recipes.smollm2.rewrite import ALPHA, GAIN, load_llama, power_of_two, save
 from recipes.smollm2.weights import download
@@ -120,4 +119,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from indexcache.cli import guarded  # Functions of this module need no command line.
+
     sys.exit(guarded(main))
