@@ -456,19 +456,31 @@ def measured_rates() -> list[tuple[int, float, float, float]]:
 
 @table("fp8-ranking")
 def fp8_ranking() -> str:
-    header = ["arithmetic", "loss of all full", "rank correlation", "largest difference of a flip"]
-    return markdown(
-        header,
-        [
-            [
-                row["arithmetic"],
-                f"{row['full']:.4f}",
-                f"{row['spearman']:.3f}",
-                f"{row['largest_difference']:.4f}",
-            ]
-            for row in read("fp8_ranking.json")["rows"]
-        ],
-    )
+    header = [
+        "arithmetic",
+        "all full",
+        "flips",
+        "rank correlation with FP8 weights, fp32",
+        "with FP8 weights, bf16",
+        "same cheaper half",
+        "largest difference of a flip",
+    ]
+    rows = []
+    for name, file in (("tiny", "fp8_ranking_tiny.json"), ("SmolLM2", "fp8_ranking.json")):
+        for row in read(file)["rows"]:
+            flips = row["flips"]
+            rows.append(
+                [
+                    f"{name}: {row['arithmetic']}",
+                    f"{row['full']:.4f}",
+                    f"{min(flips):.4f} to {max(flips):.4f}",
+                    f"{row['spearman']:.3f}",
+                    f"{row['spearman_with_bf16']:.3f}",
+                    f"{row['cheaper_half']} of {len(flips) // 2}",
+                    f"{row['largest_difference']:.4f}",
+                ]
+            )
+    return markdown(header, rows)
 
 
 STREAMED = "stream_h200.json"
