@@ -202,6 +202,14 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
     Dict(nested, source=path)(app, commands, arguments)
 
 
+def _of_argparse(error: SystemExit) -> bool:
+    """Return whether argparse ended a recipe or a benchmark, whose flags it reads."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == "argparse"
+
+
 def guarded(call: Callable[[], int | None], arguments: Sequence[str] = ()) -> int:
     """Return the exit code of `call`, where None means 0; see `main`.
 
@@ -217,7 +225,9 @@ def guarded(call: Callable[[], int | None], arguments: Sequence[str] = ()) -> in
             drop_stdout()
             return NO_READER
         sentence = None if was_interrupted() else explained(error)
-        if sentence is None:
+        if isinstance(error, SystemExit) and _of_argparse(error):
+            code = int(error.code or 0)  # It has printed the help, or what is wrong.
+        elif sentence is None:
             code = end_of(error, list(arguments), __version__)
         else:
             say(sentence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import indexcache
-from indexcache.cli import VERBS, build_app, common, main
+from indexcache.cli import VERBS, build_app, common, guarded, main
 from indexcache.cli import evaluate as evaluate_verb
 from indexcache.cli import search as search_verb
 from indexcache.models.loading import Model
@@ -371,3 +372,14 @@ def test_table_aligns_its_columns():
     text = table(["name", "n"], [["a", 1], ["long", "+10.5"], ["none", ""]])
     assert text.splitlines() == ["name      n", "----  -----", "a         1", "long  +10.5", "none"]
     assert table(["name", "n"], []) == "name  n\n----  -"
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--nothing"], 2), ([], 2)])
+def test_flags_that_argparse_reads_end_as_it_says(argv, code, capsys):
+    """Recipes and benchmarks have such flags: their help and their refusals are no bugs."""
+    parser = argparse.ArgumentParser(prog="recipe")
+    parser.add_argument("--out", required=True)
+    assert guarded(lambda: parser.parse_args(argv)) == code
+    out, err = capsys.readouterr()
+    assert "usage: recipe" in (err if code else out)
+    assert "bug" not in err
