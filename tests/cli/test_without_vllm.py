@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def test_the_modules_for_vllm_import_nothing_heavy_and_no_vllm():
         ("0.33.2.dev7+g12", True),
         ("0.24.3", False),
         ("0.34.0rc1", False),
+        ("0.33.0rc1+cu130", True),
+        ("dev", False),
+        (None, False),
         ("1.0", False),
     ],
 )
@@ -108,12 +112,19 @@ def test_a_version_outside_the_tested_range_is_warned_of(
     """The run goes on: its gates decide."""
     stand_in = SimpleNamespace(LLM=lambda model, **_k: FakeLlm([worker()]), __spec__=object())
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr(engine.importlib.metadata, "version", lambda name: version)
+
+    def installed(name):
+        if version is None:  # A copy on the path, without metadata.
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    version_shown = version or "unknown"
     started = engine.start(str(place / "model"), VllmSettings(), length=64)
     started.report()
     said = capsys.readouterr().err
-    assert f"vLLM {version}" in said
-    warned = f"tested with vLLM 0.25 to 0.33, not with {version}" in said
+    assert f"vLLM {version_shown}" in said
+    warned = f"tested with vLLM 0.25 to 0.33, not with {version_shown}" in said
     assert warned != inside
     assert ("warning" in started.facts) != inside
-    assert (plugin.untested(version) is None) == inside
+    assert (plugin.untested(version_shown) is None) == inside

@@ -201,11 +201,55 @@ def test_engine_arguments_are_names_and_values(given, expected):
         ("max_num_seqs=8", "cannot be chosen"),
         ("model=other", "cannot be chosen"),
         ('speculative_config={"method": "mtp"}', "measures the model alone"),
+        ("spec-method=mtp", "measures the model alone"),
+        ("logprobs_mode=processed_logits", "raw_logprobs"),
+        ("load-format=dummy", "random numbers"),
+        ("tensor_parallel_size=2", "a flag of its own, --tensor-parallel-size"),
+        ("pipeline-parallel-size=2", "a flag of its own, --pipeline-parallel-size"),
+        ("hf_token=hf_secret", "^(?!.*secret).*set HF_TOKEN"),
+        ('hf_overrides={"index_topk_freq": 4}', "index_topk_freq would leave indexers out"),
+        ('hf_overrides={"text_config": {"indexer_types": []}}', "indexer_types would leave"),
     ],
 )
 def test_engine_arguments_that_would_make_a_wrong_number_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         engine_arguments([given])
+
+
+def test_an_engine_argument_is_given_once():
+    with pytest.raises(ValueError, match="dtype is given twice"):
+        engine_arguments(["dtype=bfloat16", "--dtype=float16"])
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("indexcache_layers", "vLLM stopped while it looked for the layers' switches .a rank died"),
+        ("indexcache_sort_ids", "vLLM stopped while it began to sort the selected ids"),
+        ("nobody", "No rank of vLLM answered"),
+        ("import", "vLLM could not start .* .undefined symbol"),
+    ],
+)
+def test_a_start_that_fails_behind_the_first_step_is_one_sentence(
+    tmp_path, monkeypatch, fails, message
+):
+    class Llm(FakeLlm):
+        def collective_rpc(self, method, args=()):
+            if method == fails:
+                raise RuntimeError("a rank died")
+            return [] if fails == "nobody" else super().collective_rpc(method, args)
+
+    def load(name):
+        if fails == "import":
+            raise ImportError("undefined symbol")
+        return SimpleNamespace(LLM=lambda **_k: Llm([worker()]))
+
+    config = {"num_hidden_layers": 6, "index_topk": 2, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(module, "check_installed", lambda: None)
+    monkeypatch.setattr(module.importlib, "import_module", load)
+    with pytest.raises(ValueError, match=message):
+        module.start(str(tmp_path), VllmSettings(), length=64)
 
 
 def test_without_vllm_a_sentence_says_how_to_get_it(monkeypatch):

@@ -70,6 +70,12 @@ def test_the_summary_counts_the_full_layers():
         ({"index_topk_pattern": "FSSFSS", "indexer_types": types("FFFFFF")}, "disagrees"),
         ({"index_topk_freq": 2, "indexer_types": types("FSFSFS")}, "disagrees"),
         ({"index_topk_pattern": "FSSFSS", "use_index_cache": False}, "use_index_cache is false"),
+        ({"indexer_types": "FSSFSS"}, "by indexer_types alone"),
+        ({"indexer_types": True}, "by indexer_types alone"),
+        ({"indexer_types": ["SHARED"] * 6, "use_index_cache": False}, "by indexer_types alone"),
+        ({"indexer_types": 7, "index_topk_freq": 2}, "indexer_types is 7; it must be a list"),
+        ({"text_config": {"index_topk_pattern": "FSSFSS"}}, "lies in text_config, where vLLM"),
+        ({"text_config": {"index_topk_freq": 3}, "index_topk_freq": 2}, "lies in text_config"),
     ],
 )
 def test_what_vllm_would_run_differently_is_refused(keys, message):

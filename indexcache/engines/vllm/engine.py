@@ -7,7 +7,6 @@ come from the log-probabilities that vLLM computes of a prompt's own tokens.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import math
 import re
 import sys
@@ -22,10 +21,11 @@ import numpy as np
 from indexcache.checkpoint import read_config, resolve
 from indexcache.configs import text_section
 from indexcache.data import Batch
-from indexcache.engines.vllm.plugin import untested
+from indexcache.engines.vllm.plugin import installed_version, untested
 from indexcache.engines.vllm.scores import PromptScores, read_scores
 from indexcache.engines.vllm.settings import VllmSettings, check_installed
 from indexcache.engines.vllm.worker import EXTENSION
+from indexcache.overrides import SHARING_KEYS, levels_of
 from indexcache.pattern import Pattern
 
 CHUNK = 8192  # tokens that vLLM computes at once
@@ -188,7 +188,7 @@ class VllmEngine:
         """Say why this vLLM cannot score given tokens of a prompt; None where it can."""
         version = str(self.facts["vllm"])
         numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-        if numbers < KL_SINCE:
+        if numbers and numbers < KL_SINCE:
             return f"vLLM {version} cannot score given tokens of a prompt; 0.32 and later can"
         try:
             ids = np.zeros((2, self.kl_ids), dtype=np.int32)
@@ -298,15 +298,18 @@ def start(
     }
     path = resolve(model)
     config = text_section(read_config(path))
-    vllm = importlib.import_module("vllm")
     try:
+        vllm = importlib.import_module("vllm")
         llm = vllm.LLM(model=str(path), **arguments, **FIXED)
     except Exception as error:  # vLLM raises what its many parts raise; its log has the details.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"vLLM could not start with {path} ({reason:.400}).") from error
-    version = importlib.metadata.version("vllm")
-    engine = engine_of(llm.collective_rpc("indexcache_layers"), llm, path, config)
-    sorting = settings.sort_ids and all(llm.collective_rpc("indexcache_sort_ids", args=(True,)))
+    version = installed_version()
+    with stops_named("looked for the layers' switches"):
+        ranks = llm.collective_rpc("indexcache_layers")
+    engine = engine_of(ranks, llm, path, config)
+    with stops_named("began to sort the selected ids"):
+        sorting = settings.sort_ids and all(llm.collective_rpc("indexcache_sort_ids", args=(True,)))
     engine.facts |= {
         "vllm": version,
         "ids_sorted": sorting,
@@ -339,16 +342,35 @@ def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
                 f"--engine-arg {name} cannot be chosen: evaluations need {value!r}, because "
                 "otherwise a pattern's loss would be wrong or would not repeat."
             )
-        if name == "speculative_config":
-            raise ValueError(
-                "--engine-arg speculative_config cannot be given: a search measures the model "
-                "alone."
-            )
+        if name in arguments:
+            raise ValueError(f"--engine-arg {name} is given twice; give it once.")
         try:
-            arguments[name] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            arguments[name] = text
+            value = text
+        if why := _refused(name, value):
+            raise ValueError(f"--engine-arg {name} cannot be given: {why}.")
+        arguments[name] = value
     return arguments
+
+
+def _refused(name: str, value: Any) -> str | None:
+    """Say why an evaluation cannot run with an argument of the engine; None where it can."""
+    if name in ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
+        return f"it has a flag of its own, --{name.replace('_', '-')}"
+    if name.startswith("spec_") or name == "speculative_config":
+        return "a run measures the model alone, without speculative decoding"
+    if name == "logprobs_mode" and value != "raw_logprobs":
+        return "losses are log-probabilities as the model gives them, raw_logprobs"
+    if name == "load_format" and value == "dummy":
+        return "the weights would be random numbers"
+    if name == "hf_token":
+        return "it would stand in the files of the run; set HF_TOKEN"
+    if name == "hf_overrides":
+        levels = levels_of(value) if isinstance(value, dict) else ()
+        if key := next((k for level in levels for k in SHARING_KEYS if k in level), None):
+            return f"{key} would leave indexers out, and evaluations switch layers themselves"
+    return None
 
 
 def engine_of(
@@ -359,6 +381,8 @@ def engine_of(
     Raises:
         ValueError: the ranks' layers do not form one model, or a layer is shared at the start.
     """
+    if not ranks:
+        raise ValueError("No rank of vLLM answered.")
     spans = sorted({(r["first"], r["end"]) for r in ranks})
     ends = [0, *(end for _, end in spans)]
     if [first for first, _ in spans] != ends[:-1]:

@@ -120,7 +120,7 @@ def _change_config(module: Any) -> None:
             object.__setattr__(model, "_indexcache_checked", True)
             pattern = check_vllm(self)
             if pattern is not None:
-                if warning := untested(metadata.version("vllm")):
+                if warning := untested(installed_version()):
                     log.warning("%s", warning)
                 log.info("%s", summary(pattern))
                 _export_metrics(pattern, str(getattr(model, "served_model_name", "")))
@@ -145,6 +145,14 @@ def _register_attention(module: Any) -> None:
             "The attention backend CUSTOM is %s already, so that of indexcache cannot be chosen.",
             custom.get_path(),
         )
+
+
+def installed_version() -> str:
+    """Return the version of the vLLM that is here; "unknown" where nothing says it."""
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError:  # A copy on the path, without its metadata.
+        return str(getattr(sys.modules.get("vllm"), "__version__", "unknown"))
 
 
 def untested(version: str) -> str | None:

@@ -44,9 +44,14 @@ def asks_for_sharing(config: Mapping[str, Any]) -> bool:
         section.get("index_topk_pattern") is not None
         or section.get("index_topk_freq") not in (None, 1)
         or bool(section.get("use_index_cache"))
-        or "shared" in (section.get("indexer_types") or ())
+        or not _all_full(section.get("indexer_types"))
         for section in _sections(config)
     )
+
+
+def _all_full(types: Any) -> bool:
+    """Say whether indexer_types asks for nothing; what is no list of words asks for something."""
+    return types is None or (isinstance(types, list | tuple) and all(t == "full" for t in types))
 
 
 def check_sharing(
@@ -75,8 +80,7 @@ def check_sharing(
         return None
     where = f"{served}: " if served else ""
     section = text_section(config)
-    if section is not config:
-        _check_nesting(config, section, where)
+    _check_nesting(config, section, where)
     layers = section["num_hidden_layers"]
     given = section.get("index_topk_pattern")
     if given is not None:
@@ -84,7 +88,7 @@ def check_sharing(
     elif section.get("index_topk_freq") not in (None, 1):
         pattern = _uniform(section, layers, where)
     else:
-        keys = [key for key in OTHER_KEYS if section.get(key)]
+        keys = [key for key in OTHER_KEYS if section.get(key) not in (None, False)]
         raise ValueError(
             f"{where}the config asks for sharing by {' and '.join(keys)} alone, which vLLM ignores "
             "for this model: it would run every indexer. Add index_topk_pattern."
@@ -119,6 +123,17 @@ def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _check_nesting(config: Mapping[str, Any], section: Mapping[str, Any], where: str) -> None:
+    nested = config.get("text_config")
+    if section is config:
+        given = nested if isinstance(nested, Mapping) else {}
+        inside = [k for k in (*KEYS, *OTHER_KEYS) if given.get(k) not in (None, config.get(k))]
+        if inside:
+            raise ValueError(
+                f"{where}{inside[0]} lies in text_config, where vLLM does not look for it: the "
+                "decoder of this model is described at the top of its config, so the override must "
+                "lie there."
+            )
+        return
     outside = [k for k in (*KEYS, *OTHER_KEYS) if config.get(k) not in (None, section.get(k))]
     if outside:
         raise ValueError(
@@ -168,6 +183,11 @@ def _uniform(section: Mapping[str, Any], layers: int, where: str) -> Pattern:
 def _check_agreement(section: Mapping[str, Any], pattern: Pattern, where: str) -> None:
     """Check that keys that vLLM ignores say the same as the pattern that it runs."""
     types = section.get("indexer_types")
+    if types is not None and not isinstance(types, list | tuple):
+        raise ValueError(
+            f"{where}indexer_types is {types!r:.60}; it must be a list of full and shared, one for "
+            "each layer."
+        )
     if types is not None and list(types) != pattern.to_types():
         count = sum(t == "full" for t in types)
         raise ValueError(
