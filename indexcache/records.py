@@ -343,15 +343,24 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path}: is not a JSON object, so it was changed by hand; choose another --out."
         )
-    changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
-    if changed:
-        differences = "; ".join(
-            f"{k} was {_short(before.get(k))}, now {_short(settings.get(k))}" for k in changed
-        )
+    if changed := list(_differences(before, settings)):
+        differences = "; ".join(f"{k} was {_short(a)}, now {_short(b)}" for k, a, b in changed)
         raise ValueError(
             f"{folder}: this run was begun with other settings ({differences}); choose another "
             "--out."
         )
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, old, new) of what differs, by its dotted name where both are objects."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
 
 
 def _short(value: Any) -> str:

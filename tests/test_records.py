@@ -193,6 +193,15 @@ def test_settings_must_be_the_same(tmp_path):
         assert run.journal == ENTRIES[:1]
 
 
+def test_of_an_object_what_differs_is_named(tmp_path):
+    records.claim(tmp_path, {"engine": {"model_len": 64, "dtype": "a" * 70, "deep": {"x": 1}}})
+    with pytest.raises(ValueError, match="other settings") as error:
+        records.claim(tmp_path, {"engine": {"model_len": 64, "kv": "fp8", "deep": {"x": 2}}})
+    for part in ("engine.kv was null, now", "engine.deep.x was 1, now 2", "engine.dtype was"):
+        assert part in str(error.value)
+    assert "model_len" not in str(error.value)
+
+
 def test_long_settings_are_shortened(tmp_path):
     with open_run(tmp_path, {"digests": "x" * 5000}):
         pass

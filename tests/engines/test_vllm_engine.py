@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from indexcache.data import Batch
 from indexcache.engines.vllm import engine as module
@@ -20,6 +21,7 @@ from indexcache.engines.vllm.engine import (
 )
 from indexcache.engines.vllm.ids import repeatable_topk
 from indexcache.engines.vllm.settings import VllmSettings
+from indexcache.engines.vllm.sharing import check_sharing
 from indexcache.pattern import Pattern
 from tests.stand_ins import FakeLlm, engine, engine_around, worker
 from tests.support import refused
@@ -165,6 +167,37 @@ def test_ranks_must_be_one_model():
     llm = FakeLlm([worker(0, 0, 2), worker(1, 3, 6)])
     with pytest.raises(ValueError, match="not one model"):
         engine_around(llm)
+    config = {"index_topk": 2, "vocab_size": 8, "num_hidden_layers": 9}
+    ranks = FakeLlm([worker(0, 0, 3), worker(1, 3, 6)]).collective_rpc("indexcache_layers")
+    with pytest.raises(ValueError, match="not one model of 9 layers"):  # A stage is missing.
+        module.engine_of(ranks, llm, "m", config)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"index_topk_pattern": "FSSFSS"},
+        {"index_topk_freq": 3, "index_skip_topk_offset": None},
+        {"index_topk_freq": 4, "indexer_types": ["full", "shared"] * 3},
+    ],
+)
+def test_all_indexers_are_loaded_whatever_the_config_says(tmp_path, keys, nested):
+    names = {f"model.layers.{i}.self_attn.indexer.wk.weight": torch.zeros(1) for i in range(5)}
+    save_file(names, tmp_path / "model.safetensors")
+
+    def overrides(keys, given=None):
+        config = {"num_hidden_layers": 6, **keys}
+        config = {"text_config": config} if nested else config
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return config, module.every_indexer(tmp_path, config, given)
+
+    config, found = overrides(keys, {"a": 1})
+    assert found.pop("a") == 1
+    text = config["text_config"] | found["text_config"] if nested else config | found
+    assert str(check_sharing({"text_config": text} if nested else text)) == "FFFFFS"
+    assert overrides({})[1] == {}
+    assert overrides({"index_topk_pattern": "FFFFFS"})[1] == {}
 
 
 def test_tensor_parallel_ranks_hold_the_same_layers():

@@ -11,19 +11,20 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from indexcache.checkpoint import read_config, resolve
+from indexcache.checkpoint import has_weights, layers_without_indexer, read_config, resolve
 from indexcache.configs import text_section
 from indexcache.data import Batch
 from indexcache.engines.vllm.plugin import installed_version, untested
 from indexcache.engines.vllm.scores import PromptScores, read_scores
 from indexcache.engines.vllm.settings import VllmSettings, check_installed
+from indexcache.engines.vllm.sharing import asks_for_sharing, resolved_roles
 from indexcache.engines.vllm.worker import EXTENSION
 from indexcache.overrides import SHARING_KEYS, levels_of
 from indexcache.pattern import Pattern
@@ -297,7 +298,10 @@ def start(
         **engine_arguments(settings.engine_arg),
     }
     path = resolve(model)
-    config = text_section(read_config(path))
+    whole = read_config(path)
+    config = text_section(whole)
+    if overrides := every_indexer(path, whole, arguments.get("hf_overrides")):
+        arguments["hf_overrides"] = overrides
     try:
         vllm = importlib.import_module("vllm")
         llm = vllm.LLM(model=str(path), **arguments, **FIXED)
@@ -318,6 +322,33 @@ def start(
     if warning := untested(version):
         engine.facts["warning"] = warning
     return engine
+
+
+def every_indexer(path: Path, config: dict[str, Any], given: Any = None) -> dict[str, Any]:
+    """Return the overrides under which vLLM loads all indexers that a checkpoint holds.
+
+    Args:
+        path: the checkpoint.
+        config: its config, which may have a pattern by which vLLM leaves indexers out.
+        given: the user's own overrides, which are kept.
+
+    Returns:
+        An empty dict where no override is needed.
+    """
+    section = text_section(config)
+    if not (asks_for_sharing(config) and has_weights(path)):
+        return {}
+    without = layers_without_indexer(path)
+    layers = section["num_hidden_layers"]
+    roles = "".join("S" if i in without else "F" for i in range(layers))
+    with suppress(TypeError, ZeroDivisionError):  # Whatever malformed keys say is overridden.
+        if roles[0] == "S" or resolved_roles(section, layers) == roles:
+            return {}
+    keys = {"index_topk_freq": 1, "index_skip_topk_offset": 2} | Pattern(roles).to_config()
+    given = dict(given) if isinstance(given, dict) else {}
+    if section is config:
+        return given | keys
+    return given | {"text_config": {**(given.get("text_config") or {}), **keys}}
 
 
 def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
@@ -385,8 +416,11 @@ def engine_of(
         raise ValueError("No rank of vLLM answered.")
     spans = sorted({(r["first"], r["end"]) for r in ranks})
     ends = [0, *(end for _, end in spans)]
-    if [first for first, _ in spans] != ends[:-1]:
-        raise ValueError(f"The ranks of vLLM hold layers {spans}, which are not one model.")
+    layers = config.get("num_hidden_layers", ends[-1])
+    if [first for first, _ in spans] != ends[:-1] or ends[-1] != layers:
+        raise ValueError(
+            f"The ranks of vLLM hold layers {spans}, which are not one model of {layers} layers."
+        )
     without = tuple(sorted({i for r in ranks for i in r["without_indexer"]}))
     return VllmEngine(
         llm,
