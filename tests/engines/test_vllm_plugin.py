@@ -164,6 +164,31 @@ def test_a_model_without_an_indexer_is_left_alone(vllm):
     decoder()(vllm_config=vllm_config(index_topk=None, index_topk_freq=3))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "hy_v4", "indexer_types": ["full", "shared"] * 2}, None),  # as published
+        ({"model_type": "hy_v4"}, None),
+        ({"model_type": "hy_v4_mtp", "indexer_types": ["full", "shared"] * 2}, None),
+        ({"model_type": "deepseek_mtp", "index_topk_pattern": "FS"}, None),  # a draft
+        ({"model_type": "glm5_next", "layer_types": ["linear_attention"] * 4}, None),
+        ({"model_type": "deepseek_v41", "index_source_layer_ids": [0]}, None),
+        ({"model_type": "hy_v4", "index_topk_pattern": "FSFS"}, "asks for FSFS, .* indexer_types"),
+        ({"model_type": "glm5_next", "index_topk_freq": 2, "layer_types": [""] * 4}, "no key that"),
+    ],
+)
+def test_other_families_start_unless_a_key_is_ignored(vllm, keys, message):
+    """Hy4 shares by indexer_types, which the classes of V3.2 and GLM ignore."""
+    plugin.register()
+    cls = importlib.import_module("vllm.config.vllm").VllmConfig
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    if message is None:
+        cls(model_config(**keys), parallel)
+    else:
+        with pytest.raises(ValueError, match=message):
+            cls(model_config(**keys), parallel)
+
+
 def test_types_that_transformers_computed_are_no_disagreement(vllm, tmp_path):
     """GlmMoeDsaConfig fills indexer_types for a config.json that gives none."""
     plugin.register()

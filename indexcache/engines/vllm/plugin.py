@@ -27,8 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from indexcache.configs import text_section
-from indexcache.engines.vllm.sharing import check_sharing, summary
+from indexcache.configs import model_type_of, text_section
+from indexcache.engines.vllm.sharing import check_other, check_sharing, other_family, summary
 
 TESTED = ((0, 25), (0, 33))
 """The first and the last minor version of vLLM whose code these changes were read and tested in."""
@@ -206,12 +206,19 @@ def without_surplus(load_weights: Callable[..., Any]) -> Callable[..., Any]:
 def check_vllm(vllm_config: Any) -> Any:
     """Check vLLM's config, and return the pattern that it will run; None without sharing.
 
+    The draft model of multi-token prediction has no pattern, and models that vLLM shares by other
+    keys, or never, are only checked for keys that it ignores.
+
     Raises:
-        ValueError: see `sharing.check_sharing`.
+        ValueError: see `sharing.check_sharing` and `sharing.check_other`.
     """
     model = vllm_config.model_config
     config = _merged_config(model)
-    if config is None:
+    if config is None or str(model_type_of(config)).endswith("_mtp"):
+        return None
+    family = other_family(config)
+    if family is not None:
+        check_other(config, family, str(model.model))
         return None
     stages = _stages(vllm_config.parallel_config, _layers(config))
     return check_sharing(

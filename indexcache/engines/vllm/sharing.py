@@ -112,6 +112,42 @@ def check_sharing(
     return pattern
 
 
+def other_family(config: dict[str, Any]) -> str | None:
+    """Return the family of a model that vLLM's classes of V3.2 and GLM do not run; None for others.
+
+    A model type that is not known counts as one of those classes', by whose keys it is checked.
+    """
+    from indexcache.engines.rules import DSA
+    from indexcache.engines.schedules import family_of
+
+    try:
+        family = family_of(config)
+    except ValueError:
+        return None
+    return None if family in DSA else family
+
+
+def check_other(config: dict[str, Any], family: str, served: str) -> None:
+    """Check a config of a model that vLLM shares by other keys than these, or never.
+
+    Raises:
+        ValueError: the config asks for another pattern than vLLM runs.
+    """
+    from indexcache.engines.hazards import asked_by
+    from indexcache.engines.schedules import resolve, rules_of
+
+    wanted = asked_by(config, family)
+    rules = rules_of(family, "vllm")
+    found = [resolve(rule, config, family).roles for rule in rules]
+    if wanted is None or "S" not in wanted or not rules or wanted in found:
+        return
+    keys = " and ".join(rules[0].keys) or "no key that shares"
+    raise ValueError(
+        f"{served}: the config asks for {wanted}, but vLLM reads {keys} for {family} and runs "
+        f"{found[0] or 'nothing'}. Remove the keys that it ignores."
+    )
+
+
 def summary(pattern: Pattern) -> str:
     """Return the line that is logged once: how many layers run their indexer, and which."""
     return f"{len(pattern.full_layers)} of {len(pattern)} layers run their indexer: {pattern}"
