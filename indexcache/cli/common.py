@@ -174,12 +174,18 @@ class EngineSettings(VllmSettings):
         Raises:
             ValueError: the message names the flag, or says that the engine is not installed.
         """
+        from indexcache.engines.vllm.engine import engine_arguments
+
         if self.engine is None:
             chosen = [f.name for f in fields(VllmSettings) if getattr(self, f.name) != f.default]
             if chosen:
                 raise ValueError(f"{_flag(chosen[0])} is a setting of vLLM; add --engine vllm.")
             return
         check_installed()
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}.")
+        engine_arguments(self.engine_arg)
         if running.delta is not None:
             raise ValueError(
                 "--delta cannot be given with --engine vllm, which runs the indexers of the "

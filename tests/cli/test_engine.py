@@ -74,6 +74,10 @@ def test_a_search_runs_in_the_engine(checkpoint, text, vllm, tmp_path, capsys):
         (["--engine-arg", "enforce_eager=false"], "enforce_eager cannot be chosen"),
         (["--engine-arg", "quantization=nonsense"], "vLLM could not start"),
         (["--stages", "2"], "--stages 2 does not fit vLLM"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be at least 1, not 0"),
+        (["--pipeline-parallel-size", "-1"], "--pipeline-parallel-size must be at least 1"),
+        (["--engine-arg", "logprobs_mode=raw_logits"], "logprobs_mode cannot be given"),
+        (["--engine-arg", "dtype=a", "--engine-arg", "dtype=b"], "dtype is given twice"),
     ],
 )
 def test_what_does_not_fit_the_engine_is_refused(

@@ -124,6 +124,8 @@ def test_the_gates_see_noise_and_a_flag_without_effect():
     assert dead.noise(batches()) == 0
     with pytest.raises(ValueError, match="no effect in this vLLM"):
         dead.check_effect(batches(), 0.0)
+    with pytest.raises(ValueError, match="too much noise to tell"):
+        e.check_effect(batches(), 0.1)
 
 
 def test_a_rank_that_runs_another_pattern_stops_the_run():

@@ -240,10 +240,13 @@ class VllmEngine:
         fewest = self.losses(Pattern(roles), batches)
         change = np.abs(fewest.sums - fullest.sums).sum() / fullest.tokens.sum()
         if change <= 10 * noise:
+            why = "Its layers do not read the switch that was flipped."
+            if change > noise:
+                why = "That is too much noise to tell: sort the ids, or take more text."
             raise ValueError(
                 f"Sharing has no effect in this vLLM: all layers full and {len(self.stages)} full "
                 f"differ by {change:.1e} nats per token, and two equal evaluations by {noise:.1e}. "
-                "Its layers do not read the switch that was flipped."
+                f"{why}"
             )
 
     def fullest(self) -> Pattern:
