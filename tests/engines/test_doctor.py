@@ -11,6 +11,7 @@ from indexcache.cli import main
 from indexcache.engines.hazards import weights
 from indexcache.engines.published import PUBLISHED, copied_from
 from indexcache.exporting import export
+from tests.support import make_model
 
 from .shapes import DEEPSEEK, GLM, QUARTER, SHAPES, SHIPPED, types
 
@@ -251,6 +252,19 @@ def test_a_prerelease_has_the_rules_of_its_release(examined, checkpoint, version
         checkpoint, f"--engine vllm --engine-version {version} --pattern FSSFSS"
     )
     assert (code, "surplus" in kinds(result)) == (1, True)
+
+
+def test_a_pruned_checkpoint_passes_where_the_engine_without_sharing_is_not_named(
+    examined, tmp_path
+):
+    make_model("deepseek_v32").save_pretrained(tmp_path / "m")
+    export(tmp_path / "m", "FSFFFF", tmp_path / "out", engines=["vllm"], prune=True)
+    code, result = examined(tmp_path / "out" / "checkpoint")
+    assert (code, "no weights" in kinds(result, "warning")) == (0, True), texts(result)
+    assert "makes layers 1 full" in texts(result)
+    code, result = examined(tmp_path / "out" / "checkpoint", "--engine transformers")
+    assert (code, "no weights" in kinds(result)) == (1, True)
+    assert "it has no sharing for deepseek_v32, so choose another engine" in texts(result)
 
 
 def test_tensor_parallel_must_divide_the_heads(examined):

@@ -34,13 +34,19 @@ def weights(case: Case) -> Iterator[Hazard]:
             continue
         lacking = [i for i, r in enumerate(s.roles) if r == "F" and i not in present]
         if lacking:
+            level = case.level(s.engine)
+            keys = s.rule.keys[:2] if s.rule else (PATTERN,)
+            fix = f"give a pattern in which they are S, under {' and '.join(keys)}"
+            if not keys:
+                level = "error" if s.engine in case.named else "warning"
+                fix = f"it has no sharing for {case.family}, so choose another engine"
             yield Hazard(
-                case.level(s.engine),
+                level,
                 "no weights",
                 s.engine,
-                f"{s.engine} makes layers {numbers(lacking)} full, for which the checkpoint has "
-                "no indexer weights (it was trained shared, or pruned): give a pattern in which "
-                f"they are S, under {' and '.join(s.rule.keys[:2]) if s.rule else PATTERN}.",
+                f"{s.engine} makes layers {numbers(lacking)} full, for "
+                "which the checkpoint has no indexer weights (it was trained shared, or pruned): "
+                f"{fix}.",
             )
         yield from _surplus(case, s, present)
 
@@ -155,11 +161,12 @@ def training(case: Case) -> Iterator[Hazard]:
                 level = "warning"
             if "S" not in t.roles:
                 level = "warning"
+            why = ", because they count the offset of a frequency differently"
             yield Hazard(
                 level,
                 "training",
                 s.engine,
                 f"{t.engine} trains with {t.full} full layers, but {s.engine} would serve {s.full} "
                 f"({difference(s.roles, t.roles)}): set {PATTERN} and {TYPES} to the trained "
-                "pattern, because they count the offset of a frequency differently.",
+                f"pattern{why if t.key == FREQ else ''}.",
             )
