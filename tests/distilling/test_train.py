@@ -403,13 +403,15 @@ def test_kill_and_resume(mode, tmp_path):
     refused(lambda: worker.train(tmp_path / "a", mode, lr=1e-3), "other settings", "lr was 0.002")
 
 
-def test_two_processes_give_the_curve_of_one(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "modes", [("warmup", "full"), pytest.param(("lora", "zeros"), marks=pytest.mark.long)], ids=str
+)
+def test_two_processes_give_the_curve_of_one(checkpoint, tmp_path, modes):
     """Also of a checkpoint that the first of them alone reads."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     rng = np.random.default_rng(0)
     rows = [json.dumps({"input_ids": rng.integers(0, 128, 90).tolist()}) for _ in range(16)]
     (folder / "ids.jsonl").write_text("\n".join(rows))
-    modes = ("warmup", "full", "lora", "zeros")
     done = run_worker("train", tmp_path / "two", *modes, folder, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     worker.train_checkpoint(folder, tmp_path / "one" / "checkpoint")

@@ -272,7 +272,7 @@ def test_routers_on_tensor_cores(compile):
     assert torch.equal(got[2].sort(-1).values, stock[2].sort(-1).values)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_compiled_pieces(model, ids, monkeypatch, batch):
     """Functions are traced once for each shape, not for each layer.
 

@@ -53,11 +53,12 @@ def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
 
 
 @pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
-@pytest.mark.parametrize("pool", [0, 40, 3])
+@pytest.mark.parametrize("pool", [0, pytest.param(40, marks=pytest.mark.long), 3])
 def test_prefill(small, queries, topk, pool):
     check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
 
 
+@pytest.mark.long
 def test_prefill_long_rows(small):
     check(*inputs(2, 40, 700, 2, 16, torch.float16), 8, torch.tensor([660, 300], device=DEVICE))
 
@@ -91,7 +92,10 @@ def test_candidates(small):
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
 
 
-@pytest.mark.parametrize(("queries", "heads", "width"), [(8, 32, 300), (13, 4, 120), (9, 64, 40)])
+@pytest.mark.parametrize(
+    ("queries", "heads", "width"),
+    [pytest.param(8, 32, 300, marks=pytest.mark.long), (13, 4, 120), (9, 64, 40)],
+)
 def test_candidates_of_neighbours(small, queries, heads, width):
     q, k, w, scale = inputs(2, queries, 310, heads, 16, torch.float16)
     offset = torch.tensor([290, 90], device=DEVICE)

@@ -159,7 +159,7 @@ def mixed():
     return texts() + asked
 
 
-@pytest.mark.parametrize("objective", ["worst", "key-kl"])
+@pytest.mark.parametrize("objective", ["worst", pytest.param("key-kl", marks=pytest.mark.long)])
 def test_every_objective_is_that_of_the_loaded_model(glm5, tmp_path, monkeypatch, objective):
     monkeypatch.setattr(meter, "GAIN", -1.0)
     monkeypatch.setattr(meter, "KNOWN", 20.0)
