@@ -52,8 +52,11 @@ def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
             assert torch.equal(a, b), (a != b).nonzero()[:5]
 
 
-@pytest.mark.parametrize(("queries", "topk"), [(1, 4), (33, 100), (67, 16)])
-@pytest.mark.parametrize("pool", [0, pytest.param(40, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize(
+    ("queries", "topk", "pool"),
+    [(1, 4, 0), (1, 4, 40), (1, 4, 3), (33, 100, 0), (33, 100, 40), (33, 100, 3), (67, 16, 0)]
+    + [pytest.param(67, 16, pool, marks=pytest.mark.long) for pool in (40, 3)],
+)
 def test_prefill(small, queries, topk, pool):
     check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
 
