@@ -34,7 +34,7 @@ from indexcache.searching.run import SearchResult
 
 RESULTS = Path(__file__).parent / "results"
 RESULT = RESULTS / "frs_frontier.json"
-LEAST_KEEP = 1 / 8  # of the search among F and S
+LEAST_KEEP = 1 / 8  # The search among F and S stops there.
 ELSEWHERE = tuple(Fraction(1, n) for n in (32, 16, 8, 4))
 COSTS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16)
 """Costs at which a frontier among F, R and S is measured."""

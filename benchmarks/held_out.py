@@ -65,7 +65,7 @@ def _with_topk(model: str, topk: int, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Text:
-    """What a seed searches on, and what its patterns are measured on.
+    """Hold what a seed searches on, and what its patterns are measured on.
 
     Attributes:
         text: calibration sequences.

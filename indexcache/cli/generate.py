@@ -47,7 +47,7 @@ class GenerateSettings:
     index_dtype: IndexDtype = "auto"
     "Dtype of the indexers' keys and queries; auto takes that of the weights."
     fp8: Fp8 = "dequantize"
-    """What becomes of weights in FP8: dequantize them, keep them, or keep them and quantise the
+    """How weights in FP8 are read: dequantize them, keep them, or keep them and quantise the
     inputs of products of many tokens too (both)."""
     device: str = "cpu"
     "Where the model runs, e.g. cpu or cuda:0."

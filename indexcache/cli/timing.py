@@ -40,7 +40,7 @@ class TimingSettings:
     index_dtype: IndexDtype = "fp8"
     "Dtype of the indexers' keys and queries; auto takes that of the weights."
     fp8: Fp8 = "dequantize"
-    """What becomes of weights in FP8: dequantize them, keep them, or keep them and quantise the
+    """How weights in FP8 are read: dequantize them, keep them, or keep them and quantise the
     inputs of products of many tokens too (both). A named shape gets such weights with the last
     two."""
     compile: bool = True

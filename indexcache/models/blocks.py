@@ -20,7 +20,7 @@ from indexcache.ops.reference import FP8
 
 Block = tuple[int, int]
 WAYS = ("dequantize", "keep", "both")
-"""What `load` makes of FP8 weights: bf16 copies; FP8 weights; FP8 weights and inputs."""
+"""`load` makes bf16 copies of FP8 weights, keeps them, or quantises inputs to FP8 as well."""
 SILU = ("silu", "swish")
 ABSORBED = "kv_b_proj"
 """Attention over latents absorbs this matrix head by head, and heads are no whole blocks."""

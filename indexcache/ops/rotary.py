@@ -14,7 +14,7 @@ from torch import Tensor
 
 from indexcache.ops.reference import FP8
 
-ROWS = 8  # of a tile without quantisation
+ROWS = 8  # A tile that is not quantised has so many.
 QUANTISED_ROWS = 16
 
 

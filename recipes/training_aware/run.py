@@ -70,8 +70,8 @@ RATE_STEPS = 12
 KEPT = ("*.json", "times.jsonl", "search/*", "seed*/*/*.json*", "stages/*.jsonl")
 KEPT_OF_TINY = ("base/*",)
 KEPT_OF_BASE = ("stages/dense.pt",)
-"""What of --out a later session needs, of tiny also the base, and what of an unfinished base. The
-base of SmolLM2 is made from its files again."""
+"""A later session needs these files of --out, tiny's base too, and these of an unfinished base.
+The base of SmolLM2 is made from its files again."""
 PIECE = 15 << 20
 BANK_PARTS = 16  # Another number makes other sequences.
 SEARCHED_AFTER = ("full", "multi-4")

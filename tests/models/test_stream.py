@@ -75,7 +75,7 @@ def test_a_pass_over_the_layers_gives_the_bits_of_whole_passes(folder, fast, tmp
 
 
 def test_pinned_memory_is_counted_as_it_is_taken(tmp_path, monkeypatch):
-    """Of a GPU's pinned memory 300 bytes take 512, whether they are computed or read again."""
+    """States of 300 bytes take 512 of a GPU's pinned memory, computed or read again."""
     monkeypatch.setattr(
         Store, "_allocated", lambda self, size: torch.empty(size, dtype=torch.uint8)
     )

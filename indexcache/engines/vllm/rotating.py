@@ -17,7 +17,7 @@ import torch
 from indexcache.engines.vllm.selecting import USER
 from indexcache.ops import rotary
 
-LEAST_TOKENS = 256  # of a step; decoding and short prompts stay vLLM's
+LEAST_TOKENS = 256  # Steps with fewer, decoding among them, stay vLLM's.
 
 
 def install() -> None:

@@ -124,7 +124,7 @@ def products(
         acc = tl.zeros((BM, WIDE), tl.float32)
         acc_other = tl.zeros((BM, WIDE if TWO else 1), tl.float32)
     if p_w_scale is not None:
-        blocks = (outputs + BLOCK - 1) // BLOCK  # of rows that have one scale
+        blocks = (outputs + BLOCK - 1) // BLOCK  # The rows of a block have one scale.
         p_w_scale += tl.full((), s_scale_expert, tl.int64) * expert
         p_other_scale = p_w_scale
         if GATED:
