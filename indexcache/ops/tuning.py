@@ -99,7 +99,7 @@ class StepTuning:
     """The products of one token in a step of decoding (ops/step)."""
 
     products: bool = False
-    "Whether these kernels run the projections of attention. Not measured yet, hence off."
+    "Whether these kernels run the projections of attention. Off until the results have them."
     experts: bool = False
     "Whether they run the router and the experts."
     indexer: bool = False
@@ -110,7 +110,7 @@ class StepTuning:
     "Rows of the values' weights of a program of that."
     pdl: bool = True
     "Whether a kernel of the step may start and load its weights while the one before runs."
-    tile: int = 8192
+    tile: int = 4096
     "Weights that a program loads at a time."
     down_tile: int = 2048
     "The same for the down projections of experts."
