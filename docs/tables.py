@@ -523,6 +523,8 @@ def stream_hours() -> str:
         memory, key = result[f"peak_{what}_gb"], f"{what}_gb"
         before = f"{forecast[key]:.0f} GB" if key in forecast else ""
         rows.append([f"peak {what} memory of this run", f"{memory:.0f} GB", before])
+    if "disk_gb_s" in result:
+        rows.append(["the disk alone, past the page cache", f"{result['disk_gb_s']:.2f} GB/s", ""])
     return markdown(["", "from the measured layers", "the forecast said before"], rows)
 
 

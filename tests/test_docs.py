@@ -53,14 +53,16 @@ def test_the_tables_of_streaming_appear_with_their_file(tmp_path, monkeypatch):
     (tmp_path / tables.STREAMED).write_text(json.dumps(measured))
     line = "| 0: dense, F | 20 | 10.0 | 401 | 5.26 | 3.1% |"
     assert tables.stream_measured().splitlines()[2:] == [line]
-    more = {"forecast_hours": {"61 to 15": 9.0}, "forecast": {"device_gb": 51.0, "host_gb": 140}}
+    more = {"forecast_hours": {"61 to 15": 9.0}, "disk_gb_s": 1.494}
+    more |= {"forecast": {"device_gb": 51.0, "host_gb": 140}}
     for extra, said in (({}, ("", "")), (more, ("9.0 h", "51 GB"))):
         (tmp_path / tables.STREAMED).write_text(json.dumps(measured | extra))
         rows = tables.stream_hours().splitlines()[2:]
         assert rows[0] == f"| 61 to 15 full, one GPU | 11.3 h | {said[0]} |"
         assert rows[1] == "| 78 to 20 full, one GPU | 15.0 h |  |"
         assert rows[2] == f"| peak device memory of this run | 50 GB | {said[1]} |"
-        assert len(rows) == 4
+        assert len(rows) == 4 + ("disk_gb_s" in extra)
+    assert rows[4] == "| the disk alone, past the page cache | 1.49 GB/s |  |"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
