@@ -108,7 +108,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=36)
     parser.add_argument("--documents", type=int, default=54, help="Held-out sequences.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ablations", type=int, default=1, help="Seeds with one saving off.")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--ablations", type=int, default=1, help="Seeds below this, one saving off."
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -116,7 +119,7 @@ def main() -> None:
     model = ic.load(o.model, dtype=o.dtype, device=o.device)
     ic.accelerate(model.module)
     name = Path(o.model).name
-    for seed in range(o.seeds):
+    for seed in range(o.first_seed, o.first_seed + o.seeds):
         rows: list[dict[str, Any]] = []
         settings = {"length": o.length, "seed": seed}
         shipped = o.data is None
