@@ -6,7 +6,8 @@
 
 Every search is a run in a folder under --out, so an interrupted comparison goes on. Both see the
 same calibration text; their patterns of every budget are compared on the same held-out documents,
-in pairs. The rows of other models and seeds in the result file stay.
+in pairs, without those that share long passages with the calibration text. The rows of other
+models and seeds in the result file stay.
 
 Under "starts" the file has, for every seed, the rank correlation of what the flip of each layer
 alone loses on the whole text with three guesses: the estimate by gradients on the smallest part of
@@ -27,6 +28,7 @@ from scipy.stats import spearmanr
 import indexcache as ic
 from indexcache.cli import guarded
 from indexcache.data import Batch
+from indexcache.data.leaks import near_copies, seen_in
 from indexcache.evals.evaluate import Measurement
 from indexcache.pattern import full_count
 from indexcache.records import read_json, write_json
@@ -135,6 +137,8 @@ def main() -> None:
             sequences=o.documents,
             **settings,
         )
+        seen = seen_in(batches)  # A licence header can be a fifth of a short sequence.
+        heldout = [b for b in heldout if not near_copies([b], seen)]
         methods = [m for m in METHODS if m not in ABLATED or seed < o.ablations]
         found = {m: timed_search(model, batches, o.out / name / f"{seed}" / m, m) for m in methods}
         for budget in BUDGETS:
