@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from indexcache import ops
 from indexcache.models.weights import expert_parts
@@ -159,7 +159,7 @@ def _traced_linear(linear: BlockLinear, x: Tensor) -> Tensor:
     )
 
 
-@torch.library.custom_op("indexcache::block_linear", mutates_args=())
+@library.custom_op("indexcache::block_linear", mutates_args=())
 def _opaque_linear(
     x: Tensor, weight: Tensor, scale: Tensor, rows: int, columns: int, quantized: bool
 ) -> Tensor:
@@ -171,7 +171,7 @@ def _(x, weight, scale, rows, columns, quantized):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("indexcache::gated_experts", mutates_args=())
+@library.custom_op("indexcache::gated_experts", mutates_args=())
 def _opaque_experts(
     x: Tensor,
     gate_up: Tensor,

@@ -73,7 +73,8 @@ class FastSearch:
     known: bool = field(init=False, default=True)  # whether the loss is that of the whole text
     gains: dict[int, Gain] = field(init=False, default_factory=dict)  # of full layers
     losses: dict[int, Gain] = field(init=False, default_factory=dict)  # of layers that were flipped
-    returns: dict[int, float] = field(init=False, default_factory=dict)  # of flipping them back
+    returns: dict[int, float] = field(init=False, default_factory=dict)
+    """By how much the loss changes where a shared layer becomes full again, in nats per token."""
     stale: set[int] = field(init=False, default_factory=set)  # layers beside a change since then
 
     def __post_init__(self) -> None:

@@ -259,7 +259,10 @@ class Samples(ABC):
         return self._pairs
 
     def _estimate(self, part: Parts) -> np.ndarray:
-        raise NotImplementedError("A source without gradients takes no start from them.")
+        """Compute `pairs`; `LossSource.check_settings` refuses other sources before."""
+        raise NotImplementedError(
+            f"{type(self).__name__} says that it has gradients, but does not estimate pairs."
+        )
 
     def weights(self, part: Parts) -> list[np.ndarray]:
         """Return how much the objective on a part rises with each sequence's sum, by batch.

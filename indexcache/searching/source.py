@@ -149,14 +149,16 @@ class LossSource(ABC):
 
         Only a source with the method "fast" has it; `check_method` refuses the others before.
         """
-        raise NotImplementedError(f"{self.kind} lists a method that it does not have.")
+        raise NotImplementedError(f"{self.kind} lists the method 'fast' but does not define it.")
 
     def overlap(self, batches: Sequence[Batch]) -> np.ndarray:
         """Return what every two layers' selections have in common, [layers, layers].
 
         Only a source with the method "similarity" has it; `check_method` refuses the others before.
         """
-        raise NotImplementedError(f"{self.kind} lists a method that it does not have.")
+        raise NotImplementedError(
+            f"{self.kind} lists the method 'similarity' but does not define it."
+        )
 
     def expect(  # noqa: B027
         self, rounds: Sequence[int], later: Sequence[Pattern], say: Callable[[str], Any]

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 if torch.cuda.is_available():
-    pytest.skip("the interpreter runs without a GPU", allow_module_level=True)
+    pytest.skip(
+        "these tests interpret the kernels; tests/ops runs them on a GPU", allow_module_level=True
+    )
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed")
 
