@@ -91,6 +91,7 @@ def starts(model: Any, batches: list[Batch], folder: Path) -> dict[str, float]:
     exact = {e["pattern"]: e["loss"] for e in read_lines(folder / "exact" / "journal.jsonl")}
     flips = [samples.full.replace(i, "S") for i in layers]
     true = [exact[str(p)] - exact[str(samples.full)] for p in flips]
+    samples.measure([samples.full, *flips], small)  # Those that the searches left out.
     pairs = samples.pairs(small)
     overlap = selection_overlap(model.module, batches)
     guesses = {

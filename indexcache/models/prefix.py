@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from indexcache.models.family import AnyModel, decoder_layers, module_of
@@ -20,6 +21,7 @@ from indexcache.models.seam import Seam, use_pattern
 from indexcache.ops import Selection
 from indexcache.pattern import Pattern
 
+LEAST_BYTES = 4 << 30
 # The output of a layer, and the ids of the selection and of the pool in force after it.
 Saved = tuple[Any, Tensor | None, Tensor | None]
 
@@ -32,11 +34,11 @@ class PrefixCache:
     Args:
         model: a loaded model, or its transformers module.
         inputs: token ids int64 [B, T] of every batch, addressed by their index.
-        limit_bytes: memory for saved layer outputs. When not all layers fit, only every second (or
-            third, and so on) is kept.
+        limit_bytes: memory for saved layer outputs; the default is `memory_for_outputs`. When not
+            all layers fit, only every second (or third, and so on) is kept.
     """
 
-    def __init__(self, model: AnyModel, inputs: list[Tensor], limit_bytes: int = 4 << 30):
+    def __init__(self, model: AnyModel, inputs: list[Tensor], limit_bytes: int | None = None):
         self.model = module_of(model)
         self.inputs = inputs
         self.trunk: Pattern | None = None
@@ -45,7 +47,8 @@ class PrefixCache:
         config = self.model.config
         per_token = 4 * config.hidden_size + 8 * getattr(config, "index_topk", 0)
         total = per_token * sum(i.numel() for i in inputs) * layers
-        self.stride = min(-(-total // max(limit_bytes, 1)), layers) or 1
+        limit = memory_for_outputs(self.model) if limit_bytes is None else limit_bytes
+        self.stride = min(-(-total // max(limit, 1)), layers) or 1
 
     def rebase(self, pattern: Pattern) -> None:
         """Make `pattern` the trunk: run every batch from the first layer where it differs."""
@@ -113,6 +116,20 @@ class PrefixCache:
                 elif keep and (i + 1) % self.stride == 0:
                     patches.wrap(layer, partial(record, i))
             yield
+
+
+def memory_for_outputs(model: AnyModel) -> int:
+    """Return how many bytes saved layer outputs may take.
+
+    They are a quarter of what the weights leave of the GPUs that hold them, and 4 GiB at least. It
+    does not depend on what else uses the GPUs, so that a search counts the same work every time.
+    """
+    held: dict[torch.device, int] = {}
+    for weight in module_of(model).parameters():
+        if weight.is_cuda:
+            held[weight.device] = held.get(weight.device, 0) + weight.nbytes
+    total = sum(torch.cuda.get_device_properties(device).total_memory for device in held)
+    return max((total - sum(held.values())) // 4, LEAST_BYTES)
 
 
 def first_difference(pattern: Pattern, trunk: Pattern | None) -> int:

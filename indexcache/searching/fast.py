@@ -4,11 +4,11 @@ Like `greedy` it flips layers to S until few are full, but it does not measure e
 the whole text in every round:
 
 - racing: candidates meet growing parts of the text; those that are clearly worse leave by a paired
-  test, and the race ends when the rest cannot matter.
+  test, and the race ends when the rest is not expected to matter.
 - lazy: only the candidate that promises most is measured again. The others keep their old value,
   and are measured where it is below the new one.
-- together: half of the flips that are left to the next budget are made at once, where together
-  they lose what they lost alone.
+- together: two thirds of the flips that are left to the next budget are made at once, where
+  together they lose what they lost alone.
 - swaps: at the budgets 1/2, 1/4, .. and at the last one, a full layer and a shared one change
   places where that loses less.
 
@@ -17,8 +17,9 @@ Without all four it is `greedy`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from indexcache.pattern import Pattern, full_count
@@ -28,8 +29,10 @@ from indexcache.searching.settings import Savings
 
 RELATIVE = 0.1
 """Part of what a flip loses by which another may lose less without being preferred to it."""
-SHIFTS, OTHERS = 3, 4  # swaps of neighbours, and other ones, that are tried at a budget, ..
+SHIFTS, OTHERS = 2, 3  # swaps of neighbours, and other ones, that are tried at a budget, ..
 ROUNDS = 4  # so many times at most
+FAR = 4.0
+"""Beside a change, a flip that lost so many times what the best ones lost is not measured again."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class FastSearch:
         # Differences below this are not worth telling apart: what may be lost in all, by flip.
         self.slack = max(self.savings.tolerance / max(layers - self.full, 1), self.noise)
         self.parts = self.samples.parts() if self.savings.racing else [self.samples.whole]
+        self.small = self.parts[0]  # where joint flips are compared
+        if self.savings.racing and (sketch := self.samples.sketch()):
+            self.parts = [sketch, *self.parts]
         self.budgets = {full_count(layers, 1 / 2**i) for i in range(1, 10)} | {self.full}
 
     def run(self) -> Iterator[FrontierPoint]:
@@ -139,7 +145,7 @@ class FastSearch:
         self.samples.rebase(self.trunk)
         self.loss, self.known = before + sum(expected), False
         budget = count - len(layers) in self.budgets
-        if len(layers) > 1 or part == self.samples.whole or budget:
+        if part == self.samples.whole or budget:
             self.loss, self.known = self.samples.evaluate(self.trunk).loss, True
         # What a joint flip loses is divided as its parts promised.
         each = [max(e, 1e-12) for e in expected]
@@ -168,10 +174,19 @@ class FastSearch:
             after = min((i for i in full if i > layer), default=len(self.trunk) - 1)
             self.stale.update(range(before, after + 1))
 
-    def old(self, layers: Sequence[int]) -> set[int]:
-        """Return the layers whose flips have to be measured, whatever they promise."""
+    def old(self, layers: Sequence[int], many: int = 1) -> set[int]:
+        """Return the layers whose flips have to be measured, whatever they promise.
+
+        Beside a change they are those that lost at most `FAR` times what the best `many` lost.
+        """
+        if not self.savings.lazy:
+            return set(layers)
+        lost = sorted(self.gains[i].value for i in layers if i in self.gains)[:many]
+        far = FAR * (max(lost, default=0.0) + self.slack)
         return {
-            i for i in layers if not self.savings.lazy or i in self.stale or i not in self.gains
+            i
+            for i in layers
+            if i not in self.gains or (i in self.stale and self.gains[i].value <= far)
         }
 
     def race(self, candidates: Sequence[int], renew: bool = False) -> int:
@@ -205,9 +220,12 @@ class FastSearch:
                 if not old:
                     break
                 fresh.add(min(old, key=lambda i: (apart[i].value, i)))
-            alive = {best, *(i for i in apart if apart[i].low(rate) <= 0)}
-            # The best may lose more than another one by no more than the slack.
-            if all(apart[i].low(rate) >= -slack for i in alive if i != best):
+            if part == self.parts[0] != self.small:
+                apart = pooled(apart)
+            # Those leave that are clearly worse, or hardly better where they are better.
+            rivals = {i for i, d in apart.items() if d.low(rate) <= 0 and d.missed() > slack}
+            alive = {best, *rivals}
+            if not rivals:
                 break
         return best
 
@@ -230,33 +248,42 @@ class FastSearch:
 
         Stages take turns, and each as many.
 
-        They are the first half of those that are left to the next budget, by what each of them lost
-        when it was measured last, so the flips that matter at the budget are still raced. The
-        pattern is measured on the whole text, and what it loses is compared on the part on which
-        all of them were measured alone.
+        They are the first two thirds of those that are left to the next budget, by what each of
+        them lost when it was measured last, so the flips that matter at the budget are still raced.
+        What they lose together is compared on the part on which each was measured alone.
         """
         samples = self.samples
         count = len(self.trunk.full_layers)
         room = min(count - b for b in self.budgets if b < count)
         if room < 2:
             return []
-        self.measure(list(self.old([i for stage in stages for i in stage])), self.parts[0])
-        turns = zip_longest(*(sorted(stage, key=self.order) for stage in stages))
-        order = [i for turn in turns for i in turn if i is not None]
+        every = [i for stage in stages for i in stage]
+        self.measure(list(self.old(every, room)), self.parts[0])
         each = sum(map(bool, stages))  # Whole turns are flipped.
-        many = -(-room // 2) // each * each
+        # Those that promise most on the sketch are measured on more.
+        self.measure([i for i in self.turns(stages)[:room] if not self.known_on(i)], self.small)
+        order = [i for i in self.turns(stages) if self.known_on(i)]
+        many = min(-(-2 * room // 3), room - 1) // each * each
         while many > 1:
             group = order[:many]
             pattern = self.flipped(group)
-            samples.measure([samples.full, self.trunk, pattern], samples.whole)
+            samples.measure([samples.full, self.trunk, pattern], self.small)
             alone = [self.gains[i] for i in group]
-            part = min((gain.part for gain in alone), key=len)
-            lost = [samples.difference([g.flip], [g.base], part).value for g in alone]
-            together = samples.difference([pattern], [self.trunk], part).value
+            lost = [samples.difference([g.flip], [g.base], self.small).value for g in alone]
+            together = samples.difference([pattern], [self.trunk], self.small).value
             if together <= sum(lost) + sum(self.near(x) for x in lost):
                 return group
             many = many // 2 // each * each
         return []
+
+    def turns(self, stages: Sequence[Sequence[int]]) -> list[int]:
+        """Return layers by what their flips lost, stages in turn."""
+        turns = zip_longest(*(sorted(stage, key=self.order) for stage in stages))
+        return [i for turn in turns for i in turn if i is not None]
+
+    def known_on(self, layer: int) -> bool:
+        """Return whether a flip was measured on the part where joint flips are compared."""
+        return layer in self.gains and len(self.gains[layer].part) >= len(self.small)
 
     def measure(self, layers: Sequence[int], part: Parts) -> None:
         """Measure what single flips lose on a part, and remember it."""
@@ -297,7 +324,8 @@ class FastSearch:
         """
         samples, part = self.samples, self.parts[0]
         staying = {*self.starts, *self.fixed}
-        self.measure(list(self.old([i for i in self.trunk.full_layers if i not in staying])), part)
+        full = [i for i in self.trunk.full_layers if i not in staying]
+        self.measure(list(self.old(full, SHIFTS + OTHERS)), part)
         shared = [j for j in range(samples.layers) if self.trunk[j] == "S"]
         new = {
             j: self.trunk.replace(j, "F")
@@ -325,6 +353,16 @@ class FastSearch:
         return max(start for start in self.starts if start <= layer)
 
 
+def pooled(apart: Mapping[int, Difference]) -> dict[int, Difference]:
+    """Give differences one error, from all of them, where few sequences tell it of each alone."""
+    errors = [d for d in apart.values() if math.isfinite(d.error)]
+    if not errors:
+        return dict(apart)
+    error = math.sqrt(sum(d.error**2 for d in errors) / len(errors))
+    freedom = sum(d.freedom for d in errors)
+    return {i: replace(d, error=max(error, d.error), freedom=freedom) for i, d in apart.items()}
+
+
 def race_swaps(
     samples: Samples,
     trunk: Pattern,
@@ -334,13 +372,15 @@ def race_swaps(
 ) -> tuple[int, int] | None:
     """Return the swap that loses least and less than the trunk on all text; None without one.
 
-    On every part those stay that may still lose less than the trunk, at most half of them.
+    On every part those stay that may still lose less than the trunk, at most half of them; after
+    the first part, they lost less on it.
     """
     alive = list(swaps)
-    for part in parts:
+    for number, part in enumerate(parts):
         samples.measure([samples.full, trunk, *(swaps[s] for s in alive)], part)
         lost = {s: samples.difference([swaps[s]], [trunk], part) for s in alive}
         alive = [s for s in alive if lost[s].low(error_rate / len(swaps)) < 0]
+        alive = [s for s in alive if not number or lost[s].value < 0]
         alive = sorted(alive, key=lambda s: (lost[s].value, s))[: -(-len(alive) // 2)]
         if not alive:
             return None

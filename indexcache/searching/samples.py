@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.family import DsaModule
 from indexcache.models.gradients import pair_losses, pair_passes
-from indexcache.models.prefix import PrefixCache
+from indexcache.models.prefix import PrefixCache, memory_for_outputs
 from indexcache.models.soundness import check_scores
 from indexcache.pattern import Pattern
 from indexcache.searching.combining import Combination
@@ -31,9 +32,11 @@ from indexcache.searching.settings import ObjectiveName
 from indexcache.searching.work import Work
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
-LEAST = 6
+LEAST = 5
 """Sequences of text, and of each kind of retrieval, in the smallest part, where there are so many;
 fewer say nothing of their spread."""
+SKETCH, SKETCH_TOKENS = 2, 4096
+"""Sequences of each in the sketch, which shows what is far worse, and its least tokens in all."""
 
 Parts = tuple[int, ...]
 Measured = tuple[list[float], list[int] | None]
@@ -61,6 +64,18 @@ class Difference:
     def high(self, rate: float) -> float:
         """Return the upper end of the one-sided interval that errs at this rate."""
         return self.value + self._spread(rate)
+
+    def missed(self) -> float:
+        """Return the expected value of by how much the first pattern loses less, or 0."""
+        if self.error == 0:
+            return max(-self.value, 0.0)
+        if self.freedom <= 1:
+            return math.inf
+        n, at = self.freedom, self.value / self.error
+        if math.isinf(n):
+            return self.error * float(normal.pdf(at) - at * normal.sf(at))
+        mean = (n + at**2) / (n - 1) * student.pdf(at, n) - at * student.sf(at, n)
+        return self.error * float(mean)
 
     def _spread(self, rate: float) -> float:
         if self.error == 0:
@@ -133,6 +148,21 @@ class Samples(ABC):
 
         The last one is all of it.
         """
+        result: list[Parts] = []
+        for share in SHARES:
+            part = self._share(share, LEAST)
+            if not result or part != result[-1]:
+                result.append(part)
+        return result
+
+    def sketch(self) -> Parts:
+        """Return a few batches of the smallest part; none where they have too few tokens."""
+        part = self._share(0.0, SKETCH)
+        tokens = sum(self.batches[b].ids.numel() for b in part)
+        return part if tokens >= SKETCH_TOKENS and part != self.parts()[0] else ()
+
+    def _share(self, share: float, least: int) -> Parts:
+        """Return a share of the batches, and so many sequences of text and of every kind."""
         groups: dict[str, list[int]] = {}
         for i, b in enumerate(self.batches):
             groups.setdefault(b.domain if b.answers else "", []).append(i)
@@ -140,17 +170,12 @@ class Samples(ABC):
         order = {
             g: sorted(own, key=lambda i: _bit_reversed(own.index(i))) for g, own in groups.items()
         }
-        result: list[Parts] = []
-        for share in SHARES:
-            taken: list[int] = []
-            for own in order.values():
-                per = max(len(self.batches[own[0]].units), 1)
-                count = max(math.ceil(share * len(own)), math.ceil(LEAST / per))
-                taken += own[:count]
-            part = tuple(sorted(taken))
-            if not result or part != result[-1]:
-                result.append(part)
-        return result
+        taken: list[int] = []
+        for own in order.values():
+            per = max(len(self.batches[own[0]].units), 1)
+            count = max(math.ceil(share * len(own)), math.ceil(least / per))
+            taken += own[:count]
+        return tuple(sorted(taken))
 
     def measure(self, patterns: Iterable[Pattern], part: Parts) -> None:
         """Measure patterns on a part, where they were not measured yet.
@@ -178,6 +203,10 @@ class Samples(ABC):
                 entry["found"] = [found for _, found in values]
             self._keep(entry)
             self.record(entry)
+
+    def measured(self, pattern: Pattern) -> Parts:
+        """Return the part on which a pattern was measured."""
+        return tuple(sorted(self._asked.get(str(pattern), ())))
 
     @abstractmethod
     def _run(self, pattern: Pattern, new: Sequence[int]) -> list[Measured]:
@@ -319,7 +348,7 @@ class ModelSamples(Samples):
         layers = int(model.config.num_hidden_layers)
         full = Pattern.full(layers)
         super().__init__(batches, name, self.meter.counts, layers, full, journal, record)
-        limit = (4 << 30) // max(len(batches), 1)
+        limit = memory_for_outputs(model) // max(len(batches), 1)
         self.prefixes = [PrefixCache(model, [b.ids], limit) for b in batches]
         self.trunks: list[Pattern | None] = [None] * len(batches)  # of an uninterrupted run
         self.base: Pattern = full

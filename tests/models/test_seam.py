@@ -12,7 +12,7 @@ import torch
 from indexcache import Pattern, use_pattern
 from indexcache.models.family import families, family_of, indexers
 from indexcache.models.lm import hidden_states, token_losses
-from indexcache.models.prefix import PrefixCache
+from indexcache.models.prefix import LEAST_BYTES, PrefixCache, memory_for_outputs
 from indexcache.ops import index_scores
 from tests.support import PATTERNS, SHAPE, logits, make_model, relative
 
@@ -343,6 +343,7 @@ def test_prefix_cache_computes_only_the_layers_after_the_flip(model, ids):
 def test_prefix_cache_bounds_its_memory(model, ids):
     assert PrefixCache(model, [ids], limit_bytes=1).stride == 6
     assert PrefixCache(model, [ids]).stride == 1
+    assert memory_for_outputs(model) == LEAST_BYTES  # on a CPU
 
 
 def test_token_losses_are_stock_losses(model, ids):
