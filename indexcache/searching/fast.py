@@ -262,7 +262,7 @@ class FastSearch:
         each = sum(map(bool, stages))  # Whole turns are flipped.
         # Those that promise most on the sketch are measured on more.
         self.measure([i for i in self.turns(stages)[:room] if not self.known_on(i)], self.small)
-        order = [i for i in self.turns(stages) if self.known_on(i)]
+        order = self.turns([[i for i in stage if self.known_on(i)] for stage in stages])
         many = min(-(-2 * room // 3), room - 1) // each * each
         while many > 1:
             group = order[:many]

@@ -124,12 +124,27 @@ def test_near_ties_end_a_race_early():
     assert work[0] < 0.4 * work[1]
 
 
+def with_long_sequences(samples):
+    ids = torch.zeros(1, SKETCH_TOKENS // 2, dtype=torch.int64)
+    samples.batches = [replace(b, ids=ids) for b in samples.batches]
+    return samples
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stages_take_turns_behind_a_sketch(seed):
+    costs = np.random.default_rng(seed).permutation(24) * 1e-4
+    samples = with_long_sequences(MadeUp(24, additive(costs), 24, 2e-3, seed))
+    search = FastSearch(samples, 6, (0, 8, 16), SearchSettings(method="fast", swaps=False))
+    for point in search.run():
+        counts = [point.pattern.roles[a : a + 8].count("F") for a in (0, 8, 16)]
+        assert max(counts) - min(counts) <= 1
+
+
 def test_a_sketch_has_two_sequences_and_enough_tokens():
     samples = MadeUp(4, additive([0, 0, 0, 0]), 40)
     assert samples.sketch() == ()  # Two of these sequences are 20 tokens.
     assert FastSearch(samples, 1, (0,), SearchSettings(method="fast")).parts == samples.parts()
-    ids = torch.zeros(1, SKETCH_TOKENS // 2, dtype=torch.int64)
-    samples.batches = [replace(b, ids=ids) for b in samples.batches]
+    with_long_sequences(samples)
     assert len(samples.sketch()) == 2
     assert set(samples.sketch()) < set(samples.parts()[0])
     search = FastSearch(samples, 1, (0,), SearchSettings(method="fast"))
