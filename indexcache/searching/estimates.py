@@ -20,6 +20,8 @@ ALIKE = 0.5
 """Correlation of the errors of two first guesses for one layer."""
 ADDITIVE = 0.1
 """One standard deviation of the sum of what layers lose from what they lose together."""
+SMALLEST = 1e-6
+"""Nats per token that nothing is known more exactly than."""
 SCALES = (0.25, 1.0)
 """Bounds of what the guesses are multiplied by: half of a squared slope is often too much."""
 
@@ -31,12 +33,16 @@ class Estimates:
     Args:
         pairs: the first guess, float64 [layers, layers], row s and column l: what layer l loses
             with the selection of layer s < l, nats per token.
-        least: a difference of losses that is not worth telling apart, nats per token.
+        least: a difference of losses that is not worth telling apart, nats per token; at least
+            `SMALLEST`.
     """
 
     pairs: np.ndarray
     least: float
     sums: list[tuple[Pattern, float, float]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.least = max(self.least, SMALLEST)
 
     def scale(self, flips: dict[int, float]) -> None:
         """Multiply the guess by the median of what flips of single layers lose over it."""

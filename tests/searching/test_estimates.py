@@ -12,7 +12,7 @@ import torch
 from indexcache import Pattern, SearchSettings
 from indexcache.searching.estimates import SCALES, Estimates
 from indexcache.searching.fast import FastSearch, pooled
-from indexcache.searching.planned import grown_errors, total
+from indexcache.searching.planned import PlannedSearch, grown_errors, total
 from indexcache.searching.samples import SKETCH_TOKENS, Difference
 from indexcache.searching.similarity import best_patterns
 from tests.searching.test_fast import MadeUp, additive
@@ -122,6 +122,13 @@ def test_near_ties_end_a_race_early():
         assert samples.loss(Pattern.full(16).replace(best, "S")) < 0.0101
         work.append(samples.work.layer_tokens)
     assert work[0] < 0.4 * work[1]
+
+
+def test_a_start_needs_no_tolerance_and_no_losses():
+    pairs = np.zeros((LAYERS, LAYERS))
+    settings = SearchSettings(method="fast", start="gradients", tolerance=0)
+    search = PlannedSearch(MadeUp(LAYERS, lambda p: 0.0, 4), 2, (0,), settings, pairs=pairs)
+    assert [p.full for p in search.run()][-1] == 2
 
 
 def with_long_sequences(samples):
