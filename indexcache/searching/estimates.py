@@ -28,7 +28,7 @@ SCALES = (0.25, 1.0)
 
 @dataclass
 class Estimates:
-    """What layers lose by reading the selection of each earlier layer.
+    """This holds what layers lose by reading the selection of each earlier layer.
 
     Args:
         pairs: the first guess, float64 [layers, layers], row s and column l: what layer l loses
