@@ -3,9 +3,9 @@
     python -m benchmarks.compile_report [--only NAME] [--sass DIR]
 
 This runs the package's own launch code on CPU tensors and catches each kernel before its launch, so
-that it compiles what a GPU would get. Shapes: 32 and 64 index heads of 128, k 2048, 200,000 keys;
-20 and 64 attention heads over latents of 512 + 64. It needs triton's wheel, which carries ptxas,
-cuobjdump and nvdisasm.
+that it compiles what a GPU would get. Shapes: 32 and 64 index heads of 128, k 2048, 200,000 keys; 9
+heads of 256 and 8,192 keys ("short"); 20 and 64 attention heads over latents of 512 + 64. It needs
+triton's wheel, which carries ptxas, cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,7 @@ QUICK = (
     "prefill fp8",
     "pool",
     "pool H=128",
+    "short rows",
     "decode",
     "rows of scores",
     "attention 20",
@@ -141,10 +143,11 @@ def index_inputs(
     queries: int = 512,
     keys: int = 200_000,
     dtype: torch.dtype = torch.float8_e4m3fn,
+    dim: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Make queries, keys, weights and scales of an indexer."""
-    q = torch.zeros(1, queries, heads, 128, dtype=dtype)
-    k = torch.zeros(1, keys, 128, dtype=dtype)
+    q = torch.zeros(1, queries, heads, dim, dtype=dtype)
+    k = torch.zeros(1, keys, dim, dtype=dtype)
     scale = torch.zeros(1, keys) if dtype == torch.float8_e4m3fn else None
     return q, k, torch.zeros(1, queries, heads), scale
 
@@ -156,7 +159,9 @@ def attention_inputs(heads: int, queries: int, dims: int = 576) -> tuple[Tensor,
     return q, latent, torch.zeros(1, queries, 2048, dtype=torch.int32)
 
 
-def topk(inputs: tuple, pool: int = 0, candidates: Tensor | None = None) -> Callable[[], Any]:
+def topk(
+    inputs: tuple, pool: int | Fraction = 0, candidates: Tensor | None = None
+) -> Callable[[], Any]:
     arguments = *inputs, 2048, 199_000, candidates
     return lambda: index_host.run_index_topk(*arguments, pool=pool, groups=None)
 
@@ -311,6 +316,7 @@ def tasks() -> dict[str, Callable[[], Any]]:
     """Return label -> a call of the launch code, which launches the kernels of one task."""
     pool = torch.zeros(1, 512, 16384, dtype=torch.int32)
     bf16 = index_inputs(dtype=torch.bfloat16)
+    short = index_inputs(9, keys=8192, dtype=torch.bfloat16, dim=256)
     one = index_inputs(queries=1)
     batch = tuple(x.expand(8, *x.shape[1:]) for x in one if x is not None)
     return {
@@ -323,6 +329,10 @@ def tasks() -> dict[str, Callable[[], Any]]:
         "pool H=128": topk(index_inputs(128), candidates=pool),
         "pool bf16": topk(bf16, candidates=pool),
         "pool bf16 H=128": topk(index_inputs(128, dtype=torch.bfloat16), candidates=pool),
+        "short rows": topk(short),
+        "short rows, a share": topk(short, pool=Fraction(1, 8)),
+        "short rows in a pool": topk(short, candidates=pool[..., :1024]),
+        "short rows H=32": topk(tuple(x if x is None else x[:, :8192] for x in bf16)),
         "decode": topk(one),
         "decode in a pool": topk(one, candidates=pool[:, :1]),
         "decode, a batch": topk(batch),

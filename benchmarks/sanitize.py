@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -40,6 +41,11 @@ KERNELS = {
         "index.topk.pick",
         "index.scores.rescue_fused",
         "quantize.quantize_rows",
+    },
+    "short": {
+        "index.scores_half.scores_rows_of_tiles",
+        "index.scores.scores_tiles",
+        "index.topk.pick_row",
     },
     "rows": {
         "index.scores.scores_rows",
@@ -139,7 +145,9 @@ def random_ids(*shape: int, keys: int) -> Tensor:
     return torch.rand(*rows, keys, device="cuda").topk(k, -1).indices.sort(-1).values.int()
 
 
-def compare_selections(inputs: tuple[Tensor, ...], *arguments: Any, pool: int = 0) -> None:
+def compare_selections(
+    inputs: tuple[Tensor, ...], *arguments: Any, pool: int | Fraction = 0
+) -> None:
     """Compare `index_topk` of both backends."""
     result = ops.index_topk(*inputs, *arguments, pool=pool, backend="triton")
     expected = ops.index_topk(*inputs, *arguments, pool=pool, backend="torch")
@@ -162,6 +170,14 @@ def index() -> None:
     options: dict[str, Any] = {"rotate": True, "cos_BSr": angle.cos(), "sin_BSr": angle.sin()}
     for interleaved in (False, True):
         ops.quantize_index_queries(q, w, interleaved=interleaved, backend="triton", **options)
+
+
+def short() -> None:
+    pool = ops.index_topk(*index_inputs(40, 900, 9), 200, 860, backend="torch").ids
+    for heads in (9, 32):
+        inputs = index_inputs(40, 900, heads, torch.bfloat16)
+        compare_selections(inputs, 100, 860, pool=Fraction(1, 4))
+        compare_selections(inputs, 100, 860, pool)
 
 
 def rows() -> None:
@@ -314,6 +330,7 @@ def control(all_arrive: bool) -> None:
 
 TASKS: dict[str, Callable[[], None]] = {
     "index": index,
+    "short": short,
     "rows": rows,
     "pools": pools,
     "plain": partial(attention, hopper=False),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from indexcache.models.family import AnyModel, Family, either, family_of
 from indexcache.models.patch import Replaced
-from indexcache.models.pools import keep_first, sizes_of, width_of
 from indexcache.ops import Selection, index_scores
+from indexcache.ops.shares import pool_sizes, pool_width
 
 _REPLACED = threading.RLock()
 
@@ -147,9 +147,9 @@ class StockSelector(Selector):
         # One pass gives both: the top k are the first of the pool, up to equal scores.
         topk = call.indexer.index_topk
         if isinstance(pool, Fraction):
-            candidates = call.stock(width_of(pool, call.mask.shape[-1], topk))
+            candidates = call.stock(pool_width(pool, call.mask.shape[-1], topk))
             seen = _allowed(call.mask).sum(-1).expand(*candidates.shape[:2])
-            shared = keep_first(candidates, sizes_of(pool, seen, topk))
+            shared = _keep_first(candidates, pool_sizes(pool, seen, topk))
         else:
             candidates = shared = call.stock(pool)
         return Selection(candidates[..., :topk].contiguous(), shared)
@@ -180,6 +180,15 @@ class StockSelector(Selector):
 def _allowed(mask: Tensor) -> Tensor:
     """Return which keys each query sees, bool [B or 1, S, T], of a mask of booleans or summands."""
     return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def _keep_first(ids_BSP: Tensor, sizes: Tensor) -> Tensor:
+    """Return ids in falling order of score with -1 in the place of those beyond the pool.
+
+    sizes: the number of ids that stay, int64 [B, S].
+    """
+    place = torch.arange(ids_BSP.shape[-1], device=ids_BSP.device)
+    return torch.where(place < sizes[..., None].to(place.device), ids_BSP, -1)
 
 
 def on_device(selection: Selection, device: torch.device) -> Selection:

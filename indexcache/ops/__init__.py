@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def index_topk(
     offset: int | Tensor,
     candidates_BSP: Tensor | None = None,
     *,
-    pool: int = 0,
+    pool: int | Fraction = 0,
     groups: QueryGroups | None = None,
     backend: str = "auto",
 ) -> Selection:
@@ -83,15 +84,16 @@ def index_topk(
             ascending in each row, -1 padded at the end, as an earlier call returned them. Only
             these are scored; ids that are not visible are skipped.
         pool: when > 0, return also the ids of the `pool` best from the same pass, which an F layer
-            publishes to its R layers.
+            publishes to its R layers. A fraction is the share of the keys that a query sees,
+            rounded up; such a pool has at least `topk` ids, and `candidates_BSP` is None.
         groups: `group_queries(candidates_BSP, pool_group(..))`, for a pool that several layers use;
             computed here when None.
 
     Returns:
-        `Selection` with ids int32 [B, S, topk] and, where asked for, pool int32 [B, S, pool]:
-        ascending, -1 padded at the end. A row with at most k visible keys (candidates) takes them
-        all. Ties go to the lower position; -0 equals +0; NaN scores count as -inf; +inf ranks
-        first.
+        `Selection` with ids int32 [B, S, topk] and, where asked for, pool int32 [B, S, pool], or
+        [B, S, ceil(pool T)] of a share: ascending, -1 padded at the end. A row with at most k
+        visible keys (candidates) takes them all. Ties go to the lower position; -0 equals +0; NaN
+        scores count as -inf; +inf ranks first.
 
     Raises:
         ValueError: shapes or dtypes that do not agree; backend "triton" cannot run here.
@@ -429,7 +431,7 @@ def _check_index(
     scale: Tensor | None,
     topk: int,
     candidates: Tensor | None,
-    pool: int,
+    pool: int | Fraction,
     groups: QueryGroups | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
@@ -459,6 +461,11 @@ def _check_index(
     if topk < 1 or pool < 0:
         raise ValueError(
             f"index_topk: topk must be positive and pool not negative, got {topk} and {pool}."
+        )
+    if isinstance(pool, Fraction) and (candidates is not None or pool >= 1):
+        raise ValueError(
+            f"index_topk: a pool of a share, here {pool}, is less than 1 and of all keys, so "
+            "candidates must be None."
         )
 
 

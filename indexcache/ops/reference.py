@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from indexcache.ops.shares import pool_sizes, pool_width
 
 # Max bytes of an intermediate, [B, s, H, P] or [B, s, P, D] in fp32.
 CHUNK_BYTES = 1 << 26
@@ -151,8 +154,10 @@ def visible_counts(
     return (start[:, None] + torch.arange(1, queries + 1, device=device)).clamp(0, keys)
 
 
-def select(scores_RT: Tensor, allowed_RT: Tensor, k: int) -> Tensor:
+def select(scores_RT: Tensor, allowed_RT: Tensor, k: int, counts_R: Tensor | None = None) -> Tensor:
     """Select the k best allowed columns of each row: int32 [R, k], ascending, -1 padded.
+
+    counts_R: int64, the number of columns that each row takes, at most k; the default is k.
 
     -0 and +0 are equal; NaN counts as -inf; of equal scores the lower column comes first. An
     allowed column always beats one that is not, whatever its score.
@@ -164,6 +169,8 @@ def select(scores_RT: Tensor, allowed_RT: Tensor, k: int) -> Tensor:
     scores = torch.where(scores_RT.isnan(), -torch.inf, scores_RT)
     total = allowed_RT.sum(-1, keepdim=True)
     count = total.clamp(max=k)
+    if counts_R is not None:
+        count = torch.minimum(count, counts_R[:, None])
     # The k-th best value is unique even when its column is not. Columns that are not allowed become
     # -inf, as NaN does.
     kth = (
@@ -188,12 +195,12 @@ def index_topk(
     offset: int | Tensor,
     candidates_BSP: Tensor | None = None,
     *,
-    pool: int = 0,
+    pool: int | Fraction = 0,
 ) -> Selection:
     """Define `ops.index_topk`, whose docstring is the contract. Memory is O(chunk x T)."""
     batch, queries = q_BSHD.shape[:2]
     keys = k_BTD.shape[1]
-    widths = [topk, pool] if pool else [topk]
+    widths = [topk, pool_width(pool, keys, topk)] if pool else [topk]
     outs = [q_BSHD.new_full((batch, queries, n), -1, dtype=torch.int32) for n in widths]
     visible = visible_counts(offset, batch, queries, keys, q_BSHD.device)
     span = keys if candidates_BSP is None else candidates_BSP.shape[-1]
@@ -214,8 +221,9 @@ def index_topk(
             if k_scale_BT is not None:
                 scores = scores * k_scale_BT[b].float()[ids.clamp(min=0)]
             allowed = (ids >= 0) & (ids < limits[:, None])
-            for out, n in zip(outs, widths, strict=True):
-                slots = select(scores, allowed, n)
+            sizes = pool_sizes(pool, limits, topk) if isinstance(pool, Fraction) else None
+            for out, n, counts in zip(outs, widths, (None, sizes), strict=False):
+                slots = select(scores, allowed, n, counts)
                 if ids.shape[1]:
                     out[b, rows] = torch.where(
                         slots < 0, -1, ids.gather(-1, slots.clamp(min=0).long())

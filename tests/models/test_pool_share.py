@@ -13,7 +13,7 @@ from indexcache.data import make_batches
 from indexcache.distilling.checks import check_model
 from indexcache.evals.gate import selects
 from indexcache.models.lm import hidden_states
-from indexcache.models.pools import sizes_of, width_of
+from indexcache.ops.shares import pool_sizes, pool_width
 from indexcache.searching.settings import SearchSettings
 from indexcache.spec import parse_pattern
 from indexcache.vacuity import choosing_size, pool_of
@@ -52,8 +52,12 @@ def test_a_file_holds_it(tmp_path):
 def test_sizes_are_shares_rounded_up_and_at_least_k():
     seen = torch.arange(1, 101)
     expected = [max(8, -(-n // 4)) for n in range(1, 101)]
-    assert sizes_of(SHARE, seen, 8).tolist() == expected
-    assert (width_of(SHARE, 100, 8), width_of(SHARE, 10, 8), width_of(SHARE, 4, 8)) == (25, 8, 4)
+    assert pool_sizes(SHARE, seen, 8).tolist() == expected
+    assert (pool_width(SHARE, 100, 8), pool_width(SHARE, 10, 8), pool_width(SHARE, 4, 8)) == (
+        25,
+        8,
+        4,
+    )
 
 
 def selections(model, roles, ids):

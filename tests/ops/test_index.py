@@ -1,6 +1,7 @@
 """Test the kernels of `index_topk`: small in the interpreter, large on a GPU."""
 
 import os
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from indexcache import ops  # noqa: E402
 from indexcache.ops import reference  # noqa: E402
 from indexcache.ops.index import scores_host, topk_grid, topk_host  # noqa: E402
+from indexcache.ops.tuning import Tile  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -36,7 +38,7 @@ def best(x, k):
 @pytest.fixture
 def small():
     """Make lists and samples so small that short rows take the path of long ones."""
-    tiles = {"queries": 16, "keys": 32, "chunk": 64}
+    tiles = {"tile": Tile(16, 32, 3), "chunk": 64}
     with ops.tuned(index={"listed": 64, "stride": 4, "workers": 2, **tiles}):
         yield
 
@@ -59,6 +61,50 @@ def check(q, k, w, scale, topk, offset, candidates=None, pool=0):
 )
 def test_prefill(small, queries, topk, pool):
     check(*inputs(1, queries, queries + 70, 2, 16, torch.float16), topk, 70, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [0, 3, 40, 150, Fraction(1, 3), Fraction(1, 64)])
+def test_short_rows(pool):
+    """All keys of a row are scored and stored; parts of the queries see at most 2048, 4096, ..."""
+    check(*inputs(1, 40, 110, 2, 16, torch.float16), 16, 70, pool=pool)
+
+
+def test_short_rows_of_parts_and_batches():
+    check(*inputs(1, 33, 2060, 2, 16, torch.float16), 8, 2027)
+    offset = torch.tensor([90, -3], device=DEVICE)
+    check(*inputs(2, 35, 130, 4, 16, torch.float32), 8, offset, pool=Fraction(1, 4))
+    q, k, w, scale = inputs(1, 35, 40, 2, 16, torch.float16)
+    k[0, 3] = torch.nan
+    scale[0, 5] = torch.inf
+    check(q, k, w, scale, 4, 5, pool=Fraction(1, 2))
+    check(q, k * 0, w, scale, 4, 5, pool=Fraction(1, 2))
+
+
+@pytest.mark.parametrize("queries", [33, 8])
+def test_short_rows_inside_pools(queries):
+    q, k, w, scale = inputs(2, queries, 200, 4, 16, torch.float16)
+    offset = torch.tensor([160, 90], device=DEVICE)
+    pool = ops.index_topk(
+        *inputs(2, queries, 200, 4, 16, torch.float16), 120, offset, backend="torch"
+    ).ids
+    k[1, 180:] = torch.nan
+    check(q, k, w, scale, 8, torch.tensor([150, 60], device=DEVICE), pool, pool=30)
+    check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
+
+
+def test_a_share_in_decoding_and_in_fp8():
+    lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
+    q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
+    check(q, k, w, scale, 16, lengths - 1, pool=Fraction(1, 5))
+    check(*inputs(1, 33, 90, 2, 32, torch.float8_e4m3fn), 8, 57, pool=Fraction(1, 4))
+
+
+def test_a_share_that_is_none():
+    q, k, w, scale = inputs(1, 2, 20, 2, 16, torch.float16)
+    pool = torch.arange(9, dtype=torch.int32, device=DEVICE).expand(1, 2, 9)
+    for share, candidates in ((Fraction(3, 2), None), (Fraction(1, 2), pool)):
+        with pytest.raises(ValueError, match="pool of a share"):
+            ops.index_topk(q, k, w, scale, 4, 18, candidates, pool=share)
 
 
 @pytest.mark.long
@@ -189,6 +235,17 @@ def test_rescue_in_pools(wide):
         if a is not None:
             assert torch.equal(a[flag > 0], b[0, flag > 0])
             assert (a[flag == 0] == -7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "dim"), [(9, 256), (16, 128), (4, 64), (1, 128), (32, 128)])
+def test_short_rows_on_a_gpu(heads, dim, dtype):
+    """The Gluon kernel of up to 16 heads, and the plain one of 32."""
+    arguments = *inputs(1, 2100, 2177, heads, dim, dtype)[:3], None, 64, 77
+    check(*arguments, pool=Fraction(1, 8))
+    pool = ops.index_topk(*arguments, pool=300, backend="torch").pool
+    check(*arguments, pool)
 
 
 @pytest.mark.gpu

@@ -15,10 +15,10 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.layer import without_autocast
 from indexcache.models.fast.visible import Ids
 from indexcache.models.mla import Rope
-from indexcache.models.pools import keep_best, sizes_of, width_of
 from indexcache.models.selector import IndexerCall, Selector
 from indexcache.models.timing import timed
 from indexcache.ops import Selection
+from indexcache.ops.shares import pool_width
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FastSelector(Selector):
         """Select the top k, within a pool or over all keys, and where `pool` > 0 the top `pool`.
 
         Raises:
-            ValueError: a pool that is a share, where no kernel makes it.
+            ValueError: a pool that is a share, in a step of a `Decoder`.
         """
         visible = call.mask
         if visible.spans is None:
@@ -100,7 +100,10 @@ class FastSelector(Selector):
             if inputs.positions is not None:
                 offset = inputs.positions
             return self._topk(call, inputs, offset, pool, within)
-        outs: list[Tensor] = []
+        topk = call.indexer.index_topk
+        widths = [topk, pool_width(pool, inputs.k.shape[1], topk)] if pool else [topk]
+        shape = inputs.q.shape[:2]
+        outs = [inputs.q.new_full((*shape, n), -1, dtype=torch.int32) for n in widths]
         for span in visible.spans:
             rows, keys = span.rows, span.keys
             part = IndexInputs(
@@ -115,11 +118,8 @@ class FastSelector(Selector):
                 pools = Selection(_among(keys, within.ids[rows, span.queries], inputs.k.shape[1]))
             found = self._topk(call, part, span.offset, pool, pools)
             found_ids = [found.ids] if found.pool is None else [found.ids, found.pool]
-            if not outs:
-                shape = inputs.q.shape[:2]
-                outs = [ids.new_full((*shape, ids.shape[-1]), -1) for ids in found_ids]
             for out, ids in zip(outs, found_ids, strict=True):
-                out[rows, span.queries] = _of_all(keys, ids)
+                out[rows, span.queries, : ids.shape[-1]] = _of_all(keys, ids)
         return Selection(outs[0], outs[1] if len(outs) > 1 else None)
 
     def _topk(
@@ -130,8 +130,11 @@ class FastSelector(Selector):
         pool: int | Fraction,
         within: Selection | None,
     ) -> Selection:
-        if isinstance(pool, Fraction):
-            return self._shared_pool(call, inputs, offset, pool)
+        if isinstance(pool, Fraction) and isinstance(offset, Tensor):
+            raise ValueError(
+                f"A Decoder has no pools of {pool} of the context; use `generate` of transformers, "
+                "or a pool such as @8."
+            )
         with timed("index_topk"), without_autocast(inputs.q):
             return ops.index_topk(
                 inputs.q,
@@ -144,31 +147,6 @@ class FastSelector(Selector):
                 pool=pool,
                 groups=None if within is None else within.groups,
             )
-
-    def _shared_pool(
-        self, call: IndexerCall, inputs: IndexInputs, offset: int | Tensor, share: Fraction
-    ) -> Selection:
-        """Select the top k, and a pool that is a share of what each query sees.
-
-        There is no kernel for such pools: the largest one is selected for all queries, and torch
-        scores it again.
-
-        Raises:
-            ValueError: keys in fp8, or a step of a `Decoder`.
-        """
-        if inputs.k_scale is not None or isinstance(offset, Tensor):
-            raise ValueError(
-                f"The fast path has no kernel for pools of {share} of the context with fp8 keys or "
-                'in a Decoder; use index_dtype="bf16", stock transformers, or a pool such as @8.'
-            )
-        topk = call.indexer.index_topk
-        queries, keys = inputs.q.shape[1], inputs.k.shape[1]
-        found = self._topk(call, inputs, offset, width_of(share, keys, topk), None)
-        assert found.pool is not None
-        seen = torch.arange(offset + 1, offset + queries + 1, device=found.pool.device)
-        sizes = sizes_of(share, seen, topk)
-        pool = keep_best(inputs.q, inputs.k, inputs.w, found.pool, sizes)
-        return replace(found, pool=pool)
 
     def _inputs(self, call: IndexerCall) -> IndexInputs:
         """Project queries and keys, and store the keys in the dtype in which they are compared."""

@@ -1,14 +1,16 @@
 """Run the selection with kernels: split a call into chunks, allocate the workspace, launch.
 
 The dispatch in ops/__init__.py calls `run_index_topk` after it has checked the shapes. There are
-three ways: `_prefill` scores tiles and appends straight to lists; `_rows` writes rows of keys, for
-few queries and for pools; `_pools` scores the pools of neighbouring queries together. No step reads
-device memory on the host, so a call can be captured in a CUDA graph when T and S are fixed.
+four ways: `_prefill` scores tiles and appends straight to lists; `_short` writes rows of scores of
+all keys, where these are few; `_rows` writes rows of keys, for few queries and for pools; `_pools`
+scores the pools of neighbouring queries together. No step reads device memory on the host, so a
+call can be captured in a CUDA graph when T and S are fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from indexcache.ops.groups import group_queries
 from indexcache.ops.index.scores_host import (
     Inputs,
     neighbours,
+    prefill_tile,
     query_blocks,
     rescue,
     score_pools,
@@ -24,15 +27,25 @@ from indexcache.ops.index.scores_host import (
     score_tiles,
     tiles_in_gluon,
 )
-from indexcache.ops.index.topk_host import Lists, Rows, Sampling, grid_work, outputs, topk_rows
+from indexcache.ops.index.topk_host import (
+    REGISTERS,
+    Lists,
+    Rows,
+    Sampling,
+    grid_work,
+    outputs,
+    topk_rows,
+)
 from indexcache.ops.reference import FP8, QueryGroups, Selection
+from indexcache.ops.shares import pool_width
 from indexcache.ops.tuning import current, power, segments
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 MAX_K = 16384
+SEGMENT = 1024  # min keys of a segment of a prefill
 
 
-def refuse_index(q: Tensor, k: Tensor, topk: int, pool: int) -> str | None:
+def refuse_index(q: Tensor, k: Tensor, topk: int, pool: int | Fraction) -> str | None:
     """Return why the kernels cannot run these arguments of `index_topk`, or None if they can."""
     heads, dim = q.shape[2:]
     if q.dtype not in DTYPES:
@@ -41,6 +54,8 @@ def refuse_index(q: Tensor, k: Tensor, topk: int, pool: int) -> str | None:
         return f"the index dim {dim} is not a power of two from 16 to 256"
     if heads > 128:
         return f"{heads} index heads are more than 128"
+    if isinstance(pool, Fraction) and k.shape[1] > REGISTERS:
+        return f"a pool of {pool} of {k.shape[1]} keys: the kernels take shares of {REGISTERS}"
     if max(topk, pool) > MAX_K:
         return f"topk {topk} or pool {pool} exceeds {MAX_K}"
     return None
@@ -55,11 +70,13 @@ def run_index_topk(
     offset: int | Tensor,
     candidates: Tensor | None,
     *,
-    pool: int,
+    pool: int | Fraction,
     groups: QueryGroups | None,
 ) -> Selection:
     """Run `indexcache.ops.index_topk`, whose docstring is the contract, with the kernels."""
     batch, queries = q.shape[:2]
+    share = pool if isinstance(pool, Fraction) else None
+    pool = pool_width(pool, k.shape[1], topk)
     out, pool_out = outputs(batch * queries, topk, pool, q.device)
     x = Inputs(q, k, w, k_scale, offset)
     columns = x.keys if candidates is None else candidates.shape[-1]
@@ -67,10 +84,12 @@ def run_index_topk(
         out.fill_(-1)
         if pool_out is not None:
             pool_out.fill_(-1)
+    elif queries >= current().index.rows_below and (share is not None or is_short(x, columns)):
+        _short(x, candidates, out, pool_out, share)
     elif candidates is not None and neighbours(x.q, x.k) > 1:
         _pools(x, candidates.int(), groups, out, pool_out)
     elif candidates is not None or queries < current().index.rows_below:
-        _rows(x, candidates, out, pool_out)
+        _rows(x, candidates, out, pool_out, share)
     else:
         step = _prefill_chunk(x, max(topk, pool))
         for b, start, end, rows in _chunks(x, step):
@@ -99,7 +118,8 @@ def _prefill_chunk(x: Inputs, max_k: int) -> int:
     settings = current().index
     queries = settings.chunk if tiles_in_gluon(x) else settings.chunk // 2
     listed = Sampling.of(x.keys, max_k).listed
-    return max(queries * settings.listed // listed // settings.queries, 1) * settings.queries
+    tile = prefill_tile(x).queries
+    return max(queries * settings.listed // listed // tile, 1) * tile
 
 
 def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
@@ -107,7 +127,7 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
     settings = current().index
     device = x.q.device
     sampling = Sampling.of(x.keys, max(out.shape[-1], 0 if pool is None else pool.shape[-1]))
-    count, segment = segments(query_blocks(x), x.keys, 2 * settings.workers, 8 * settings.keys)
+    count, segment = segments(query_blocks(x), x.keys, 2 * settings.workers, SEGMENT)
     lists = Lists(x.queries, count, segment, sampling.listed, device)
     if x.keys > sampling.listed:
         columns = -(-x.keys // sampling.stride)
@@ -121,19 +141,76 @@ def _prefill(x: Inputs, out: Tensor, pool: Tensor | None) -> None:
     rescue(x, lists.flag, None, out, pool)
 
 
-def _rows(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
+def is_short(x: Inputs, columns: int) -> bool:
+    """Return whether `_short` is the fastest way for this number of keys and of candidates.
+
+    It was not measured in fp8.
+    """
+    return x.q.dtype != FP8 and x.keys <= current().index.listed and columns <= REGISTERS
+
+
+def _short(
+    x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None, share: Fraction | None
+) -> None:
+    """Select for many queries among few keys: rows of all scores, then the selection over them.
+
+    A tile of neighbouring queries is scored so much faster than one query's candidates that all
+    keys are scored, and the candidates' scores are picked out.
+    """
+    step = max(current().index.workspace // (4 * x.keys), 1)
+    for b, start, end, rows in _chunks(x, step):
+        chunk = x.chunk(b, start, end)
+        scores = torch.empty(chunk.queries, x.keys, dtype=torch.float32, device=out.device)
+        score_tiles(chunk, out=scores)
+        ids = None if candidates is None else candidates[b, start:end].int().contiguous()
+        for first, last, seen in _by_length(chunk):
+            part = slice(rows.start + first, rows.start + last)
+            topk_rows(
+                scores[first:last, :seen],
+                out.shape[-1],
+                pool=0 if pool is None else pool.shape[-1],
+                offset=chunk.offset + first if first else chunk.offset,
+                queries=last - first,
+                mapped_RT=None if ids is None else ids[first:last],
+                out=(out[part], None if pool is None else pool[part]),
+                gathered=ids is not None,
+                share=share,
+            )
+
+
+def _by_length(x: Inputs) -> Iterator[tuple[int, int, int]]:
+    """Yield (first query, end, keys that these see at most): they double from part to part.
+
+    Where the position of the first query lies on the device only, there is one part.
+    """
+    start = 0
+    while start < x.queries:
+        seen, end = x.keys, x.queries
+        if x.first is not None and power(x.first + start + 1, 2048) < seen:
+            seen = power(x.first + start + 1, 2048)
+            end = min(seen - x.first, end)
+        yield start, end, seen
+        start = end
+
+
+def _rows(
+    x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None, share: Fraction | None
+) -> None:
     """Select for few queries, or inside pools: rows of keys, then the selection over them."""
     columns = x.keys if candidates is None else candidates.shape[-1]
     step = max(current().index.workspace // (4 * columns), 1)
     if step >= x.queries:
-        _rows_chunk(x, candidates, out, pool)
+        _rows_chunk(x, candidates, out, pool, share)
         return
     for b, start, end, rows in _chunks(x, step):
         ids = None if candidates is None else candidates[b : b + 1, start:end]
-        _rows_chunk(x.chunk(b, start, end), ids, out[rows], None if pool is None else pool[rows])
+        part = None if pool is None else pool[rows]
+        _rows_chunk(x.chunk(b, start, end), ids, out[rows], part, share)
 
 
-def _rows_chunk(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None) -> None:
+def _rows_chunk(
+    x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor | None, share: Fraction | None
+) -> None:
     rows = x.batch * x.queries
     columns = x.keys if candidates is None else candidates.shape[-1]
     ids = None if candidates is None else candidates.int().reshape(-1, columns)
@@ -149,6 +226,7 @@ def _rows_chunk(x: Inputs, candidates: Tensor | None, out: Tensor, pool: Tensor 
         mapped_RT=ids,
         out=(out, pool),
         work=work,
+        share=share,
     )
 
 

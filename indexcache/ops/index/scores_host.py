@@ -13,14 +13,16 @@ from indexcache.ops.index import scores
 from indexcache.ops.index.topk_host import Lists, output_args
 from indexcache.ops.primitives import INTERPRETED
 from indexcache.ops.reference import FP8, QueryGroups
-from indexcache.ops.tuning import current, power, segments
+from indexcache.ops.tuning import Tile, current, power, segments
+
+MAX_SHARED = 225 << 10  # bytes of shared memory for a program of scores_half.py
 
 
 class Inputs:
     """The tensors of a call as the kernels take them: contiguous, except for the keys' strides.
 
     q: [B, S, H, D]; k: [B, T, D], dtype of q; w: fp32 [B, S, H]; scale: fp32 [B, T] or None;
-    offset: int64 [B], the position of the first query.
+    offset: int64 [B], the position of the first query; `first` is the same where the host knows it.
     """
 
     def __init__(self, q: Tensor, k: Tensor, w: Tensor, scale: Tensor | None, offset: int | Tensor):
@@ -28,6 +30,7 @@ class Inputs:
         self.w = w.float().contiguous()
         self.k = k if k.stride(-1) == 1 else k.contiguous()
         self.scale = None if scale is None else scale.float().contiguous()
+        self.first = None if isinstance(offset, Tensor) else offset
         if not isinstance(offset, Tensor):
             offset = torch.full((), offset, dtype=torch.int64, device=q.device)
         self.offset = offset.to(q.device, torch.int64).expand(q.shape[0]).contiguous()
@@ -49,13 +52,10 @@ class Inputs:
 
     def chunk(self, b: int, start: int, end: int) -> Inputs:
         """Return the queries from start to end of batch entry b, with all of its keys."""
-        return Inputs(
-            self.q[b : b + 1, start:end],
-            self.k[b : b + 1],
-            self.w[b : b + 1, start:end],
-            None if self.scale is None else self.scale[b : b + 1],
-            self.offset[b : b + 1] + start,
-        )
+        scale = None if self.scale is None else self.scale[b : b + 1]
+        offset = self.offset[b : b + 1] + start if self.first is None else self.first + start
+        q, w = self.q[b : b + 1, start:end], self.w[b : b + 1, start:end]
+        return Inputs(q, self.k[b : b + 1], w, scale, offset)
 
 
 def gluon_fits(q: Tensor, k: Tensor) -> bool:
@@ -71,9 +71,15 @@ def tiles_in_gluon(x: Inputs) -> bool:
     return x.batch == 1 and gluon_fits(x.q, x.k)
 
 
+def prefill_tile(x: Inputs) -> Tile:
+    """Return the tile of `score_tiles` in Triton."""
+    settings = current().index
+    return settings.tile if x.dim <= 128 else settings.tile_wide
+
+
 def query_blocks(x: Inputs) -> int:
     """Return the number of programs of `score_tiles` for each segment of the keys."""
-    queries = 256 // x.heads if tiles_in_gluon(x) else current().index.queries
+    queries = 256 // x.heads if tiles_in_gluon(x) else prefill_tile(x).queries
     return triton.cdiv(x.queries, queries)
 
 
@@ -87,6 +93,22 @@ def neighbours(q_BSHD: Tensor, k_BTD: Tensor) -> int:
     return 128 // heads if fits and addressable and gluon_fits(q_BSHD, k_BTD) else 1
 
 
+def queries_in_shared_memory(x: Inputs) -> int:
+    """Return how many queries a program of scores_half.py takes; 0: it does not run.
+
+    With more than 16 heads, registers spill.
+    """
+    fits = current().index.hopper and x.q.dtype in (torch.bfloat16, torch.float16)
+    aligned = x.k.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.k.stride()[:2])
+    shape = x.batch == 1 and x.heads <= 16 and x.dim in (64, 128, 256)
+    if not (fits and aligned and shape and tuning.gluon_runs(x.q.device)):
+        return 0
+    for queries in (32, 16):
+        if x.heads * queries * (2 * x.dim + 4) + 256 * x.dim <= MAX_SHARED:
+            return queries
+    return 0
+
+
 def score_tiles(
     x: Inputs, *, stride: int = 1, lists: Lists | None = None, out: Tensor | None = None
 ) -> None:
@@ -98,13 +120,17 @@ def score_tiles(
         out: fp32 [B S, columns], rows of scores, in place of lists.
     """
     settings = current().index
+    queries = queries_in_shared_memory(x)
+    if out is not None and stride == 1 and queries:
+        _score_half(x, out, queries)
+        return
     columns = -(-x.keys // stride)
     blocks = query_blocks(x)
     arguments = x.tensor_args | {"n_columns": columns, "STRIDE": stride}
     if lists is None:
         assert out is not None
         count, segment = segments(
-            x.batch * blocks, columns, 3 * settings.workers, 4 * settings.keys
+            x.batch * blocks, columns, 3 * settings.workers, 4 * settings.tile.keys
         )
         places = {"p_thr": None, "p_key": None, "p_id": None, "p_count": None, "CAP": 1}
         arguments |= places | {"p_score": out, "s_row": out.stride(0), "segment": segment}
@@ -121,10 +147,23 @@ def score_tiles(
         arguments |= {"STAGES": settings.hopper_stages, "num_warps": 4}
         scores_hopper.scores_tiles[(count, blocks)](**arguments)
         return
-    keys = settings.keys if x.dim <= 128 else settings.keys // 2  # Wider tiles spill 896 bytes.
+    tile = prefill_tile(x)
     arguments |= {"s_kb": x.k.stride(0), "s_kt": x.k.stride(1)}
-    arguments |= {"BM": settings.queries, "BN": keys, "STAGES": settings.stages, "num_warps": 4}
+    arguments |= {"BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
+    arguments["num_warps"] = max(tile.queries // 16, 4)
     scores.scores_tiles[(count, blocks, x.batch)](**arguments)
+
+
+def _score_half(x: Inputs, out: Tensor, queries: int) -> None:
+    from indexcache.ops.index import scores_half
+
+    blocks = triton.cdiv(x.queries, queries)
+    count, segment = segments(blocks, x.keys, current().index.workers, 1024)
+    arguments: dict[str, Any] = {"p_q": x.q, "p_w": x.w, "p_offset": x.offset, "p_score": out}
+    arguments |= {"s_row": out.stride(0), "n_queries": x.queries, "n_keys": x.keys}
+    arguments |= {"segment": segment, "H": x.heads, "D": x.dim, "Q": queries}
+    keys = scores_half.describe(x.k[0])
+    scores_half.scores_rows_of_tiles[(count, blocks)](keys, **arguments, num_warps=8)
 
 
 def score_rows(x: Inputs, ids: Tensor | None, out: Tensor, clear: Tensor | None = None) -> None:

@@ -229,11 +229,12 @@ def _write(
     SEGMENTS: tl.constexpr = 1,
     CAP: tl.constexpr = 0,
     LOG: tl.constexpr = 0,
+    limit=None,
 ):
     """Write the ids of the k best of `end` entries in order, then -1 up to K.
 
-    The entries are a row (p_id is None: ids are columns) or its lists. cut: the result of
-    `kth_key`.
+    The entries are a row (p_id is None: ids are columns) or its lists. Where `limit` is given, they
+    are those columns of a row below it that p_map names. cut: the result of `kth_key`.
     """
     edge, reach, above = cut
     written = 0
@@ -244,6 +245,9 @@ def _write(
         at = slot
         if SEGMENTS > 1:
             at = _place(slot, p_count, SEGMENTS, CAP, LOG)
+        if limit is not None:
+            at = tl.load(p_map + slot, mask=inside, other=-1)
+            inside = (at >= 0) & (at < limit)
         key = tl.where(inside, _as_keys(tl.load(p_key + at, mask=inside, other=0)), NONE)
         chosen = (key >= edge) & (k > 0)
         if reach > k:
@@ -252,7 +256,7 @@ def _write(
             ties += tl.sum(equal.to(tl.int32), 0)
         if p_id is not None:
             at = tl.load(p_id + at, mask=chosen, other=-1)
-        if p_map is not None:
+        if p_map is not None and limit is None:
             at = tl.load(p_map + at, mask=chosen, other=-1)
         rank = tl.cumsum(chosen.to(tl.int32), 0)
         put(p_out + written + rank - 1, at, chosen)
@@ -263,23 +267,24 @@ def _write(
 
 
 @triton.jit
-def _cuts(keys, min_key, total, TOPK: tl.constexpr, POOL: tl.constexpr):
+def _cuts(keys, min_key, total, wanted, TOPK: tl.constexpr, POOL: tl.constexpr):
     """Return `kth_key` for the selection and for the pool; the keys of no candidate are NONE.
 
     min_key: a lower bound of the candidates' keys; NONE makes this find the smallest one.
+    wanted: the number of ids in this row's pool, at least TOPK where POOL is greater.
     """
     low = min_key
     if min_key == NONE:
         low = tl.min(tl.where(keys == NONE, 0x7FFFFFFF, keys))
     high = tl.max(keys)
     if POOL > TOPK:
-        pool_cut = kth_key(keys, low, high, total, tl.minimum(total, POOL), 0)
+        pool_cut = kth_key(keys, low, high, total, tl.minimum(total, wanted), 0)
         cut = kth_key(keys, pool_cut[0], high, pool_cut[1], tl.minimum(total, TOPK), 0)
     else:
         cut = kth_key(keys, low, high, total, tl.minimum(total, TOPK), 0)
         pool_cut = cut
         if POOL > 0:
-            pool_cut = kth_key(keys, cut[0], high, cut[1], tl.minimum(total, POOL), 0)
+            pool_cut = kth_key(keys, cut[0], high, cut[1], tl.minimum(total, wanted), 0)
     return cut, pool_cut
 
 
@@ -300,7 +305,7 @@ def _cuts_of_lists(
     slot = tl.arange(0, SLOTS)
     at = _place(slot, p_count, SEGMENTS, CAP, LOG)
     keys = _as_keys(tl.load(p_key + at, mask=slot < total, other=0))
-    return _cuts(tl.where(slot < total, keys, NONE), min_key, total, TOPK, POOL)
+    return _cuts(tl.where(slot < total, keys, NONE), min_key, total, POOL, TOPK, POOL)
 
 
 @triton.jit
@@ -386,7 +391,7 @@ def pick(
     k = tl.minimum(total, TOPK)
     if fits & tiled & (longest <= 32):
         if tiled:
-            cut, pool_cut = _cuts(keys, min_key, total, TOPK, POOL)
+            cut, pool_cut = _cuts(keys, min_key, total, POOL, TOPK, POOL)
             _write_tile(keys, ids, p_map, p_out, cut, k, TOPK, FILL)
             if POOL > 0:
                 k = tl.minimum(total, POOL)
@@ -436,26 +441,61 @@ def pick_row(
     s_map,
     n_queries,
     n_keys,
+    n_map,
     TOPK: tl.constexpr,
     POOL: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+    SHARE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Select the top k of rows of at most SLOTS scores or keys; grid (rows,)."""
+    """Select the top k of rows of at most SLOTS scores or keys; grid (rows,).
+
+    GATHER: only the n_map columns that p_map names are candidates, in place of all columns.
+    SHARE / PARTS is the share of what a query sees that its pool holds, rounded up and at least
+    TOPK ids; PARTS is 0 where every pool holds POOL.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_score + i_row * s_row
     if p_map is not None:
         p_map += i_row * s_map
-    end = _visible(p_offset, i_row, n_queries, n_keys)
+    visible = _visible(p_offset, i_row, n_queries, n_keys)
     slot = tl.arange(0, SLOTS)
-    keys = tl.where(slot < end, _as_keys(tl.load(p_row + slot, mask=slot < end, other=0)), NONE)
+    if GATHER:
+        end = n_map
+        limit = visible
+        at = tl.load(p_map + slot, mask=slot < end, other=-1)
+        inside = (at >= 0) & (at < limit)
+    else:
+        end = visible
+        limit = None
+        at = slot
+        inside = slot < end
+    keys = tl.where(inside, _as_keys(tl.load(p_row + at, mask=inside, other=0)), NONE)
     total = tl.sum((keys != NONE).to(tl.int32), 0)
-    cut, pool_cut = _cuts(keys, NONE, total, TOPK, POOL)
+    wanted = POOL
+    if PARTS > 0:
+        share = (visible.to(tl.int64) * SHARE + PARTS - 1) // PARTS
+        wanted = tl.maximum(share, TOPK).to(tl.int32)
+    cut, pool_cut = _cuts(keys, NONE, total, wanted, TOPK, POOL)
     k = tl.minimum(total, TOPK)
-    _write(p_row, None, None, p_map, p_out + i_row * TOPK, end, cut, k, TOPK, BLOCK)
+    _write(p_row, None, None, p_map, p_out + i_row * TOPK, end, cut, k, TOPK, BLOCK, limit=limit)
     if POOL > 0:
-        k = tl.minimum(total, POOL)
-        _write(p_row, None, None, p_map, p_pool + i_row * POOL, end, pool_cut, k, POOL, BLOCK)
+        k = tl.minimum(total, wanted)
+        _write(
+            p_row,
+            None,
+            None,
+            p_map,
+            p_pool + i_row * POOL,
+            end,
+            pool_cut,
+            k,
+            POOL,
+            BLOCK,
+            limit=limit,
+        )
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -176,6 +177,8 @@ def topk_rows(
     mapped_RT: Tensor | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
     work: Tensor | None = None,
+    gathered: bool = False,
+    share: Fraction | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Select the exact top k of rows of fp32 scores or of int32 keys; topk.py says how.
 
@@ -187,6 +190,10 @@ def topk_rows(
         mapped_RT: int32, ids to return in place of columns.
         out: where to write, contiguous int32 [R, k] and [R, pool].
         work: the workspace of `grid_work`, cleared.
+        gathered: the columns that mapped_RT names, ascending and -1 padded at the end, are the
+            candidates, in place of all columns; at most REGISTERS of them.
+        share: the share of what a row sees that its pool holds, rounded up and at least k; `pool`
+            is the largest. Rows have at most REGISTERS columns then.
 
     Returns:
         int32 [R, k], and [R, pool] or None.
@@ -196,7 +203,9 @@ def topk_rows(
     if not rows or not length:
         return ids.fill_(-1), None if pool_ids is None else pool_ids.fill_(-1)
     source = Rows(scores_RT, offset, queries, mapped_RT)
-    if pool_ids is None and (segment := grid_segment(rows, length, scores_RT.device)):
+    if gathered or share is not None:
+        _pick_row(source, ids, pool_ids, gathered, share)
+    elif pool_ids is None and (segment := grid_segment(rows, length, scores_RT.device)):
         launch_grid(source, ids, segment, work)
     elif length <= min(REGISTERS, 2 * current().index.listed):
         _pick_row(source, ids, pool_ids)
@@ -261,12 +270,22 @@ def launch_grid(source: Rows, out: Tensor, segment: int, work: Tensor | None = N
     topk_grid.select_grid[(programs, rows)](**arguments)
 
 
-def _pick_row(source: Rows, out: Tensor, pool: Tensor | None) -> None:
+def _pick_row(
+    source: Rows,
+    out: Tensor,
+    pool: Tensor | None,
+    gathered: bool = False,
+    share: Fraction | None = None,
+) -> None:
     rows, length = source.scores.shape
-    slots = power(length, 32)
+    columns = 0 if source.mapped is None else source.mapped.shape[1]
+    slots = power(columns if gathered else length, 32)
     arguments = source.read_args | source.map_args | output_args(out, pool)
-    arguments |= {"SLOTS": slots, "BLOCK": min(slots, 4096), "num_warps": warps(rows, slots, 64)}
-    topk.pick_row[(rows,)](**arguments)
+    arguments |= {"n_map": columns, "GATHER": gathered, "SLOTS": slots, "BLOCK": min(slots, 4096)}
+    arguments |= {"SHARE": 0, "PARTS": 0}
+    if share is not None:
+        arguments |= {"SHARE": share.numerator, "PARTS": share.denominator}
+    topk.pick_row[(rows,)](**arguments, num_warps=warps(rows, slots, 64))
 
 
 def _pick_from_lists(source: Rows, out: Tensor, pool: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from indexcache.ops.tuning import current, power
 
 MAX_DIM = 640  # dims of a latent, the rotary ones rounded up to a power of two
 MAX_PIPELINED = 576  # dims of a latent of which two tiles fit into shared memory
+MAX_NARROW = 512  # dims of a latent of which two programs fit on a multiprocessor
 MAX_GROUP = 8  # bits of a group's masks
 
 
@@ -133,12 +134,16 @@ def launch_forward(
         return out, lse
 
     rope_width = power(dim - value_dim, 16)
-    pipelined = rows == settings.rows and splits == 1 and value_dim + rope_width <= MAX_PIPELINED
+    width = value_dim + rope_width
+    narrow = splits == 1 and q.dtype != torch.float32 and value_dim <= 256 and width <= MAX_NARROW
+    pipelined = rows == settings.rows and splits == 1 and width <= MAX_PIPELINED and not narrow
+    if narrow:
+        keys = min(keys, settings.narrow_keys)
     tile = {"M": rows, "N": keys, "RP": rope_width, "STAGES": settings.stages if pipelined else 1}
     tile |= {"per_split": per_split, "SPLIT": splits > 1}
     pdl = splits > 1 and settings.pdl and not INTERPRETED.value
     launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
-    tile["num_warps"] = settings.decode_warps if splits > 1 else settings.warps
+    tile["num_warps"] = settings.decode_warps if splits > 1 else 4 if narrow else settings.warps
     partial, partial_lse = out, lse
     if splits > 1:
         partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
