@@ -19,7 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +59,44 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@contextmanager
+def timed(folder: Path) -> Iterator[dict[str, float]]:
+    """Add the seconds of a block to those in a folder, every few seconds, so a kill loses few."""
+    clock = folder / "seconds.json"
+    found = read_json(clock) if clock.exists() else {"seconds": 0.0}
+    before, began = found["seconds"], time.perf_counter()
+    ended = threading.Event()
+
+    def keep() -> None:
+        found["seconds"] = before + time.perf_counter() - began
+        write_json(clock, found)
+
+    def beat() -> None:
+        while not ended.wait(5):
+            keep()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+        keep()
+
+
 def timed_search(
     model: Any, batches: list[Batch], folder: Path, method: str
 ) -> tuple[SearchResult, float]:
     """Run a search, or read how long it took when it ran; a resumed one counts what it ran."""
-    clock = folder / "seconds.json"
-    before = read_json(clock)["seconds"] if clock.exists() else 0.0
-    began = time.perf_counter()
     settings = ic.SearchSettings(keep=1 / max(BUDGETS), uniform=False, **METHODS[method])
-    finished = (folder / "result.json").exists()
-    result = ic.search(model, batches, folder, settings, progress=True)
-    seconds = before if finished else before + time.perf_counter() - began
-    write_json(clock, {"seconds": seconds})
-    return result, seconds
+    if (folder / "result.json").exists():
+        result = ic.search(model, batches, folder, settings)
+        return result, read_json(folder / "seconds.json")["seconds"]
+    with timed(folder) as clock:
+        result = ic.search(model, batches, folder, settings, progress=True)
+    return result, clock["seconds"]
 
 
 def compared(
