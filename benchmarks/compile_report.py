@@ -31,10 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from indexcache import ops
-from indexcache.ops import AttentionTarget, kl, rotary, tuning
+from indexcache.ops import AttentionTarget, rotary, tuning
 from indexcache.ops.groups import group_queries
 from indexcache.ops.index import host as index_host
 from indexcache.ops.index import topk_host
+from indexcache.ops.kl import host as kl_host
 from indexcache.ops.linear import host as linear_host
 from indexcache.ops.mla import host as mla_host
 from indexcache.ops.pages import group_pages
@@ -224,7 +225,7 @@ def index_kl(
     x = torch.zeros(length, heads, dims, dtype=dtype)
     targets = [AttentionTarget(x, torch.zeros(length, dims, dtype=dtype), absorb, 0.1)] * 2
     options: dict[str, Any] = {"kind": "multi", "block_bytes": 1 << 30, "gradients": True}
-    kl.index_kl(q, k, w, targets, [0.5, 0.5], **options)
+    kl_host.index_kl(q, k, w, targets, [0.5, 0.5], **options)
 
 
 def linear(tokens: int, width: int) -> Callable[[], Any]:

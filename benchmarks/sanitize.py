@@ -79,12 +79,12 @@ KERNELS = {
         "linear.kernels.quantize_groups",
     },
     "distill": {
-        "kl.normalise",
-        "kl.teach",
-        "kl.score",
-        "kl.compare",
-        "kl.grad_queries",
-        "kl.grad_keys",
+        "kl.kernels.normalise",
+        "kl.kernels.teach",
+        "kl.kernels.score",
+        "kl.kernels.compare",
+        "kl.kernels.grad_queries",
+        "kl.kernels.grad_keys",
     },
     "step": {
         "step.kernels.products",

@@ -377,7 +377,7 @@ def index_kl(
     refuse = functools.partial(_kl_reason, q_SJD, targets, ids_SK, kind, spans)
     options: dict[str, Any] = {"kind": kind, "block_bytes": block_bytes, "gradients": gradients}
     if use_triton(backend, q_SJD, "index_kl", refuse):
-        from indexcache.ops.kl import index_kl
+        from indexcache.ops.kl.host import index_kl
 
         with device_of(q_SJD):
             return index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
@@ -392,7 +392,7 @@ def _kl_reason(
     kind: str,
     spans: Sequence[tuple[int, int]] | None,
 ) -> str | None:
-    from indexcache.ops.kl import refuse
+    from indexcache.ops.kl.host import refuse
 
     if kind in ("max", "cover"):
         return f"they compute the mean of the layers' attention, not what {kind!r} learns"
