@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from indexcache import ops
-from indexcache.ops.reference import AttentionTarget, QueryBlock, query_blocks
+from indexcache.ops.kl.reference import AttentionTarget, QueryBlock, query_blocks
 
 OBJECTIVES = ("multi", "avg", "max", "cover")
 

@@ -1,6 +1,6 @@
 """Declare the operations of sparse attention, and run each in torch or Triton.
 
-`indexcache.ops.reference` defines every operation, the legend of the shapes and the rule of
+`indexcache.ops.reference` defines the operations, the legend of the shapes and the rule of
 visibility. Every operation takes a `backend`: "torch" runs the definition; "triton" runs the
 kernels, or raises ValueError with the reason why it cannot; "auto" runs the kernels where they can
 run and otherwise the definition, and warns once for each reason.
@@ -18,15 +18,10 @@ from torch import Tensor
 
 from indexcache.ops import reference
 from indexcache.ops.dispatch import device_of, has_kernels, use_triton
+from indexcache.ops.kl import reference as kl_reference
+from indexcache.ops.kl.reference import AttentionTarget, Gradients
 from indexcache.ops.products import block_linear, gated_experts
-from indexcache.ops.reference import (
-    AttentionTarget,
-    Gradients,
-    QueryGroups,
-    Selection,
-    index_scores,
-    rope,
-)
+from indexcache.ops.reference import QueryGroups, Selection, index_scores, rope
 from indexcache.ops.tuning import tuned
 
 __all__ = [
@@ -351,7 +346,7 @@ def index_kl(
     "max" is sum_t KL(max_j weight_j p_t^(j), normalised || q_t), and "cover" is
     sum_t KL(sum_j weight_j p_t^(j) / kept_t^(j), normalised || q_t), where kept_t^(j) is what a
     selection of `topk` keys keeps of p_t^(j) about now, sum_s p_ts^(j) min(topk q_ts, 1), at least
-    `reference.MIN_KEPT`, and has no gradient.
+    `kl.reference.MIN_KEPT`, and has no gradient.
 
     Args:
         q_SJD, k_TD, w_SJ: queries, keys and head weights of the indexer on one document, S = T.
@@ -382,7 +377,7 @@ def index_kl(
         with device_of(q_SJD):
             return index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
     options |= {"ids_SK": ids_SK, "topk": topk, "spans": spans}
-    return reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
+    return kl_reference.index_kl(q_SJD, k_TD, w_SJ, targets, weights, **options)
 
 
 def _kl_reason(

@@ -1,1 +1,1 @@
-"""Compute how far an indexer is from the attention that it learns, with gradients."""
+"""Compute how far an indexer is from the attention it learns, and its gradients."""

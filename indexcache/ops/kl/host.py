@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from indexcache.ops.kl.kernels import compare, grad_keys, grad_queries, normalise, score, teach
+from indexcache.ops.kl.reference import AttentionTarget, Gradients
 from indexcache.ops.primitives import LOG2E
-from indexcache.ops.reference import AttentionTarget, Gradients
 from indexcache.ops.tuning import current, power
 
 
