@@ -25,7 +25,7 @@ from indexcache.bench.results import (
 )
 from indexcache.bench.subject import Subject
 from indexcache.memory import out_of_memory
-from indexcache.models.loading import library_versions
+from indexcache.models.identity import library_versions
 from indexcache.progress import progress as bar
 from indexcache.records import open_run
 from indexcache.shapes import SHAPES, Shape

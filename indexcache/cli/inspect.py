@@ -19,7 +19,8 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: shape, indexers, pattern, and what a search would cost."""
     from indexcache.checkpoint import is_bare_config
-    from indexcache.models.loading import describe, describe_config, refusal
+    from indexcache.models.description import describe, describe_config
+    from indexcache.models.loading import refusal
     from indexcache.pattern import Pattern, full_count
     from indexcache.searching.greedy import evaluations
     from indexcache.vacuity import lengths_needed

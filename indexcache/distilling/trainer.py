@@ -52,7 +52,8 @@ from indexcache.distilling.settings import DistillSettings
 from indexcache.distilling.state import list_states, load_state, save_state
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.family import indexers as indexers_of
-from indexcache.models.loading import DTYPES, library_versions, weights_digest
+from indexcache.models.identity import library_versions, weights_digest
+from indexcache.models.loading import DTYPES
 from indexcache.models.soundness import blind_loss
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.world import first_process

@@ -13,7 +13,8 @@ from indexcache import __version__
 from indexcache.data import Batch, digest_of
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.models.family import AnyModel, DsaModule, module_of
-from indexcache.models.loading import Model, fingerprint, library_versions, weights_digest
+from indexcache.models.identity import library_versions, weights_digest
+from indexcache.models.loading import Model, fingerprint
 from indexcache.models.seam import selector_of
 from indexcache.vacuity import Share, sentence
 
@@ -43,7 +44,7 @@ class Conditions:
     Attributes:
         model: the checkpoint folder; None for a module that was not loaded by `load`.
         model_digest: `models.loading.fingerprint` of that folder.
-        weights_digest: `models.loading.weights_digest` of the module as it was measured.
+        weights_digest: `models.identity.weights_digest` of the module as it was measured.
         text: the file or folder of the text, if it is known.
         text_digest: `data.digest_of` of the batches.
         split: the split of the text's documents, if it is known.

@@ -2,295 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from indexcache.checkpoint import (
-    config_facts,
-    layers_without_indexer,
-    read_config,
-    resolve,
-    resolve_config,
-    tensor_names,
-)
 from indexcache.checkpoint import fingerprint as fingerprint
-from indexcache.configs import model_type_of, quantization_section, text_section
-from indexcache.data import Batch
+from indexcache.checkpoint import read_config
+from indexcache.configs import quantization_section, text_section
 from indexcache.delta import check_delta
 from indexcache.memory import out_of_memory
 from indexcache.models.applied import AppliedDelta
 from indexcache.models.blocks import WAYS
 from indexcache.models.contradictions import check_config
-from indexcache.models.family import (
-    AnyModel,
-    DsaModule,
-    decoder_layers,
-    families,
-    family_named,
-    module_of,
-)
+from indexcache.models.description import describe
+from indexcache.models.family import DsaModule, families
 from indexcache.models.fp8 import block_of
-from indexcache.models.patch import state_of
+from indexcache.models.model import Model
 from indexcache.models.reader import Reader
 from indexcache.models.soundness import check_weights
 from indexcache.models.stream.settings import StreamSettings
 from indexcache.models.weights import Weights
-from indexcache.overrides import SHARING_KEYS
 from indexcache.pattern import Pattern
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A loaded model with its tokenizer; every function of the package that needs a model takes it.
-
-    The module runs every indexer that has weights, whatever pattern the config asks for.
-
-    Attributes:
-        module: the transformers model, in eval mode.
-        reader: what reads text and chats with the tokenizer, which is loaded at the first text:
-            token ids need none.
-        path: the checkpoint folder.
-        native: the pattern that the checkpoint's config asks for.
-        delta: the trained indexers that were put into the module; None for the checkpoint's own.
-    """
-
-    module: DsaModule = field(repr=False)
-    reader: Reader = field(repr=False)
-    path: Path
-    native: Pattern
-    delta: AppliedDelta | None = field(default=None, repr=False)
-
-    @property
-    def tokenizer(self) -> Any:
-        """Transformers' tokenizer of the checkpoint.
-
-        Raises:
-            ValueError: none can be read.
-        """
-        return self.reader.tokenizer
-
-    @property
-    def config(self) -> Any:
-        """Transformers' config of the module."""
-        return self.module.config
-
-    @property
-    def topk(self) -> int:
-        """The number of tokens that a query selects, k."""
-        return int(self.config.index_topk)
-
-    @property
-    def layers(self) -> int:
-        """The number of decoder layers, which is the length of a pattern."""
-        return len(decoder_layers(self.module))
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without special tokens."""
-        return self.reader.encode(text)
-
-    def batches(
-        self,
-        source: str | Path = "heldout",
-        *,
-        split: str | None = None,
-        length: int | None = None,
-        sequences: int | None = None,
-        batch: int = 1,
-        seed: int = 0,
-        patterns: Iterable[Pattern | str] = (),
-    ) -> list[Batch]:
-        """Cut text into batches of token sequences for this model.
-
-        Args:
-            source: "heldout" or "calibration" for the text that the package ships, or a file or
-                a folder (see `indexcache.data`).
-            split: the documents to take: "calibration", "heldout" or "all", which is the default.
-            length: tokens of a sequence. The default is 4 k, or 4 pools if one of the patterns has
-                R layers, at least 1024, and at most the model's context.
-            sequences: number of sequences in all batches together; the default is one
-                of each document, 36 of a domain at most, the least for a verdict.
-            batch: max number of sequences in a batch.
-            seed: random seed for the order in which documents are taken.
-            patterns: what is to be measured on the batches.
-
-        Raises:
-            ValueError: the source cannot be read or has too little text, or the sequences are
-                longer than the context, or too short for k or for the pool of a pattern.
-        """
-        return self.reader.batches(
-            source,
-            self.config,
-            split=split,
-            length=length,
-            sequences=sequences,
-            batch=batch,
-            seed=seed,
-            patterns=patterns,
-        )
-
-    def retrieval(
-        self,
-        kinds: Sequence[str] = ("all",),
-        source: str | Path | None = None,
-        *,
-        split: str | None = None,
-        length: int | None = None,
-        sequences: int = 6,
-        batch: int = 1,
-        seed: int = 0,
-    ) -> list[Batch]:
-        """Make retrieval sequences in this model's tokenizer (see `indexcache.data.retrieval`).
-
-        They go beside the batches of a text, into a search or an evaluation.
-
-        Args:
-            kinds: passkey, needles, key-value, variables, common-words, frequent-words, graph,
-                repeat, or all of them.
-            source: the text between facts, as in `batches`; None takes sentences without meaning.
-            split, length, batch, seed: as in `batches`; the sequences of each split are others.
-            sequences: number of sequences of each kind.
-
-        Raises:
-            ValueError: see `retrieval_batches`, or the source cannot be read.
-        """
-        return self.reader.retrieval(
-            kinds,
-            self.config,
-            source=source,
-            split=split,
-            length=length,
-            sequences=sequences,
-            batch=batch,
-            seed=seed,
-        )
-
-    def generate(
-        self, prompt: str, *, max_new_tokens: int = 50, temperature: float = 0.0, seed: int = 0
-    ) -> str:
-        """Continue `prompt` under the pattern in force, and return the new text.
-
-        An accelerated model decodes from a `FastCache`; any other runs transformers' `generate`.
-
-        Args:
-            prompt: text that is encoded without special tokens.
-            max_new_tokens: max number of tokens to generate; an end token stops earlier.
-            temperature: 0 takes the best token; otherwise a token is drawn from
-                softmax(logits / temperature).
-            seed: random seed for sampling; the global random state is neither read nor changed.
-
-        Raises:
-            ValueError: the prompt is empty, `max_new_tokens` is below 1, the temperature is
-                negative, or the model's context is too short for both.
-        """
-        from indexcache.models.fast.generate import new_tokens
-
-        tokens = new_tokens(
-            self.module,
-            self.encode(prompt),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        return self.tokenizer.decode(list(tokens))
-
-
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "max_position_embeddings",
-    "vocab_size",
-)
-
-
-def describe(model: str | Path) -> dict[str, Any]:
-    """Describe a checkpoint from its config and its file headers alone.
-
-    The facts of `describe_config` are among the result's, and no verb reads a config otherwise.
-
-    Raises:
-        ValueError: it is no folder, its config or its safetensors cannot be read, its family is
-            unknown, or the config makes a layer full that has no indexer weights.
-    """
-    path = resolve(model)
-    facts = describe_config(path)
-    native = Pattern(facts["native_pattern"])
-    names = tensor_names(path)
-    missing = layers_without_indexer(path)
-    if len(missing) == len(native):
-        raise ValueError(
-            f"{path}: the checkpoint has no indexer weights in any layer, so it is a dense model: "
-            "there is no selection to share, and indexers cannot be trained from nothing here."
-        )
-    contradicted = [i for i in missing if native[i] != "S"]
-    if contradicted:
-        raise ValueError(
-            f"{path}: the config makes layer {contradicted[0]} full, but the checkpoint has no "
-            "indexer weights for it; transformers would fill them with random numbers."
-        )
-    return facts | {
-        "tensors": len(names),
-        "files": len(set(names.values())),
-        "layers_without_indexer": list(missing),
-    }
-
-
-def describe_config(model: str | Path) -> dict[str, Any]:
-    """Describe a model from its config alone: of a folder, or a config.json by itself.
-
-    Returns:
-        The facts of `describe`, as if there were no tensors. "quantization" (`Quantization` or
-        None), "mtp_layers" and "nested" are those of `checkpoint.config_facts`; "native_pattern" is
-        what the config asks for.
-
-    Raises:
-        ValueError: the config cannot be read, its family is unknown, a size is missing, or its
-            pattern is none.
-    """
-    path = resolve_config(model)
-    config = read_config(path)
-    family = family_named(model_type_of(config), f"{path}: ")
-    section = text_section(config)
-    file = path if path.is_file() else path / "config.json"
-    for key in SIZES:
-        if type(section.get(key)) is not int or section[key] < 1:
-            raise ValueError(
-                f"{file}: {key} is {section.get(key)!r:.40}; a DSA model needs a whole number of "
-                "at least 1 there."
-            )
-    try:
-        native = Pattern.from_config(section)
-    except ValueError as error:
-        given = ", ".join(key for key in SHARING_KEYS if section.get(key) is not None)
-        raise ValueError(
-            f"{file}: the config has no valid pattern ({given}): {error} Correct it, or export "
-            "another pattern over it."
-        ) from None
-    facts = config_facts(path, config)
-    return {
-        "path": str(path),
-        "model_type": family.model_type,
-        **{k: section[k] for k in SIZES},
-        "tensors": 0,
-        "files": 0,
-        "native_pattern": str(native),
-        "layers_without_indexer": [],
-        "native_sharing": family.native_sharing,
-        "next_token_layers": facts["mtp_layers"],
-        **facts,
-    }
 
 
 def load(
@@ -511,31 +247,3 @@ def check_device(device: str) -> None:
         raise ValueError(
             f"The device {device!r} cannot be used here ({why:.200}); use cpu or cuda."
         ) from None
-
-
-def weights_digest(model: AnyModel) -> str:
-    """Return a digest, 64 hex digits, of a loaded model.
-
-    It covers k, the names, shapes and dtypes of all weights, and 64 elements spread over each.
-    """
-    module = module_of(model)
-    stream = state_of(module).stream
-    h = hashlib.sha256(str(getattr(module.config, "index_topk", None)).encode())
-    for name, p in module.state_dict().items():
-        flat = p.detach().reshape(-1)
-        picks = torch.linspace(
-            0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64
-        ).long()
-        if stream is not None and p.is_meta:
-            sample = stream.layers.elements(name, picks).float().numpy()
-        else:
-            sample = flat[picks.to(flat.device)].float().cpu().numpy()
-        h.update(f"{name}|{tuple(p.shape)}|{p.dtype}".encode() + sample.tobytes())
-    return h.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide the last bit of a result."""
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -320,7 +320,7 @@ def test_failures_become_exit_codes_and_bugs_files(capsys, monkeypatch, tmp_path
         def describe(model):
             raise error
 
-        monkeypatch.setattr("indexcache.models.loading.describe", describe)
+        monkeypatch.setattr("indexcache.models.description.describe", describe)
         return main(["inspect", "x"]), capsys.readouterr().err
 
     for error, code, part in (

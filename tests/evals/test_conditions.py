@@ -14,7 +14,8 @@ import indexcache as ic
 from indexcache.cli import main
 from indexcache.data import digest_of, make_batches
 from indexcache.models.conditions import Origin
-from indexcache.models.loading import fingerprint, library_versions, weights_digest
+from indexcache.models.identity import library_versions, weights_digest
+from indexcache.models.loading import fingerprint
 from tests.support import documents, make_model
 
 

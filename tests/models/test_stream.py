@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from indexcache.models.fast.accelerate import accelerate
+from indexcache.models.identity import weights_digest
 from indexcache.models.lm import hidden_states
-from indexcache.models.loading import load, weights_digest
+from indexcache.models.loading import load
 from indexcache.models.seam import use_pattern
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.stream.run import Variant
