@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     # ruff: noqa: F401
     from indexcache.distilling.delta import apply_delta
     from indexcache.distilling.settings import DistillSettings
-    from indexcache.distilling.trainer import distill
+    from indexcache.distilling.training import distill
     from indexcache.evals.evaluate import evaluate
     from indexcache.evals.overlap import overlap
     from indexcache.exporting import export
@@ -37,7 +37,7 @@ _HOME = {
     "SearchSettings": "indexcache.searching.settings",
     "accelerate": "indexcache.models.fast.accelerate",
     "apply_delta": "indexcache.distilling.delta",
-    "distill": "indexcache.distilling.trainer",
+    "distill": "indexcache.distilling.training",
     "evaluate": "indexcache.evals.evaluate",
     "export": "indexcache.exporting",
     "load": "indexcache.models.loading",

@@ -13,18 +13,19 @@ if TYPE_CHECKING:  # Type checkers and editors see the names that `_HOME` loads 
     from indexcache.distilling.delta import apply_delta
     from indexcache.distilling.loss import attention_kept, distill_loss
     from indexcache.distilling.oracle import measure_kept, oracle_states
+    from indexcache.distilling.result import DistillResult
     from indexcache.distilling.rows import Row, pack_rows
     from indexcache.distilling.run import distill_checkpoint
     from indexcache.distilling.settings import DistillSettings
-    from indexcache.distilling.trainer import DistillResult, distill
+    from indexcache.distilling.training import distill
 
 _HOME = {
-    "DistillResult": "trainer",
+    "DistillResult": "result",
     "DistillSettings": "settings",
     "Row": "rows",
     "apply_delta": "delta",
     "attention_kept": "loss",
-    "distill": "trainer",
+    "distill": "training",
     "distill_checkpoint": "run",
     "distill_loss": "loss",
     "measure_kept": "oracle",

@@ -1,12 +1,29 @@
-"""Clip and mask gradients, sharded or not."""
+"""Clip and mask gradients, sharded or not, and make the optimizers that take steps with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+
+def make_optimizer(
+    module: nn.Module, lr: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """Make an optimizer that decays matrices and not vectors."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in params if p.dim() > 1]
+    vectors = [p for p in params if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def clip(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:

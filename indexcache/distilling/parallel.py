@@ -19,7 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -174,6 +178,13 @@ def place_model(
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     model.train()
+
+
+def gather_weights(row_loss: RowLoss) -> dict[str, Tensor]:
+    """Return all weights, gathered, on the first process's CPU."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(row_loss, options=options)
+    return {name.removeprefix("inner."): value for name, value in weights.items()}
 
 
 def _shard(row_loss: RowLoss, world: World, dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ from indexcache.distilling.result import DistillResult
 from indexcache.distilling.retrieval import check_retrieval, held_out_retrieval, mixed_rows, sources
 from indexcache.distilling.rows import pack_rows
 from indexcache.distilling.settings import DistillSettings, RunSettings
-from indexcache.distilling.trainer import distill
+from indexcache.distilling.training import distill
 from indexcache.exporting import export
 from indexcache.models.family import family_of
 from indexcache.models.hollow import load_hollow
@@ -67,7 +67,7 @@ def distill_checkpoint(
     *,
     progress: bool = False,
 ) -> tuple[DistillResult, Path | None]:
-    """Train the indexers of a checkpoint on a text, resumable in `out`; see `trainer.distill`.
+    """Train the indexers of a checkpoint on a text, resumable in `out`; see `training.distill`.
 
     Under torchrun every process calls this, and the first one writes.
 

@@ -38,7 +38,7 @@ KEPT = ("self_attn.", "input_layernorm.")
 
 
 class StreamTrainer(Trainer):
-    """A trainer of a model that was loaded with `stream`; see `distill`."""
+    """A trainer of a model that was loaded with `stream`; see `training.distill`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

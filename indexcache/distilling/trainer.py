@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import nn
 
 from indexcache.data import Batch
 from indexcache.delta import ADAPTERS
@@ -31,35 +29,35 @@ from indexcache.distilling.adapters import (
     remove_adapters,
     save_adapters,
 )
-from indexcache.distilling.checks import check_entry, check_run
 from indexcache.distilling.delta import save_delta
 from indexcache.distilling.evaluation import mean_loss, recall, rows_by_kind, sum_and_count
 from indexcache.distilling.flops import flops_of_rows, peak
 from indexcache.distilling.forward import DistillForward, attention_replaced, served_layers
-from indexcache.distilling.gradients import clip, local_shard, matrices_with_zero_rows
+from indexcache.distilling.gradients import (
+    clip,
+    local_shard,
+    make_optimizer,
+    matrices_with_zero_rows,
+)
 from indexcache.distilling.indexers import trainable_indexers, write_back
 from indexcache.distilling.parallel import (
     RowLoss,
     World,
-    open_world,
+    gather_weights,
     place_model,
     replicate_indexers,
-    world_size,
 )
 from indexcache.distilling.result import DistillResult, HeldOutLosses
-from indexcache.distilling.rows import Row, digest_of_rows, rows_of_step
+from indexcache.distilling.rows import Row, rows_of_step
 from indexcache.distilling.settings import DistillSettings
 from indexcache.distilling.state import list_states, load_state, save_state
-from indexcache.models.family import AnyModel, DsaModule, module_of
+from indexcache.models.family import DsaModule
 from indexcache.models.family import indexers as indexers_of
-from indexcache.models.identity import library_versions, weights_digest
 from indexcache.models.loading import DTYPES
 from indexcache.models.soundness import blind_loss
-from indexcache.models.stream.loading import stream_of
-from indexcache.models.world import first_process
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
-from indexcache.records import Run, open_run
+from indexcache.records import Run
 from indexcache.seen import Seen
 from indexcache.shapes import Shape
 from indexcache.vacuity import pools_of, share_of
@@ -69,88 +67,8 @@ INDEXERS = "indexers.safetensors"
 """The indexers that were trained beside adapters, a delta in the folder of these."""
 
 
-def distill(
-    model: AnyModel,
-    pattern: Pattern | str,
-    rows: Sequence[Row],
-    out: str | Path,
-    settings: DistillSettings = DistillSettings(),
-    *,
-    held_out: Sequence[Batch] = (),
-    base: dict[str, str] | None = None,
-    seen: Seen = Seen(),
-    device: str | None = None,
-    progress: bool = False,
-    from_first: bool = False,
-) -> DistillResult:
-    """Train the indexers of `pattern` on the model's own attention, resumable in `out`.
-
-    Every F and R layer's indexer learns the attention of itself and of the S layers that read its
-    selection; S layers get none (L_multi of https://arxiv.org/abs/2603.12201). In the sparse stage
-    without `freeze_backbone` the language-modelling loss trains all other weights at the same
-    time.
-
-    Args:
-        model: a loaded model of a known family. Frozen, it has the trained (best) indexers
-            afterwards and no other tensor is touched; in full mode it has been sharded: go on with
-            the written weights.
-        rows: training text from `pack_rows`, all of one length.
-        out: run folder. Frozen, it gets `delta.safetensors` for `apply_delta`.
-        held_out: batches for the evaluation at intervals, which is the mean next-token loss under
-            the pattern with sparse attention. The result is the indexers with the lowest loss
-            there; without batches, the last ones. Of retrieval sequences
-            (`indexcache.data.retrieval_batches`) the answers found are counted instead.
-        base: {"base", "base_digest"}: which checkpoint a delta belongs to; part of what a resumed
-            run must share.
-        seen: the text that the rows are made of and that chose the pattern, which the delta and
-            the result carry along.
-        device: where full mode runs; only its shards go there (default: the model's device).
-        progress: show a progress bar on stderr.
-        from_first: the first process alone has all weights, the others have the indexers
-            (`models.hollow.load_hollow`) and get their shards from it. Full mode only.
-
-    Raises:
-        ValueError: `check_run` refuses; the folder has another run; or a loss is not finite, where
-            the last good checkpoint stays.
-    """
-    module = module_of(model)
-    pattern = Pattern.of(pattern)
-    beyond = check_run(module, pattern, rows, settings, held_out, world_size())
-    weight = module.get_input_embeddings().weight
-    identity = {
-        "pattern": str(pattern),
-        **settings.to_json(),
-        "data": digest_of_rows(rows),
-        "weights": weights_digest(module) if first_process() else None,
-        "held_out": [b.digests for b in held_out],
-        "dtype": str(weight.dtype),
-        **(base or {}),
-        **library_versions(),
-    }
-    target = torch.device(device) if device else weight.device
-    with open_world(target, sharded=settings.sharded) as world, ExitStack() as stack:
-        run = None
-        refusal = None
-        if world.rank == 0:
-            try:
-                check = partial(check_entry, pattern=pattern)
-                run = stack.enter_context(open_run(Path(out), identity, check))
-            except (ValueError, OSError) as error:
-                refusal = error
-        world.agree(refusal)
-        kind: type[Trainer] = Trainer
-        if stream_of(module) is not None:
-            from indexcache.distilling.streamed import StreamTrainer
-
-            kind = StreamTrainer
-        trainer = kind(module, pattern, rows, Path(out), settings, held_out, world, run, from_first)
-        trainer.resume()
-        trainer.fit(progress)
-        return trainer.finish(base or {}, beyond, seen)
-
-
 class Trainer:
-    """One process of a run; see `distill`."""
+    """One process of a run; see `training.distill`."""
 
     def __init__(
         self,
@@ -199,15 +117,16 @@ class Trainer:
             add_adapters(model, settings.lora, settings.seed)
         self.row_loss = RowLoss(model, adapted=settings.lora > 0)
         self.trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+        decay = settings.weight_decay
         if learns:
-            optimizer = self._optimizer(self.indexers, settings.lr)
+            optimizer = make_optimizer(self.indexers, settings.lr, decay, world.device)
             self.trained["indexers"] = (self.indexers, optimizer)
         if not settings.frozen:
             for indexer in indexers_of(model):
                 if indexer is not None:
                     indexer.requires_grad_(False)
             place_model(self.row_loss, world, dtype, settings.recompute, from_first)
-            optimizer = self._optimizer(self.row_loss, settings.backbone_lr)
+            optimizer = make_optimizer(self.row_loss, settings.backbone_lr, decay, world.device)
             self.trained["backbone"] = (self.row_loss, optimizer)
         self.training_forward = DistillForward(
             model,
@@ -219,19 +138,6 @@ class Trainer:
             answer_weight=settings.answer_weight,
         )
         self.evaluation_forward = DistillForward(model, pattern, self.indexers, sparse=True)
-
-    def _optimizer(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
-        """Make an optimizer that decays matrices and not vectors."""
-        params = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in params if p.dim() > 1]
-        vectors = [p for p in params if p.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        fused = self.world.device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
     # -- resuming ----------------------------------------------------------------------------------
 
@@ -495,7 +401,7 @@ class Trainer:
                 )
             load_state(best, self.trained, self._facts(), self.world, optimizers=False)
         write_back(self.model, self.indexers)
-        weights = None if s.frozen else self._gather_weights()
+        weights = None if s.frozen else gather_weights(self.row_loss)
         if s.lora:
             remove_adapters(self.model)
             weights, adapters = merged(weights or {})
@@ -543,9 +449,3 @@ class Trainer:
             layer_weights=s.layer_weights,
             recall=found,
         )
-
-    def _gather_weights(self) -> dict[str, Tensor]:
-        """Return all weights, gathered, on the first process's CPU."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights: dict[str, Any] = get_model_state_dict(self.row_loss, options=options)
-        return {name.removeprefix("inner."): value for name, value in weights.items()}

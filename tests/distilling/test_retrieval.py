@@ -11,7 +11,7 @@ import pytest
 from indexcache.cli import main
 from indexcache.data import shipped_text
 from indexcache.distilling import run as run_module
-from indexcache.distilling import trainer as trainer_module
+from indexcache.distilling import training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,7 @@ def test_training_on_retrieval_and_counting_answers(
 
     def watched(model, pattern, rows, out, settings, **options):
         taken["rows"], taken["held_out"] = rows, options["held_out"]
-        return trainer_module.distill(model, pattern, rows, out, settings, **options)
+        return training.distill(model, pattern, rows, out, settings, **options)
 
     monkeypatch.setattr(run_module, "distill", watched)
     rest = "--retrieval passkey needles --retrieval-share 0.4 --retrieval-sequences 2"

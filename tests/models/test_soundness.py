@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from indexcache.data import make_batches
 from indexcache.distilling.rows import pack_rows
 from indexcache.distilling.settings import DistillSettings
-from indexcache.distilling.trainer import distill
+from indexcache.distilling.training import distill
 from indexcache.evals.evaluate import evaluate
 from indexcache.evals.gate import judge
 from indexcache.evals.overlap import overlap
