@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from docs import tables
+from docs.tables import large, registry
 from indexcache.cli import main
 from indexcache.data import shipped_text
 
@@ -37,8 +38,8 @@ def commands(block: str) -> list[list[str]]:
 
 
 def test_the_tables_of_streaming_appear_with_their_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.stream_measured() == tables.stream_hours() == tables.NOT_MEASURED
+    monkeypatch.setattr(registry, "RESULTS", tmp_path)
+    assert large.stream_measured() == large.stream_hours() == large.NOT_MEASURED
     layer = {"layer": 0, "kind": "dense, F", "candidates": 20, "seconds": 9.96, "tflops": 401.2}
     measured: dict[str, Any] = {
         "device": "NVIDIA H200",
@@ -50,14 +51,14 @@ def test_the_tables_of_streaming_appear_with_their_file(tmp_path, monkeypatch):
         "peak_host_gb": 138.2,
         "projected_hours": {"61 to 15": 11.26, "78 to 20": 15.0},
     }
-    (tmp_path / tables.STREAMED).write_text(json.dumps(measured))
+    (tmp_path / large.STREAMED).write_text(json.dumps(measured))
     line = "| 0: dense, F | 20 | 10.0 | 401 | 5.26 | 3.1% |"
-    assert tables.stream_measured().splitlines()[2:] == [line]
+    assert large.stream_measured().splitlines()[2:] == [line]
     more = {"forecast_hours": {"61 to 15": 9.0}, "disk_gb_s": 1.494}
     more |= {"forecast": {"device_gb": 51.0, "host_gb": 140}}
     for extra, said in (({}, ("", "")), (more, ("9.0 h", "51 GB"))):
-        (tmp_path / tables.STREAMED).write_text(json.dumps(measured | extra))
-        rows = tables.stream_hours().splitlines()[2:]
+        (tmp_path / large.STREAMED).write_text(json.dumps(measured | extra))
+        rows = large.stream_hours().splitlines()[2:]
         assert rows[0] == f"| 61 to 15 full, one GPU | 11.3 h | {said[0]} |"
         assert rows[1] == "| 78 to 20 full, one GPU | 15.0 h |  |"
         assert rows[2] == f"| peak device memory of this run | 50 GB | {said[1]} |"
