@@ -75,14 +75,20 @@ CHUNK = 8192
 NAMES = {1: "all", 4: "1/4"}  # the name of each index_topk_freq of the engine
 
 
-def engine(freq: int, out: Path) -> None:
-    """Time vLLM, and append a JSON line with the check and one for each context and repetition."""
+def start(freq: int, heads: int = 20, **options: Any) -> tuple[Any, Any]:
+    """Return a vLLM of the 30B shape in this process, and its model with weights drawn anew.
+
+    Args:
+        freq: index_topk_freq.
+        heads: attention heads.
+        options: further arguments of `vllm.LLM`.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    import torch
     import vllm
 
+    shape = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": heads}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(SHAPE))
+        Path(folder, "config.json").write_text(json.dumps(shape))
         llm = vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,
@@ -97,13 +103,35 @@ def engine(freq: int, out: Path) -> None:
             seed=0,
             disable_log_stats=True,
             compilation_config={"cudagraph_capture_sizes": [1, 2]},
+            **options,
         )
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     model = runner.model.unwrap() if hasattr(runner.model, "unwrap") else runner.model
     _draw_weights(model)
-    indexers = sum(layer.self_attn.indexer is not None for layer in model.model.layers)
-    generator = torch.Generator().manual_seed(11)
-    prompt = torch.randint(10, 154_000, (CONTEXTS[-1] + 2000,), generator=generator).tolist()
+    return llm, model
+
+
+def indexers_of(model: Any) -> int:
+    """Count the layers of vLLM's model that have an indexer."""
+    return sum(layer.self_attn.indexer is not None for layer in model.model.layers)
+
+
+def random_tokens(count: int, seed: int = 11) -> list[int]:
+    """Draw a prompt."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 154_000, (count,), generator=generator).tolist()
+
+
+def engine(freq: int, out: Path) -> None:
+    """Time vLLM, and append a JSON line with the check and one for each context and repetition."""
+    import torch
+    import vllm
+
+    llm, model = start(freq)
+    indexers = indexers_of(model)
+    prompt = random_tokens(CONTEXTS[-1] + 2000)
 
     def emit(row: dict[str, Any]) -> None:
         line = json.dumps({"freq": freq, "indexer_layers": indexers} | row)
@@ -112,8 +140,8 @@ def engine(freq: int, out: Path) -> None:
             file.write(line + "\n")
 
     for length in (12_000, 40_000):  # These requests compile kernels and fill caches.
-        _request(llm, prompt[:length], 8)
-    _request(llm, prompt[:20_000], 1)
+        request(llm, prompt[:length], 8)
+    request(llm, prompt[:20_000], 1)
     last = model.model.topk_indices_buffer[20_000 % CHUNK - 1].tolist()
     ids = [i for i in last if i >= 0]
     emit(
@@ -129,17 +157,9 @@ def engine(freq: int, out: Path) -> None:
     )
     for repetition in range(2):
         for length in CONTEXTS:
-            start = 100 * repetition
-            times, tokens = _request(llm, prompt[start : start + length], NEW_TOKENS)
-            emit(
-                {
-                    "kind": "time",
-                    "context": length,
-                    "ttft_s": round(times[0], 4),
-                    "decode_tok_s": round((NEW_TOKENS - 1) / (times[-1] - times[0]), 2),
-                    "different_tokens": len(set(tokens)),
-                }
-            )
+            first = 100 * repetition
+            times, tokens = request(llm, prompt[first : first + length], NEW_TOKENS)
+            emit({"kind": "time", "context": length, **speeds(times, tokens)})
 
 
 def _draw_weights(model: Any) -> None:
@@ -166,7 +186,7 @@ def _draw_weights(model: Any) -> None:
 _requests = 0
 
 
-def _request(llm: Any, prompt: list[int], new_tokens: int) -> tuple[list[float], list[int]]:
+def request(llm: Any, prompt: list[int], new_tokens: int) -> tuple[list[float], list[int]]:
     """Return the time at which each new token came, in seconds, and the tokens."""
     global _requests
     import torch
@@ -186,6 +206,15 @@ def _request(llm: Any, prompt: list[int], new_tokens: int) -> tuple[list[float],
             tokens = list(output.outputs[0].token_ids)
             times += [time.perf_counter() - began] * (len(tokens) - len(times))
     return times, tokens
+
+
+def speeds(times: list[float], tokens: list[int]) -> dict[str, Any]:
+    """Lay out what `request` returned."""
+    return {
+        "ttft_s": round(times[0], 4),
+        "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2),
+        "different_tokens": len(set(tokens)),
+    }
 
 
 def join(bench: Path, engine_rows: Path, out: Path, plot: Path | None) -> None:
@@ -275,6 +304,11 @@ def serving(result: dict[str, Any]) -> dict[str, Any]:
     return {"vllm": version, "device": result["device"], "note": result["note"], "rows": rows}
 
 
+def replaced(row: dict[str, Any]) -> bool:
+    """Say whether a row of vllm_serving.json is one that `serving` writes."""
+    return row["who"] == "indexcache" or (row["who"] == "vllm" and row["selections"] == "random")
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the time to the first token of both systems, all layers full and one in four."""
     import matplotlib
@@ -318,8 +352,12 @@ def main() -> None:
     verbs.add_parser("serving", help="write vllm_serving.json from beside_vllm_h200.json")
     arguments = parser.parse_args()
     if arguments.verb == "serving":
-        rows = serving(json.loads((RESULTS / "beside_vllm_h200.json").read_text()))
-        (RESULTS / "vllm_serving.json").write_text(json.dumps(rows, indent=1) + "\n")
+        result = serving(json.loads((RESULTS / "beside_vllm_h200.json").read_text()))
+        before = json.loads((RESULTS / "vllm_serving.json").read_text())
+        # benchmarks/vllm_backend.py adds rows and losses of runs inside vLLM.
+        kept = [row for row in before["rows"] if not replaced(row)]
+        result = before | result | {"rows": result["rows"] + kept}
+        (RESULTS / "vllm_serving.json").write_text(json.dumps(result, indent=1) + "\n")
     elif arguments.verb == "engine":
         engine(arguments.freq, arguments.out)
     else:
