@@ -1,18 +1,8 @@
-"""A sharing pattern: the role of every decoder layer, as one immutable value.
-
-    F  full      runs its indexer over all past tokens and keeps the top k; it publishes a pool,
-                 the top c*k or a share of what a query sees, when R layers follow
-    R  re-index  scores only the pool of the nearest F with its own indexer, and keeps the top k
-    S  shared    runs no indexer; it reuses the selection of the nearest F or R before it
-
-F and S are those of the paper (section 3). Layer index i is 0-based and means `model.layers.i`;
-multi-token-prediction layers are outside the pattern.
-"""
+"""Hold the roles of all layers, and the sizes of pools, as one immutable value."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,18 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from indexcache.overrides import PATTERN_KEYS, flag_values, levels_of, sharing_keys, unwrapped
-from indexcache.reading import parse_json, read_text
+from indexcache.pattern.counts import full_by_rule, positive
+from indexcache.pattern.pools import DEFAULT_POOL_FACTOR, Pool, split_pool
 from indexcache.seen import Seen
 
 ROLES = "FRS"
-DEFAULT_POOL_FACTOR = 8
-MAX_POOL_FACTOR = 999_999
-MAX_FILE = 1 << 26  # bytes of a file that may hold a pattern
-DEFAULT_SKIP_OFFSET = 2  # Engines assume it when a config gives a frequency and no offset.
 TYPES = {"F": "full", "S": "shared"}
-Pool = int | Fraction | tuple[Fraction, ...]
-"""The size of pools: a factor of k, a share of what a query sees, or the share of each pool."""
 
 
 @dataclass(frozen=True, init=False)
@@ -69,7 +53,7 @@ class Pattern:
     ):
         if not isinstance(roles, str):
             roles = _roles_of_types(roles)
-        roles, pool_factor = _split_pool(roles, pool_factor)
+        roles, pool_factor = split_pool(roles, pool_factor)
         if not roles:
             raise ValueError(
                 "The pattern is empty: give one of F, R or S for every layer, e.g. FSSFSS."
@@ -108,7 +92,7 @@ class Pattern:
         object.__setattr__(self, "pool_shares", several)
         object.__setattr__(self, "seen", seen)
 
-    # -- reading ---------------------------------------------------------------------------------
+    # -- reading: what reads configs and files lies in reading.py, which imports this file -------
 
     @classmethod
     def of(cls, value: Pattern | str | Sequence[str]) -> Pattern:
@@ -118,7 +102,7 @@ class Pattern:
     @classmethod
     def full(cls, layers: int) -> Pattern:
         """Return the pattern in which every layer is full."""
-        return cls("F" * _positive("layers", layers))
+        return cls("F" * positive("layers", layers))
 
     @classmethod
     def uniform(
@@ -138,11 +122,11 @@ class Pattern:
         Raises:
             ValueError: freq < 1, offset outside 1..layers, or rest not S or R.
         """
-        _positive("layers", layers)
-        _positive("freq", freq)
-        if _positive("offset", offset) > layers:
+        positive("layers", layers)
+        positive("freq", freq)
+        if positive("offset", offset) > layers:
             raise ValueError(f"offset must be at most the {layers} layers, not {offset}.")
-        return _filled(_is_full(layers, freq, offset), rest, pool_factor)
+        return filled(full_by_rule(layers, freq, offset), rest, pool_factor)
 
     @classmethod
     def from_config(cls, config: Any) -> Pattern:
@@ -155,29 +139,9 @@ class Pattern:
         Raises:
             ValueError: no `num_hidden_layers`, or a key that is not what transformers accepts.
         """
-        values = config.to_dict() if hasattr(config, "to_dict") else config
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"A model config is a mapping of names to values, not {type(values).__name__}."
-            )
-        if "num_hidden_layers" not in values and isinstance(values.get("text_config"), Mapping):
-            values = values["text_config"]
-        layers = _positive("num_hidden_layers", values.get("num_hidden_layers"))
-        for key in ("indexer_types", "index_topk_pattern"):
-            value = values.get(key)
-            if value is None:
-                continue
-            is_string = key == "index_topk_pattern" and isinstance(value, str)
-            is_types = isinstance(value, (list, tuple)) and all(t in TYPES.values() for t in value)
-            if not (is_string or is_types):
-                raise ValueError(
-                    f"{key} of the config may hold only full and shared, one per layer, not "
-                    f"{value!r:.60}: engines take anything else for full."
-                )
-            return cls(value).check(layers=layers, reindex=False)
-        freq = max(_integer(values, "index_topk_freq", 1), 1)
-        offset = _integer(values, "index_skip_topk_offset", DEFAULT_SKIP_OFFSET)
-        return _filled(_is_full(layers, freq, offset), "S", None)
+        from indexcache.pattern import reading
+
+        return reading.of_config(config)
 
     @classmethod
     def from_overrides(cls, values: Mapping[str, Any], layers: int | None = None) -> Pattern:
@@ -192,27 +156,9 @@ class Pattern:
         Raises:
             ValueError: there is no pattern, or the keys are malformed or contradict each other.
         """
-        values = unwrapped(values)
-        keys = sharing_keys(values)
-        for level in (levels := levels_of(values)):
-            layers = level.get("num_hidden_layers", layers)
-        found = {}
-        for key in (key for key in PATTERN_KEYS if key in keys):
-            value = keys[key]
-            size = len(value) if isinstance(value, (str, list)) and layers is None else layers
-            found[key] = cls.from_config({"num_hidden_layers": size or 1, key: value})
-        if len(set(found.values())) > 1:
-            pairs = " but ".join(f"{key} gives {pattern}" for key, pattern in found.items())
-            raise ValueError(f"{pairs}; engines read different ones, so make them equal.")
-        if found:
-            return next(iter(found.values()))
-        is_config = any("num_hidden_layers" in level for level in levels)
-        if layers is None or not (is_config or "index_topk_freq" in keys):
-            raise ValueError(
-                "there is no pattern; a pattern is under one of the keys pattern, "
-                f"{', '.join((*PATTERN_KEYS, 'index_topk_freq'))}."
-            )
-        return cls.from_config({"num_hidden_layers": layers, **keys})
+        from indexcache.pattern import reading
+
+        return reading.of_overrides(values, layers)
 
     @classmethod
     def from_file(cls, path: str | Path, layers: int | None = None) -> Pattern:
@@ -231,45 +177,9 @@ class Pattern:
         Raises:
             ValueError: the file cannot be read, holds no pattern, or holds several.
         """
-        path = Path(path)
-        text = read_text(path, most=MAX_FILE).strip()
-        try:
-            pattern = cls._from_text(text, layers)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return pattern.chosen_on(_seen_in(text) or _seen_beside(path, pattern))
+        from indexcache.pattern import reading
 
-    @classmethod
-    def _from_text(cls, text: str, layers: int | None) -> Pattern:
-        try:
-            value = parse_json(text)
-        except ValueError as error:
-            if flags := flag_values(text):
-                patterns = {cls.from_overrides(flag, layers) for flag in flags}
-                if len(patterns) > 1:
-                    raise ValueError(
-                        f"its flags give {len(patterns)} different patterns; keep one of them."
-                    ) from None
-                return patterns.pop()
-            if text.startswith(("{", "[")):
-                raise ValueError(
-                    f"there is no pattern; it begins like JSON, but is none ({error!s:.200})."
-                ) from None
-            if not re.fullmatch(r"[\w@/, ]*", text):
-                raise ValueError(
-                    "there is no pattern; a file holds FSSF.., JSON with a pattern, overrides of "
-                    "an engine, or a config."
-                ) from None
-            return cls(text)
-        if not isinstance(value, Mapping):
-            return cls(value)
-        pattern = value.get("pattern")
-        if pattern is None:
-            flags = [] if sharing_keys(unwrapped(value)) else flag_values(text)
-            return cls.from_overrides(flags[0] if len(flags) == 1 else value, layers)
-        if (types := value.get("indexer_types")) is not None and cls(types) != cls(pattern):
-            raise ValueError(f"its pattern is {pattern}, but its indexer_types are others.")
-        return cls(pattern)
+        return reading.of_file(path, layers)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -442,8 +352,8 @@ class Pattern:
         Raises:
             ValueError: another role, or a pool factor that no layer uses.
         """
-        filled = _filled([r == "F" for r in self.roles], role, pool_factor)
-        return filled.chosen_on(self.seen)
+        pattern = filled([r == "F" for r in self.roles], role, pool_factor)
+        return pattern.chosen_on(self.seen)
 
     def check(
         self,
@@ -495,66 +405,13 @@ class Pattern:
         return self
 
 
-def full_count(layers: int, keep: float) -> int:
-    """Count the full layers of a pattern that keeps the fraction `keep`: rounded half up, min 1.
-
-    A whole number from 2 on is the count itself; 1 is the fraction, all layers.
-
-    Raises:
-        ValueError: keep is not in (0, 1], and no whole number up to that of the layers.
-    """
-    if 1 < keep <= layers and keep == int(keep):
-        return int(keep)
-    if not 0 < keep <= 1:
-        raise ValueError(
-            "The full layers to keep are a fraction above 0 and at most 1, or a whole number from "
-            f"2 to {layers}, not {keep:g}."
-        )
-    return max(int(layers * keep + 0.5), 1)
-
-
-def stage_starts(layers: int, stages: int) -> tuple[int, ...]:
-    """Return the first layer of each of `stages` pipeline stages of nearly equal length.
-
-    The first stages take the remainder.
-
-    Raises:
-        ValueError: stages is not in 1..layers.
-    """
-    if not 1 <= stages <= layers:
-        raise ValueError(f"{layers} layers cannot be cut into {stages} pipeline stages.")
-    size, extra = divmod(layers, stages)
-    return tuple(p * size + min(p, extra) for p in range(stages))
-
-
-def _is_full(layers: int, freq: int, offset: int) -> list[bool]:
-    """Return which layers the rule of `Pattern.uniform` makes full."""
-    return [max(i - offset + 1, 0) % freq == 0 for i in range(layers)]
-
-
-def _filled(is_full: Sequence[bool], rest: str, pool_factor: Pool | None) -> Pattern:
+def filled(is_full: Sequence[bool], rest: str, pool_factor: Pool | None) -> Pattern:
     """Return the pattern with F where `is_full` says so and `rest` elsewhere."""
     if rest not in ("S", "R"):
         raise ValueError(f"The layers between the full ones can be S or R, not {rest!r:.60}.")
     roles = "".join("F" if full else rest for full in is_full)
     # A pool factor beside S reaches Pattern, which refuses it.
     return Pattern(roles, pool_factor if "R" in roles or rest == "S" else None)
-
-
-def _integer(values: Mapping[str, Any], name: str, default: int) -> int:
-    """Read an integer of a config; a null means the default."""
-    value = values.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, not {value!r:.60}.")
-    return value
-
-
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r:.60}.")
-    return value
 
 
 def _roles_of_types(types: Any) -> str:
@@ -570,59 +427,3 @@ def _roles_of_types(types: Any) -> str:
                 f"Layer {i} of the list is {item!r:.60}; only full and shared are known."
             )
     return "".join(names[t] for t in types)
-
-
-def _split_pool(roles: str, pool_factor: Any) -> tuple[str, Pool | None]:
-    roles, mark, text = roles.partition("@")
-    if mark:
-        if pool_factor is not None:
-            raise ValueError("The pool factor was given twice: behind the @ and as an argument.")
-        pool_factor = parse_pool(text)
-    if isinstance(pool_factor, (Fraction, tuple)):
-        for share in pool_factor if isinstance(pool_factor, tuple) else (pool_factor,):
-            if not isinstance(share, Fraction) or not 0 < share < 1:
-                raise ValueError(
-                    f"A pool that is a share of the context is above 0 and below 1, not {share!s}."
-                )
-    elif pool_factor is not None:
-        _positive("The pool factor of a pattern", pool_factor)
-        if pool_factor > MAX_POOL_FACTOR:
-            raise ValueError(
-                f"The pool factor of a pattern is at most {MAX_POOL_FACTOR}, not {pool_factor}."
-            )
-    return roles, pool_factor
-
-
-def parse_pool(text: str) -> Pool | str:
-    """Read the size of a pool: 8 is a factor of k, 1/8 a share; anything else stays a text.
-
-    Several shares, as in 1/8,1/16, become a tuple.
-    """
-    if "," in text:
-        sizes = [parse_pool(part) for part in text.split(",")]
-        shares = tuple(size for size in sizes if isinstance(size, Fraction))
-        return shares if len(shares) == len(sizes) else text
-    if re.fullmatch("[0-9]{1,9}", text):
-        return int(text)
-    if re.fullmatch("[0-9]{1,9}/0*[1-9][0-9]{0,8}", text):
-        return Fraction(text)
-    return text
-
-
-def _seen_in(text: str) -> Seen:
-    try:
-        return Seen.from_json(parse_json(text))
-    except ValueError:
-        return Seen()
-
-
-def _seen_beside(path: Path, pattern: Pattern) -> Seen:
-    """Return what the pattern.json beside a file of the same pattern says was seen."""
-    beside = path.with_name("pattern.json")
-    if path.name == beside.name or not beside.is_file():
-        return Seen()
-    try:
-        other = Pattern.from_file(beside, len(pattern))
-    except ValueError:
-        return Seen()
-    return other.seen if other == pattern else Seen()
