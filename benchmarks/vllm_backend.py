@@ -201,7 +201,6 @@ def engine(who: str, heads: int, out: Path, seconds: float) -> None:
         check(selections)
         times(selections, 0)
         losses(selections)
-    for selections in (RECORDED, INDEXER):
         times(selections, 1)
     emit("done", seconds=round(time.monotonic() - began))
 
