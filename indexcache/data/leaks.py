@@ -22,8 +22,12 @@ from indexcache.seen import MAX_SHINGLES, Seen
 
 PASSAGE = 32
 MAX_SHARE = 0.2
-"""A sequence of whose passages at least this share was seen is no held-out text. Licence headers
-and quotations of unrelated documents stay below it."""
+"""A sequence of whose passages at least this share was seen is no held-out text, if they hold
+`MIN_WORDS`. Licence headers and quotations of unrelated documents stay below one of the two."""
+MIN_WORDS = 96
+"""A header is a large share of a short sequence, so fewer words in common tell a near copy only
+where they are `NEAR_COPY` of it. The shipped texts share up to 70 words, licence headers, and 87
+as `Seen` estimates them; of sequences of 256 tokens, 96 are 29 % of the passages."""
 NEAR_COPY = 0.5
 """Sequences that share at least this part of their passages are near copies. It is more than
 `MAX_SHARE`: a licence header can be a third of a short sequence."""
@@ -90,7 +94,7 @@ def seen_in_documents(documents: Iterable[Document]) -> Seen:
 
 
 def close_documents(documents: Sequence[Document], others: Iterable[Document]) -> list[Document]:
-    """Return the documents of which `MAX_SHARE` or more of the passages are in the others."""
+    """Return the documents that are near copies of the others (see `is_copy`)."""
     parts = [(d.shingles, ids_shingles(d.ids)) for d in documents]
     if not parts:
         return []
@@ -100,12 +104,22 @@ def close_documents(documents: Sequence[Document], others: Iterable[Document]) -
         for hashes in (d.shingles, ids_shingles(d.ids)):
             known |= np.isin(asked, hashes)
 
-    def share(hashes: np.ndarray) -> float:
-        return float(known[np.searchsorted(asked, hashes)].mean()) if len(hashes) else 0.0
+    def copied(hashes: np.ndarray) -> bool:
+        share = float(known[np.searchsorted(asked, hashes)].mean()) if len(hashes) else 0.0
+        return is_copy(share, len(hashes))
 
-    return [
-        d for d, pair in zip(documents, parts, strict=True) if max(map(share, pair)) >= MAX_SHARE
-    ]
+    return [d for d, pair in zip(documents, parts, strict=True) if any(map(copied, pair))]
+
+
+def is_copy(share: float, passages: int) -> bool:
+    """Return whether a text is a near copy of one that was seen.
+
+    Args:
+        share: the share of its passages that was seen.
+        passages: their number, seen or not.
+    """
+    words = share * passages + PASSAGE - 1  # as if they followed each other
+    return share >= NEAR_COPY or (share >= MAX_SHARE and words >= MIN_WORDS)
 
 
 def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:
@@ -140,14 +154,17 @@ def check_unseen(batches: Sequence[Batch], seen: Seen | Iterable[str]) -> None:
 
 
 def near_copies(batches: Sequence[Batch], seen: Seen) -> list[tuple[float, str]]:
-    """Return (share seen, unit) of sequences with `MAX_SHARE` or more, the closest first."""
+    """Return (share seen, unit) of sequences that are near copies, the closest first.
+
+    `is_copy` says which they are.
+    """
     close = []
     for b in batches:
         shingles = b.shingles or (np.empty(0, np.uint64),) * len(b.units)
         for row, hashes, unit in zip(b.ids.numpy(), shingles, b.units, strict=True):
-            share = max(seen.share(hashes), seen.share(ids_shingles(row)))
-            if share >= MAX_SHARE:
-                close.append((share, unit))
+            parts = [(seen.share(h), len(h)) for h in (hashes, ids_shingles(row))]
+            if copied := [share for share, passages in parts if is_copy(share, passages)]:
+                close.append((max(copied), unit))
     return sorted(close, reverse=True)
 
 
