@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.exporting.support import broken, deepseek, glm_folder, sharded  # noqa: F401 - fixtures
-from tests.support import FAMILIES, SHAPE, make_model
+from tests.support import FAMILIES, SHAPE, make_checkpoint, make_model, single_thread
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -47,26 +47,12 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Run a module on one thread.
-
-    Its models are so small that a second thread only waits, and two processes must find the same
-    number.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """Run a module on one thread."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random GLM checkpoint with a character tokenizer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model("glm_moe_dsa").save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -74,6 +77,33 @@ def make_model(family: str, seed: int = 0, **changes):
             if p.dim() > 1:
                 p.normal_(0, 0.2)
     return made
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    The models are so small that a second thread only waits, and two processes must find the same
+    number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Write a random GLM checkpoint with a character tokenizer into a folder, and return it."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    make_model("glm_moe_dsa").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
 
 
 def logits(model, ids, **kwargs):

@@ -1,13 +1,9 @@
-"""The page of run folders: its sections, its numbers, its verdicts, and what it refuses."""
+"""Test the page of run folders: its sections, its numbers, its text and its figures."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-import shlex
-import shutil
-from html.parser import HTMLParser
 
 import pytest
 
@@ -15,106 +11,12 @@ from indexcache.cli import main
 from indexcache.pattern import Pattern
 from indexcache.report.html import ReportSettings, make_report
 from indexcache.report.html.charts import nice_ticks
-from indexcache.report.html.markup import VOID, escape
+from indexcache.report.html.markup import escape
 from indexcache.report.html.structure import flip_order
 from indexcache.report.html.theme import DARK, LIGHT
+from tests.report.support import ALL, Page, folders
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEXT = "--length 64 --sequences 72 --batch 12"
-
-
-class Page(HTMLParser):
-    """What a page holds; it fails on elements that do not end where they should."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.numbers: list[float] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag == "data":
-            self.numbers.append(float(dict(attrs)["value"]))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.found if name == tag]
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-@pytest.fixture(scope="module")
-def runs(checkpoint, tmp_path_factory):
-    """Runs of every verb on one random model, with a gate that no pattern fails."""
-    root = tmp_path_factory.mktemp("runs")
-    lines = [
-        {
-            "ids": [(i + (i + 3) * j * j + i // 64 * j) % 127 for j in range(80)],
-            "domain": "ab"[i % 2],
-        }
-        for i in range(220)
-    ]
-    (root / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = f"{checkpoint} --data {root / 'text.jsonl'}"
-    search = f"search {data} --out {root / 'search'} --keep 4/6 --length 64 --sequences 2"
-    evaluate = f"evaluate {data} --out {root / 'evaluate'} {TEXT} --most 1000 --allow-blind"
-    certify = evaluate.replace(f"{root / 'evaluate'}", f"{root / 'certificate'}")
-    distill = f"distill {data} --out {root / 'distill'} --length 64 --steps 1 --eval-every 0"
-    for command in (
-        search,
-        f"{evaluate} --pattern 'best={root / 'search'}' 'a <b>&\"c=1/2'",
-        f"{certify} --pattern FSFSFS --certificate",
-        f"overlap {data} --out {root / 'overlap'} --length 64 --sequences 2",
-        f"bench {checkpoint} --out {root / 'bench'} --contexts 64 --patterns all 1/2 "
-        "--device cpu --decode-tokens 2 --no-plot",
-        f"{distill} --pattern FFSFFS",
-    ):
-        assert main(shlex.split(command)) == 0, command
-    # Random weights are no better than a blind guess, of which the page would say it says nothing.
-    file = root / "evaluate" / "evidence.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"blind_loss": 9.0}))
-    return root
-
-
-ALL = ("search", "evaluate", "overlap", "bench", "distill")
-
-
-def folders(root, *names):
-    return [str(root / name) for name in names or ALL]
-
-
-@pytest.fixture
-def changed(runs, tmp_path):
-    """Copy a run with its JSON changed; return its folder."""
-
-    def change(name, file, edit):
-        folder = tmp_path / name
-        if not folder.exists():
-            shutil.copytree(runs / name, folder)
-        value = json.loads((folder / file).read_text())
-        edit(value)
-        (folder / file).write_text(json.dumps(value))
-        return str(folder)
-
-    return change
-
-
-@pytest.fixture(scope="module")
-def whole(runs):
-    return make_report(folders(runs), ReportSettings(price=2.0, output_tokens=100))
 
 
 def test_every_section_is_there_and_the_page_is_well_formed(whole):
@@ -167,25 +69,6 @@ def test_numbers_are_those_of_the_files(runs, whole):
     assert {share for row in shares for share in row} <= set(numbers)
 
 
-def test_the_first_screen_names_the_safe_pattern_that_saves_most(runs, whole):
-    page = Page(whole.html).text
-    assert whole.decision.word == "safe"
-    assert whole.decision.headline == 'Deploy a <b>&"c.'
-    assert str(whole.decision.shown.pattern) == "FSFSFS"
-    row = json.loads((runs / "evaluate" / "evidence.json").read_text())["rows"][3]
-    assert row["pattern"] == "FSFSFS"
-    assert f"{row['delta_loss']:+.4f} nats" in page
-    assert f"[ {row['ci_low']:+.4f} , {row['ci_high']:+.4f} ]" in page
-    assert "50.0% 3 of 6 layers run no indexer, at any length" in page
-    assert "safe at a margin of 1000 nats per token, on all text and on each of 2 domains" in page
-    assert "with 95 % confidence" in page
-    assert f"{row['documents']} documents, 64 tokens, k = " in page.replace(
-        "sequences of 64 tokens", "64 tokens"
-    )
-    facts = whole.to_json()
-    assert (facts["excess"], facts["ci_high"]) == (row["delta_loss"], row["ci_high"])
-
-
 def test_speed_and_cost_name_what_they_hold_for(runs, whole):
     page = Page(whole.html).text
     rows = json.loads((runs / "bench" / "bench.json").read_text())["rows"]
@@ -196,76 +79,6 @@ def test_speed_and_cost_name_what_they_hold_for(runs, whole):
     cost = [2 / 3600 * (r["ttft_s"] + 100 / r["decode_total_tok_s"]) / 164e-6 for r in (full, half)]
     assert f"{cost[0] - cost[1]:.4g}" in page
     assert "at 2 a GPU hour; single requests of 64 tokens, 100 decoded for each" in page
-
-
-def gate(*words):
-    """Return an edit of the verdicts of the second pattern."""
-
-    def edit(value):
-        own = [v for v in value["gate"]["verdicts"] if v["name"].startswith("a <b>")]
-        for verdict, word in zip(own, words, strict=False):
-            verdict.update(verdict=word, reason="of the test")
-
-    return edit
-
-
-def test_a_pattern_that_is_not_safe_everywhere_is_not_deployed(runs, changed):
-    for words, says in (
-        (["not safe"], "not safe on all text (of the test)"),
-        (["safe", "inconclusive"], "inconclusive on a (of the test)"),
-    ):
-        folder = changed("evaluate", "evidence.json", gate(*words))
-        made = make_report([folder])
-        assert made.decision.headline == "Deploy best."
-        other = next(c for c in made.decision.all if c.name.startswith("a <b>"))
-        assert other.word in words
-        assert says in other.reasons[0]
-    both = make_report([folder, str(runs / "evaluate")])  # A second opinion does not heal it.
-    assert both.decision.headline == "Deploy best."
-
-
-def test_without_a_safe_pattern_nothing_is_deployed(changed):
-    def unsafe(value):
-        for verdict in value["gate"]["verdicts"]:
-            verdict["verdict"] = "inconclusive"
-
-    made = make_report([changed("evaluate", "evidence.json", unsafe)])
-    assert made.decision.word == "inconclusive"
-    assert made.decision.headline.startswith("Deploy none of them: none of 2 evaluated patterns")
-
-
-def test_no_margin_no_evaluation_and_vacuous_ones_are_said_to_be_so(runs, changed):
-    made = make_report([changed("evaluate", "evidence.json", lambda v: v.pop("gate"))])
-    assert made.decision.headline == "Nothing is decided: no margin was set."
-    assert any("ran without a margin" in gap for gap in made.gaps)
-    assert "verdicts" not in made.sections
-    made = make_report(folders(runs, "search"))
-    assert "no pattern was evaluated" in made.decision.headline
-
-    def blind(value):
-        value["baseline_loss"] = value["blind_loss"] + 1
-
-    def short(value):
-        value["baseline_loss"] = 0.5
-        for row in value["rows"]:
-            row["beyond"] = 0.1
-
-    for edit, says in ((blind, "no better than a blind guess"), (short, "only 10% of the tokens")):
-        made = make_report([changed("evaluate", "evidence.json", edit)])
-        assert made.decision.word == "says nothing", says
-        assert "the evaluation says nothing" in made.decision.headline
-        assert any(says in text for text in made.decision.why)
-
-
-def test_an_evaluation_without_a_gate_can_still_contradict_one(runs, changed):
-    def other(value):
-        del value["gate"]
-        for row in value["rows"]:
-            row["ci_high"] = 2000.0
-
-    made = make_report([*folders(runs, "evaluate"), changed("evaluate", "evidence.json", other)])
-    assert made.decision.word == "inconclusive"
-    assert any("above 1000" in text for text in made.decision.why)
 
 
 def test_too_few_documents_have_no_interval(changed):
@@ -461,122 +274,6 @@ def test_ticks_enclose_what_they_measure():
         assert ticks[0] <= low
         assert ticks[-1] >= high
         assert 2 <= len(set(ticks)) <= 8
-
-
-# -- What is refused ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(capsys, tmp_path):
-    def call(*words, says):
-        page = tmp_path / "page.html"
-        out = [] if "--out" in words else ["--out", str(page)]
-        assert main(["report", *map(str, words), *out]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith("indexcache: ")
-        assert printed.err.count("\n") == 1, printed.err
-        for part in (says,) if isinstance(says, str) else says:
-            assert part in printed.err, printed.err
-        assert not page.exists()
-
-    return call
-
-
-def test_folders_without_a_finished_run_are_refused(runs, refused, tmp_path, checkpoint):
-    refused(says="report needs RUN")
-    with pytest.raises(ValueError, match="no run folder"):
-        make_report([])
-    refused(tmp_path / "none", says="there is no such folder")
-    refused(runs / "text.jsonl", says="is a file")
-    refused("", says="there is no such folder")
-    refused(checkpoint, says="is not a run folder")
-    refused(runs, says=("is not a run folder", "it holds run folders", "search"))
-    refused(runs / "search", runs / "search" / ".." / "search", says="is the same folder")
-    begun = tmp_path / "begun"
-    shutil.copytree(runs / "search", begun)
-    (begun / "result.json").unlink()
-    refused(begun, says="has not finished")
-
-
-def test_runs_of_different_models_are_refused(runs, refused, changed):
-    def model(value):
-        value["conditions"]["model_digest"] = "f" * 64
-
-    def layers(value):
-        value["random"] = True
-        value["shape"]["layers"] = 7
-
-    def topk(value):
-        value["random"] = True
-        value["shape"]["topk"] = 7
-
-    def base(value):
-        value["base_digest"] = "e" * 64
-
-    for name, file, edit, says in (
-        ("overlap", "overlap.json", model, "ffffffffffff"),
-        ("bench", "bench.json", layers, "number of layers 6 and 7"),
-        ("bench", "bench.json", topk, "k 8 and 7"),
-        ("distill", "settings.json", base, "eeeeeeeeeeee"),
-    ):
-        folder = changed(name, file, edit)
-        shown = ("different models", str(runs / "search"), folder, says)
-        refused(runs / "search", folder, says=shown)
-        shutil.rmtree(folder)
-
-
-def test_damaged_files_are_refused_with_their_place(runs, refused, changed):
-    def lacks(*keys):
-        def edit(value):
-            for key in keys[:-1]:
-                value = value[key]
-            del value[keys[-1]]
-
-        return edit
-
-    def holds(thing, *keys):
-        def edit(value):
-            for key in keys[:-1]:
-                value = value[key]
-            value[keys[-1]] = thing
-
-        return edit
-
-    for name, file, edit, says in (
-        ("evaluate", "evidence.json", lacks("conditions"), "does not say what its numbers hold"),
-        ("evaluate", "evidence.json", holds([], "conditions"), "conditions is []"),
-        ("evaluate", "evidence.json", holds([], "rows"), "has no row of all text"),
-        ("evaluate", "evidence.json", holds("x", "rows", 0, "loss"), "rows[0].loss is 'x'"),
-        ("evaluate", "evidence.json", holds(1e300, "rows", 0, "delta_loss"), "larger than any"),
-        ("evaluate", "evidence.json", holds("SF", "rows", 1, "pattern"), "rows[1].pattern"),
-        ("evaluate", "evidence.json", holds("ok", "gate", "verdicts", 0, "verdict"), "no verdict"),
-        ("search", "result.json", holds([], "frontier"), "no frontier"),
-        ("search", "result.json", holds(None, "frontier"), "of no search"),
-        ("overlap", "overlap.json", holds(5, "layers"), "no table of 5 times 5"),
-        ("bench", "bench.json", holds(0, "rows", 0, "decode_total_tok_s"), "no rate"),
-        ("bench", "bench.json", lacks("shape", "topk"), "'shape.topk'"),
-        ("distill", "result.json", holds(True, "steps"), "steps is True"),
-    ):
-        folder = changed(name, file, edit)
-        refused(folder, says=(folder, says))
-        shutil.rmtree(folder)
-    folder = changed("overlap", "overlap.json", copy.deepcopy)
-    for text in ("", "[]", '{"overlap": NaN}', "{"):
-        with open(f"{folder}/overlap.json", "w") as f:
-            f.write(text)
-        refused(folder, says="overlap.json")
-
-
-def test_settings_and_out_are_refused_by_name(runs, refused, tmp_path):
-    folder = runs / "overlap"
-    for price in ("-1", "nan", "inf"):
-        refused(folder, "--price", price, says="--price must be a number of at least 0")
-    refused(folder, "--output-tokens", "0", says="--output-tokens must be at least 1")
-    for out in ("", "evidence.json", ".html", "a\0.html", f"{tmp_path}"):
-        refused(folder, "--out", out, says="but it takes the name of a page")
-    (tmp_path / "folder.html").mkdir()
-    refused(folder, "--out", tmp_path / "folder.html", says="this is a folder")
 
 
 def test_the_verb_writes_the_page_and_prints_the_decision(runs, tmp_path, capsys):
