@@ -207,7 +207,7 @@ def test_an_engine_is_measured_and_joined(vllm, small, monkeypatch, tmp_path, ca
     lines = measured(vllm, monkeypatch, tmp_path)
     kinds = [(line["kind"], line.get("selections")) for line in lines if line["who"] == VLLM]
     assert kinds.count(("time", RECORDED)) == kinds.count(("time", INDEXER)) == 4
-    assert kinds.count(("loss", INDEXER)) == 3 and kinds[-1] == ("done", None)
+    assert kinds.count(("loss", INDEXER)) == 5 and kinds[-1] == ("done", None)
     result = vllm_backend.joined(lines, BEFORE)
     rows = result["rows"]
     assert rows[0] == BEFORE["rows"][0] and result["note"] == "n"
@@ -226,7 +226,7 @@ def test_an_engine_is_measured_and_joined(vllm, small, monkeypatch, tmp_path, ca
     }
     assert rows[1] == expected
     assert [row["selections"] for row in result["losses"]] == [RECORDED, INDEXER]
-    assert result["losses"][0]["noise"] == pytest.approx(4e-4, rel=0.1)
+    assert result["losses"][0]["noise"] == pytest.approx(8e-4, rel=0.1)
     assert vllm_backend.joined(lines, result) == result
     said = vllm_backend.shares(rows)
     assert len(said) == 4 and "0.500 of 0.500 s = 1.000" in said[0]
