@@ -15,7 +15,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "atomic",
     "atomic_folder",
     "changed",
+    "check_folder",
     "claim",
     "finished_journal",
     "in_use",
@@ -35,6 +36,8 @@ __all__ = [
     "publish",
     "read_journal",
     "read_json",
+    "reason",
+    "usable",
     "write_json",
     "write_text",
     "writing",
@@ -126,6 +129,47 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is none, and cannot be made.
+
+    Raises:
+        ValueError: it, or what it lies in, is a file or a symbolic link that leads nowhere.
+    """
+    for path in (folder, *folder.parents):
+        if os.path.isdir(path):
+            return
+        if os.path.lexists(path):
+            what = "this" if path == folder else path
+            if os.path.exists(path):
+                raise ValueError(f"{folder}: {what} is a file, but a folder is needed.")
+            raise ValueError(
+                f"{folder}: {what} is a symbolic link to {os.readlink(path)}, which does not "
+                "exist; choose another folder."
+            )
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Raise ValueError where the folder of a run cannot be made, read or written."""
+    check_folder(folder)
+    try:
+        yield
+    except OSError as error:
+        why = reason(error)
+        if error.filename and Path(error.filename) != folder:
+            why = f"{error.filename}: {why}"
+        raise ValueError(
+            f"{folder}: nothing can be written there ({why}); choose another folder."
+        ) from None
+
+
+def reason(error: OSError) -> str:
+    """Say in a few words why something cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return error.strerror or str(error)
 
 
 def in_use(busy: str, handle: int) -> ValueError:
@@ -295,12 +339,16 @@ def open_run(
 
     Raises:
         ValueError: the folder belongs to a run with other settings (each difference is named), or
-            to one that is running now; or a line of the journal is refused.
+            to one that is running now; it cannot be made or written; or a line of the journal is
+            refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", f"{folder}: another process is writing this run"):
-        _claim(folder, settings)
-        run = Run(folder)
+    with ExitStack() as stack:
+        with usable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            busy = f"{folder}: another process is writing this run"
+            stack.enter_context(locked(folder / ".lock", busy))
+            _claim(folder, settings)
+            run = Run(folder)
         try:
             for number, entry in enumerate(run.journal, 1):
                 try:
@@ -321,9 +369,10 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     Processes that claim a folder at the same time wait for each other.
 
     Raises:
-        ValueError: the folder has other settings; each difference is named.
+        ValueError: the folder has other settings (each difference is named), or cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with usable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         _claim(folder, settings)
 

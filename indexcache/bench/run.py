@@ -27,7 +27,7 @@ from indexcache.bench.subject import Subject
 from indexcache.memory import out_of_memory
 from indexcache.models.identity import library_versions
 from indexcache.progress import progress as bar
-from indexcache.records import open_run
+from indexcache.records import open_run, usable
 from indexcache.shapes import SHAPES, Shape
 from indexcache.spec import NamedPattern
 
@@ -137,7 +137,7 @@ def run_bench(
         progress: whether to show a progress bar of tokens on stderr.
 
     Raises:
-        ValueError: as `Grid.check`, or `out` holds a run with other settings.
+        ValueError: as `Grid.check`, or `out` holds a run with other settings or is no folder.
     """
     grid.check(subject.shape, subject.on_gpu)
     pools = any(named.pattern.pool_factor for named in grid.patterns)
@@ -171,8 +171,9 @@ def run_bench(
         _measure_all(subject, grid, rows, lambda row: None, progress)
         return result_of(rows)
     if fresh:
-        for name in ("settings.json", "journal.jsonl", RESULT):
-            (out / name).unlink(missing_ok=True)
+        with usable(out):
+            for name in ("settings.json", "journal.jsonl", RESULT):
+                (out / name).unlink(missing_ok=True)
     with open_run(out, settings, check_row) as run:
         rows = list(run.journal)
 

@@ -24,9 +24,10 @@ from indexcache.cli.common import (
     check_delta,
     parse_patterns,
 )
-from indexcache.cli.results import deliver, reason, rescue
+from indexcache.cli.results import deliver, rescue
 from indexcache.process import drop_stdout, printable
 from indexcache.reading import read_text
+from indexcache.records import reason
 
 
 @dataclass(frozen=True, kw_only=True)

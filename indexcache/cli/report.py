@@ -47,8 +47,10 @@ def _page(out: str) -> Path:
     """Return the file of --out.
 
     Raises:
-        ValueError: it has no name that ends as a page's does, or is a folder.
+        ValueError: it has no name that ends as a page's does, is a folder, or lies in none.
     """
+    from indexcache.records import check_folder
+
     page = Path(out)
     if "\0" in out or page.suffix.lower() not in SUFFIXES or page.stem.startswith("."):
         raise ValueError(
@@ -56,4 +58,5 @@ def _page(out: str) -> Path:
         )
     if page.is_dir():
         raise ValueError(f"{out}: this is a folder, but --out takes the name of a page.")
+    check_folder(page.parent)
     return page

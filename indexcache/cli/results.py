@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 from indexcache import process
 from indexcache.cli.common import Output
+from indexcache.records import check_folder, in_use, reason, write_json
 
 PROBE = b"\0" * 4096
 
@@ -56,8 +56,8 @@ def claim_folder(out: str | None, model: str | None = None) -> Path | None:
         model: the verb's MODEL, whose own folder is refused.
 
     Raises:
-        ValueError: there is no name; it is a file, or the checkpoint itself; another process
-            writes there; or nothing can be written there.
+        ValueError: `named_folder` refuses; another process writes there; or nothing can be written
+            there.
     """
     if out is None:
         return None
@@ -84,13 +84,12 @@ def named_folder(out: str, model: str | None = None) -> Path:
     """Return the folder that --out names.
 
     Raises:
-        ValueError: it has no name, is a file, or is the checkpoint itself.
+        ValueError: it has no name, `check_folder` refuses it, or it is the checkpoint itself.
     """
     if not out.strip() or "\0" in out:
         raise ValueError(f"--out is {out!r}, which names no folder; give one, e.g. --out runs/a.")
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{out}: this is a file, but --out takes a folder.")
+    check_folder(folder)
     if model is not None and os.path.isdir(model) and os.path.realpath(model) == _real(folder):
         raise ValueError(
             f"{out}: this is the checkpoint itself, in which nothing is written; choose another "
@@ -104,8 +103,6 @@ def _real(folder: Path) -> str:
 
 
 def _lock(folder: Path) -> None:
-    from indexcache.records import in_use
-
     handle = os.open(folder, os.O_RDONLY)
     CLAIMS.handles.append(handle)
     try:
@@ -114,13 +111,6 @@ def _lock(folder: Path) -> None:
         raise in_use(f"{folder}: another process is writing this folder", handle) from None
     except OSError:
         return  # Some network file systems lock no folders.
-
-
-def reason(error: OSError) -> str:
-    """Say in a few words why something cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full"
-    return error.strerror or str(error)
 
 
 def deliver(
@@ -143,8 +133,6 @@ def deliver(
         ValueError: stdout or a file cannot be written.
         BrokenPipeError: nobody reads stdout any more; the files are written.
     """
-    from indexcache.records import write_json
-
     problems = []
     bug: Exception | None = None
     unread: BrokenPipeError | None = None

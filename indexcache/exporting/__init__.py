@@ -22,7 +22,7 @@ from indexcache.exporting.checks import (
 from indexcache.exporting.commands import Command, commands, table_of
 from indexcache.exporting.engines import FLAGS, write_flag
 from indexcache.pattern import Pattern
-from indexcache.records import atomic_folder
+from indexcache.records import atomic_folder, check_folder
 from indexcache.seen import Seen
 
 __all__ = ["ENGINES", "ExportResult", "check_export", "export"]
@@ -100,6 +100,7 @@ def export(
         ValueError: see `check_export`; or `out` is in use or not empty; or there are no weights to
             prune; or the disk is too small, full or not writable.
     """
+    _check_free(Path(out))
     out = Path(out).resolve()
     pattern = Pattern.of(pattern)
     checkpoint = resolve_config(checkpoint)
@@ -107,7 +108,6 @@ def export(
     pattern = pattern.chosen_on(Seen.from_json(config))
     check_model_type(config, checkpoint)
     names = check_engines(engines, config, pattern, checkpoint)
-    _check_free(out)
     warnings = check_export(checkpoint, pattern, names, stages)
     if delta is not None:
         warnings += _delta_warnings(Path(delta), checkpoint, pattern)
@@ -233,6 +233,7 @@ def _check_free(out: Path) -> None:
             f"{out}: this exists and is not an empty folder; nothing is overwritten, so choose "
             "another one."
         )
+    check_folder(out)
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -61,6 +61,7 @@ def command(checkpoint, text, monkeypatch, capsys, tmp_path):
 def test_an_out_that_names_no_usable_folder_costs_no_model(command, tmp_path, checkpoint, verb):
     (tmp_path / "file").write_text("x")
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as s:
         s.bind(str(tmp_path / "socket"))
     before = sorted(tmp_path.iterdir())
@@ -71,7 +72,9 @@ def test_an_out_that_names_no_usable_folder_costs_no_model(command, tmp_path, ch
         ("pipe", "this is a file"),
         ("socket", "this is a file"),
         ("/dev/full", "this is a file"),
-        ("file/inside", "file/inside: "),
+        ("file/inside", "file/inside: file is a file"),
+        ("broken", "broken: this is a symbolic link to nowhere"),
+        ("broken/inside", "broken is a symbolic link to nowhere"),
         ("/proc/none/inside", "/proc/none/inside: "),
         ("n" * 300, "name too long"),
         (str(checkpoint), "the checkpoint itself"),

@@ -124,3 +124,5 @@ def test_settings_and_out_are_refused_by_name(runs, refused, tmp_path):
         refused(folder, "--out", out, says="but it takes the name of a page")
     (tmp_path / "folder.html").mkdir()
     refused(folder, "--out", tmp_path / "folder.html", says="this is a folder")
+    (tmp_path / "file").write_text("x")
+    refused(folder, "--out", tmp_path / "file" / "page.html", says="this is a file")
