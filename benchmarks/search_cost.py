@@ -6,8 +6,9 @@
 
 Every search is a run in a folder under --out, so an interrupted comparison goes on. Both see the
 same calibration text; their patterns of every budget are compared on the same held-out documents,
-in pairs, without those that share long passages with the calibration text. The rows of other
-models and seeds in the result file stay.
+in pairs, without those that share long passages with the calibration text. The result file gets
+each search ("searches") and each budget ("rows") when it is finished, and keeps those of other
+models, seeds and methods. With --reuse exact the exact searches of an earlier run serve again.
 
 Under "starts" the file has, for every seed, the rank correlation of what the flip of each layer
 alone loses on the whole text with three guesses: the estimate by gradients on the smallest part of
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ from indexcache.data.leaks import near_copies, seen_in
 from indexcache.evals.evaluate import Measurement
 from indexcache.pattern import full_count
 from indexcache.records import read_json, write_json
-from indexcache.searching.run import SearchResult
 from indexcache.searching.samples import ModelSamples
 from indexcache.searching.similarity import selection_overlap
 
@@ -86,17 +87,30 @@ def timed(folder: Path) -> Iterator[dict[str, float]]:
         keep()
 
 
-def timed_search(
-    model: Any, batches: list[Batch], folder: Path, method: str
-) -> tuple[SearchResult, float]:
+@dataclass(frozen=True)
+class Found:
+    """What a search found: its work and seconds, and the pattern of each number of full layers."""
+
+    evaluations: int
+    layer_tokens: int
+    seconds: float
+    patterns: dict[str, str]
+
+
+def timed_search(model: Any, batches: list[Batch], folder: Path, method: str) -> Found:
     """Run a search, or read how long it took when it ran; a resumed one counts what it ran."""
     settings = ic.SearchSettings(keep=1 / max(BUDGETS), uniform=False, **METHODS[method])
     if (folder / "result.json").exists():
         result = ic.search(model, batches, folder, settings)
-        return result, read_json(folder / "seconds.json")["seconds"]
-    with timed(folder) as clock:
-        result = ic.search(model, batches, folder, settings, progress=True)
-    return result, clock["seconds"]
+        seconds = read_json(folder / "seconds.json")["seconds"]
+    else:
+        with timed(folder) as clock:
+            result = ic.search(model, batches, folder, settings, progress=True)
+        seconds = clock["seconds"]
+    wanted = {full_count(model.layers, 1 / budget) for budget in BUDGETS}
+    patterns = {str(p.full): str(p.pattern) for p in result.frontier if p.full in wanted}
+    work = result.work
+    return Found(work.evaluations, work.layer_tokens, round(seconds, 1), patterns)
 
 
 def compared(
@@ -111,14 +125,20 @@ def compared(
     return {name: found.get(name, found["exact"]) for name in patterns}
 
 
-def starts(model: Any, batches: list[Batch], folder: Path) -> dict[str, float]:
+def flip_losses(model: Any, folder: Path) -> list[float]:
+    """Read what the flip of each layer but the first loses on all text, from the exact search."""
+    exact = {e["pattern"]: e["loss"] for e in read_lines(folder / "exact" / "journal.jsonl")}
+    full = ic.Pattern("F" * model.layers)
+    flips = [full.replace(i, "S") for i in range(1, model.layers)]
+    return [exact[str(p)] - exact[str(full)] for p in flips]
+
+
+def starts(model: Any, batches: list[Batch], folder: Path, true: list[float]) -> dict[str, float]:
     """Compare guesses of what the flip of each layer loses with the truth, by rank correlation."""
     journal = [e for m in ("fast", "fast-start") for e in read_lines(folder / m / "journal.jsonl")]
     samples = ModelSamples(model.module, batches, "weighted", journal, lambda entry: None)
     layers, small = range(1, model.layers), samples.parts()[0]
-    exact = {e["pattern"]: e["loss"] for e in read_lines(folder / "exact" / "journal.jsonl")}
     flips = [samples.full.replace(i, "S") for i in layers]
-    true = [exact[str(p)] - exact[str(samples.full)] for p in flips]
     samples.measure([samples.full, *flips], small)  # Those that the searches left out.
     pairs = samples.pairs(small)
     overlap = selection_overlap(model.module, batches)
@@ -143,6 +163,13 @@ def main() -> None:
     parser.add_argument(
         "--ablations", type=int, default=1, help="Seeds below this, one saving off."
     )
+    parser.add_argument(
+        "--reuse",
+        nargs="+",
+        choices=METHODS,
+        default=[],
+        help="Take what these searches found from the result file, where it has them.",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -151,7 +178,6 @@ def main() -> None:
     ic.accelerate(model.module)
     name = Path(o.model).name
     for seed in range(o.first_seed, o.first_seed + o.seeds):
-        rows: list[dict[str, Any]] = []
         settings = {"length": o.length, "seed": seed}
         shipped = o.data is None
         batches = model.batches(
@@ -168,55 +194,73 @@ def main() -> None:
         )
         seen = seen_in(batches)  # A licence header can be a fifth of a short sequence.
         heldout = [b for b in heldout if not near_copies([b], seen)]
-        methods = [m for m in METHODS if m not in ABLATED or seed < o.ablations]
-        found = {m: timed_search(model, batches, o.out / name / f"{seed}" / m, m) for m in methods}
+        own = {"model": name, "seed": seed, "device": o.device} | {
+            key: getattr(o, key) for key in ("length", "sequences")
+        }
+        folder = o.out / name / f"{seed}"
+        known = {
+            s["method"]: s for s in read_rows(o.result, "searches") if own.items() <= s.items()
+        }
+        found: dict[str, Found] = {}
+        for method in (m for m in METHODS if m not in ABLATED or seed < o.ablations):
+            if method in o.reuse and method in known:
+                found[method] = Found(**{k: known[method][k] for k in Found.__annotations__})
+                continue
+            found[method] = timed_search(model, batches, folder / method, method)
+            search = own | {"method": method} | asdict(found[method])
+            if method == "exact":
+                search["flips"] = flip_losses(model, folder)
+            known[method] = search
+            write_rows(o.result, "searches", [search])
         for budget in BUDGETS:
             full = full_count(model.layers, 1 / budget)
-            patterns = {
-                m: next(p.pattern for p in result.frontier if p.full == full)
-                for m, (result, _) in found.items()
-            }
+            patterns = {m: ic.Pattern(search.patterns[str(full)]) for m, search in found.items()}
             measured = compared(model, patterns, heldout)
-            for m, (result, seconds) in found.items():
-                one, work = measured[m], result.work
-                rows.append(
-                    {
-                        "model": name,
-                        "full": full,
-                        "seed": seed,
-                        "method": m,
-                        "evaluations": work.evaluations,
-                        "layer_tokens": work.layer_tokens,
-                        "seconds": round(seconds, 1),
-                        "held_out_loss": one.loss,
-                        "ci_low": one.ci_low,
-                        "ci_high": one.ci_high,
-                        "above_exact": one.delta_loss,
-                        "pattern": str(patterns[m]),
-                        "layers": model.layers,
-                        "documents": one.documents,
-                        "device": o.device,
-                        "length": o.length,
-                        "sequences": o.sequences,
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
-        start = {"model": name, "seed": seed} | starts(model, batches, o.out / name / f"{seed}")
-        print(json.dumps(start), flush=True)
-        write_result(o.result, rows, start)
+            rows = [
+                own
+                | {"full": full, "method": m}
+                | {k: v for k, v in asdict(search).items() if k != "patterns"}
+                | {
+                    "held_out_loss": measured[m].loss,
+                    "ci_low": measured[m].ci_low,
+                    "ci_high": measured[m].ci_high,
+                    "above_exact": measured[m].delta_loss,
+                    "pattern": str(patterns[m]),
+                    "layers": model.layers,
+                    "documents": measured[m].documents,
+                }
+                for m, search in found.items()
+            ]
+            print(*map(json.dumps, rows), sep="\n", flush=True)
+            write_rows(o.result, "rows", rows)
+        if all((folder / m / "journal.jsonl").exists() for m in ("fast", "fast-start")):
+            start = starts(model, batches, folder, known["exact"]["flips"])
+            print(json.dumps(start), flush=True)
+            write_rows(o.result, "starts", [{"model": name, "seed": seed} | start])
 
 
-def write_result(path: Path, rows: list[dict[str, Any]], start: dict[str, Any]) -> None:
-    """Write the rows of one seed of a model over those that the file has of it."""
-    before = read_json(path) if path.exists() else {}
+def read_rows(path: Path, part: str) -> list[dict[str, Any]]:
+    """Read a part of the result file; without a file it has none."""
+    return read_json(path).get(part, []) if path.exists() else []
 
-    def merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        own = (start["model"], start["seed"])
-        kept = [r for r in kept if (r["model"], r["seed"]) != own]
-        return sorted(kept + new, key=lambda r: (r["model"], r["seed"]))
 
-    found = {"rows": merged(before.get("rows", []), rows)}
-    write_json(path, found | {"starts": merged(before.get("starts", []), [start])})
+def write_rows(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows over those of a part of the result file that are of the same search."""
+
+    def identity(row: dict[str, Any]) -> tuple:
+        return tuple(row.get(key) for key in ("model", "seed", "method", "full"))
+
+    content = read_json(path) if path.exists() else {}
+    new = {identity(r) for r in rows}
+    kept = [r for r in content.get(part, []) if identity(r) not in new]
+    content[part] = sorted(kept + rows, key=place)
+    write_json(path, content)
+
+
+def place(row: dict[str, Any]) -> tuple:
+    """Return the place of a row: models and seeds, budgets falling, methods as listed."""
+    method = list(METHODS).index(row["method"]) if "method" in row else 0
+    return row["model"], row["seed"], -row.get("full", 0), method
 
 
 if __name__ == "__main__":

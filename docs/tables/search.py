@@ -9,19 +9,31 @@ from docs.tables.registry import markdown, read, table
 def search_cost() -> str:
     rows = read("search_cost.json")["rows"]
     exact = {(r["model"], r["seed"]): r for r in rows if r["method"] == "exact"}
+    budgets = {
+        model: sorted({r["full"] for r in rows if r["model"] == model}, reverse=True)
+        for model, _ in exact
+    }
     lines = []
     for model, seed, method in dict.fromkeys((r["model"], r["seed"], r["method"]) for r in rows):
-        own = [r for r in rows if (r["model"], r["seed"], r["method"]) == (model, seed, method)]
-        work = own[0]["layer_tokens"] / exact[model, seed]["layer_tokens"]
-        cells = [
-            f"{r['above_exact']:+.4f} [{r['ci_low']:+.4f}, {r['ci_high']:+.4f}]"
-            for r in sorted(own, key=lambda r: -r["full"])
-        ]
-        if method == "exact":
-            cells = [f"{r['held_out_loss']:.4f}" for r in sorted(own, key=lambda r: -r["full"])]
-        first = own[0]
-        lines.append([f"{model}, {seed}", method, str(first["evaluations"]), f"{work:.2f}", *cells])
+        own = {
+            r["full"]: r
+            for r in rows
+            if (r["model"], r["seed"], r["method"]) == (model, seed, method)
+        }
+        first = next(iter(own.values()))
+        work = first["layer_tokens"] / exact[model, seed]["layer_tokens"]
+        cells = [_loss(own.get(full)) for full in budgets[model]]
+        lines.append([f"{model}, {seed}", method, str(first["evaluations"]), f"{work:.3f}", *cells])
     return markdown(["model, seed", "search", "evaluations", "work", "1/2", "1/4", "1/8"], lines)
+
+
+def _loss(row: dict | None) -> str:
+    """Write the exact search's loss, or how far above it another search's loss is."""
+    if row is None:
+        return "not measured"
+    if row["method"] == "exact":
+        return f"{row['held_out_loss']:.4f}"
+    return f"{row['above_exact']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
 
 
 @table("search-starts")
