@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from indexcache.cli.common import (
     FLAT,
@@ -23,10 +23,13 @@ from indexcache.cli.common import (
     origin_of,
 )
 from indexcache.cli.results import claim_folder, deliver
-from indexcache.cli.streaming import deliver_forecast, streams
+from indexcache.cli.streaming import deliver_forecast, deliver_range, streams
 from indexcache.models.stream.settings import SearchStreamSettings
 from indexcache.pattern import stage_starts
 from indexcache.searching.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from indexcache.data import Batch
 
 
 def search(
@@ -51,9 +54,7 @@ def search(
     from indexcache.delta import delta_digest
     from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.models.loading import Model, describe, fingerprint
-    from indexcache.models.stream.forecast import Round
     from indexcache.models.world import first_process, local_device
-    from indexcache.searching.greedy import rounds as search_rounds
     from indexcache.searching.run import search as run_search
 
     facts = describe(model)
@@ -70,21 +71,13 @@ def search(
     check_text(facts, model, text)
     check_delta(facts, running.delta)
     streamed = not engine.engine and streams(facts, running, stream)
-    if stream.dry_run and settings.method != "exact":
-        raise ValueError(
-            f"--dry-run knows the passes of --method exact alone, not those of {settings.method}."
-        )
+    if stream.dry_run and settings.roles == "FRS":
+        raise ValueError("--dry-run knows the passes of F and S alone; leave --roles FRS out.")
     if streamed:
         settings.check_streamed()
     asked = open_retrieval(model, text, retrieval)
     if stream.dry_run:
-        layers = facts["num_hidden_layers"]
-        full = settings.full_layers(layers)
-        starts = stage_starts(layers, settings.stages)
-        fixed = settings.fixed_layers(layers, starts, full)
-        passes = search_rounds(layers, full, starts, fixed)
-        found = [Round.of_search(layers, count, flips) for flips, count in enumerate(passes)]
-        deliver_forecast(facts, found, open_text(model, text) + asked, running, stream, output)
+        _foresee(facts, settings, open_text(model, text) + asked, running, stream, output)
         return
     claim_folder(out, model)
     subject: Model | VllmEngine
@@ -117,3 +110,33 @@ def search(
         "pattern: evaluate it on held-out text next.",
     ]
     deliver("\n".join(lines), result.to_json(), output)
+
+
+def _foresee(
+    facts: dict[str, Any],
+    settings: SearchSettings,
+    batches: list[Batch],
+    running: ModelSettings,
+    stream: SearchStreamSettings,
+    output: Output,
+) -> None:
+    """Print what a streamed search would take; of a fast one the least and the most."""
+    from indexcache.models.stream.forecast import Round
+    from indexcache.searching.foreseen import ASSUMED, Foreseen, foresee
+    from indexcache.searching.greedy import rounds
+    from indexcache.searching.run import uniform_patterns
+
+    layers = facts["num_hidden_layers"]
+    full = settings.full_layers(layers)
+    starts = stage_starts(layers, settings.stages)
+    fixed = settings.fixed_layers(layers, starts, full)
+    counts = rounds(layers, full, starts, fixed)
+    passes = [Round.of_search(layers, count, flips) for flips, count in enumerate(counts)]
+    if settings.method == "exact":
+        deliver_forecast(facts, passes, batches, running, stream, output)
+        return
+    uniform, _ = uniform_patterns(batches, layers, facts["index_topk"], starts, full, settings)
+    found = foresee(batches, layers, settings, full, starts, fixed, uniform)
+    found["exact"] = Foreseen(1 + sum(counts) + len(uniform), tuple(passes))
+    assumed = ASSUMED | {"exact": "the same text by --method exact"}
+    deliver_range(facts, found, assumed, batches, running, stream, output)

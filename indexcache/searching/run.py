@@ -223,7 +223,10 @@ def _search(
     full = settings.full_layers(layers, len(starts))
     fixed = settings.fixed_layers(layers, starts, full)
     costs = _costs(source, settings)
-    comparisons, notes = _comparisons(batches, source, starts, full, settings)
+    reindexed = "R" in source.roles
+    comparisons, notes = uniform_patterns(
+        batches, layers, source.topk, starts, full, settings, reindexed
+    )
     sizes = [] if costs is None else settings.pool_sizes()
     pools = [Pattern("F" + "R" * (layers - 1), size) for size in sizes]
     shares = check_batches(batches, source.topk, [*comparisons, *pools])
@@ -392,12 +395,14 @@ def _refuse_trained_sharing(shared: Sequence[int]) -> None:
         )
 
 
-def _comparisons(
+def uniform_patterns(
     batches: Sequence[Batch],
-    source: LossSource,
+    layers: int,
+    topk: int,
     starts: Sequence[int],
     full: int,
     settings: SearchSettings,
+    with_pools: bool = True,
 ) -> tuple[list[Pattern], tuple[str, ...]]:
     """Return the uniform patterns to evaluate beside the search, and what is left out of them.
 
@@ -407,11 +412,11 @@ def _comparisons(
         return [], ()
     notes: tuple[str, ...] = ()
     factor = settings.pool_factor
-    reindexed = _uniform(source.layers, full, starts, "R", factor) if "R" in source.roles else []
-    while reindexed and (problem := _refusal(batches, source.topk, reindexed)):
+    reindexed = _uniform(layers, full, starts, "R", factor) if with_pools else []
+    while reindexed and (problem := _refusal(batches, topk, reindexed)):
         if factor > 2:
             factor = max(factor // 2, 2)
-            reindexed = _uniform(source.layers, full, starts, "R", factor)
+            reindexed = _uniform(layers, full, starts, "R", factor)
             notes = (
                 f"The uniform R patterns have a pool of {factor} k, because the text is too short "
                 f"for one of {settings.pool_factor} k.",
@@ -419,7 +424,7 @@ def _comparisons(
         else:
             reindexed = []
             notes = (f"No uniform pattern with R layers was evaluated. {problem}",)
-    shared = _uniform(source.layers, full, starts, "S")
+    shared = _uniform(layers, full, starts, "S")
     both = sorted([*shared, *reindexed], key=lambda p: (-len(p.full_layers), "R" in p.roles))
     return both, notes
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from indexcache.cli import main
 from indexcache.models.stream import loading, store
+from indexcache.models.stream.run import Stream
 from tests.fp8_support import edit_config, write_fp8
 
 TEXT = ["--split", "all", "--length", "64", "--sequences", "4", "--json"]
@@ -100,6 +101,53 @@ def test_a_forecast_counts_passes_and_writes_nothing(run, tmp_path, flags, passe
     _, measured, _ = run(*flags, "--stream", "--dry-run")
     assert measured["measured"] == ["read", "compute"]
     assert measured["read_rate"] > 0 < measured["compute_rate"]
+
+
+FAST = ("search", "--method", "fast", "--stream")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--keep", "1/4"),
+        ("--keep", "1/4", "--objective", "kl"),
+        ("--keep", "1/2", "--stages", "2"),
+        ("--keep", "1/4", "--no-racing"),
+    ],
+)
+def test_a_fast_search_lies_in_the_range_that_was_foreseen(run, tmp_path, monkeypatch, flags):
+    passes = []
+    real = Stream.run
+
+    def counted(self, variants, *args, **kwargs):
+        passes.append(len(variants))
+        return real(self, variants, *args, **kwargs)
+
+    flags = (*FAST, *flags, "--out", str(tmp_path / "out"))
+    rates = ("--read-rate", "1", "--compute-rate", "1")
+    code, found, _ = run(*flags, "--dry-run", *rates)
+    assert code == 0
+    assert not list(tmp_path.iterdir())
+    assert set(found) == {"least", "most", "exact", "assumed"}
+    assert set(found["assumed"]) == {"least", "most", "exact"}
+    monkeypatch.setattr(Stream, "run", counted)
+    code, result, _ = run(*flags)
+    assert code == 0
+    least, most = found["least"], found["most"]
+    assert least["seconds"] <= most["seconds"]
+    assert least["passes"] - 1 <= len(passes) <= most["passes"]
+    assert least["evaluations"] - 1 <= result["work"]["evaluations"] <= most["evaluations"]
+
+
+def test_a_forecast_of_a_fast_search_says_what_it_assumes(run, folder, tmp_path, capsys):
+    out = ("--out", str(tmp_path / "out"))
+    assert main([*FAST[:1], str(folder), "--data", str(folder / "text.npy"), *TEXT[:-1],
+                 *FAST[1:], "--dry-run", *out]) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    for word in ("least", "most", "exact", "evaluations", "passes over the layers", "time"):
+        assert word in shown
+    assert "most: no part of the text tells candidates apart" in shown
+    assert run(*FAST, "--roles", "FRS", "--dry-run", *out)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from indexcache import Pattern, SearchSettings, search
 from indexcache.data import Batch, make_batches
 from indexcache.searching.fast import FastSearch
+from indexcache.searching.foreseen import foresee
 from indexcache.searching.greedy import greedy
 from indexcache.searching.samples import Samples
 from indexcache.searching.similarity import best_patterns, selection_overlap
@@ -312,3 +313,23 @@ def test_settings_that_do_not_fit_are_refused(glm, batches, tmp_path):
     refused(run(method="fast", error_rate=0.5), "below 0.5, not 0.5")
     refused(run(method="fast", tolerance=float("nan")), "nats per token, 0 or more")
     refused(run(method="fast", keep=1 / 6, stages=2), "2 pipeline stages")
+
+
+@pytest.mark.parametrize("layers", [12, 30])
+@pytest.mark.parametrize("kind", ["apart", "equal", "noisy"])
+def test_the_work_lies_in_the_range_that_is_foreseen(layers, kind):
+    costs, noise = {
+        "apart": (COSTS[:layers], 1e-4),
+        "equal": ([0.001] * layers, 0.0),
+        "noisy": ([1e-3 * i for i in range(layers)], 0.3),
+    }[kind]
+    samples = MadeUp(layers, additive(costs), noise=noise)
+    full = layers // 4
+    fast(samples, full)
+    settings = SearchSettings(method="fast")
+    found = foresee(samples.batches, layers, settings, full, [0], [0])
+    low, high = found["least"], found["most"]
+    assert low.evaluations / 2 < samples.work.evaluations <= high.evaluations
+    # A pass runs what its patterns have in common once, which these samples do not.
+    tokens = sum(r.states * r.share for r in high.rounds)
+    assert samples.work.layer_tokens <= tokens * samples.work.whole

@@ -35,11 +35,13 @@ class Round:
         states: states that are alive at its end.
         state_layers: layers that run, over all states.
         full: share of the states' layers that are full.
+        share: share of the text that they run over.
     """
 
     states: int
     state_layers: float
     full: float
+    share: float = 1.0
 
     @classmethod
     def of_patterns(cls, patterns: Sequence[Pattern]) -> Round:
@@ -99,21 +101,24 @@ class Forecast:
 
     def table(self) -> str:
         """Format one line for each number."""
+        return table(["forecast", "about"], [list(row) for row in self.rows().items()])
+
+    def rows(self) -> dict[str, str]:
+        """Return what every number is, and the number with its unit."""
         here = {name: ", measured here" if name in self.measured else "" for name in _RATES}
         spilled = self.spilled_bytes
         held = f"{_gb(self.host_bytes)}, {_gb(self.states_bytes - spilled)} of states"
-        rows: list[list[Any]] = [
-            ["passes over the layers", f"{self.passes} of {self.layers} layers"],
-            ["read", f"{_gb(self.bytes_of_pass)} a pass, {_gb(self.bytes_read)} in all"],
-            ["host memory", held],
-            *([["states in a file", _gb(spilled)]] if spilled else []),
-            ["device memory", f"about {_gb(self.device_bytes)}"],
-            ["disk", f"{self.read_rate / 1e9:.2f} GB/s{here['read']}"],
-            ["compute", f"{self.compute_rate / 1e12:.3g} TFLOP/s{here['compute']}"],
-            *([["processes", self.processes]] if self.processes > 1 else []),
-            ["time", f"{self.seconds / 3600:.2f} h"],
-        ]  # fmt: skip
-        return table(["forecast", "about"], rows)
+        return {
+            "passes over the layers": f"{self.passes} of {self.layers} layers",
+            "read": f"{_gb(self.bytes_of_pass)} a pass, {_gb(self.bytes_read)} in all",
+            "host memory": held,
+            **({"states in a file": _gb(spilled)} if spilled else {}),
+            "device memory": f"about {_gb(self.device_bytes)}",
+            "disk": f"{self.read_rate / 1e9:.2f} GB/s{here['read']}",
+            "compute": f"{self.compute_rate / 1e12:.3g} TFLOP/s{here['compute']}",
+            **({"processes": str(self.processes)} if self.processes > 1 else {}),
+            "time": f"{self.seconds / 3600:.2f} h",
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, and the hours."""
@@ -174,12 +179,12 @@ def forecast(
         # Every process runs the trunk, and its share of all others.
         mine = shape.layers + (one.state_layers - shape.layers) / processes
         for layer in range(shape.layers):
-            each = layer_operations(shape, layer, one.full, batches)
+            each = one.share * layer_operations(shape, layer, one.full, batches)
             operations += each * one.state_layers / shape.layers
             compute = each * mine / shape.layers / rates["compute"]
             seconds += max(stored[layer] / rates["read"], compute)
         here = 1 + (one.states - 1) / processes
-        states = max(states, here * (hidden + ids * (1 - one.full)))
+        states = max(states, one.share * here * (hidden + ids * (1 - one.full)))
     spilled = 0 if host_memory is None else max(int(states) - host_memory, 0)
     # Absorbed queries and the outputs of attention; rows of the experts; a chunk of the logits.
     work = 2 * shape.heads * shape.latent_width + shape.active_experts * (
