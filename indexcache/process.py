@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ BUG = 70
 INTERRUPTED = 130
 NO_READER = 141
 PR_SET_PDEATHSIG = 1
+TURN = 30.0
+"""Seconds that a process of torchrun leaves to the first one to say what all are refused for."""
 
 
 class Lenient:
@@ -209,6 +212,19 @@ def say(sentence: str) -> None:
     words = (w if len(w) <= 400 else f"{w[:200]}..{w[-40:]}" for w in sentence.split())
     with contextlib.suppress(OSError, ValueError):
         print(printable("indexcache: " + " ".join(words), sys.stderr), file=sys.stderr)
+
+
+def say_together(sentence: str) -> None:
+    """Write the sentence of an error that every process of torchrun is likely to meet, once.
+
+    The first process writes it and ends, and then torchrun ends the others, which have waited for
+    that, with `BAD_INPUT`. One that nobody ends in `TURN` seconds was refused alone, and says why.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(BAD_INPUT))
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(TURN)
+    say(sentence)
 
 
 def printable(text: str, stream: Any) -> str:

@@ -32,7 +32,15 @@ from indexcache.cli import (
 from indexcache.cli.numbers import SHORT, number
 from indexcache.cli.results import CLAIMS
 from indexcache.memory import out_of_memory
-from indexcache.process import BAD_INPUT, NO_READER, drop_stdout, end_of, say, was_interrupted
+from indexcache.process import (
+    BAD_INPUT,
+    NO_READER,
+    drop_stdout,
+    end_of,
+    say,
+    say_together,
+    was_interrupted,
+)
 from indexcache.reading import read_toml
 from indexcache.spec import SYNTAX
 
@@ -230,7 +238,7 @@ def guarded(call: Callable[[], int | None], arguments: Sequence[str] = ()) -> in
         elif sentence is None:
             code = end_of(error, list(arguments), __version__)
         else:
-            say(sentence)
+            say_together(sentence)
             code = BAD_INPUT
     finally:
         CLAIMS.release()

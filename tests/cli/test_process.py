@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,3 +127,34 @@ def test_notes_that_cannot_be_written_are_dropped():
         stream.flush()
         assert stream.fileno() == full.fileno()
         full.close = lambda: None  # type: ignore[method-assign]
+
+
+def test_what_all_processes_of_torchrun_are_refused_for_is_said_once(tmp_path):
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += ["-m", "indexcache", "search", str(tmp_path / "model"), "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("indexcache: ")]
+    assert len(lines) == 1, done.stderr
+    assert "config.json" in lines[0]
+    codes = re.findall(r"exitcode *: (-?[0-9]+)", done.stderr)
+    assert "2" in codes
+    assert set(codes) <= {"2", str(-signal.SIGTERM)}  # One may still have imported libraries.
+
+
+def test_a_process_that_is_refused_alone_says_it(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: waits.append(number))
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "1")
+    process.say_together("started by hand")
+    assert not waits
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    process.say_together("refused alone")
+    assert waits == [signal.SIGTERM, process.TURN]
+    monkeypatch.setenv("RANK", "0")
+    process.say_together("the first")
+    assert len(waits) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"indexcache: {x}" for x in ("started by hand", "refused alone", "the first")]
