@@ -15,7 +15,7 @@ from typing import Any
 
 from indexcache import process
 from indexcache.cli.common import Output
-from indexcache.records import check_folder, in_use, reason, write_json
+from indexcache.records import check_folder, in_use, reason
 
 PROBE = b"\0" * 4096
 
@@ -133,6 +133,8 @@ def deliver(
         ValueError: stdout or a file cannot be written.
         BrokenPipeError: nobody reads stdout any more; the files are written.
     """
+    from indexcache.records import write_json
+
     problems = []
     bug: Exception | None = None
     unread: BrokenPipeError | None = None
