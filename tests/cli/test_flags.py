@@ -270,7 +270,7 @@ def test_a_typo_in_the_pattern_costs_no_model(monkeypatch, tmp_path, capsys, ver
         (["--length", "40"], "too short"),
         (["--length", "100000"], "longer than the model's context"),
         (["--data", "missing.txt"], "no such file"),
-        (["--out", "prompt.txt"], "takes a folder"),
+        (["--out", "prompt.txt"], "a folder is needed"),
     ],
 )
 def test_wrong_settings_cost_no_model(search, monkeypatch, tmp_path, argv, says):
