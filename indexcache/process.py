@@ -126,7 +126,10 @@ def was_interrupted() -> bool:
 
 def say_interrupted() -> None:
     """Write the sentence of an interrupted process to stderr."""
-    say("interrupted; a search, distillation or bench goes on with the same command.")
+    say(
+        "interrupted; a search, evaluation, distillation or bench with an --out goes on with the "
+        "same command."
+    )
 
 
 def drop_stdout() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from indexcache import Pattern, SearchSettings, export, search
+from indexcache import Pattern, SearchSettings, evaluate, export, search
 from indexcache.bench.run import Grid, run_bench
 from indexcache.bench.subject import open_subject
 from indexcache.crossing.run import matrix
@@ -41,6 +41,7 @@ def calls(glm, glm_folder, texts):
     )
     return {
         "search": lambda out: search(glm, texts[0], out, SearchSettings(keep=0.8)),
+        "evaluate": lambda out: evaluate(glm, "FSFSSS", texts[0], out=out),
         "matrix": lambda out: matrix(glm, *texts, out),
         "distill": lambda out: worker.train(out, "frozen", pattern="FSFSSS", steps=1, rows=1),
         "export": lambda out: export(glm_folder, "FSFSSS", out, engines=("vllm",)),
@@ -49,7 +50,7 @@ def calls(glm, glm_folder, texts):
     }
 
 
-NAMES = ("search", "matrix", "distill", "export", "bench", "bench --fresh")
+NAMES = ("search", "evaluate", "matrix", "distill", "export", "bench", "bench --fresh")
 
 
 @pytest.mark.parametrize("name", NAMES)

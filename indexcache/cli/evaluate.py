@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,9 @@ from indexcache.cli.streaming import deliver_forecast, streams
 from indexcache.models.stream.settings import StreamSettings
 from indexcache.records import write_text
 from indexcache.seen import Seen
+
+JOURNAL = "evaluation"
+"""The folder in --out of what a run has measured; it is gone when evidence.json is there."""
 
 
 def evaluate(
@@ -83,7 +87,7 @@ def evaluate(
 
     The verb prints the difference in loss with its interval, the KL divergence, and how often the
     two agree on the next token; with --retrieval also how many answers are found. Each length is
-    measured by itself.
+    measured by itself. With --out a killed run goes on with the same command.
     """
     from indexcache.engines.vllm.engine import VllmEngine, start
     from indexcache.evals.certificate import make_certificate, model_facts
@@ -151,6 +155,7 @@ def evaluate(
         against=baseline.pattern if baseline else None,
         seed=text.seed,
         origin=origin_of(model, text),
+        out=None if folder is None else folder / JOURNAL,
         progress=True,
     )
     gate = None
@@ -182,6 +187,8 @@ def evaluate(
         files[folder / "certificate.md"] = lambda path: write_text(path, page(value))
         lines += ["", f"{folder}: certificate.json and certificate.md, the page to sign."]
     deliver("\n".join(lines), found, output, files)
+    if folder is not None:
+        shutil.rmtree(folder / JOURNAL, ignore_errors=True)
     return int(gate is not None and not gate.passed)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from indexcache.data import ALL, Batch, check_unseen, digest_of, document_groups
 from indexcache.data.retrieval import DOMAIN
 from indexcache.engines.vllm.engine import VllmEngine
 from indexcache.evals.evidence import Evidence
+from indexcache.evals.kept import Kept, check_entry
 from indexcache.evals.measurement import (
     ALL_RETRIEVAL,
     Measurement,
@@ -26,6 +30,7 @@ from indexcache.evals.streamed import subject_of
 from indexcache.evals.subject import BUCKETS, FIELDS, TOKENS, TWIN, Key
 from indexcache.models.conditions import Origin
 from indexcache.models.family import AnyModel
+from indexcache.models.together import open_together
 from indexcache.pattern import Pattern
 from indexcache.vacuity import Share, check_batches, share_of
 
@@ -42,6 +47,7 @@ def evaluate(
     against: Pattern | str | None = None,
     seed: int = 0,
     origin: Origin = Origin(),
+    out: str | Path | None = None,
     progress: bool = False,
 ) -> Evidence:
     """Compare patterns with the full model, or with another pattern, on the same held-out tokens.
@@ -58,14 +64,17 @@ def evaluate(
             without an indexer.
         seed: random seed that the batches were taken with, for the record; nothing here is random.
         origin: where the batches come from, for the record in `conditions`.
+        out: run folder, which gets settings.json and journal.jsonl (one line per pattern and batch;
+            of a streamed model they are written at the end of its pass). An interrupted evaluation
+            with the same settings continues, to the same result. None keeps no journal.
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError: text that chose or trained a pattern, the checkpoint or its delta
             (`data.check_unseen`), sequences or documents on which a role has too little to lose
             (`vacuity.check_batches`), a pattern the model or a pipeline stage of vLLM cannot take,
-            weights, indexer scores or a loss that are not finite, or a vLLM in which sharing has no
-            effect.
+            weights, indexer scores or a loss that are not finite, a vLLM in which sharing has no
+            effect, or an `out` that belongs to a run with other settings or is no folder.
 
     The table says where the baseline is no better than a blind guess.
     """
@@ -86,8 +95,25 @@ def evaluate(
     sums: dict[str, dict[Key, np.ndarray]] = defaultdict(
         lambda: defaultdict(lambda: np.zeros(len(FIELDS)))
     )
-    for name, key, value in subject.sums(batches, base, named, progress=progress):
-        sums[name][key] += value
+    facts = {
+        "patterns": {name: str(pattern) for name, pattern in named.items()},
+        "against": str(base),
+        "data": digest_of(batches),
+        **conditions.to_json(),
+        **subject.facts,
+    }
+    names = subject.names(named)
+    check = partial(check_entry, batches=batches, names=names)
+    with ExitStack() as stack:
+        run = None
+        if out is not None:
+            run = stack.enter_context(open_together(subject.world, Path(out), facts, check))
+        kept = Kept(run)
+        subject.fill(kept, batches, base, named, progress=progress)
+    for number, batch in enumerate(batches):
+        for name in names:
+            for key, value in kept.of(number, name, batch):
+                sums[name][key] += value
     places: list[Where] = [ALL, *sorted({b.domain for b in batches})]
     if len({b.domain for b in asked}) > 1:
         places.append(ALL_RETRIEVAL)

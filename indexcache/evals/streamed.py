@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from indexcache.data import Batch
 from indexcache.engines.vllm.engine import VllmEngine
-from indexcache.evals.subject import EngineSubject, Key, ModelSubject, Subject, by_bucket
+from indexcache.evals.kept import Kept
+from indexcache.evals.subject import EngineSubject, ModelSubject, Subject, by_bucket
 from indexcache.models.family import AnyModel
 from indexcache.models.stream.loading import stream_of
 from indexcache.models.stream.run import Finals, Stream, Variant
-from indexcache.models.world import join
+from indexcache.models.world import Processes, join
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 
@@ -27,17 +28,23 @@ class StreamedSubject(ModelSubject):
         super().__init__(model)
         self.stream = stream
 
-    def sums(
+    @property
+    def world(self) -> Processes:
+        return join()
+
+    def fill(
         self,
+        kept: Kept,
         batches: Sequence[Batch],
         base: Pattern,
         named: Mapping[str, Pattern],
         *,
         progress: bool,
-    ) -> Iterator[tuple[str, Key, np.ndarray]]:
-        found: list[tuple[int, str, Key, np.ndarray]] = []
-        world = join()
-        mine = range(world.rank, len(batches), world.size)
+    ) -> None:
+        found: list[tuple[int, str, np.ndarray]] = []
+        world = self.world
+        missing = [i for i in range(len(batches)) if kept.missing(i, list(named))]
+        mine = missing[world.rank :: world.size]
 
         def use(finals: Finals) -> None:
             for at, number in enumerate(mine):
@@ -45,22 +52,24 @@ class StreamedSubject(ModelSubject):
                 for variant, (name, pattern) in enumerate(named.items(), 1):
                     hidden = finals.get(variant, at)
                     fields = self.fields(pattern, base, base_hidden, hidden, batch)
-                    for key, value in by_bucket(fields, batch):
-                        found.append((number, name, key, value))
+                    sums = np.stack([value for _, value in by_bucket(fields, batch)])
+                    found.append((number, name, sums))
 
         shown = progress and world.rank == 0
-        with progress_bar(len(base), "layer", shown=shown) as bar:
-            self.stream.run(
-                [Variant(base, trained=False), *map(Variant, named.values())],
-                [batches[number].ids for number in mine],
-                use,
-                watch=True,
-                report=lambda done: done.show(bar),
-            )
+        if mine:
+            with progress_bar(len(base), "layer", shown=shown) as bar:
+                self.stream.run(
+                    [Variant(base, trained=False), *map(Variant, named.values())],
+                    [batches[number].ids for number in mine],
+                    use,
+                    watch=True,
+                    report=lambda done: done.show(bar),
+                )
         self.stream.close()
         everything = [one for part in world.gather(found) for one in part]
-        for _, name, key, value in sorted(everything, key=lambda one: one[0]):
-            yield name, key, value
+        for number, name, sums in sorted(everything, key=lambda one: one[0]):
+            if kept.missing(number, [name]):
+                kept.add(number, name, sums)
 
 
 def subject_of(model: AnyModel | VllmEngine) -> Subject:

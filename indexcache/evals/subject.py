@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +24,14 @@ from indexcache.models.family import AnyModel, DsaModule, module_of, native_patt
 from indexcache.models.lm import hidden_states, logit_chunks
 from indexcache.models.seam import check_pattern, use_pattern
 from indexcache.models.soundness import blind_loss, check_scores, check_weights
+from indexcache.models.world import ALONE, Processes
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.seen import Seen
 from indexcache.vacuity import Share, choosing_size
+
+if TYPE_CHECKING:
+    from indexcache.evals.kept import Kept
 
 BUCKETS = 4  # number of equal parts of a sequence
 ANSWERS = ("found", "base_found", "asked", "lost", "gained")
@@ -112,31 +116,44 @@ class Subject(ABC):
             ValueError: a loss is not finite.
         """
 
-    def sums(
+    @property
+    def world(self) -> Processes:
+        """The processes that compute together."""
+        return ALONE
+
+    def fill(
         self,
+        kept: Kept,
         batches: Sequence[Batch],
         base: Pattern,
         named: Mapping[str, Pattern],
         *,
         progress: bool,
-    ) -> Iterator[tuple[str, Key, np.ndarray]]:
-        """Compare patterns with the baseline on all batches.
+    ) -> None:
+        """Compare patterns with the baseline on all batches, where that was not done yet.
 
         Args:
+            kept: what is known, to which `by_bucket` of every batch and pattern is added.
             progress: show a progress bar on stderr.
-
-        Yields:
-            A name, and `by_bucket` of a batch, in the order of the batches and of the names.
 
         Raises:
             ValueError: as `compare`.
         """
+        names = self.names(named)
+        missing = {i: kept.missing(i, names) for i in range(len(batches))}
+        missing = {i: some for i, some in missing.items() if some}
         passes = len(batches) * (len(named) + 1 + self.twins)
-        with progress_bar(passes, "pass", shown=progress) as bar:
-            for i, batch in enumerate(batches):
-                for name, fields in self.compare(batch, base, named, bar.update, first=i == 0):
-                    for key, value in by_bucket(fields, batch):
-                        yield name, key, value
+        left = len(missing) * (1 + self.twins) + sum(map(len, missing.values()))
+        left -= sum(TWIN in some for some in missing.values())
+        with progress_bar(passes, "pass", passes - left, shown=progress) as bar:
+            for n, (i, some) in enumerate(missing.items()):
+                asked = {name: named[name] for name in some if name != TWIN}
+                for name, fields in self.compare(batches[i], base, asked, bar.update, first=n == 0):
+                    kept.add(i, name, np.stack([v for _, v in by_bucket(fields, batches[i])]))
+
+    def names(self, named: Mapping[str, Pattern]) -> list[str]:
+        """Return the names of all that is compared with the baseline."""
+        return [*named, *([TWIN] if self.twins else [])]
 
 
 class ModelSubject(Subject):

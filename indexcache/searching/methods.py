@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from indexcache.data import Batch
+from indexcache.models.together import Follower
 from indexcache.pattern import Pattern
 from indexcache.progress import progress as progress_bar
 from indexcache.records import Run
@@ -21,7 +22,6 @@ from indexcache.searching.planned import PlannedSearch
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.similarity import best_patterns
 from indexcache.searching.source import Entry, LossSource
-from indexcache.searching.streamed import Follower
 from indexcache.searching.work import Work
 
 

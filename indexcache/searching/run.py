@@ -15,6 +15,7 @@ from indexcache.models.conditions import Conditions, Origin
 from indexcache.models.family import AnyModel
 from indexcache.models.soundness import blindness
 from indexcache.models.stream.loading import stream_of
+from indexcache.models.together import open_together
 from indexcache.models.world import Processes, join
 from indexcache.pattern import Pattern, full_count
 from indexcache.records import number_of
@@ -25,7 +26,6 @@ from indexcache.searching.methods import Asked, exact, sampled
 from indexcache.searching.objective import Evaluation
 from indexcache.searching.settings import SearchSettings
 from indexcache.searching.source import Entry, LossSource, ModelSource, StreamedSource, VllmSource
-from indexcache.searching.streamed import open_together
 from indexcache.searching.work import Work
 from indexcache.vacuity import check_batches, pool_of
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from indexcache.cli import main
-from indexcache.records import Run
+from indexcache.records import Run, write_json
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,9 @@ def test_a_full_disk_keeps_what_was_done(checkpoint, text, tmp_path, capsys, mon
     import indexcache.evals.evaluate  # noqa: F401  # It must be imported before the patch.
 
     def no_room(path, value):
-        raise OSError(28, "No space left on device", str(path))
+        if path.name == "evidence.json":
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, value)
 
     monkeypatch.setattr("indexcache.records.write_json", no_room)
     out = tmp_path / "evidence"
@@ -253,6 +255,9 @@ def test_a_full_disk_keeps_what_was_done(checkpoint, text, tmp_path, capsys, mon
     captured = capsys.readouterr()
     assert "disk is full" in captured.err
     assert "vs full" in captured.out  # The finished table is printed before it is written.
+    monkeypatch.undo()
+    assert run(f"evaluate {checkpoint} --data {text} --pattern FSSSSS --out {out} {COMMON}") == 0
+    assert sorted(p.name for p in out.iterdir()) == ["evidence.json"]
 
 
 def test_unknown_models_are_refused(checkpoint, text, tmp_path, capsys):
