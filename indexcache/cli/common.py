@@ -150,6 +150,9 @@ class ModelSettings:
 
     dtype: Dtype = "float32"
     "Dtype of the weights."
+    fp8: Fp8 = "dequantize"
+    """How weights in FP8 are read: dequantize them, keep them, or keep them and quantise the
+    inputs of products of many tokens too (both)."""
     device: str = "cpu"
     "Where the model runs, e.g. cpu or cuda:0."
     fast: bool = True
@@ -190,6 +193,11 @@ class EngineSettings(VllmSettings):
             raise ValueError(
                 "--delta cannot be given with --engine vllm, which runs the indexers of the "
                 "checkpoint; write one with the trained ones by `export --delta`, and name that."
+            )
+        if running.fp8 != "dequantize":
+            raise ValueError(
+                f"--fp8 {running.fp8} is for this package's own path; vLLM reads weights in FP8 in "
+                "its own way, so leave it out."
             )
         own = [
             f.name
@@ -335,6 +343,7 @@ def open_model(
         trust_remote_code=settings.trust_remote_code,
         delta=settings.delta,
         stream=stream or False,
+        fp8=settings.fp8,
     )
     if settings.fast:
         try:

@@ -28,8 +28,15 @@ def streams(facts: dict[str, Any], running: ModelSettings, stream: StreamSetting
 
     stream.limit()
     check_device(running.device)
+    if running.fp8 != "dequantize" and stream.stream:
+        raise ValueError(
+            f"--fp8 {running.fp8} needs the whole model in memory, because layers that are read "
+            "one at a time are dequantised; leave one of the two out."
+        )
     if stream.stream is not None:
         wanted = stream.stream
+    elif running.fp8 != "dequantize":
+        wanted = False
     else:
         why = too_large(open_weights(facts), DTYPES[running.dtype], running.device)
         wanted = why is not None

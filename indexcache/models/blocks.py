@@ -262,3 +262,11 @@ def expert_names(name: str, experts: Any) -> list[str]:
         for leaf in ("gate_up_proj", "down_proj")
         for part in expert_parts(f"{name}.{leaf}", tuple(getattr(experts, leaf).shape))
     ]
+
+
+def fp8_way(module: nn.Module) -> str:
+    """Return what became of a model's weights in FP8, as `load` names it."""
+    kept = [m for m in module.modules() if isinstance(m, BlockLinear | BlockExperts)]
+    if not kept:
+        return "dequantize"
+    return "both" if any(m.quantized_inputs for m in kept) else "keep"

@@ -12,12 +12,19 @@ import torch
 from indexcache import __version__
 from indexcache.data import Batch, digest_of
 from indexcache.engines.vllm.engine import VllmEngine
+from indexcache.models.blocks import fp8_way
 from indexcache.models.family import AnyModel, DsaModule, module_of
 from indexcache.models.identity import library_versions, weights_digest
 from indexcache.models.loading import Model, fingerprint
 from indexcache.models.seam import selector_of
 from indexcache.vacuity import Share, sentence
 
+FP8_WAYS = {
+    "dequantize": "",
+    "keep": ", weights kept in FP8",
+    "both": ", weights and inputs of products in FP8",
+}
+"""What the dtype says of weights that are stored in FP8."""
 DIGITS = 12
 """Number of hex digits of a digest that are printed; files hold all 64."""
 
@@ -55,7 +62,7 @@ class Conditions:
         pools: number of tokens in the pools of the patterns that have R layers.
         sparsity: the share of the context that k and each pool are, in this order.
         seed: random seed of the sequences.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, and what of the model is computed in FP8.
         device: the device, and the threads of a CPU.
         path: "stock" or "fast", the code that ran, or "vllm".
         versions: versions of indexcache, torch and transformers, or of indexcache and vLLM.
@@ -215,10 +222,11 @@ def environment(module: DsaModule) -> dict[str, Any]:
         if weight.is_cuda
         else f"cpu, {torch.get_num_threads()} threads"
     )
+    dtype = f"{weight.dtype}{FP8_WAYS[fp8_way(module)]}"
     return {
         "weights": weights_digest(module),
         "path": selector_of(module).path,
-        "dtype": str(weight.dtype),
+        "dtype": dtype,
         "device": device,
         **library_versions(),
     }
