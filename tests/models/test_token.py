@@ -15,17 +15,33 @@ from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.decode import Decoder
 from indexcache.models.fast.layer import has_one_choice_of_groups
 from indexcache.models.fast.prefill import prefill
+from indexcache.models.random import random_model
 from indexcache.ops import step
+from indexcache.shapes import shape_config
 from tests.support import FAMILIES, make_model, relative
 
 ON = {"products": True, "experts": True, "indexer": True, "attention": True}
 OFF = dict.fromkeys(ON, False)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Name the operations of `ops.step` as they are called."""
+    names: list[str] = []
+    for name in ("products", "absorb", "attend", "experts", "index_rows"):
+
+        def counted(*args, real=getattr(step, name), name=name, **options):
+            names.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(step, name, counted)
+    return names
 
 
 def steps(model, ids, tuning, count=2):
@@ -41,19 +57,10 @@ def steps(model, ids, tuning, count=2):
 @pytest.mark.parametrize(
     ("family", "index_dtype"), [(FAMILIES[0], "fp8"), (FAMILIES[1], "fp8"), (FAMILIES[0], "auto")]
 )
-def test_a_step_by_kernels_equals_a_compiled_one(family, index_dtype, monkeypatch):
+def test_a_step_by_kernels_equals_a_compiled_one(family, index_dtype, eager, calls):
     """Logits, latents and keys agree, and each product runs where it was asked for."""
     model = make_model(family)
     ids = torch.randint(0, 128, (1, 45), generator=torch.Generator().manual_seed(1))
-    calls: list[str] = []
-    for name in ("products", "absorb", "attend", "experts", "index_rows"):
-        real = getattr(step, name)
-
-        def counted(*args, real=real, name=name, **options):
-            calls.append(name)
-            return real(*args, **options)
-
-        monkeypatch.setattr(step, name, counted)
     fast = accelerate(model, compile=True, index_dtype=index_dtype)
     with fast, use_pattern(model, "FSFRSS@2"):
         want, cache = steps(model, ids, OFF)
@@ -88,3 +95,38 @@ def test_what_the_kernels_leave_to_the_compiler():
     grouped = make_model("deepseek_v32", n_group=2, topk_group=1)
     gate = grouped.model.layers[-1].mlp.gate
     assert not token.fits_experts(grouped.model.layers[-1], has_one_choice_of_groups(gate))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_are_as_near_to_fp32_at_the_30b_shape(calls):
+    """They are the default, repeat bit for bit, and round no worse than compiled products."""
+    model = random_model(
+        shape_config("glm-4.7-flash-dsa", 3), dtype="bfloat16", device="cuda", seed=0
+    )
+    ids = torch.randint(0, 10_000, (4, 3000), device="cuda")
+
+    def decoded(compiled=True, **settings):
+        fast = accelerate(model, index_dtype="fp8" if compiled else "auto", compile=compiled)
+        seen = []
+        with torch.no_grad(), fast, use_pattern(model, "FSF"), ops.tuned(step=settings):
+            for text in ids:
+                cache = FastCache(model, 3100)
+                prefill(model, text[None], cache, chunk=1000)
+                decoder = Decoder(
+                    model, cache, graph=compiled
+                )  # No kernel takes index keys in fp32.
+                seen += [decoder.step(token).clone() for token in text[:15, None]]
+        return torch.cat(seen).float()
+
+    compiled = decoded(**OFF)
+    assert not calls
+    kernels = decoded()
+    assert set(calls) == {"products", "absorb", "index_rows", "experts"}
+    assert torch.equal(decoded(), kernels)
+    assert torch.equal(decoded(pdl=False), kernels)
+    model.float()
+    exact = decoded(compiled=False)
+    theirs, ours = (float((x - exact).norm(dim=-1).median()) for x in (compiled, kernels))
+    print(f"median distance from fp32: {theirs:.4g} compiled, {ours:.4g} by kernels")
+    assert ours < 1.2 * theirs
