@@ -11,8 +11,9 @@ each search ("searches") and each budget ("rows") when it is finished, and keeps
 models, seeds and methods. With --reuse exact the exact searches of an earlier run serve again.
 
 Under "starts" the file has, for every seed, the rank correlation of what the flip of each layer
-alone loses on the whole text with three guesses: the estimate by gradients on the smallest part of
-the text, the flip measured on that part, and what the selections of neighbours have in common.
+alone loses on the whole text with three guesses: the estimate by gradients on the first part of
+the text, the flip measured on the smallest part, and what the selections of neighbours have in
+common. The first part is two sequences where they are long, and else the smallest part.
 """
 
 from __future__ import annotations
@@ -233,7 +234,8 @@ def main() -> None:
             ]
             print(*map(json.dumps, rows), sep="\n", flush=True)
             write_rows(o.result, "rows", rows)
-        if all((folder / m / "journal.jsonl").exists() for m in ("fast", "fast-start")):
+        journals = all((folder / m / "journal.jsonl").exists() for m in ("fast", "fast-start"))
+        if journals and "flips" in known["exact"]:
             start = starts(model, batches, folder, known["exact"]["flips"])
             print(json.dumps(start), flush=True)
             write_rows(o.result, "starts", [{"model": name, "seed": seed} | start])

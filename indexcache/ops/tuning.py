@@ -86,8 +86,7 @@ class MlaTuning:
     "Warps of a program in prefill."
     narrow_keys: int = 32
     """Keys of a tile of 16-bit latents with at most 256 value dims and 512 dims in all, in prefill.
-    Two such programs of 4 warps, with one tile in flight, fit on a multiprocessor: 0.21 to 0.35 ms
-    in place of 0.29 to 0.49 at 9 heads of 256 + 192 dims, with 8,192 queries of 256 keys."""
+    Two such programs of 4 warps, with one tile in flight, fit on a multiprocessor."""
     decode_warps: int = 8
     "Warps of a program whose ids are split over programs."
     decode_keys: int = 64
@@ -146,7 +145,7 @@ class StepTuning:
 
 @dataclass(frozen=True, kw_only=True)
 class KlTuning:
-    """The distillation loss (ops/kl.py).
+    """The distillation loss (ops/kl).
 
     `wide` tiles serve more than 192 dims of attention, or more than 128 of the indexer.
     """

@@ -39,7 +39,7 @@ class Estimates:
 
     pairs: np.ndarray
     least: float
-    sums: list[tuple[Pattern, float, float]] = field(init=False, default_factory=list)
+    sums: list[tuple[Pattern, Pattern, float, float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.least = max(self.least, SMALLEST)
@@ -50,22 +50,20 @@ class Estimates:
         if ratios:
             self.pairs = self.pairs * float(np.clip(np.median(ratios), *SCALES))
 
-    def learn(self, pattern: Pattern, lost: float, error: float) -> None:
-        """Take in what a pattern loses to the full model, and the standard error of that."""
-        self.sums.append((pattern, lost, error))
+    def learn(self, pattern: Pattern, base: Pattern, lost: float, error: float) -> None:
+        """Take in what a pattern loses beyond a base, and the standard error of that."""
+        self.sums.append((pattern, base, lost, error))
 
     def best(self) -> np.ndarray:
         """Return the guess by all that was learned, float64 [layers, layers]."""
         if not self.sums:
             return self.pairs
         prior = self.pairs.ravel()
-        read = np.zeros((len(self.sums), len(prior)))
-        for row, (pattern, _, _) in zip(read, self.sums, strict=True):
-            sources = [(pattern.source(i), i) for i in range(len(pattern))]
-            row[[s * len(pattern) + i for s, i in sources if s != i]] = 1
-        lost = np.array([x for _, x, _ in self.sums])
-        error = np.array([e**2 for _, _, e in self.sums])
-        error += (read.sum(1) > 1) * (ADDITIVE * lost) ** 2  # One layer alone is no sum.
+        read = np.stack([self._read(p) - self._read(base) for p, base, _, _ in self.sums])
+        lost = np.array([x for _, _, x, _ in self.sums])
+        error = np.array([e**2 for _, _, _, e in self.sums])
+        # One layer alone is no sum.
+        error += (np.abs(read).sum(1) > 1) * (ADDITIVE * lost) ** 2
         spread = RELATIVE * np.abs(prior) + self.least
         own = (read * spread).reshape(len(read), *self.pairs.shape)
         # Guesses of one layer's losses, whatever it reads, err alike.
@@ -74,3 +72,11 @@ class Estimates:
         among = moved @ read.T + np.diag(error + self.least**2)
         found = prior + np.linalg.solve(among, lost - read @ prior) @ moved
         return found.reshape(self.pairs.shape)
+
+    def _read(self, pattern: Pattern) -> np.ndarray:
+        """Return 1 for every layer of a pattern that reads another one's selection, by source."""
+        layers = len(pattern)
+        read = np.zeros(layers * layers)
+        sources = [(pattern.source(i), i) for i in range(layers)]
+        read[[s * layers + i for s, i in sources if s != i]] = 1
+        return read

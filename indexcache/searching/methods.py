@@ -120,7 +120,7 @@ def sampled(
             points = (
                 FastSearch(*state).run()
                 if settings.start == "flips"
-                else PlannedSearch(*state, pairs=samples.pairs(samples.parts()[0])).run()
+                else PlannedSearch(*state, pairs=samples.pairs(samples.first_part())).run()
             )
         frontier: list[FrontierPoint] = []
         for point in points:

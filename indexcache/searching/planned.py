@@ -16,13 +16,15 @@ import numpy as np
 
 from indexcache.pattern import Pattern
 from indexcache.searching.estimates import Estimates
-from indexcache.searching.fast import FastSearch
+from indexcache.searching.fast import FAR, FastSearch
 from indexcache.searching.greedy import FrontierPoint
+from indexcache.searching.refining import Neighbours, changed, look_around
 from indexcache.searching.samples import Difference, Parts
 from indexcache.searching.similarity import best_patterns
 
-SWAPS = 4  # so many are raced in a round
 PLANS = 4  # so many are measured at a budget
+SURPRISE = 0.01  # part of what a pattern loses by which it may differ from the estimates
+TRIES = 3  # patterns that are measured on all text beside that of a budget
 
 
 @dataclass(kw_only=True)
@@ -36,7 +38,6 @@ class PlannedSearch(FastSearch):
 
     pairs: np.ndarray
     estimates: Estimates = field(init=False)
-    proposed: list[Pattern] = field(init=False, default_factory=list)  # swaps of the last round
 
     def run(self) -> Iterator[FrontierPoint]:
         """Yield a point for every number of full layers, from all down to `full`.
@@ -49,14 +50,18 @@ class PlannedSearch(FastSearch):
         yield FrontierPoint(self.trunk, self.loss)
         self.estimates = Estimates(self.pairs, self.slack)
         self.flips()
+        full_loss = self.loss
         above, before = samples.layers, (0.0, self.loss)
         for budget in sorted((b for b in self.budgets if self.full <= b < above), reverse=True):
             measured: dict[Pattern, float] = {}
+            surprise = 0.0
             for _ in range(PLANS):
                 planned = self.plan(range(samples.layers))
                 if planned[budget] in measured:
                     break
+                promised = full_loss + self.promised(planned[budget])
                 measured[planned[budget]] = self.evaluate(planned[budget])
+                surprise = max(surprise, abs(measured[planned[budget]] - promised))
             # Layers that share add up less well the more they are, so the plan that keeps to the
             # full layers of the last budget is measured too.
             nested = self.plan(self.trunk.full_layers)[budget]
@@ -69,7 +74,9 @@ class PlannedSearch(FastSearch):
                 at = self.promised(planned[count])
                 loss = float(np.interp(at, (before[0], after[0]), (before[1], after[1])))
                 yield FrontierPoint(planned[count], loss, estimated=True)
-            if self.savings.swaps:
+            # Estimates that a plan bears out leave nothing to look for beside it.
+            expected = self.noise + SURPRISE * abs(self.loss - full_loss)
+            if self.savings.swaps and surprise > expected:
                 self.refine()
             yield FrontierPoint(self.trunk, self.loss)
             above, before = budget, (self.promised(self.trunk), self.loss)
@@ -83,7 +90,7 @@ class PlannedSearch(FastSearch):
         found = {i: samples.difference([p], [samples.full], part) for i, p in flips.items()}
         self.estimates.scale({i: d.value for i, d in found.items()})
         for i, error in grown_errors(found).items():
-            self.estimates.learn(flips[i], found[i].value, error)
+            self.estimates.learn(flips[i], samples.full, found[i].value, error)
 
     def plan(self, allowed: Sequence[int]) -> dict[int, Pattern]:
         """Return the best pattern of every number of full layers, which are among these.
@@ -113,35 +120,89 @@ class PlannedSearch(FastSearch):
         """Return the loss of a pattern on the whole text, and learn from it."""
         self.samples.rebase(pattern)
         loss = self.samples.evaluate(pattern).loss
-        self.learn(pattern, self.samples.whole)
+        self.learn(pattern, self.samples.full, self.samples.whole)
         return loss
 
-    def learn(self, pattern: Pattern, part: Parts) -> None:
-        """Learn from what a pattern loses on a part of the text."""
-        lost = self.samples.difference([pattern], [self.samples.full], part)
+    def learn(self, pattern: Pattern, base: Pattern, part: Parts) -> None:
+        """Learn from what a pattern loses beyond another one on a part of the text."""
+        lost = self.samples.difference([pattern], [base], part)
         if np.isfinite(lost.error):
-            self.estimates.learn(pattern, lost.value, lost.error)
+            self.estimates.learn(pattern, base, lost.value, lost.error)
 
     def promised(self, pattern: Pattern) -> float:
         """Return what a pattern loses by the estimates, as if they added up."""
         return total(self.estimates.best(), pattern)
 
-    def swaps(self) -> dict[tuple[int, int], Pattern]:
-        """Propose the swaps that lose least by the estimates, and learn from those before."""
-        for pattern in self.proposed:
-            self.learn(pattern, self.samples.measured(pattern))
-        movable = [i for i in self.trunk.full_layers if i not in {*self.starts, *self.fixed}]
-        patterns = {
-            (i, j): self.trunk.replace(j, "F").replace(i, "S")
-            for i in movable
-            for j in range(len(self.trunk))
-            if self.trunk[j] == "S" and self.stage(i) == self.stage(j)
+    def refine(self) -> None:
+        """Let full and shared layers change places where that loses less on the whole text.
+
+        What changes of one role lose is measured on small parts of the text. The patterns that
+        promise most by that are measured on all, and last the swap that the estimates prefer.
+        """
+        near = self.look()
+        tried = {self.trunk}
+        for _ in range(TRIES):
+            left = [p for p in self.proposals(near) if p not in tried]
+            best = min(left, key=lambda p: (self.promise(near, p), p.roles), default=self.trunk)
+            if best in tried or self.promise(near, best) >= 0:
+                break
+            tried.add(best)
+            self.attempt(best)
+        swaps = self.single_swaps()
+        if swaps and self.promised(swaps[0]) < self.promised(self.trunk):
+            self.attempt(swaps[0])
+
+    def look(self) -> Neighbours:
+        """Measure the changes of one role beside the trunk, and learn from them.
+
+        Left out are full layers that are thought to lose far more than any shared one gains.
+        """
+        trunk, before = self.trunk, self.promised(self.trunk)
+        staying = {*self.starts, *self.fixed}
+        lost = {
+            i: self.promised(changed(trunk, i)) - before
+            for i in range(len(trunk))
+            if i not in staying
         }
-        pairs = self.estimates.best()
-        order = sorted(patterns, key=lambda swap: (total(pairs, patterns[swap]), swap))
-        proposed = {swap: patterns[swap] for swap in order[:SWAPS]}
-        self.proposed = list(proposed.values())
-        return proposed
+        gain = max((-x for i, x in lost.items() if trunk[i] == "S"), default=0.0)
+        far = FAR * (max(gain, 0.0) + self.slack)
+        drops = [i for i, x in lost.items() if trunk[i] == "F" and x <= far]
+        near = look_around(self.samples, trunk, drops, self.parts, lost)
+        for i in lost:
+            if part := self.samples.measured(changed(trunk, i)):
+                self.learn(changed(trunk, i), trunk, part)
+        return near
+
+    def proposals(self, near: Neighbours) -> list[Pattern]:
+        """Return patterns that may lose less than the one that was looked around."""
+        count = len(near.trunk.full_layers)
+        return [self.plan(range(self.samples.layers))[count], *near.swaps(self.stage)]
+
+    def promise(self, near: Neighbours, pattern: Pattern) -> float:
+        """Return the mean of what the estimates say and what the changes add up to."""
+        estimated = self.promised(pattern) - self.promised(near.trunk)
+        return (estimated + near.promise(pattern)) / 2
+
+    def attempt(self, pattern: Pattern) -> None:
+        """Measure a pattern on the whole text, and make it the trunk where it loses less."""
+        loss = self.samples.evaluate(pattern).loss
+        self.learn(pattern, self.trunk, self.samples.whole)
+        if loss < self.loss:
+            self.trunk, self.loss = pattern, loss
+            self.samples.rebase(pattern)
+
+    def single_swaps(self) -> list[Pattern]:
+        """Return the swaps of the trunk that were not measured on all text, the best ones first."""
+        staying = {*self.starts, *self.fixed}
+        found = [
+            self.trunk.replace(j, "F").replace(i, "S")
+            for i in self.trunk.full_layers
+            for j in range(len(self.trunk))
+            if i not in staying and self.trunk[j] == "S" and self.stage(i) == self.stage(j)
+        ]
+        pairs, whole = self.estimates.best(), self.samples.whole
+        new = [p for p in found if self.samples.measured(p) != whole]
+        return sorted(new, key=lambda p: (total(pairs, p), p.roles))
 
 
 def grown_errors(found: Mapping[int, Difference]) -> dict[int, float]:

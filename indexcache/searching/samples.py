@@ -161,6 +161,10 @@ class Samples(ABC):
         tokens = sum(self.batches[b].ids.numel() for b in part)
         return part if tokens >= SKETCH_TOKENS and part != self.parts()[0] else ()
 
+    def first_part(self) -> Parts:
+        """Return the sketch, or the smallest part where there is none."""
+        return self.sketch() or self.parts()[0]
+
     def _share(self, share: float, least: int) -> Parts:
         """Return a share of the batches, and so many sequences of text and of every kind."""
         groups: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from indexcache.searching.similarity import best_patterns
 from tests.searching.test_fast import MadeUp, additive
 
 LAYERS = 12
+FULL = Pattern.full(LAYERS)
 
 
 @pytest.fixture
@@ -41,21 +42,34 @@ def test_what_is_learned_brings_the_estimates_to_the_truth(true):
     before = wrong()
     for layer in range(1, LAYERS):
         flip = Pattern.full(LAYERS).replace(layer, "S")
-        guess.learn(flip, total(true, flip), 1e-4)
+        guess.learn(flip, FULL, total(true, flip), 1e-4)
     flips = wrong()
     for _ in range(40):
         pattern = random_pattern(rng)
-        guess.learn(pattern, total(true, pattern), 1e-4)
+        guess.learn(pattern, FULL, total(true, pattern), 1e-4)
     assert wrong() < 0.5 * flips < 0.3 * before
     found = best_patterns(-guess.best(), 1)[4]
     assert total(true, found) <= 1.1 * total(true, best_patterns(-true, 1)[4])
 
 
+def test_a_difference_to_another_pattern_tells_of_what_changed_alone(true):
+    guess = Estimates(true * 1.5, 1e-4)
+    trunk = Pattern("FSSFSSFSSFSS")
+    more = trunk.replace(6, "S")
+    before = guess.best()
+    guess.learn(more, trunk, total(true, more) - total(true, trunk), 1e-4)
+    moved = np.flatnonzero((guess.best() != before).any(0))
+    # Layer 6 is shared, and those that read it read layer 3.
+    assert moved.tolist() == [6, 7, 8]
+    promised = total(guess.best(), more) - total(guess.best(), trunk)
+    assert promised == pytest.approx(total(true, more) - total(true, trunk), abs=2e-3)
+
+
 def test_a_measurement_with_a_large_error_changes_little(true):
     flip = Pattern.full(LAYERS).replace(5, "S")
     sure, unsure = Estimates(true, 1e-4), Estimates(true, 1e-4)
-    sure.learn(flip, true[4, 5] + 0.02, 1e-5)
-    unsure.learn(flip, true[4, 5] + 0.02, 1.0)
+    sure.learn(flip, FULL, true[4, 5] + 0.02, 1e-5)
+    unsure.learn(flip, FULL, true[4, 5] + 0.02, 1.0)
     assert unsure.best()[4, 5] == pytest.approx(true[4, 5], abs=1e-4)
     assert sure.best()[4, 5] > true[4, 5] + 0.005
     # What layer 5 loses with other selections was guessed too low alike; other layers stay.
