@@ -198,6 +198,7 @@ def rotated(interleaved: bool) -> None:
     positions, table = torch.zeros(264, dtype=torch.int64), torch.zeros(264, 64)
     q, index_q = (torch.zeros(264, h, d, dtype=torch.bfloat16) for h, d in ((20, 64), (32, 128)))
     rotary.rotate_queries(q, positions, table, interleaved=interleaved)
+    rotary.rotate_pairs(q[None], *(q[None, :, 0],) * 2, interleaved=interleaved)
     rotary.rotate_index_queries(
         index_q, index_q[..., 0], positions, table, (1.0, 1.0), interleaved=interleaved
     )

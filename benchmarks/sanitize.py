@@ -72,7 +72,7 @@ KERNELS = {
         "groups.join",
     },
     "gluon": {"mla.forward_hopper.attend", "groups.join"},
-    "paged": {"pages.unite_pages", "rotary.turn_rows"},
+    "paged": {"pages.unite_pages", "rotary.turn_rows", "rotary.turn_pairs"},
     "linear": {
         "linear.kernels.products",
         "linear.kernels.products_of_few",
@@ -240,6 +240,7 @@ def paged() -> None:
             need(not isinstance(a, Tensor) or torch.equal(a, b), "the paged groups")
     q, positions = torch.randn(33, 5, 80, device="cuda"), torch.arange(33, device="cuda")
     table = torch.randn(40, 32, device="cuda")
+    rotary.rotate_pairs(q[None, ..., :64], *(q[None, :, 0, :64],) * 2, interleaved=True)
     turned = rotary.rotate_queries(q[..., :64], positions, table, interleaved=False)
     cos, sin = table[:33, None].chunk(2, -1)
     close = torch.allclose(turned, reference.rope(q[..., :64], cos, sin, interleaved=False))

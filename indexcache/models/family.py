@@ -50,24 +50,36 @@ class Family:
     Attributes:
         model_type: the model_type in config.json.
         native_sharing: whether stock transformers obeys `indexer_types` of the config.
-        project: computes (indexer, hidden [B, S, E], q_resid [B, S, Q], (cos, sin)) -> queries
-            [B, S, H, D], keys [B, S, D], and weights fp32 [B, S, H], with the arithmetic of the
-            stock indexer. RoPE is applied, unless (cos, sin) is None. The weights contain both
-            scales, H^-0.5 and D^-0.5.
-        interleaved: whether the indexer's RoPE rotates neighbouring dims together; otherwise it
-            rotates dims that lie half of the rotary dims apart.
-        rotate: applies RoPE to the queries and the shared key of attention. It is transformers'
-            own function, with the arguments (q, k, cos, sin, unsqueeze_dim=).
+        rotate_index: applies RoPE to the queries and keys of the indexer. It is transformers' own
+            function, with the arguments (q, k, cos, sin, unsqueeze_dim=).
+        interleaved: whether `rotate_index` rotates neighbouring dims together; otherwise it rotates
+            dims that lie half of the rotary dims apart.
+        rotate: applies RoPE to the queries and the shared key of attention, likewise.
         rotates_neighbours: whether `rotate` rotates neighbouring dims together and leaves them half
             of the rotary dims apart.
     """
 
     model_type: str
     native_sharing: bool
-    project: Projection
+    rotate_index: Callable[..., tuple[Tensor, Tensor]]
     interleaved: bool
     rotate: Callable[..., tuple[Tensor, Tensor]]
     rotates_neighbours: bool = False
+
+    def project(
+        self, indexer: Any, x: Tensor, q_resid: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute an indexer's projections with the arithmetic of the stock one.
+
+        Args:
+            x, q_resid: the hidden states [B, S, E] and the latent queries [B, S, Q].
+            rope: cos and sin [B, S, r]; None applies no RoPE.
+
+        Returns:
+            Queries [B, S, H, D], keys [B, S, D], and weights fp32 [B, S, H], which contain both
+            scales, H^-0.5 and D^-0.5.
+        """
+        return project_with(self.rotate_index, indexer, x, q_resid, rope)
 
 
 def project_with(

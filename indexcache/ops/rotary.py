@@ -1,8 +1,12 @@
-"""Apply RoPE to a step's queries as an engine lays them out, and quantise those of the indexer.
+"""Apply RoPE to queries and keys, as transformers does or as an engine lays them out.
 
-A program takes a tile of rows, a row being one head of one token. The first dims of a row are
-turned; interleaved partners are (2 i, 2 i + 1), others (i, i + half). Positions index a table of
-cosines, then sines. All arithmetic is in fp32, in the order of vLLM's kernel, whose bits it gives.
+A program takes a tile of rows, a row being one head of one token. Interleaved partners are
+(2 i, 2 i + 1), others (i, i + half).
+
+  turn_pairs  gives the bits of transformers' function, which takes seven launches
+  turn_rows   turns the first dims of a step's queries inside an engine, and quantises those of the
+              indexer. Positions index a table of cosines, then sines. All arithmetic is in fp32, in
+              the order of vLLM's kernel, whose bits it gives
 """
 
 from __future__ import annotations
@@ -13,9 +17,57 @@ import triton.language as tl
 from torch import Tensor
 
 from indexcache.ops.reference import FP8
+from indexcache.ops.tuning import power
 
+PAIR_ROWS = 16
 ROWS = 8  # A tile that is not quantised has so many.
 QUANTISED_ROWS = 16
+
+
+@triton.jit
+def turn_pairs(
+    p_x,
+    p_out,
+    p_cos,
+    p_sin,
+    s_xb,
+    s_xs,
+    s_xh,
+    s_cb,
+    s_cs,
+    n_rows,
+    n_queries,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    W: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Turn rows of 2 HALF dims and leave their partners HALF dims apart. grid (tiles,).
+
+    W is HALF, rounded up to a power of two. Every product is rounded before the sum, as torch does.
+    """
+    dtype: tl.constexpr = p_out.dtype.element_ty
+    i_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o = tl.arange(0, W)
+    mask = (i_row < n_rows)[:, None] & (o < HALF)[None, :]
+    head, token = i_row % H, i_row // H
+    i_b, i_s = token // n_queries, token % n_queries
+    p_row = p_x + (i_b * s_xb + i_s * s_xs + head * s_xh)[:, None]
+    p_angle = (i_b * s_cb + i_s * s_cs)[:, None] + o[None, :]
+    if INTERLEAVED:
+        o_a, o_b = 2 * o, 2 * o + 1
+    else:
+        o_a, o_b = o, o + HALF
+    a = tl.load(p_row + o_a[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(p_row + o_b[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(p_cos + p_angle, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(p_sin + p_angle, mask=mask, other=0.0).to(tl.float32)
+    first = (a * cos).to(dtype).to(tl.float32) - (b * sin).to(dtype).to(tl.float32)
+    second = (b * cos).to(dtype).to(tl.float32) + (a * sin).to(dtype).to(tl.float32)
+    p_to = p_out + (i_row * (2 * HALF))[:, None] + o[None, :]
+    tl.store(p_to, first.to(dtype), mask=mask)
+    tl.store(p_to + HALF, second.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -78,6 +130,44 @@ def turn_rows(
         tl.store(p_weights_out + i_row, w * scale * softmax_scale * head_scale, mask=m_row)
     else:
         tl.store(p_to, x.to(p_out.dtype.element_ty), mask=mask)
+
+
+def rotate_pairs(x_BSHr: Tensor, cos_BSr: Tensor, sin_BSr: Tensor, *, interleaved: bool) -> Tensor:
+    """Apply RoPE as transformers' functions do, to the bit, in bf16 or fp16.
+
+    Args:
+        x_BSHr: queries or keys with contiguous rotary dims.
+        cos_BSr, sin_BSr: cosines and sines in x's dtype, whose second halves repeat the first; B
+            may be 1.
+        interleaved: the pairs are (2 i, 2 i + 1), not (i, i + r / 2). The result has the partners
+            r / 2 dims apart in either case.
+
+    Returns:
+        [B, S, H, r], contiguous.
+    """
+    batch, queries, heads, dim = x_BSHr.shape
+    out = torch.empty(x_BSHr.shape, dtype=x_BSHr.dtype, device=x_BSHr.device)
+    if not out.numel():
+        return out
+    cos, sin = (t.expand(batch, queries, dim) for t in (cos_BSr, sin_BSr))
+    rows = batch * queries * heads
+    turn_pairs[(triton.cdiv(rows, PAIR_ROWS),)](
+        x_BSHr,
+        out,
+        cos,
+        sin,
+        *x_BSHr.stride()[:3],
+        *cos.stride()[:2],
+        rows,
+        queries,
+        H=heads,
+        HALF=dim // 2,
+        W=power(dim // 2),
+        INTERLEAVED=interleaved,
+        ROWS=PAIR_ROWS,
+        num_warps=4,
+    )
+    return out
 
 
 def rotate_queries(

@@ -46,6 +46,54 @@ def test_queries(tokens, heads, dim, interleaved):
     torch.testing.assert_close(got.float(), want, rtol=2e-3 if not GPU else 8e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 192), (1, 64), (5, 8)])
+def test_pairs_have_the_bits_of_transformers(heads, dim, batch):
+    """Both functions, on dims inside of wider tensors, with one set of angles for all sequences."""
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as stock
+
+    generator = torch.Generator().manual_seed(heads)
+    wide = torch.randn(batch, 7, heads, dim + 16, generator=generator).to(HALF).to(DEVICE)
+    angles = torch.rand(1, 7, dim // 2, generator=generator) * 7
+    angles = torch.cat([angles, angles], -1).to(DEVICE)
+    cos, sin = (t.to(HALF).expand(batch, -1, -1) for t in (angles.cos(), angles.sin()))
+    x = wide[..., 16:]
+    for function, interleaved in (
+        (stock.apply_rotary_pos_emb_interleave, True),
+        (stock.apply_rotary_pos_emb, False),
+    ):
+        want, _ = function(x, x[:, :, :1], cos, sin, unsqueeze_dim=2)
+        got = rotary.rotate_pairs(x, cos, sin, interleaved=interleaved)
+        assert got.is_contiguous() and torch.equal(got, want)
+    assert rotary.rotate_pairs(x[:, :0], cos[:, :0], sin[:, :0], interleaved=True).shape[1] == 0
+
+
+def test_the_fast_path_takes_the_kernel_where_it_gives_the_bits(monkeypatch):
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as stock
+
+    from indexcache.models.fast import rotate
+
+    monkeypatch.setattr(rotate, "has_kernels", lambda x: True)
+    launched = []
+    pairs = rotary.rotate_pairs
+    monkeypatch.setattr(
+        rotary, "rotate_pairs", lambda *a, **k: launched.append(a[0].shape) or pairs(*a, **k)
+    )
+    fused = rotate.fused_rotate(stock.apply_rotary_pos_emb_interleave, True)
+    q, k, cos = (torch.randn(1, 5, *n, device=DEVICE).to(HALF) for n in ((3, 16), (1, 16), (16,)))
+    cos[..., 8:] = cos[..., :8]
+    for dtype, runs in ((HALF, True), (torch.float32, False)):
+        launched.clear()
+        inputs = tuple(t.to(dtype) for t in (q, k, cos, cos))
+        got = fused(*inputs, unsqueeze_dim=2)
+        want = stock.apply_rotary_pos_emb_interleave(*inputs, unsqueeze_dim=2)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert launched == ([q.shape, k.shape] if runs else [])
+    with torch.enable_grad():
+        fused(q.clone().requires_grad_(), k, cos, cos, unsqueeze_dim=2)
+    assert not launched
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_index_queries(interleaved):
     q, positions, table, weights = step(21, 5, 128, 64)

@@ -31,6 +31,7 @@ from indexcache.models.family import (
     indexers,
     input_device,
     module_of,
+    project_with,
 )
 from indexcache.models.fast.cache import FastCache
 from indexcache.models.fast.frozen import Frozen
@@ -45,6 +46,7 @@ from indexcache.models.fast.layer import (
     wrap_step,
 )
 from indexcache.models.fast.requests import check_cache, check_packing, check_request
+from indexcache.models.fast.rotate import fused_rotate
 from indexcache.models.fast.selector import FastSelector
 from indexcache.models.fast.token import fits_indexer
 from indexcache.models.fast.visible import Visible, visible_of
@@ -178,7 +180,9 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
     norm = stock_norm  # It runs hooks, and on a GPU the fused forward that is put below.
     if gpu and compile and all(map(is_plain, filter(is_stock_norm, module.model.modules()))):
         norm = fused_norm
-    projection = wrap(partial(project, family.rotate, norm))
+    rotate = fused_rotate(family.rotate, family.rotates_neighbours)
+    rotate_index = fused_rotate(family.rotate_index, family.interleaved)
+    projection = wrap(partial(project, rotate, norm))
     wrapped_norm = wrap(fused_norm)
     step = CompiledStep.of(family.rotate, norm) if compile else None
     in_pieces = [step is not None and runs_in_pieces(layer) for layer in layers]
@@ -189,7 +193,8 @@ def accelerate(model: AnyModel, *, index_dtype: str = "auto", compile: bool = Fa
             stacklevel=2,
         )
     wrap_one = wrap_step() if compile else wrap
-    selector = FastSelector(module, index_dtype, wrap(family.project), wrap_one(family.project))
+    index = partial(project_with, rotate_index)
+    selector = FastSelector(module, index_dtype, wrap(index), wrap_one(index))
     fast = FastModel(module, compiles=compile)
     try:
         fast.patches.wrap(module.model, partial(_model_forward, module, fast))
