@@ -37,7 +37,7 @@ from indexcache.data import Batch
 from indexcache.data.leaks import near_copies, seen_in
 from indexcache.evals.evaluate import Measurement
 from indexcache.pattern import full_count
-from indexcache.records import read_json, write_json
+from indexcache.records import read_json, write_json, write_text
 from indexcache.searching.samples import ModelSamples
 from indexcache.searching.similarity import selection_overlap
 
@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast-no-swaps": {"method": "fast", "swaps": False},
 }
 ABLATED = tuple(METHODS)[4:]
+DIGITS = 7  # of losses in the result file
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +132,7 @@ def flip_losses(model: Any, folder: Path) -> list[float]:
     exact = {e["pattern"]: e["loss"] for e in read_lines(folder / "exact" / "journal.jsonl")}
     full = ic.Pattern("F" * model.layers)
     flips = [full.replace(i, "S") for i in range(1, model.layers)]
-    return [exact[str(p)] - exact[str(full)] for p in flips]
+    return [round(exact[str(p)] - exact[str(full)], DIGITS) for p in flips]
 
 
 def starts(model: Any, batches: list[Batch], folder: Path, true: list[float]) -> dict[str, float]:
@@ -148,7 +149,9 @@ def starts(model: Any, batches: list[Batch], folder: Path, true: list[float]) ->
         "smallest_part": [samples.difference([p], [samples.full], small).value for p in flips],
         "similarity": [-overlap[i - 1, i] for i in layers],
     }
-    return {name: float(spearmanr(guess, true).statistic) for name, guess in guesses.items()}
+    return {
+        name: round(float(spearmanr(guess, true).statistic), 4) for name, guess in guesses.items()
+    }
 
 
 def main() -> None:
@@ -222,10 +225,10 @@ def main() -> None:
                 | {"full": full, "method": m}
                 | {k: v for k, v in asdict(search).items() if k != "patterns"}
                 | {
-                    "held_out_loss": measured[m].loss,
-                    "ci_low": measured[m].ci_low,
-                    "ci_high": measured[m].ci_high,
-                    "above_exact": measured[m].delta_loss,
+                    "held_out_loss": rounded(measured[m].loss),
+                    "ci_low": rounded(measured[m].ci_low),
+                    "ci_high": rounded(measured[m].ci_high),
+                    "above_exact": rounded(measured[m].delta_loss),
                     "pattern": str(patterns[m]),
                     "layers": model.layers,
                     "documents": measured[m].documents,
@@ -239,6 +242,11 @@ def main() -> None:
             start = starts(model, batches, folder, known["exact"]["flips"])
             print(json.dumps(start), flush=True)
             write_rows(o.result, "starts", [{"model": name, "seed": seed} | start])
+
+
+def rounded(x: float | None) -> float | None:
+    """Leave out digits that say nothing; too few documents have no interval."""
+    return None if x is None else round(x, DIGITS)
 
 
 def read_rows(path: Path, part: str) -> list[dict[str, Any]]:
@@ -256,7 +264,11 @@ def write_rows(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
     new = {identity(r) for r in rows}
     kept = [r for r in content.get(part, []) if identity(r) not in new]
     content[part] = sorted(kept + rows, key=place)
-    write_json(path, content)
+    parts = (
+        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, own)) + "\n]"
+        for name, own in content.items()
+    )
+    write_text(path, "{" + ", ".join(parts) + "}\n")  # a line for each row
 
 
 def place(row: dict[str, Any]) -> tuple:
