@@ -16,7 +16,11 @@ K, CHUNK, PREFIX = 4, 8, "layers.0.self_attn.indexer.k_cache"
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """Stand in for vLLM's modules; its indexer selects the last K positions, the last first."""
+    """Stand in for vLLM's modules; its indexer selects the last K positions, the last first.
+
+    The plugin's finder is forgotten afterwards.
+    """
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     seen = SimpleNamespace(steps={})
 
     def sparse_attn_indexer(hidden_states, k_cache_prefix, topk_indices_buffer):

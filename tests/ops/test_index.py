@@ -238,6 +238,7 @@ def test_rescue_in_pools(wide):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "dim"), [(9, 256), (16, 128), (4, 64), (1, 128), (32, 128)])
 def test_short_rows_on_a_gpu(heads, dim, dtype):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from indexcache.ops.index.topk import select_row
+from indexcache.ops.index.topk_parts import select_row
 from indexcache.ops.primitives import NONE, prefetch, rows_visible, sort_key
 
 
