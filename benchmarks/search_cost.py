@@ -8,7 +8,8 @@ Every search is a run in a folder under --out, so an interrupted comparison goes
 same calibration text; their patterns of every budget are compared on the same held-out documents,
 in pairs, without those that share long passages with the calibration text. The result file gets
 each search ("searches") and each budget ("rows") when it is finished, and keeps those of other
-models, seeds and methods. With --reuse exact the exact searches of an earlier run serve again.
+models, seeds and methods. With --reuse exact the exact searches of an earlier run serve again
+where they had the same weights and the same text.
 
 Under "starts" the file has, for every seed, the rank correlation of what the flip of each layer
 alone loses on the whole text with three guesses: the estimate by gradients on the first part of
@@ -34,8 +35,10 @@ from scipy.stats import spearmanr
 import indexcache as ic
 from indexcache.cli import guarded
 from indexcache.data import Batch
+from indexcache.data.batch import digest_of
 from indexcache.data.leaks import near_copies, seen_in
 from indexcache.evals.evaluate import Measurement
+from indexcache.models.identity import weights_digest
 from indexcache.pattern import full_count
 from indexcache.records import read_json, write_json, write_text
 from indexcache.searching.samples import ModelSamples
@@ -54,7 +57,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast-no-swaps": {"method": "fast", "swaps": False},
 }
 ABLATED = tuple(METHODS)[4:]
-DIGITS = 7  # of losses in the result file
+DIGEST = 16  # Digests in the result file have this many hex digits.
+DIGITS = 7  # Losses in the result file have this many.
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +95,7 @@ def timed(folder: Path) -> Iterator[dict[str, float]]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: its work and seconds, and the pattern of each number of full layers."""
+    """Hold what a search found: its work and seconds, and its pattern by number of full layers."""
 
     evaluations: int
     layer_tokens: int
@@ -202,16 +206,18 @@ def main() -> None:
             key: getattr(o, key) for key in ("length", "sequences")
         }
         folder = o.out / name / f"{seed}"
-        known = {
-            s["method"]: s for s in read_rows(o.result, "searches") if own.items() <= s.items()
+        same = {
+            "data": digest_of(batches)[:DIGEST],
+            "weights": weights_digest(model.module)[:DIGEST],
         }
+        known = known_searches(o.result, own | same)
         found: dict[str, Found] = {}
         for method in (m for m in METHODS if m not in ABLATED or seed < o.ablations):
             if method in o.reuse and method in known:
                 found[method] = Found(**{k: known[method][k] for k in Found.__annotations__})
                 continue
             found[method] = timed_search(model, batches, folder / method, method)
-            search = own | {"method": method} | asdict(found[method])
+            search = own | same | {"method": method} | asdict(found[method])
             if method == "exact":
                 search["flips"] = flip_losses(model, folder)
             known[method] = search
@@ -242,6 +248,11 @@ def main() -> None:
             start = starts(model, batches, folder, known["exact"]["flips"])
             print(json.dumps(start), flush=True)
             write_rows(o.result, "starts", [{"model": name, "seed": seed} | start])
+
+
+def known_searches(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the searches of the result file that agree in all of `same`, by method."""
+    return {s["method"]: s for s in read_rows(path, "searches") if same.items() <= s.items()}
 
 
 def rounded(x: float | None) -> float | None:

@@ -1,7 +1,8 @@
 """Stand-ins for vLLM: decoder layers with its switches, and an engine whose losses are known."""
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,6 +12,15 @@ from indexcache.engines.vllm.worker import WorkerExtension
 from indexcache.models.seam import use_pattern
 
 LAYERS = 6
+
+
+def install_modules(monkeypatch, parts):
+    """Install modules with these contents until the test ends."""
+    for name, values in parts.items():
+        module = ModuleType(name)
+        module.__path__ = []
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def layer(indexer=True, old=False):

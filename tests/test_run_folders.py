@@ -1,4 +1,4 @@
-"""What the library's functions say of an `out` that is no folder, or in which nothing is written.
+"""Test what the library's functions say of an `out` that is no folder or cannot be written.
 
 `tests/cli/test_out.py` asks the verbs.
 """
@@ -77,7 +77,7 @@ def test_what_is_no_folder_is_refused_in_a_sentence(calls, tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_that_cannot_be_written_is_refused(calls, tmp_path, monkeypatch, name):
-    """As on a disk that is mounted to be read; root may write a folder whose mode forbids it."""
+    """The calls fail as on a read-only disk, because root may write in spite of a folder's mode."""
     opened, made = os.open, os.mkdir
 
     def read_only(call):

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far; a journal brings back what an interrupted one had."""
+"""Keep what an evaluation has measured; a journal brings back what an interrupted one had."""
 
 from __future__ import annotations
 

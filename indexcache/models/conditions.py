@@ -24,7 +24,7 @@ FP8_WAYS = {
     "keep": ", weights kept in FP8",
     "both": ", weights and inputs of products in FP8",
 }
-"""What the dtype says of weights that are stored in FP8."""
+"""These words follow the dtype where weights are stored in FP8."""
 DIGITS = 12
 """Number of hex digits of a digest that are printed; files hold all 64."""
 

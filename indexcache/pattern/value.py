@@ -391,9 +391,8 @@ class Pattern:
             )
         if not share and self.pool_share is not None:
             raise ValueError(
-                f"The pool of {self!s:.80} is a share of the context, for which there is no "
-                "kernel yet: search, evaluate and overlap run it, nothing else; take a factor of "
-                "k, such as @8."
+                f"The pool of {self!s:.80} is a share of the context, which only search, evaluate, "
+                "overlap and generation with transformers run; take a factor of k, such as @8."
             )
         for layer in without_indexer:
             if layer < len(self) and self.roles[layer] != "S":

@@ -28,12 +28,12 @@ ASSUMED = {
     "most": "no part of the text tells candidates apart, so every race measures all of them on all "
     "of it; no flips are made together, and swaps help as often as they are tried",
 }
-"""What each of the two imagined searches takes for granted."""
+"""Each of the two imagined searches takes this for granted."""
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What an imagined search runs.
+    """This says how much an imagined search runs.
 
     Attributes:
         evaluations: patterns that it measures, each on the whole text or a part of it.
@@ -143,7 +143,11 @@ class Imagined(Samples):
         return self._losses[pattern]
 
     def _run(self, pattern: Pattern, new: Sequence[int]) -> list[Measured]:
-        raise NotImplementedError("Nothing is run.")
+        raise NotImplementedError(
+            "An imagined search has no model to run: `measure` only counts what would run."
+        )
 
     def _layers_of(self, pattern: Pattern, batch: int) -> int:
-        raise NotImplementedError("Passes are counted, not layers.")
+        raise NotImplementedError(
+            "An imagined search counts passes in `rounds`: each runs all layers of a streamed model."
+        )

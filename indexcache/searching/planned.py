@@ -1,10 +1,10 @@
-"""A fast search that starts from estimates: the best pattern of every budget, then swaps.
+"""A fast search that starts from estimates: it plans every budget's pattern, then looks beside it.
 
 Dynamic programming over what every layer is thought to lose by reading every earlier layer's
 selection (`models/gradients.py`) gives the pattern of every number of full layers. Those of the
 budgets 1/2, 1/4, .. and of the last one are measured. What is measured corrects the estimates
-(`estimates.py`), first by the flips of single layers on the smallest part of the text, and the plan
-is made again until it stays. Then the swaps that the estimates prefer are raced.
+(`estimates.py`), first by the flips of single layers on the first part of the text, and the plan is
+made again until it stays. Then patterns beside the plan are measured (`refining.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from indexcache.searching.refining import Neighbours, changed, look_around
 from indexcache.searching.samples import Difference, Parts
 from indexcache.searching.similarity import best_patterns
 
-PLANS = 4  # so many are measured at a budget
-SURPRISE = 0.01  # part of what a pattern loses by which it may differ from the estimates
-TRIES = 3  # patterns that are measured on all text beside that of a budget
+PLANS = 4  # This many plans are measured at a budget.
+SURPRISE = 0.01  # A plan bears the estimates out that differs from them by this part of its loss.
+TRIES = 3  # This many patterns beside that of a budget are measured on all text.
 
 
 @dataclass(kw_only=True)

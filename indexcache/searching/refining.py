@@ -21,7 +21,7 @@ def changed(pattern: Pattern, layer: int) -> Pattern:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What the patterns that differ from one in the role of one layer lose.
+    """This holds what patterns lose that differ from one in the role of a single layer.
 
     Attributes:
         trunk: the pattern.

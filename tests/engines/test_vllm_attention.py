@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from indexcache import ops
 from indexcache.engines.vllm import plugin, rotating, selecting
 from indexcache.ops import pages, tuning
+from tests.stand_ins import install_modules
 
 PAGE, STRIDE, VALUE, ROPE, HEADS, K = 32, 64, 32, 16, 5, 16
 FOLDER = "vllm.v1.attention.backends.mla"
@@ -68,11 +69,7 @@ def attention(monkeypatch):
         "vllm.config": {"get_current_vllm_config_or_none": lambda: config},
     }
     names = {".".join(name.split(".")[:i]) for name in parts for i in range(1, 9)}
-    for name in sorted(names):
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(parts.get(name, {}))
-        monkeypatch.setitem(sys.modules, name, module)
+    install_modules(monkeypatch, {name: parts.get(name, {}) for name in sorted(names)})
     monkeypatch.delitem(sys.modules, "indexcache.engines.vllm.attention", raising=False)
     monkeypatch.setattr(ops, "query_group", lambda ids, heads: 3 if heads <= 32 else 1)
     monkeypatch.setattr(pages, "SLICE", 4)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from benchmarks import vllm_backend
 from benchmarks.vllm_backend import INDEXER, OURS, RECORDED, VLLM, Recorded
 from indexcache.engines.vllm import selecting
+from tests.stand_ins import install_modules
 
 K, CHUNK, PREFIX = 4, 8, "layers.0.self_attn.indexer.k_cache"
 
@@ -40,11 +41,7 @@ def vllm(monkeypatch):
         "vllm.models.deepseek_v32": {},
         selecting.USER: {"sparse_attn_indexer": sparse_attn_indexer},
     }
-    for name, values in parts.items():
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(values)
-        monkeypatch.setitem(sys.modules, name, module)
+    install_modules(monkeypatch, parts)
     seen.module = sys.modules[selecting.USER]
     return seen
 

@@ -2,12 +2,13 @@
 
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from indexcache.engines.vllm import selecting
+from tests.stand_ins import install_modules
 
 K, HEADS, DIM, PAGE = 8, 2, 16, 4
 NAME = "layers.0.self_attn.indexer.k_cache"
@@ -81,11 +82,7 @@ def vllm(monkeypatch):
         "vllm.models.deepseek_v32": {},
         selecting.USER: {"sparse_attn_indexer": stock},
     }
-    for name, values in parts.items():
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(values)
-        monkeypatch.setitem(sys.modules, name, module)
+    install_modules(monkeypatch, parts)
     seen.module = sys.modules[selecting.USER]
     selecting.install()
     selecting.install()  # twice is safe

@@ -63,7 +63,7 @@ def test_long_sequences_are_compared_by_a_sample():
 @pytest.mark.parametrize("length", [64, 256, 1024, 8192])
 @pytest.mark.parametrize("searched", [4, 64])
 def test_a_licence_header_is_no_near_copy_at_any_length(length, searched):
-    """As many words as the longest header of the shipped text, of a search that keeps a sample."""
+    """The header has as many words as the longest shipped one, and the search keeps a sample."""
     rng = np.random.default_rng(3)
     header = rng.integers(0, 128, min(70, 32 + (length - 31) // 3))
 

@@ -118,11 +118,13 @@ def test_evaluation_search_and_gate_take_it(glm, tmp_path):
     assert result.pattern.with_rest("R", SHARE).pool_share == SHARE
 
 
-def test_what_has_no_kernel_for_it_says_so(glm):
+def test_what_does_not_run_it_says_so(glm):
     from indexcache.bench.floors import prefill_floor
     from indexcache.shapes import DEVICES
 
-    refused(lambda: check_model(glm, Pattern("FRRRRR@1/4"), 64), "no kernel yet", "such as @8")
+    refused(
+        lambda: check_model(glm, Pattern("FRRRRR@1/4"), 64), "share of the context", "such as @8"
+    )
     rates = DEVICES["H200"].reachable
     shape = SimpleNamespace(topk=8)
-    refused(lambda: prefill_floor(shape, 64, Pattern("FR@1/4"), rates), "no kernel yet")
+    refused(lambda: prefill_floor(shape, 64, Pattern("FR@1/4"), rates), "share of the context")

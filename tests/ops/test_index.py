@@ -92,6 +92,20 @@ def test_short_rows_inside_pools(queries):
     check(q, k, w, scale, 8, 0, torch.full_like(pool, -1))
 
 
+def test_the_gluon_kernel_of_rows_takes_what_it_knows(monkeypatch):
+    monkeypatch.setattr(scores_host.tuning, "gluon_runs", lambda device: True)
+
+    def takes(heads, dim, dtype=torch.bfloat16, batch=1, scaled=False):
+        q, k, w, scale = inputs(batch, 4, 16, heads, dim, dtype)
+        x = scores_host.Inputs(q, k, w, scale if scaled else None, 12)
+        return scores_host.queries_in_shared_memory(x)
+
+    assert takes(9, 256) == takes(16, 128) == takes(1, 64, torch.float16) == 32
+    assert takes(16, 256) == 16
+    assert takes(9, 256, scaled=True) == takes(17, 128) == takes(9, 32) == 0
+    assert takes(9, 256, torch.float32) == takes(9, 256, batch=2) == 0
+
+
 def test_a_share_in_decoding_and_in_fp8():
     lengths = torch.tensor([0, 1, 63, 257, 300], device=DEVICE)
     q, k, w, scale = inputs(5, 1, 300, 4, 16, torch.float16)
@@ -243,7 +257,9 @@ def test_rescue_in_pools(wide):
 @pytest.mark.parametrize(("heads", "dim"), [(9, 256), (16, 128), (4, 64), (1, 128), (32, 128)])
 def test_short_rows_on_a_gpu(heads, dim, dtype):
     """The Gluon kernel of up to 16 heads, and the plain one of 32."""
-    arguments = *inputs(1, 2100, 2177, heads, dim, dtype)[:3], None, 64, 77
+    q, k, w, scale = inputs(1, 2100, 2177, heads, dim, dtype)
+    check(q, k, w, scale, 64, 77)
+    arguments = q, k, w, None, 64, 77
     check(*arguments, pool=Fraction(1, 8))
     pool = ops.index_topk(*arguments, pool=300, backend="torch").pool
     check(*arguments, pool)

@@ -10,7 +10,7 @@ ALL = ("search", "evaluate", "overlap", "bench", "distill")
 
 
 class Page(HTMLParser):
-    """What a page holds; it fails on elements that do not end where they should."""
+    """Read what a page holds, and fail on elements that do not end where they should."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -96,9 +96,10 @@ def neighbours(q_BSHD: Tensor, k_BTD: Tensor) -> int:
 def queries_in_shared_memory(x: Inputs) -> int:
     """Return how many queries a program of scores_half.py takes; 0: it does not run.
 
-    With more than 16 heads, registers spill.
+    With more than 16 heads, registers spill. The kernel knows no scales of keys.
     """
     fits = current().index.hopper and x.q.dtype in (torch.bfloat16, torch.float16)
+    fits = fits and x.scale is None
     aligned = x.k.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.k.stride()[:2])
     shape = x.batch == 1 and x.heads <= 16 and x.dim in (64, 128, 256)
     if not (fits and aligned and shape and tuning.gluon_runs(x.q.device)):
