@@ -149,5 +149,5 @@ class Imagined(Samples):
 
     def _layers_of(self, pattern: Pattern, batch: int) -> int:
         raise NotImplementedError(
-            "An imagined search counts passes in `rounds`: each runs all layers of a streamed model."
+            "An imagined search counts passes in `rounds`: each one streams all layers."
         )

@@ -214,7 +214,7 @@ def test_every_group_may_have_its_own_pool(text, tmp_path):
     assert Pattern.from_file(tmp_path / "p.json") == pattern
     (tmp_path / "p.txt").write_text(text)
     assert Pattern.from_file(tmp_path / "p.txt") == pattern
-    with pytest.raises(ValueError, match="a share of the context, for which there is no kernel"):
+    with pytest.raises(ValueError, match="a share of the context, which only search"):
         pattern.check(share=False)
 
 
